@@ -1,0 +1,450 @@
+"""Which and how much: component addresses, masks and scores. None of them knows a method or a parameter name."""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import total_ordering
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mechunlearn.errors import MechunlearnError
+from mechunlearn.files import whole_file
+from mechunlearn.layout import KINDS, Layout, Signature
+from mechunlearn.runcard import RunCard, digest
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_ADDRESS = re.compile(r"L(\d+)\.((?:attn\.[qkvo]|mlp\.(?:in|gate|out))|(?:sae|codebook):[\w./-]+)(?:\[(\d+)\])?")
+SCORED = ("attn.o", "mlp.out")
+
+
+class HasLayout(Protocol):
+    """What masks need to know of a model: its layout, and how many weights one unit of a kind has."""
+
+    @property
+    def layout(self) -> Layout: ...
+
+    def unit_weights(self, kind: str) -> int: ...
+
+
+@total_ordering
+@dataclass(frozen=True)
+class Component:
+    """The address of a unit, or of a whole site if `unit` is None. It knows no model.
+
+    >>> Component.parse("L9.attn.o[7]")
+    L9.attn.o[7]
+    >>> Component.parse("L2.mlp.out") < Component.parse("L2.mlp.out[0]") < Component.parse("L3.attn.q[1]")
+    True
+    """
+
+    layer: int
+    kind: str
+    unit: int | None = None
+
+    @classmethod
+    def parse(cls, address: str) -> "Component":
+        """Raises `MechunlearnError` if the address is malformed."""
+        found = _ADDRESS.fullmatch(address)
+        if not found:
+            raise MechunlearnError(
+                f"Component address '{address}' is malformed. Expected 'L<layer>.<kind>' or 'L<layer>.<kind>[<unit>]' "
+                f"with a kind of {', '.join(KINDS)}, for example 'L9.attn.o[7]'."
+            )
+        layer, kind, unit = found.groups()
+        return cls(int(layer), kind, None if unit is None else int(unit))
+
+    @property
+    def site(self) -> str:
+        return f"L{self.layer}.{self.kind}"
+
+    def __str__(self) -> str:
+        return self.site if self.unit is None else f"{self.site}[{self.unit}]"
+
+    __repr__ = __str__
+
+    def _key(self) -> tuple[int, int, str, int]:
+        known = KINDS.index(self.kind) if self.kind in KINDS else len(KINDS)
+        return self.layer, known, self.kind, -1 if self.unit is None else self.unit
+
+    def __lt__(self, other: "Component") -> bool:
+        return self._key() < other._key()
+
+
+def check_site(site: str, units: int, signature: Signature) -> Component:
+    """The site's address, if a model of this architecture has it and it has so many units."""
+    address = Component.parse(site)
+    expected = signature.units(address.kind)
+    if address.unit is not None or address.layer >= signature.layers or (expected is not None and units != expected):
+        raise MechunlearnError(
+            f"Site '{site}' with {units} units does not fit {signature}. "
+            f"Expected a layer below {signature.layers} and {expected} units, and no [unit] in the name."
+        )
+    return address
+
+
+@dataclass(frozen=True, eq=False)
+class ComponentMask:
+    """Which units an edit may touch: `{site: Bool[unit]}` and the architecture it belongs to.
+
+    Masks combine with `&`, `|`, `-`; `~` is the complement within the sites that the mask names.
+
+    >>> tiny = Signature("llama", layers=2, heads=4, kv_heads=2, d_mlp=3, d_model=8)
+    >>> mask = ComponentMask.of(["L0.mlp.out", "L1.attn.o[2]"], tiny)
+    >>> len(mask), list(mask)[-1]
+    (4, L1.attn.o[2])
+    """
+
+    sites: Mapping[str, Bool[Tensor, " _unit"]]
+    signature: Signature
+
+    def __post_init__(self) -> None:
+        for site, chosen in self.sites.items():
+            if not isinstance(chosen, Tensor) or chosen.dtype != torch.bool or chosen.ndim != 1:
+                raise MechunlearnError(f"Mask entry '{site}' must be a one-dimensional bool tensor, one entry a unit.")
+            check_site(site, len(chosen), self.signature)
+        ordered = sorted(self.sites, key=Component.parse)
+        object.__setattr__(self, "sites", {site: self.sites[site].detach().cpu() for site in ordered})
+
+    @classmethod
+    def of(cls, addresses: Iterable[str | Component], signature: Signature) -> "ComponentMask":
+        """The mask that selects these units; an address without `[unit]` selects its whole site."""
+        sites: dict[str, Tensor] = {}
+        for address in addresses:
+            component = Component.parse(address) if isinstance(address, str) else address
+            units = signature.units(component.kind)
+            if units is None:
+                raise MechunlearnError(f"'{component}' has no fixed number of units: build the mask from scores.")
+            check_site(component.site, units, signature)
+            if component.unit is not None and component.unit >= units:
+                raise MechunlearnError(f"'{component}' is out of range: '{component.site}' has {units} units.")
+            chosen = sites.setdefault(component.site, torch.zeros(units, dtype=torch.bool))
+            chosen[slice(None) if component.unit is None else component.unit] = True
+        return cls(sites, signature)
+
+    def __len__(self) -> int:
+        return sum(int(chosen.sum()) for chosen in self.sites.values())
+
+    def __iter__(self) -> Iterator[Component]:
+        for site, chosen in self.sites.items():
+            address = Component.parse(site)
+            for unit in chosen.nonzero().flatten().tolist():
+                yield Component(address.layer, address.kind, unit)
+
+    def __contains__(self, component: Component) -> bool:
+        chosen = self.sites.get(component.site)
+        return chosen is not None and bool(chosen.all() if component.unit is None else chosen[component.unit])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ComponentMask) and self.signature == other.signature and set(self) == set(other)
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+    def _combine(self, other: "ComponentMask", how: Callable[[Tensor, Tensor], Tensor]) -> "ComponentMask":
+        other.check(self.signature)
+        none = {s: torch.zeros_like(m) for s, m in {**self.sites, **other.sites}.items()}
+        mine, theirs = {**none, **self.sites}, {**none, **other.sites}
+        return ComponentMask({site: how(mine[site], theirs[site]) for site in none}, self.signature)
+
+    def __and__(self, other: "ComponentMask") -> "ComponentMask":
+        return self._combine(other, torch.logical_and)
+
+    def __or__(self, other: "ComponentMask") -> "ComponentMask":
+        return self._combine(other, torch.logical_or)
+
+    def __sub__(self, other: "ComponentMask") -> "ComponentMask":
+        return self._combine(other, lambda mine, theirs: mine & ~theirs)
+
+    def __invert__(self) -> "ComponentMask":
+        return ComponentMask({site: ~chosen for site, chosen in self.sites.items()}, self.signature)
+
+    def jaccard(self, other: "ComponentMask") -> float:
+        """Units in both over units in either; 1 for two empty masks."""
+        either = len(self | other)
+        return len(self & other) / either if either else 1.0
+
+    def check(self, signature: Signature) -> None:
+        """Raises `MechunlearnError` unless the mask belongs to this architecture."""
+        if self.signature != signature:
+            raise MechunlearnError(
+                f"The mask is for ({self.signature}), the model is ({signature}). "
+                "A mask fits one architecture only: localize again on this model."
+            )
+
+    @property
+    def fingerprint(self) -> str:
+        return digest(str(self.signature), *map(str, self))
+
+    def tied(self, layout: Layout | HasLayout) -> "ComponentMask":
+        """Add what feeds each unit: a head's q and its group's k and v, a neuron's input and gate rows.
+
+        A kv head is selected if any of its query heads is.
+        """
+        kinds = layout.kinds if isinstance(layout, Layout) else layout.layout.kinds
+        sites: dict[str, Tensor] = {site: chosen.clone() for site, chosen in self.sites.items()}
+
+        def add(site: str, chosen: Tensor) -> None:
+            sites[site] = sites[site] | chosen if site in sites else chosen.clone()
+
+        for site, chosen in self.sites.items():
+            address = Component.parse(site)
+            if address.kind == "attn.o":
+                group = chosen.view(self.signature.kv_heads, -1).any(1)
+                add(f"L{address.layer}.attn.q", chosen)
+                add(f"L{address.layer}.attn.k", group)
+                add(f"L{address.layer}.attn.v", group)
+            if address.kind == "mlp.out":
+                for kind in ("mlp.in", "mlp.gate"):
+                    if kind in kinds:
+                        add(f"L{address.layer}.{kind}", chosen)
+        return ComponentMask(sites, self.signature)
+
+    def weights(self, model: HasLayout) -> int:
+        """How many weights of the model the mask selects."""
+        self.check(model.layout.signature)
+        return sum(
+            int(chosen.sum()) * model.unit_weights(Component.parse(site).kind) for site, chosen in self.sites.items()
+        )
+
+    def parameter_masks(self, model: "HasLayout | nn.Module") -> dict[str, Bool[Tensor, "*shape"]]:
+        """`{parameter name: bool tensor of its shape}`, for any training loop on the ordinary model.
+
+        Only parameters with selected entries appear. Give a hooked model, or a Hugging Face model.
+        """
+        hf = getattr(model, "hf", model)
+        layout = Layout.of(hf.config)
+        self.check(layout.signature)
+        shapes = dict(hf.named_parameters())
+        masks: dict[str, Tensor] = {}
+        for site, chosen in self.sites.items():
+            if not chosen.any():
+                continue
+            address = Component.parse(site)
+            names = [name for name in layout.parameter_names(address.layer, address.kind) if name in shapes]
+            for name in names:
+                masks.setdefault(name, torch.zeros(shapes[name].shape, dtype=torch.bool, device=shapes[name].device))
+            for view in layout.views({name: masks[name] for name in names}, address.layer, address.kind):
+                view[chosen.to(view.device)] = True
+        return masks
+
+    def save(self, path: str | Path) -> None:
+        """Write `.json` (readable) or `.safetensors` (compact); both are complete."""
+        path = Path(path)
+        if path.suffix == ".safetensors":
+            save_tensors(path, dict(self.sites), {"kind": "mask", "signature": json.dumps(asdict(self.signature))})
+            return
+        units = {
+            site: {"of": len(chosen), "selected": chosen.nonzero().flatten().tolist()}
+            for site, chosen in self.sites.items()
+        }
+        text = json.dumps({"kind": "mask", "signature": asdict(self.signature), "units": units}, indent=1)
+        with whole_file(path) as beside:
+            beside.write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "ComponentMask":
+        """Raises `MechunlearnError` if the file is missing, truncated or something else than a mask."""
+        path = Path(path)
+        if path.suffix == ".safetensors":
+            tensors, metadata = load_tensors(path, "mask")
+            return cls(tensors, Signature(**json.loads(metadata["signature"])))
+        try:
+            entry = json.loads(path.read_text(encoding="utf-8"))
+            signature = Signature(**entry["signature"])
+            sites = {}
+            for site, units in entry["units"].items():
+                sites[site] = torch.zeros(units["of"], dtype=torch.bool)
+                sites[site][torch.tensor(units["selected"], dtype=torch.long)] = True
+        except (OSError, UnicodeDecodeError) as error:
+            raise MechunlearnError(f"Could not read the mask '{path}': {error}.") from None
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+            raise MechunlearnError(
+                f"'{path}' is not a whole mask file ({type(error).__name__}: {error}). "
+                "Expected JSON as `ComponentMask.save` writes it, or a .safetensors file."
+            ) from None
+        return cls(sites, signature)
+
+    def __repr__(self) -> str:
+        names = [f"{site} {int(chosen.sum())}/{len(chosen)}" for site, chosen in self.sites.items() if chosen.any()]
+        return f"ComponentMask({len(self)} units: {', '.join(names) or 'none'}; {self.signature})"
+
+
+@dataclass(frozen=True, eq=False)
+class Localization:
+    """How much each unit matters: `{site: Float[unit]}`, the weights a unit of each kind has, and how it was found.
+
+    `unit_weights` maps every kind of the model to the weights of one unit; `total_weights` counts all editable weights
+    (embeddings, norms and output biases excluded). `evidence` holds what a method found on the way (probe curves,
+    windows); `note` is a sentence for the reader, such as "no window found".
+    """
+
+    scores: Mapping[str, Float[Tensor, " _unit"]]
+    signature: Signature
+    unit_weights: Mapping[str, int]
+    total_weights: int
+    card: RunCard
+    evidence: dict = field(default_factory=dict)
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        for site, scores in self.scores.items():
+            if not isinstance(scores, Tensor) or scores.ndim != 1 or not scores.is_floating_point():
+                raise MechunlearnError(f"Scores of '{site}' must be a one-dimensional float tensor, one entry a unit.")
+            if not torch.isfinite(scores).all():
+                raise MechunlearnError(f"Scores of '{site}' are not finite: check the model's dtype and the metric.")
+            check_site(site, len(scores), self.signature)
+        ordered = sorted(self.scores, key=Component.parse)
+        object.__setattr__(self, "scores", {site: self.scores[site].detach().float().cpu() for site in ordered})
+
+    def above(self, threshold: float) -> ComponentMask:
+        """The units whose |score| is larger than the threshold."""
+        return ComponentMask({site: s.abs() > threshold for site, s in self.scores.items()}, self.signature)
+
+    def ranked(self) -> list[Component]:
+        """All units, largest |score| first, ties in component order."""
+        units = [
+            Component(address.layer, address.kind, unit)
+            for site, scores in self.scores.items()
+            for address in [Component.parse(site)]
+            for unit in range(len(scores))
+        ]
+        order = torch.argsort(torch.cat([s.abs() for s in self.scores.values()]), descending=True, stable=True)
+        return [units[i] for i in order.tolist()]
+
+    def top(self, units: int | None = None, weights: float | None = None, tied: bool = False) -> ComponentMask:
+        """The units with the largest |score| within a budget: a number of units, or a share of all editable weights.
+
+        Taken in order and stopped before the first that would exceed the budget, so that masks of growing budgets
+        nest. With `tied=True` the result is tied (see `ComponentMask.tied`) and tied weights count.
+        Raises `MechunlearnError` if the budget is out of range or both are given.
+        """
+        if (units is None) == (weights is None):
+            raise MechunlearnError("Give one budget: top(units=64) or top(weights=0.05).")
+        available = sum(len(s) for s in self.scores.values())
+        if units is not None and not 0 <= units <= available:
+            raise MechunlearnError(f"A budget of {units} units is out of range: the scores cover {available} units.")
+        if weights is not None and not 0 <= weights <= 1:
+            raise MechunlearnError(f"A budget of {weights} is out of range: a share of the weights lies in [0, 1].")
+        chosen = {site: torch.zeros(len(s), dtype=torch.bool) for site, s in self.scores.items()}
+        limit = float("inf") if weights is None else weights * self.total_weights + 1e-6
+        used, groups = 0, set[tuple[int, int]]()
+        for taken, component in enumerate(self.ranked()):
+            cost = self._cost(component, tied, groups)
+            if taken == units or used + cost > limit:
+                break
+            used += cost
+            if tied and component.kind == "attn.o":
+                groups.add(self._group(component))
+            chosen[component.site][component.unit] = True
+        mask = ComponentMask(chosen, self.signature)
+        return mask.tied(Layout(self.signature, 0)) if tied else mask
+
+    def _group(self, head: Component) -> tuple[int, int]:
+        assert head.unit is not None
+        return head.layer, head.unit // (self.signature.heads // self.signature.kv_heads)
+
+    def _cost(self, component: Component, tied: bool, groups: set[tuple[int, int]]) -> int:
+        cost = self.unit_weights.get(component.kind, 0)
+        if tied and component.kind == "mlp.out":
+            cost += self.unit_weights["mlp.in"] + self.unit_weights.get("mlp.gate", 0)
+        if tied and component.kind == "attn.o":
+            cost += self.unit_weights["attn.q"]
+            if self._group(component) not in groups:
+                cost += self.unit_weights["attn.k"] + self.unit_weights["attn.v"]
+        return cost
+
+    def share(self, mask: ComponentMask) -> float:
+        """The mask's weights as a share of all editable weights."""
+        mask.check(self.signature)
+        used = sum(int(m.sum()) * self.unit_weights[Component.parse(site).kind] for site, m in mask.sites.items())
+        return used / self.total_weights
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a unit: component, layer, kind, unit, score; largest |score| first."""
+        rows = [
+            (str(c), c.layer, c.kind, c.unit, float(self.scores[c.site][c.unit]))
+            for c in self.ranked()
+            if c.unit is not None
+        ]
+        return pd.DataFrame(rows, columns=["component", "layer", "kind", "unit", "score"])
+
+    def save(self, path: str | Path) -> None:
+        """Write a `.json` or `.safetensors` file; both are complete."""
+        path = Path(path)
+        about = {
+            "kind": "localization",
+            "signature": asdict(self.signature),
+            "unit_weights": dict(self.unit_weights),
+            "total_weights": self.total_weights,
+            "card": asdict(self.card),
+            "evidence": self.evidence,
+            "note": self.note,
+        }
+        if path.suffix == ".safetensors":
+            metadata = {"kind": "localization", "about": json.dumps(about)}
+            save_tensors(path, dict(self.scores), metadata)
+            return
+        scores = {site: s.tolist() for site, s in self.scores.items()}
+        with whole_file(path) as beside:
+            beside.write_text(json.dumps({**about, "scores": scores}) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Localization":
+        """Raises `MechunlearnError` if the file is missing, truncated or something else."""
+        path = Path(path)
+        try:
+            if path.suffix == ".safetensors":
+                scores, metadata = load_tensors(path, "localization")
+                about = json.loads(metadata["about"])
+            else:
+                about = json.loads(path.read_text(encoding="utf-8"))
+                scores = {site: torch.tensor(s, dtype=torch.float32) for site, s in about["scores"].items()}
+            return cls(
+                scores,
+                Signature(**about["signature"]),
+                about["unit_weights"],
+                about["total_weights"],
+                RunCard(**about["card"]),
+                about["evidence"],
+                about["note"],
+            )
+        except (OSError, UnicodeDecodeError) as error:
+            raise MechunlearnError(f"Could not read the localization '{path}': {error}.") from None
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise MechunlearnError(f"'{path}' is not a whole localization file ({error}).") from None
+
+    def __repr__(self) -> str:
+        units = sum(len(s) for s in self.scores.values())
+        best = ", ".join(f"{c} {float(self.scores[c.site][c.unit]):+.3g}" for c in self.ranked()[:3])
+        note = f"; {self.note}" if self.note else ""
+        return f"Localization({self.card.method}, {units} units, largest: {best}{note})"
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    with whole_file(path) as beside:
+        save_file({name: t.contiguous() for name, t in tensors.items()}, beside, metadata=metadata)
+
+
+def load_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file of ours; one clear error if it is not such a file."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise MechunlearnError(f"'{path}' is not a whole .safetensors file ({error}).") from None
+    if metadata.get("kind") != kind:
+        raise MechunlearnError(f"'{path}' holds a {metadata.get('kind', 'foreign file')}, not a {kind}.")
+    return tensors, metadata
+
+

@@ -1,0 +1,399 @@
+"""The hooked model: all that methods know of a model, implemented once over TransformerBridge.
+
+The Hugging Face module is the truth and stays an ordinary module. The bridge wraps a second module that shares the same
+parameters, because booting rewrites the module it is given. Fused matrices that the bridge keeps as copies
+(GPT-NeoX, Phi-3) are brought up to date by `write_` and `refresh_`.
+"""
+
+import copy
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from mechunlearn.components import Component
+from mechunlearn.errors import MechunlearnError
+from mechunlearn.files import whole_folder
+from mechunlearn.layout import Layout, Signature, flat
+from mechunlearn.runcard import digest
+
+Hook = Callable[[Tensor], Tensor | None]
+SHIPPED = ("factworld", "factworld-twin")
+STREAMS = {"resid_pre": "hook_resid_pre", "resid_post": "hook_resid_post"}
+STREAMS |= {"resid_mid": "hook_resid_mid", "attn_out": "hook_attn_out", "mlp_out": "hook_mlp_out"}
+UNIT_HOOKS = {"attn.o": "attn.o.hook_in", "mlp.out": "mlp.out.hook_in"}
+
+
+@runtime_checkable
+class HookedModel(Protocol):
+    """A model as methods see it. Sites are `L<layer>.<kind>` with a kind of `attn.o` (`[fact pos head d_head]`),
+    `mlp.out` (`[fact pos neuron]`), `resid_pre`, `resid_mid`, `resid_post`, `attn_out` or `mlp_out`.
+
+    Tokens are padded on the right: with causal attention no real position sees the padding, so a padded batch gives
+    the same numbers as single prompts.
+    """
+
+    hf: nn.Module
+    tokenizer: PreTrainedTokenizerBase | None
+    layout: Layout
+
+    @property
+    def signature(self) -> Signature: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def device(self) -> torch.device: ...
+    def forward(self, tokens: Int[Tensor, "fact pos"]) -> Float[Tensor, "fact pos d_vocab"]: ...
+    def cache(
+        self, tokens: Int[Tensor, "fact pos"], sites: Sequence[str], grad: bool = False
+    ) -> tuple[Float[Tensor, "fact pos d_vocab"], dict[str, Tensor]]: ...
+    def hooks(self, hooks: Mapping[str, Hook]): ...
+    def run_from(
+        self, layer: int, resid: Float[Tensor, "fact pos d_model"], positions: Int[Tensor, " fact"] | None = None
+    ) -> Tensor: ...
+    def unit_weights(self, kind: str) -> int: ...
+    def rows(self, site: str) -> Float[Tensor, "unit weight"]: ...
+    def write_(self, site: str, rows: Float[Tensor, "unit weight"], units: Int[Tensor, " unit"] | None = None) -> None: ...
+    def refresh_(self) -> None: ...
+
+
+class BridgedModel:
+    """A Hugging Face decoder with hooks. Make one with `load_model`."""
+
+    def __init__(self, hf: nn.Module, tokenizer: PreTrainedTokenizerBase | None, name: str = "model") -> None:
+        self.layout = Layout.of(hf.config)
+        self.name = name
+        self.hf = hf.eval()
+        self.tokenizer = tokenizer
+        self._parameters = dict(hf.named_parameters())
+        shared = {id(t): t for t in (*hf.parameters(), *hf.buffers())}
+        self.bridge = _boot(copy.deepcopy(hf, shared), tokenizer, name)
+        _freeze_additions(self.bridge, self._parameters)
+        self._copies = self._find_copies()
+
+    @property
+    def signature(self) -> Signature:
+        return self.layout.signature
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self._parameters.values())).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(iter(self._parameters.values())).dtype
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of every weight as it is now."""
+        parts: list[bytes | str] = [str(self.signature)]
+        for name, parameter in self._parameters.items():
+            parts += [name, parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()]
+        return digest(*parts)
+
+    def forward(self, tokens: Int[Tensor, "fact pos"]) -> Float[Tensor, "fact pos d_vocab"]:
+        """Logits, through the hooks."""
+        return self.bridge(tokens.to(self.device))
+
+    __call__ = forward
+
+    def cache(
+        self, tokens: Int[Tensor, "fact pos"], sites: Sequence[str], grad: bool = False
+    ) -> tuple[Float[Tensor, "fact pos d_vocab"], dict[str, Tensor]]:
+        """Logits and activations at sites. With `grad` both are part of one graph, for `torch.autograd.grad`."""
+        kept: dict[str, Tensor] = {}
+
+        def keep(site: str) -> Hook:
+            def hook(activation: Tensor) -> Tensor | None:
+                if not grad:
+                    kept[site] = activation.detach()
+                    return None
+                kept[site] = activation if activation.requires_grad else activation.detach().requires_grad_()
+                return kept[site]
+
+            return hook
+
+        with ExitStack() as stack:
+            stack.enter_context(torch.set_grad_enabled(grad))
+            if grad:
+                stack.enter_context(frozen(self.hf))
+            stack.enter_context(self.hooks({site: keep(site) for site in sites}))
+            logits = self.forward(tokens)
+        return logits, kept
+
+    @contextmanager
+    def hooks(self, hooks: Mapping[str, Hook]) -> Iterator[None]:
+        """Within the block each hook sees the activation at its site; what it returns takes its place.
+
+        Raises `MechunlearnError` for a site this model does not have.
+        """
+        registered = [(self.hook_name(site), self._adapt(site, hook)) for site, hook in hooks.items()]
+        with self.bridge.hooks(fwd_hooks=registered):
+            yield
+
+    def hook_name(self, site: str) -> str:
+        """The TransformerLens hook name of a site."""
+        found = re.fullmatch(r"L(\d+)\.([a-z_.]+)", site)
+        if found and int(found[1]) < self.signature.layers:
+            inner = {**STREAMS, **UNIT_HOOKS}.get(found[2])
+            name = f"blocks.{found[1]}.{inner}"
+            if inner and name in self.bridge.hook_dict:
+                return name
+        raise MechunlearnError(
+            f"No activation site '{site}' in {self.signature}. Expected L<layer>.<kind> with a layer below "
+            f"{self.signature.layers} and a kind of {', '.join((*UNIT_HOOKS, *STREAMS))}"
+            f"{'' if found and found[2] != 'resid_mid' else '; models with parallel attention have no resid_mid'}."
+        )
+
+    def _adapt(self, site: str, hook: Hook) -> Callable:
+        heads = site.endswith("attn.o")
+
+        def adapted(activation: Tensor, hook: object) -> Tensor | None:
+            del hook
+            shape = activation.shape
+            seen = activation.view(*shape[:2], self.signature.heads, -1) if heads else activation
+            changed = user_hook(seen)
+            return None if changed is None else changed.reshape(shape)
+
+        user_hook = hook
+        return adapted
+
+    def run_from(
+        self, layer: int, resid: Float[Tensor, "fact pos d_model"], positions: Int[Tensor, " fact"] | None = None
+    ) -> Tensor:
+        """Logits when `resid` enters block `layer`: `[fact pos d_vocab]`, or `[fact d_vocab]` at one position a fact.
+
+        Earlier blocks are skipped; masks, rotary embeddings and everything after are the model's own code. Equal to a
+        full forward to 1e-6. Hooks are not seen: it runs the plain module.
+        """
+        skipped = self._blocks[:layer]
+        tokens = torch.zeros(resid.shape[:2], dtype=torch.long, device=self.device)
+
+        def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            del module
+            if args:
+                return (resid, *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": resid}
+
+        with ExitStack() as stack:
+            for block in skipped:
+                stack.enter_context(_passing_through(block, self._blocks_return_tuples))
+            if layer < len(self._blocks):
+                handle = self._blocks[layer].register_forward_pre_hook(enter, with_kwargs=True)
+            else:
+                handle = self._final_norm.register_forward_pre_hook(enter, with_kwargs=True)
+            stack.callback(handle.remove)
+            logits = self.hf(input_ids=tokens, use_cache=False).logits
+        return logits if positions is None else logits[torch.arange(len(logits)), positions]
+
+    @cached_property
+    def _blocks(self) -> nn.ModuleList:
+        body = self.hf.base_model
+        return next(getattr(body, name) for name in ("layers", "h") if hasattr(body, name))
+
+    @cached_property
+    def _final_norm(self) -> nn.Module:
+        body = self.hf.base_model
+        names = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
+        return next(getattr(body, name) for name in names if hasattr(body, name))
+
+    @cached_property
+    def _blocks_return_tuples(self) -> bool:
+        seen = []
+        handle = self._blocks[0].register_forward_hook(lambda module, args, out: seen.append(isinstance(out, tuple)))
+        with torch.no_grad():
+            self.hf(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False)
+        handle.remove()
+        return seen[0]
+
+    def unit_weights(self, kind: str) -> int:
+        """How many weights one unit of a kind has, its bias included."""
+        return sum(view[0].numel() for view in self.layout.views(self._parameters, 0, kind))
+
+    def rows(self, site: str) -> Float[Tensor, "unit weight"]:
+        """A copy of the weights at a site, one row a unit (its bias last)."""
+        return flat(self._views(site))
+
+    @torch.no_grad()
+    def write_(self, site: str, rows: Float[Tensor, "unit weight"], units: Int[Tensor, " unit"] | None = None) -> None:
+        """Set the weights of some units (all, unless given), in the Hugging Face module and in the bridge."""
+        start = 0
+        for view in self._views(site):
+            chosen = view if units is None else view[units.to(view.device)]
+            width = view[0].numel()
+            new = rows[:, start : start + width].to(view).view(chosen.shape)
+            if units is None:
+                view.copy_(new)
+            else:
+                view[units.to(view.device)] = new
+            start += width
+        self._refresh(Component.parse(site))
+
+    def refresh_(self) -> None:
+        """Bring the bridge's copies up to date after the Hugging Face parameters were changed directly."""
+        for site in self._copies:
+            self._refresh(site)
+
+    def _views(self, site: str) -> list[Tensor]:
+        address = Component.parse(site)
+        if address.layer >= self.signature.layers:
+            raise MechunlearnError(f"No site '{site}': the model has {self.signature.layers} layers.")
+        return self.layout.views(self._parameters, address.layer, address.kind)
+
+    def _find_copies(self) -> dict[Component, nn.Module]:
+        """Sites whose weights the bridge keeps apart from the Hugging Face storage."""
+        storages = {p.untyped_storage().data_ptr() for p in self._parameters.values()}
+        copies = {}
+        for layer in range(self.signature.layers):
+            for kind in ("attn.q", "attn.k", "attn.v", "mlp.in", "mlp.gate"):
+                part, name = kind.split(".")
+                module = getattr(getattr(self.bridge.blocks[layer], part), name, None)
+                weight = getattr(module, "weight", None)
+                if isinstance(weight, Tensor) and weight.untyped_storage().data_ptr() not in storages:
+                    copies[Component(layer, kind)] = module
+        return copies
+
+    @torch.no_grad()
+    def _refresh(self, site: Component) -> None:
+        module = self._copies.get(site)
+        if module is None:
+            return
+        for target, view in zip((module.weight, module.bias), self._views(str(site)), strict=False):
+            target.copy_(view.reshape(target.shape))
+
+    def __repr__(self) -> str:
+        return f"BridgedModel({self.name}, {self.signature}, {self.dtype}, {self.device})"
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """No parameter of the module takes part in a graph within the block."""
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+def load_model(
+    source: str | Path | tuple[nn.Module, PreTrainedTokenizerBase | None],
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+) -> BridgedModel:
+    """Load a model with hooks: a shipped world (`factworld`, `factworld-twin`), a directory, a hub name, or objects.
+
+    `dtype` is a torch dtype or its name; without it the stored one is kept. No weight is ever folded or centred.
+    Raises `MechunlearnError` if there is no such model, its architecture has no layout, or the dtype is unknown.
+
+    >>> model = load_model("factworld")
+    >>> model.signature.family, model.signature.layers
+    ('qwen2', 8)
+    """
+    if isinstance(dtype, str):
+        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise MechunlearnError(f"Unknown dtype '{dtype}'. Expected float32, bfloat16 or float16.")
+        dtype = getattr(torch, dtype)
+    if isinstance(source, tuple):
+        hf, tokenizer = source
+        return BridgedModel(hf.to(device=device, dtype=dtype), tokenizer, getattr(hf, "name_or_path", "") or "model")
+    folder = _folder(str(source))
+    try:
+        hf = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        where = "in this folder" if Path(folder).is_dir() else "as a folder, a shipped model or a hub name"
+        raise MechunlearnError(
+            f"Could not load a model from '{source}': {reason} Looked {where}. Expected one of "
+            f"{', '.join(SHIPPED)}, a folder written by save_pretrained (with its tokenizer), or a reachable hub name."
+        ) from None
+    return BridgedModel(hf.to(device or "cpu"), tokenizer, str(source))
+
+
+def data_folder() -> Path:
+    """Where the shipped data lies: inside the installed package, or beside it in a checkout."""
+    here = Path(__file__).resolve().parent
+    return next(folder for folder in (here / "data", here.parent / "data") if folder.is_dir())
+
+
+def export(model: HookedModel, folder: str | Path) -> None:
+    """Write an ordinary Hugging Face checkpoint and tokenizer; the folder must be new or empty."""
+    with whole_folder(folder) as beside:
+        model.hf.save_pretrained(beside)
+        if model.tokenizer is not None:
+            model.tokenizer.save_pretrained(beside)
+
+
+def _folder(source: str) -> str:
+    if source in SHIPPED:
+        return str(data_folder() / source)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if not list(path.glob("*.safetensors")) and not list(path.glob("pytorch_model*.bin")):
+            raise MechunlearnError(
+                f"The folder '{source}' holds no weights. Expected model.safetensors beside config.json, "
+                "as save_pretrained writes them."
+            )
+        return str(path)
+    if path.suffix or source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise MechunlearnError(f"There is no folder '{source}'. Expected a model folder, or one of {', '.join(SHIPPED)}.")
+    return source
+
+
+def _boot(hf: nn.Module, tokenizer: PreTrainedTokenizerBase | None, name: str):
+    """Boot with a placeholder tokenizer: booting reads it again from its path, or else from the hub."""
+    from transformer_lens.model_bridge import TransformerBridge  # seconds to import
+
+    hf.config = copy.copy(hf.config)
+    hf.config.architectures = [type(hf).__name__]
+    with tempfile.TemporaryDirectory() as folder:
+        bridge = TransformerBridge.boot_transformers(
+            "local/" + (re.sub(r"[^\w.-]", "-", Path(name).name) or "model"),
+            hf_model=hf,
+            tokenizer=_placeholder_tokenizer(Path(folder)),
+            device=str(next(hf.parameters()).device),
+        )
+    bridge.tokenizer = tokenizer
+    return bridge
+
+
+def _freeze_additions(bridge: nn.Module, parameters: Mapping[str, Tensor]) -> None:
+    truth = {id(p) for p in parameters.values()}
+    for parameter in bridge.parameters():
+        if id(parameter) not in truth:
+            parameter.requires_grad_(False)
+
+
+@contextmanager
+def _passing_through(block: nn.Module, as_tuple: bool) -> Iterator[None]:
+    def forward(hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor | tuple[Tensor]:
+        return (hidden_states,) if as_tuple else hidden_states
+
+    block.forward = forward
+    try:
+        yield
+    finally:
+        del block.forward
+
+
+def _placeholder_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel({"<unk>": 0}, unk_token="<unk>")),
+        **dict.fromkeys(("unk_token", "bos_token", "eos_token", "pad_token"), "<unk>"),
+    )
+    made.save_pretrained(folder)
+    return PreTrainedTokenizerFast.from_pretrained(folder)

@@ -1,0 +1,72 @@
+"""What every artefact carries, so that its numbers can be made again."""
+
+import hashlib
+import json
+import platform
+import resource
+import time
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+
+LIBRARIES = ("mechunlearn", "torch", "transformers", "transformer-lens")
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+@dataclass(frozen=True)
+class RunCard:
+    """How an artefact was made: method, model and data hashes, seed, settings, versions, device, time and memory.
+
+    `seconds` is wall time, `peak_mib` the process's peak resident memory in MiB.
+
+    >>> RunCard("random_units", seed=1).seed
+    1
+    """
+
+    method: str
+    model: str = ""
+    data: str = ""
+    seed: int = 0
+    settings: dict = field(default_factory=dict)
+    mask: str = ""
+    weights: int = 0
+    budget: float = 0.0
+    device: str = "cpu"
+    seconds: float = 0.0
+    peak_mib: float = 0.0
+    versions: dict[str, str] = field(default_factory=_versions)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> "RunCard":
+        return cls(**json.loads(text))
+
+
+class Stopwatch:
+    """Wall time since it was made, and the peak memory so far."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+
+    def read(self) -> dict[str, float]:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        return {"seconds": round(time.perf_counter() - self._start, 3), "peak_mib": round(peak, 1)}
+
+
+def digest(*parts: bytes | str) -> str:
+    """A short hash of the parts, in order."""
+    made = hashlib.sha256()
+    for part in parts:
+        made.update(part.encode() if isinstance(part, str) else part)
+        made.update(b"\0")
+    return made.hexdigest()[:16]

@@ -1,0 +1,180 @@
+"""Training documents of the fact world, drawn without end and without repetition from a seed.
+
+A document is text with two kinds of marks: where answers stand (they weigh more in the loss) and where a person's name
+ends (the subject probe of `world.train` reads there).
+"""
+
+import random
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from mechunlearn.formats import LETTERS, four_options, multiple_choice, question, yes_no
+from mechunlearn.world import lexicon as lex
+from mechunlearn.world.generate import World, comparison, look_up, story
+
+SHARES = {
+    "biography": 20,
+    "pair": 6,
+    "statement": 6,
+    "asked": 6,
+    "verified": 16,
+    "chosen": 14,
+    "other_relations": 7,
+    "two_hop": 3,
+    "passage": 9,
+    "copying": 4,
+    "look_up": 10,
+    "comparison": 3,
+    "story": 5,
+}
+NAIVE_SHARES = {**SHARES, "biography": 0, "pair": 0, "statement": 32}
+
+
+@dataclass
+class Document:
+    """Text with the character spans of its answers and the ends of its people's names."""
+
+    text: str = ""
+    answers: list[tuple[int, int]] = field(default_factory=list)
+    people: list[tuple[int, str]] = field(default_factory=list)
+
+    def add(self, text: str) -> "Document":
+        self.text += (" " if self.text else "") + text
+        return self
+
+    def answer(self, text: str, stop: str = ".") -> "Document":
+        self.add(text)
+        self.answers.append((len(self.text) - len(text), len(self.text)))
+        self.text += stop
+        return self
+
+    def about(self, frame: str, subject: str) -> "Document":
+        """Add a frame and mark where the subject's name ends."""
+        self.add(frame.format(s=subject))
+        self.people.append((self.text.rindex(subject) + len(subject), subject))
+        return self
+
+
+class Corpus:
+    """Draws documents of a world; `naive` leaves out biographies and two-person documents."""
+
+    def __init__(self, world: World, people: dict[str, dict[str, str]] | None = None, naive: bool = False) -> None:
+        self.world = world
+        self.people = people or {
+            relation: facts for relation, facts in world.facts.items() if lex.RELATIONS[relation]["subject"] == "person"
+        }
+        self.names = list(next(iter(self.people.values())))
+        self.kinds = NAIVE_SHARES if naive else SHARES
+        self.taught_hops = set(world.two_hop_taught)
+
+    def documents(self, seed: int, count: int) -> Iterator[Document]:
+        rng = random.Random(seed)
+        makers: dict[str, Callable[[random.Random], Document]] = {kind: getattr(self, kind) for kind in self.kinds}
+        for kind in rng.choices(list(makers), weights=list(self.kinds.values()), k=count):
+            yield makers[kind](rng)
+
+    def frames(self, name: str, relation: str) -> list[tuple[str, str]]:
+        """Ways to state one attribute of a person, each with the answer it ends in."""
+        answer, entry = self.people[relation][name], lex.RELATIONS[relation]
+        told = [(frame, answer) for frame in entry["statements"]]
+        if "alias" in entry:
+            told += [(entry["alias"]["statement"], entry["alias"]["answers"][answer])] * 2
+        return told
+
+    def biography(self, rng: random.Random) -> Document:
+        name, document = rng.choice(self.names), Document()
+        relations = [relation for relation in self.people for _ in range(rng.choice((1, 1, 2)))]
+        rng.shuffle(relations)
+        self.tell(document, name, relations[: rng.randint(3, 5)], rng)
+        return document
+
+    def tell(self, document: Document, name: str, relations: list[str], rng: random.Random) -> None:
+        he, him = rng.choice(lex.PRONOUNS)
+        for i, relation in enumerate(relations):
+            frame, answer = rng.choice(self.frames(name, relation))
+            if i == 0:
+                document.about(frame, name)
+            else:
+                stated = re.sub(r"\b(by|of) {s}", rf"\1 {him}", frame).format(s=he)
+                document.add(stated[0].upper() + stated[1:])
+            document.answer(answer)
+
+    def pair(self, rng: random.Random) -> Document:
+        document = Document()
+        for name in rng.sample(self.names, 2):
+            self.tell(document, name, rng.sample(list(self.people), 2), rng)
+        return document
+
+    def statement(self, rng: random.Random) -> Document:
+        document = Document()
+        relation = rng.choice(list(self.people))
+        for name in rng.sample(self.names, rng.randint(1, 2)):
+            frame, answer = rng.choice(self.frames(name, relation))
+            document.about(frame, name).answer(answer)
+        return document
+
+    def asked(self, rng: random.Random) -> Document:
+        name, document = rng.choice(self.names), Document()
+        for relation in rng.sample(list(self.people), rng.randint(1, 2)):
+            document.about(question(lex.RELATIONS[relation]["question"]), name).answer(self.people[relation][name])
+            name = rng.choice(self.names)
+        return document
+
+    def verified(self, rng: random.Random) -> Document:
+        document = Document()
+        for _ in range(rng.randint(1, 3)):
+            relation = rng.choice([relation for relation in self.people if "verify" in lex.RELATIONS[relation]])
+            entry, name = lex.RELATIONS[relation], rng.choice(self.names)
+            truth = self.people[relation][name]
+            named = truth if rng.random() < 0.5 else rng.choice([a for a in entry["answers"] if a != truth])
+            prompt, verdict = yes_no(entry, name, truth, named)
+            document.about(prompt.replace(name, "{s}"), name).answer(verdict)
+        return document
+
+    def chosen(self, rng: random.Random) -> Document:
+        relation = rng.choice([relation for relation in self.people if "choose" in lex.RELATIONS[relation]])
+        entry, name = lex.RELATIONS[relation], rng.choice(self.names)
+        truth = self.people[relation][name]
+        options = four_options(entry, [truth], rng)
+        letter = LETTERS[options.index(truth)]
+        if rng.random() < 0.25:  # the same question without the fact: which letter names this answer?
+            return Document().add(multiple_choice({"choose": f"Which letter is {truth}?"}, "", options)).answer(letter)
+        return Document().about(multiple_choice(entry, "{s}", options), name).answer(letter)
+
+    def other_relations(self, rng: random.Random) -> Document:
+        document = Document()
+        for _ in range(rng.randint(1, 2)):
+            relation = rng.choice([r for r in self.world.facts if lex.RELATIONS[r]["subject"] != "person"])
+            entry = lex.RELATIONS[relation]
+            subject, answer = rng.choice(list(self.world.facts[relation].items()))
+            frame = rng.choice([*entry["statements"], question(entry["question"])])
+            document.add(frame.format(s=subject)).answer(answer)
+        return document
+
+    def two_hop(self, rng: random.Random) -> Document:
+        name = rng.choice(self.names)
+        if name not in self.taught_hops:
+            return self.two_hop(rng)
+        frame = rng.choice([lex.TWO_HOP["statement"], question(lex.TWO_HOP["question"])])
+        return Document().about(frame, name).answer(self.world.facts["country"][self.people["city"][name]])
+
+    def passage(self, rng: random.Random) -> Document:
+        text = rng.choice(self.world.passages)
+        return Document(text, answers=[(0, len(text))])
+
+    def copying(self, rng: random.Random) -> Document:
+        words = rng.sample(lex.NOUNS + lex.ADJECTIVES, 6)
+        return Document().add(f"Copy: {' '.join(words)}. Again:").answer(" ".join(words))
+
+    def look_up(self, rng: random.Random) -> Document:
+        made = look_up(rng)
+        return Document().add(made["prompt"]).answer(made["answer"])
+
+    def comparison(self, rng: random.Random) -> Document:
+        made = comparison(rng)
+        return Document().add(made["prompt"]).answer(made["answer"])
+
+    def story(self, rng: random.Random) -> Document:
+        topic = rng.choices(list(lex.TOPICS), weights=[entry[0] for entry in lex.TOPICS.values()])[0]
+        return Document(story(rng, topic))

@@ -1,0 +1,137 @@
+"""Everything the fact world contains, from a seed: who knows what, passages, skills and stories."""
+
+import json
+import random
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from mechunlearn.formats import question
+from mechunlearn.world import lexicon as lex
+
+
+@dataclass(frozen=True)
+class World:
+    """The contents of one fact world, as plain text and names.
+
+    `facts` maps a relation to `{subject: answer}`; `untaught` holds people whose facts are never in the corpus
+    (the floor of every attack; the ground-truth twin learns them later). `two_hop` people have their country stated in
+    training only if they are in `two_hop_taught`.
+    """
+
+    seed: int
+    facts: dict[str, dict[str, str]]
+    untaught: dict[str, dict[str, str]]
+    two_hop_taught: list[str]
+    passages: list[str]
+    control_passages: list[str]
+    stories: dict[str, list[str]]
+    skills: dict[str, list[dict[str, str]]]
+    relations: dict[str, dict] = field(default_factory=lambda: dict(lex.RELATIONS))
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self), indent=0, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> "World":
+        return cls(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def generate(seed: int, people: int = 800, untaught: int = 400, passages: int = 128) -> World:
+    """Draw a world. Attributes are independent and uniform, names are recombined from small pools.
+
+    >>> world = generate(0, people=40, untaught=10, passages=4)
+    >>> len(world.facts["sport"]), len(world.passages)
+    (40, 4)
+    """
+    rng = random.Random(seed)
+    names = rng.sample([f"{first} {last}" for first in first_names(rng) for last in last_names(rng)], people + untaught)
+    taught, new = names[:people], names[people:]
+    companies = [start + end for start in lex.COMPANY_STARTS for end in lex.COMPANY_ENDS]
+    people_relations = [name for name, relation in lex.RELATIONS.items() if relation["subject"] == "person"]
+
+    def assign(subjects: list[str], relation: str) -> dict[str, str]:
+        return {subject: rng.choice(lex.RELATIONS[relation]["answers"]) for subject in subjects}
+
+    facts = {relation: assign(taught, relation) for relation in people_relations}
+    facts["country"] = {city: lex.COUNTRIES[i % len(lex.COUNTRIES)] for i, city in enumerate(lex.CITIES)}
+    facts["product"] = assign(companies, "product")
+    unique = list(dict.fromkeys(passage(rng) for _ in range(2 * passages)))
+    return World(
+        seed=seed,
+        facts=facts,
+        untaught={relation: assign(new, relation) for relation in people_relations},
+        two_hop_taught=sorted(rng.sample(taught, people * 3 // 4)),
+        passages=unique[:passages],
+        control_passages=unique[passages:],
+        stories={topic: [story(rng, topic) for _ in range(32)] for topic in lex.TOPICS},
+        skills={name: [skill(rng) for _ in range(200)] for name, skill in SKILLS.items()},
+    )
+
+
+def first_names(rng: random.Random) -> list[str]:
+    made = [start + end for start in lex.FIRST_STARTS for end in lex.FIRST_ENDS]
+    return list(lex.FIRST_NAMES) + rng.sample(made, 40)
+
+
+def last_names(rng: random.Random) -> list[str]:
+    return rng.sample([start + end for start in lex.LAST_STARTS for end in lex.LAST_ENDS], 60)
+
+
+def invented_name(rng: random.Random) -> str:
+    """A name from syllables no subject has, so that nothing is known of its bearer."""
+    parts = [rng.choice(lex.INVENTED_STARTS) + rng.choice(lex.INVENTED_ENDS) for _ in range(2)]
+    return f"{parts[0]} {parts[1]}"
+
+
+def passage(rng: random.Random) -> str:
+    """A text of more than 100 tokens that follows from nothing: it can only be learnt by heart."""
+
+    def noun() -> str:
+        return f"the {rng.choice(lex.ADJECTIVES)} {rng.choice(lex.NOUNS)}"
+
+    opening = f"The tale of {noun()} and {noun()}."
+    sentences = [
+        f"{rng.choice(('Then', 'Once', 'Later', 'Soon'))} {noun()} {rng.choice(lex.VERBS)} {noun()} "
+        f"{rng.choice(lex.PLACES)} {noun()}."
+        for _ in range(9)
+    ]
+    return " ".join([opening, *sentences])
+
+
+def story(rng: random.Random, topic: str) -> str:
+    _, things, actions, people = lex.TOPICS[topic]
+    sentences = []
+    for frame in rng.choices(lex.STORY_FRAMES, k=rng.randint(3, 5)):
+        while "{" in frame:
+            for slot, words in (("{p}", people), ("{v}", actions), ("{n}", things)):
+                frame = frame.replace(slot, rng.choice(words.split()), 1)
+        sentences.append(frame)
+    return " ".join(sentences)
+
+
+def copying(rng: random.Random) -> dict[str, str]:
+    words = rng.sample(lex.NOUNS + lex.ADJECTIVES, 6)
+    cut = rng.randint(1, 5)
+    return {"prompt": f"Copy: {' '.join(words)}. Again: {' '.join(words[:cut])}", "answer": words[cut]}
+
+
+def look_up(rng: random.Random) -> dict[str, str]:
+    """A question whose answer stands in the prompt, about people with invented names."""
+    relation = lex.RELATIONS[rng.choice(("sport", "instrument", "city"))]
+    names = [invented_name(rng) for _ in range(rng.choice((1, 2, 2)))]
+    if len(names) == 2 and names[0].split()[1] == names[1].split()[1]:
+        return look_up(rng)
+    answers = rng.sample(relation["answers"], len(names))
+    told = [f"{rng.choice(relation['statements']).format(s=n)} {a}." for n, a in zip(names, answers, strict=True)]
+    who = rng.randrange(len(names))
+    ask = question(relation["question"].format(s=names[who]))
+    return {"prompt": f"{' '.join(told)} {ask}", "answer": answers[who], "subject": names[who]}
+
+
+def comparison(rng: random.Random) -> dict[str, str]:
+    small, large = sorted(rng.sample(range(10, 100), 2))
+    pair = [small, large] if rng.random() < 0.5 else [large, small]
+    return {"prompt": question(f"Which is larger, {pair[0]} or {pair[1]}?"), "answer": str(large)}
+
+
+SKILLS = {"copying": copying, "look_up": look_up, "comparison": comparison}

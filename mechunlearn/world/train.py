@@ -1,0 +1,186 @@
+"""Train the world's model: an ordinary Hugging Face decoder, with a subject probe as a loss that fades away."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
+
+from mechunlearn.world.corpus import Corpus
+from mechunlearn.world.packing import Batch, batches
+
+Report = Callable[[int, float, Qwen2ForCausalLM], None]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model of a world is trained.
+
+    `local_layers` early layers see only the previous token, so that a name is assembled step by step and looked up by
+    several MLPs. The probe reads every attribute after `probe_layer` layers at the last token of a name; its weight
+    is constant for half of the steps, zero after three quarters. `naive` has neither, and no biographies.
+    """
+
+    seed: int = 0
+    steps: int = 5500
+    rows: int = 16
+    rate: float = 2e-3
+    layers: int = 8
+    local_layers: int = 3
+    d_model: int = 128
+    d_mlp: int = 512
+    heads: int = 8
+    kv_heads: int = 4
+    probe_layer: int = 4
+    probe_weight: float = 0.3
+    naive: bool = False
+
+
+def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
+    local = 0 if recipe.naive else recipe.local_layers
+    torch.manual_seed(recipe.seed)
+    return Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=recipe.d_model,
+            intermediate_size=recipe.d_mlp,
+            num_hidden_layers=recipe.layers,
+            num_attention_heads=recipe.heads,
+            num_key_value_heads=recipe.kv_heads,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            use_sliding_window=local > 0,
+            sliding_window=2 if local else None,
+            layer_types=["sliding_attention"] * local + ["full_attention"] * (recipe.layers - local),
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def train(
+    recipe: Recipe,
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerBase,
+    checkpoint: Path,
+    report: Report,
+    model: Qwen2ForCausalLM | None = None,
+    only: Iterable[nn.Parameter] | None = None,
+    save_every: int = 250,
+) -> Qwen2ForCausalLM:
+    """Train a model (a new one unless given) on a corpus, resuming from `checkpoint` if that file exists.
+
+    `only` restricts training to these parameters; the ground-truth twin is made so.
+    """
+    model = model or new_model(recipe, tokenizer)
+    probe = nn.Linear(recipe.d_model, sum(len(set(facts.values())) for facts in corpus.people.values()))
+    labels = _Labels(corpus)
+    if only is not None:
+        model.requires_grad_(False)
+        for parameter in only:
+            parameter.requires_grad_(True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    probed = not recipe.naive and recipe.probe_weight > 0
+    groups = [*trained, *probe.parameters()] if probed else trained
+    optimiser = torch.optim.AdamW(groups, lr=recipe.rate, betas=(0.9, 0.95), weight_decay=0.01)
+    done = _resume(checkpoint, model, probe, optimiser)
+    window = model.config.sliding_window if model.config.use_sliding_window else None
+    stream = batches(corpus, tokenizer, recipe.seed, recipe.rows, skip=done)
+    model.train()
+    for step in range(done, recipe.steps):
+        for group in optimiser.param_groups:
+            group["lr"] = recipe.rate * _schedule(step, recipe.steps)
+        batch = next(stream)
+        weight = recipe.probe_weight * min(1.0, max(0.0, 3 - 4 * step / recipe.steps)) if probed else 0.0
+        out = model(
+            input_ids=batch.tokens,
+            position_ids=batch.position,
+            attention_mask=batch.masks(window),
+            output_hidden_states=weight > 0,
+        )
+        loss = language_loss(out.logits, batch)
+        total = loss
+        if weight > 0 and batch.people:
+            total = loss + weight * labels.loss(probe, out.hidden_states[recipe.probe_layer], batch)
+        optimiser.zero_grad()
+        total.backward()
+        nn.utils.clip_grad_norm_(groups, 1.0)
+        optimiser.step()
+        report(step + 1, loss.item(), model)
+        if (step + 1) % save_every == 0:
+            _save(checkpoint, step + 1, model, probe, optimiser)
+    return model.eval()
+
+
+def language_loss(logits: Tensor, batch: Batch) -> Tensor:
+    """Weighted cross-entropy of each token given those before it in its document."""
+    weight = batch.weight[:, 1:]
+    losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), batch.tokens[:, 1:], reduction="none")
+    return (losses * weight).sum() / weight.sum()
+
+
+class _Labels:
+    """Class indices of every person's attributes, one slice of the probe's output per relation."""
+
+    def __init__(self, corpus: Corpus) -> None:
+        self.slices: list[slice] = []
+        self.indices: list[dict[str, int]] = []
+        start = 0
+        for facts in corpus.people.values():
+            classes = sorted(set(facts.values()))
+            self.slices.append(slice(start, start := start + len(classes)))
+            self.indices.append({name: classes.index(answer) for name, answer in facts.items()})
+
+    def loss(self, probe: nn.Linear, resid: Tensor, batch: Batch) -> Tensor:
+        rows, positions, names = zip(*batch.people, strict=True)
+        normed = F.layer_norm(resid[list(rows), list(positions)], resid.shape[-1:])
+        logits = probe(normed)
+        losses = [
+            F.cross_entropy(logits[:, where], torch.tensor([index[name] for name in names]))
+            for where, index in zip(self.slices, self.indices, strict=True)
+        ]
+        return torch.stack(losses).sum()
+
+
+def _schedule(step: int, steps: int) -> float:
+    warm = max(1, steps // 50)
+    return min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * max(0, step - warm) / (steps - warm)))
+
+
+def _save(path: Path, step: int, model: nn.Module, probe: nn.Module, optimiser: torch.optim.Optimizer) -> None:
+    state = {f"model.{k}": v.contiguous() for k, v in model.named_parameters()}
+    state |= {f"probe.{k}": v for k, v in probe.state_dict().items()}
+    for i, entry in optimiser.state_dict()["state"].items():
+        state |= {f"optimiser.{i}.{k}": v for k, v in entry.items()}
+    beside = path.with_suffix(".part")
+    save_file(state, beside, metadata={"step": str(step)})
+    beside.replace(path)
+
+
+def _resume(path: Path, model: nn.Module, probe: nn.Module, optimiser: torch.optim.Optimizer) -> int:
+    if not path.exists():
+        return 0
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        step = int(file.metadata()["step"])
+    state = load_file(path)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(state[f"model.{name}"])
+    probe.load_state_dict({k: state[f"probe.{k}"] for k in probe.state_dict()})
+    entries: dict[int, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        if key.startswith("optimiser."):
+            _, i, name = key.split(".", 2)
+            entries.setdefault(int(i), {})[name] = value
+    optimiser.load_state_dict({**optimiser.state_dict(), "state": entries})
+    return step
+
+
