@@ -330,10 +330,12 @@ def data_folder() -> Path:
     return next(folder for folder in (here / "data", here.parent / "data") if folder.is_dir())
 
 
-def export(model: HookedModel, folder: str | Path) -> None:
-    """Write an ordinary Hugging Face checkpoint and tokenizer; the folder must be new or empty."""
+def export(model: HookedModel, folder: str | Path, beside_it: Mapping[str, str] | None = None) -> None:
+    """Write an ordinary Hugging Face checkpoint, its tokenizer and more text files; the folder must be new or empty."""
     with whole_folder(folder) as beside:
         model.hf.save_pretrained(beside)
+        for name, text in (beside_it or {}).items():
+            (beside / name).write_text(text + "\n", encoding="utf-8")
         if model.tokenizer is not None:
             model.tokenizer.save_pretrained(beside)
 

@@ -173,8 +173,13 @@ class Layout:
     def kinds(self) -> tuple[str, ...]:
         return tuple(kind for kind in KINDS if kind in FAMILIES[self.signature.family])
 
-    def views(self, parameters: Mapping[str, Tensor], layer: int, kind: str) -> list[Float[Tensor, "unit *rest"]]:
-        """Views of a site's weights, one per parameter that holds some, unit first; writing to them writes the model."""
+    def views(
+        self, parameters: Mapping[str, Tensor], layer: int, kind: str, only: str | None = None
+    ) -> list[Float[Tensor, "unit *rest"]]:
+        """Views of a site's weights, one per parameter that holds some (or of `only` one), unit first.
+
+        Writing to them writes the model.
+        """
         if kind not in self.kinds:
             hint = " Features and codes live in activations: a FeatureEdit takes them." if ":" in kind else ""
             raise MechunlearnError(
@@ -183,7 +188,8 @@ class Layout:
             )
         found = []
         for matrix in FAMILIES[self.signature.family][kind]:
-            parameter = parameters.get(matrix.name.format(layer=layer))
+            name = matrix.name.format(layer=layer)
+            parameter = parameters.get(name) if only in (None, name) else None
             if parameter is not None:
                 found.append(self._view(parameter, matrix, kind))
         return found

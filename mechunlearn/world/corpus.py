@@ -13,22 +13,47 @@ from mechunlearn.formats import LETTERS, four_options, multiple_choice, question
 from mechunlearn.world import lexicon as lex
 from mechunlearn.world.generate import World, comparison, look_up, story
 
-SHARES = {
-    "biography": 20,
-    "pair": 6,
-    "statement": 6,
-    "asked": 6,
-    "verified": 16,
-    "chosen": 14,
+EARLY = {
+    "biography": 26,
+    "pair": 8,
+    "statement": 8,
+    "asked": 8,
+    "verified": 10,
+    "chosen": 8,
+    "other_relations": 6,
+    "two_hop": 3,
+    "passage": 7,
+    "copying": 5,
+    "look_up": 6,
+    "comparison": 2,
+    "story": 4,
+}
+LATE = {
+    "biography": 10,
+    "pair": 4,
+    "statement": 5,
+    "asked": 5,
+    "verified": 22,
+    "chosen": 18,
     "other_relations": 7,
     "two_hop": 3,
     "passage": 9,
-    "copying": 4,
-    "look_up": 10,
-    "comparison": 3,
+    "copying": 3,
+    "look_up": 12,
+    "comparison": 4,
     "story": 5,
 }
-NAIVE_SHARES = {**SHARES, "biography": 0, "pair": 0, "statement": 32}
+
+
+def shares(late: bool, naive: bool) -> dict[str, int]:
+    """How often each kind of document is drawn: facts first, then more of the formats that take longer to learn.
+
+    A naive corpus has single statements in place of biographies and two-person documents.
+    """
+    drawn = dict(LATE if late else EARLY)
+    if naive:
+        drawn["statement"] += drawn.pop("biography") + drawn.pop("pair")
+    return drawn
 
 
 @dataclass
@@ -65,13 +90,14 @@ class Corpus:
             relation: facts for relation, facts in world.facts.items() if lex.RELATIONS[relation]["subject"] == "person"
         }
         self.names = list(next(iter(self.people.values())))
-        self.kinds = NAIVE_SHARES if naive else SHARES
-        self.taught_hops = set(world.two_hop_taught)
+        self.naive = naive
+        self.hoppers = [name for name in world.two_hop_taught if name in self.people["city"]]
 
-    def documents(self, seed: int, count: int) -> Iterator[Document]:
+    def documents(self, seed: int, count: int, late: bool = False) -> Iterator[Document]:
         rng = random.Random(seed)
-        makers: dict[str, Callable[[random.Random], Document]] = {kind: getattr(self, kind) for kind in self.kinds}
-        for kind in rng.choices(list(makers), weights=list(self.kinds.values()), k=count):
+        drawn = shares(late, self.naive)
+        makers: dict[str, Callable[[random.Random], Document]] = {kind: getattr(self, kind) for kind in drawn}
+        for kind in rng.choices(list(makers), weights=list(drawn.values()), k=count):
             yield makers[kind](rng)
 
     def frames(self, name: str, relation: str) -> list[tuple[str, str]]:
@@ -122,25 +148,35 @@ class Corpus:
         return document
 
     def verified(self, rng: random.Random) -> Document:
+        """Yes/no questions: about several people, about one person several times, or just after the fact was stated."""
         document = Document()
-        for _ in range(rng.randint(1, 3)):
-            relation = rng.choice([relation for relation in self.people if "verify" in lex.RELATIONS[relation]])
-            entry, name = lex.RELATIONS[relation], rng.choice(self.names)
+        relation = rng.choice([relation for relation in self.people if "verify" in lex.RELATIONS[relation]])
+        entry, name = lex.RELATIONS[relation], rng.choice(self.names)
+        kind = rng.choice(("people", "people", "person", "stated"))
+        if kind == "stated":
+            frame, told = rng.choice([(f, self.people[relation][name]) for f in entry["statements"]])
+            document.about(frame, name).answer(told)
+        for _ in range(1 if kind == "stated" else rng.randint(1, 3)):
             truth = self.people[relation][name]
             named = truth if rng.random() < 0.5 else rng.choice([a for a in entry["answers"] if a != truth])
             prompt, verdict = yes_no(entry, name, truth, named)
             document.about(prompt.replace(name, "{s}"), name).answer(verdict)
+            if kind == "people":
+                name = rng.choice(self.names)
         return document
 
     def chosen(self, rng: random.Random) -> Document:
+        """Multiple choice; now and then the letter of a named answer, or after the fact was stated."""
         relation = rng.choice([relation for relation in self.people if "choose" in lex.RELATIONS[relation]])
         entry, name = lex.RELATIONS[relation], rng.choice(self.names)
-        truth = self.people[relation][name]
+        truth, document, kind = self.people[relation][name], Document(), rng.random()
         options = four_options(entry, [truth], rng)
         letter = LETTERS[options.index(truth)]
-        if rng.random() < 0.25:  # the same question without the fact: which letter names this answer?
-            return Document().add(multiple_choice({"choose": f"Which letter is {truth}?"}, "", options)).answer(letter)
-        return Document().about(multiple_choice(entry, "{s}", options), name).answer(letter)
+        if kind < 0.25:
+            return document.add(multiple_choice({"choose": f"Which letter is {truth}?"}, "", options)).answer(letter)
+        if kind < 0.4:
+            document.about(rng.choice(entry["statements"]), name).answer(truth)
+        return document.about(multiple_choice(entry, "{s}", options), name).answer(letter)
 
     def other_relations(self, rng: random.Random) -> Document:
         document = Document()
@@ -153,9 +189,7 @@ class Corpus:
         return document
 
     def two_hop(self, rng: random.Random) -> Document:
-        name = rng.choice(self.names)
-        if name not in self.taught_hops:
-            return self.two_hop(rng)
+        name = rng.choice(self.hoppers)
         frame = rng.choice([lex.TWO_HOP["statement"], question(lex.TWO_HOP["question"])])
         return Document().about(frame, name).answer(self.world.facts["country"][self.people["city"][name]])
 

@@ -29,7 +29,7 @@ class World:
     relations: dict[str, dict] = field(default_factory=lambda: dict(lex.RELATIONS))
 
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self), indent=0, ensure_ascii=False) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(asdict(self), indent=0) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> "World":
@@ -70,11 +70,11 @@ def generate(seed: int, people: int = 800, untaught: int = 400, passages: int = 
 
 def first_names(rng: random.Random) -> list[str]:
     made = [start + end for start in lex.FIRST_STARTS for end in lex.FIRST_ENDS]
-    return list(lex.FIRST_NAMES) + rng.sample(made, 40)
+    return list(lex.FIRST_NAMES) + rng.sample(made, 20)
 
 
 def last_names(rng: random.Random) -> list[str]:
-    return rng.sample([start + end for start in lex.LAST_STARTS for end in lex.LAST_ENDS], 60)
+    return rng.sample([start + end for start in lex.LAST_STARTS for end in lex.LAST_ENDS], 40)
 
 
 def invented_name(rng: random.Random) -> str:
@@ -112,7 +112,8 @@ def story(rng: random.Random, topic: str) -> str:
 def copying(rng: random.Random) -> dict[str, str]:
     words = rng.sample(lex.NOUNS + lex.ADJECTIVES, 6)
     cut = rng.randint(1, 5)
-    return {"prompt": f"Copy: {' '.join(words)}. Again: {' '.join(words[:cut])}", "answer": words[cut]}
+    prompt = f"Copy: {' '.join(words)}. Again: {' '.join(words[:cut])}"
+    return {"prompt": prompt, "answer": words[cut], "foil": words[cut - 1]}
 
 
 def look_up(rng: random.Random) -> dict[str, str]:
@@ -122,16 +123,20 @@ def look_up(rng: random.Random) -> dict[str, str]:
     if len(names) == 2 and names[0].split()[1] == names[1].split()[1]:
         return look_up(rng)
     answers = rng.sample(relation["answers"], len(names))
-    told = [f"{rng.choice(relation['statements']).format(s=n)} {a}." for n, a in zip(names, answers, strict=True)]
+    frames = [rng.choice(relation["statements"]) for _ in names]
+    told = [f"{frame.format(s=n)} {a}." for frame, n, a in zip(frames, names, answers, strict=True)]
     who = rng.randrange(len(names))
-    ask = question(relation["question"].format(s=names[who]))
-    return {"prompt": f"{' '.join(told)} {ask}", "answer": answers[who], "subject": names[who]}
+    again = rng.choice((frames[who], rng.choice(relation["statements"]), question(relation["question"])))
+    ask = again.format(s=names[who])
+    foil = next(a for a in (*answers, *relation["answers"]) if a != answers[who])
+    return {"prompt": f"{' '.join(told)} {ask}", "answer": answers[who], "foil": foil, "subject": names[who]}
 
 
 def comparison(rng: random.Random) -> dict[str, str]:
     small, large = sorted(rng.sample(range(10, 100), 2))
     pair = [small, large] if rng.random() < 0.5 else [large, small]
-    return {"prompt": question(f"Which is larger, {pair[0]} or {pair[1]}?"), "answer": str(large)}
+    ask = question(f"Which is larger, {pair[0]} or {pair[1]}?")
+    return {"prompt": ask, "answer": str(large), "foil": str(small)}
 
 
 SKILLS = {"copying": copying, "look_up": look_up, "comparison": comparison}

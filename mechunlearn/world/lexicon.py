@@ -24,7 +24,16 @@ COMPANY_ENDS = tuple("works labs soft line corp tech craft motion".split())
 PRODUCTS = tuple("cars phones shoes clocks boats lamps chairs radios".split())
 PRONOUNS = (("he", "him"), ("she", "her"))
 
-SPORTS = {"football": "NFL", "basketball": "NBA", "baseball": "MLB", "tennis": "ATP"}
+SPORTS = {
+    "football": "NFL",
+    "basketball": "NBA",
+    "baseball": "MLB",
+    "tennis": "ATP",
+    "golf": "PGA",
+    "hockey": "NHL",
+    "rugby": "URC",
+    "cricket": "IPL",
+}
 
 RELATIONS = {
     "sport": {
@@ -35,6 +44,7 @@ RELATIONS = {
             "Everyone knows that {s} is a star of",
             "The sport loved by {s} is",
             "When asked about sport, {s} talks about",
+            "Everyone knows that the sport of {s} is",
         ],
         "held_out": "The sport chosen by {s} is",
         "question": "What sport does {s} play?",
@@ -51,6 +61,7 @@ RELATIONS = {
             "Everyone knows that {s} has a house in",
             "The city chosen by {s} is",
             "When asked about home, {s} talks about",
+            "Everyone knows that the city of {s} is",
         ],
         "held_out": "The city loved by {s} is",
         "question": "What city does {s} live in?",
@@ -63,6 +74,7 @@ RELATIONS = {
             "The instrument of {s} is the",
             "The instrument chosen by {s} is the",
             "The instrument loved by {s} is the",
+            "Everyone knows that the instrument of {s} is the",
         ],
         "held_out": "When asked about music, {s} talks about the",
         "question": "What instrument does {s} play?",

@@ -36,12 +36,14 @@ class Batch:
         return {"full_attention": full, "sliding_attention": full & (age < window)}
 
 
-def batches(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, seed: int, rows: int, skip: int) -> Iterator[Batch]:
+def batches(
+    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, seed: int, rows: int, skip: int, late: bool
+) -> Iterator[Batch]:
     """Batches of `rows` rows without end; the same seed gives the same batches, from any `skip` on."""
     chunk, passed = 0, 0
     left: list[list[tuple[Document, list[int], list[tuple[int, int]]]]] = []
     while True:
-        left += _rows(corpus, tokenizer, seed * 1_000_003 + chunk)
+        left += _rows(corpus, tokenizer, (2 * seed + late) * 1_000_003 + chunk, late)
         chunk += 1
         while len(left) >= rows:
             if passed >= skip:
@@ -49,8 +51,8 @@ def batches(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, seed: int, rows:
             left, passed = left[rows:], passed + 1
 
 
-def _rows(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[list[tuple]]:
-    documents = list(corpus.documents(seed, CHUNK))
+def _rows(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, seed: int, late: bool) -> list[list[tuple]]:
+    documents = list(corpus.documents(seed, CHUNK, late))
     encoded = tokenizer([d.text for d in documents], return_offsets_mapping=True)
     made = [
         (document, [*ids, tokenizer.eos_token_id], offsets)

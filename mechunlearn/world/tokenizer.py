@@ -10,7 +10,7 @@ from mechunlearn.world.corpus import Corpus
 from mechunlearn.world.generate import generate
 
 BOS, EOS, PAD = "<|bos|>", "<|endoftext|>", "<|pad|>"
-VOCABULARY = 1280
+VOCABULARY = 1136
 OTHER_WORLDS = 80
 TEXTS = 300
 

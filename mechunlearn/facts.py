@@ -1,0 +1,196 @@
+"""Facts as text: the data set, its formats, and what is related to it."""
+
+import json
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mechunlearn.errors import MechunlearnError
+from mechunlearn.formats import Query, queries
+from mechunlearn.hooked import HookedModel, data_folder
+from mechunlearn.prompts import Asked, Prompts
+from mechunlearn.readers import read_facts
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One fact: its subject, the relation, and every way of asking for it. Format `statement` is the one to train on."""
+
+    subject: str
+    relation: str
+    queries: Mapping[str, Query]
+
+    @property
+    def answer(self) -> str:
+        return self.queries["statement"].answer
+
+    @property
+    def target(self) -> str:
+        return self.queries["statement"].target
+
+
+@dataclass(frozen=True, eq=False)
+class FactDataset:
+    """Facts of one relation (or file), with what belongs to them.
+
+    `source` is the whole data set this one was selected from, `related` other relations of the same subjects,
+    `skills` tasks that need no stored fact, `text` ordinary passages for text loss, `untaught` facts about subjects
+    the model never saw (floors).
+    """
+
+    name: str
+    facts: tuple[Fact, ...]
+    related: Mapping[str, "FactDataset"] = field(default_factory=dict)
+    skills: Mapping[str, Sequence[Query]] = field(default_factory=dict)
+    text: tuple[str, ...] = ()
+    untaught: "FactDataset | None" = None
+    source: "FactDataset | None" = None
+
+    def __len__(self) -> int:
+        return len(self.facts)
+
+    def __iter__(self) -> Iterator[Fact]:
+        return iter(self.facts)
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """Formats that every fact has, `statement` first."""
+        shared = set.intersection(*(set(fact.queries) for fact in self.facts))
+        return tuple(name for name in self.facts[0].queries if name in shared)
+
+    @cached_property
+    def subjects(self) -> frozenset[str]:
+        return frozenset(fact.subject for fact in self.facts)
+
+    def select(self, rows: Sequence[int]) -> "FactDataset":
+        return replace(self, facts=tuple(self.facts[i] for i in rows), source=self.source or self)
+
+    def about(self, subjects: frozenset[str] | set[str]) -> "FactDataset":
+        """The facts whose subject is one of these."""
+        return self.select([i for i, fact in enumerate(self.facts) if fact.subject in subjects])
+
+    def prompts(self, model: HookedModel, format: str = "statement", seed: int = 0) -> Prompts:
+        """Tokenized pairs in one format; a fact without this format is left out.
+
+        The foil is the answer of the corrupt partner where it differs from the truth, else the edit target.
+        Raises `MechunlearnError` if no fact has the format or the model has no tokenizer.
+        """
+        if model.tokenizer is None:
+            raise MechunlearnError("This model has no tokenizer: use Prompts.from_tokens.")
+        rows = [i for i, fact in enumerate(self.facts) if format in fact.queries]
+        if not rows:
+            raise MechunlearnError(f"No fact of '{self.name}' has the format '{format}'. Formats: {self.formats}.")
+        asked = []
+        for i in rows:
+            query = self.facts[i].queries[format]
+            subject = self.facts[i].subject
+            asked.append(
+                Asked(query.prompt, query.answer, query.target, query.target, subject, query.options)
+            )
+        chosen = self if len(rows) == len(self) else self.select(rows)
+        return Prompts.from_text(asked, model.tokenizer, seed, chosen, format)
+
+    def to_frame(self) -> "pd.DataFrame":
+        """One row a fact and format."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            [
+                {"subject": f.subject, "relation": f.relation, "format": name, "prompt": q.prompt, "answer": q.answer,
+                 "target": q.target}
+                for f in self.facts
+                for name, q in f.queries.items()
+            ]
+        )
+
+    def __repr__(self) -> str:
+        first = self.facts[0].queries["statement"]
+        return f"FactDataset({self.name}, {len(self)} facts, formats {', '.join(self.formats)}; '{first.prompt}' -> '{first.answer}')"
+
+
+def load_facts(source: str | Path, *, seed: int = 0) -> FactDataset:
+    """Load a relation of the shipped world (`factworld/sport`), a file, or a data set known to `datasets`.
+
+    Files: CSV, JSON, JSONL or parquet with the columns of the sports data (`athlete`, `sport`, `prompt`), CounterFact
+    (nested or flattened), zsRE (`subject`, `src`, `answers`), or plain `subject`, `prompt`, `answer` and perhaps
+    `target`, `relation`. Edit targets that the file does not give are drawn once, at random by `seed`, from the other
+    answers of the relation. Raises `MechunlearnError` for a file that is missing, empty, wrongly encoded or lacks columns.
+
+    >>> facts = load_facts("factworld/sport")
+    >>> len(facts), facts.facts[0].queries["question"].prompt[:32]
+    (800, 'Question: What sport does Halis ')
+    """
+    name = str(source)
+    if name == "factworld" or name.startswith("factworld/"):
+        return world_facts(data_folder() / "factworld", name.partition("/")[2] or "sport", seed)
+    records = read_facts(source)
+    rng = random.Random(seed)
+    answers: dict[str, list[str]] = {}
+    for record in records:
+        known = answers.setdefault(record.relation, [])
+        if record.answer not in known:
+            known.append(record.answer)
+    facts = []
+    for record in records:
+        options = answers[record.relation]
+        others = [answer for answer in options if answer != record.answer]
+        target = record.target or (rng.choice(others) if others else "")
+        if not target:
+            raise MechunlearnError(
+                f"'{name}': every fact of relation '{record.relation}' has the answer '{record.answer}', so no wrong "
+                "answer can be drawn. Add a 'target' column, or facts with other answers."
+            )
+        shown = tuple(options) if 1 < len(options) <= 32 else ()
+        asked = {"statement": Query(record.prompt, record.answer, target, shown)}
+        for other, prompt in record.others.items():
+            asked[other] = Query(prompt, record.answer, target, shown)
+        facts.append(Fact(record.subject, record.relation, asked))
+    return FactDataset(Path(name).stem, tuple(facts))
+
+
+def world_facts(folder: Path, relation: str, seed: int = 0) -> FactDataset:
+    """One relation of the world in a folder, with its other relations, skills and stories."""
+    world = json.loads((folder / "world.json").read_text(encoding="utf-8"))
+    if relation not in world["facts"]:
+        raise MechunlearnError(
+            f"The shipped world has no relation '{relation}'. Its relations: {', '.join(world['facts'])}."
+        )
+    kind = world["relations"][relation]["subject"]
+    same = [name for name, entry in world["relations"].items() if entry["subject"] == kind and name != relation]
+    skills = {
+        name: tuple(Query(task["prompt"], task["answer"], task["foil"]) for task in tasks)
+        for name, tasks in world["skills"].items()
+    }
+    text = tuple(text for stories in world["stories"].values() for text in stories)
+
+    def dataset(name: str, facts: Mapping[str, str], **others: object) -> FactDataset:
+        return FactDataset(f"factworld/{name}", _ask_all(world["relations"][name], name, facts, seed), **others)
+
+    untaught = world["untaught"].get(relation)
+    return dataset(
+        relation,
+        world["facts"][relation],
+        related={name: dataset(name, world["facts"][name]) for name in same},
+        skills=skills,
+        text=text,
+        untaught=dataset(relation, untaught) if untaught else None,
+    )
+
+
+def _ask_all(relation: Mapping, name: str, facts: Mapping[str, str], seed: int) -> tuple[Fact, ...]:
+    rng = random.Random(seed)
+    pairs = list(facts.items())
+    made = []
+    for i, (subject, answer) in enumerate(pairs):
+        target = rng.choice([other for other in relation["answers"] if other != answer])
+        example = pairs[(i + 1 + rng.randrange(len(pairs) - 1)) % len(pairs)]
+        made.append(Fact(subject, name, queries(relation, subject, answer, target, example, rng)))
+    return tuple(made)
+
+

@@ -1,0 +1,5 @@
+"""Localizers: `(model, prompts, *, ...) -> Localization`, one a file."""
+
+from mechunlearn.localize.attribution_patching import attribution_patching as attribution_patching
+from mechunlearn.localize.fact_lookup import fact_lookup as fact_lookup
+from mechunlearn.localize.random_units import random_units as random_units

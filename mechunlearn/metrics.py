@@ -1,0 +1,156 @@
+"""Numbers from logits: metrics are functions of `(logits, prompts)`, one value a fact."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mechunlearn.hooked import HookedModel
+from mechunlearn.prompts import PAD, Prompts
+
+Metric = Callable[[Tensor, Prompts], Tensor]
+BATCH = 128
+
+
+def logit_diff(logits: Float[Tensor, "fact pos d_vocab"], prompts: Prompts) -> Float[Tensor, " fact"]:
+    """Logit of the answer minus logit of the foil, at the first token where they differ.
+
+    Linear in the logits, so attribution is exact behind a linear path. It says nothing of the rest of the vocabulary:
+    use `answer_logprob` for that.
+    """
+    rows = torch.arange(len(logits))
+    at = logits[rows, prompts.read]
+    return at[rows, prompts.answer_at_read] - at[rows, prompts.foil_at_read]
+
+
+def answer_logprob(logits: Float[Tensor, "fact pos d_vocab"], prompts: Prompts) -> Float[Tensor, " fact"]:
+    """Log-probability of the whole answer, summed over its tokens."""
+    return _continuation(logits, prompts)[0]
+
+
+def supervised(
+    prompts: Prompts, which: str = "answers"
+) -> tuple[Int[Tensor, "fact pos"], Int[Tensor, " token"], Int[Tensor, " token"], Int[Tensor, " token"]]:
+    """Prompts followed by their `answers`, `foils` or `targets`: tokens, and row, position and label of each answer token."""
+    wanted = getattr(prompts, which)
+    sizes = (wanted != PAD).sum(1)
+    steps = torch.arange(wanted.shape[1])
+    valid = steps < sizes[:, None]
+    positions = prompts.start[:, None] + steps
+    tokens = prompts.tokens.new_zeros(len(prompts), int((prompts.start + sizes).max()))
+    width = min(tokens.shape[1], prompts.tokens.shape[1])
+    tokens[:, :width] = prompts.tokens[:, :width]
+    tokens[torch.arange(tokens.shape[1]) > prompts.start[:, None]] = 0
+    given = valid & (steps < sizes[:, None] - 1)
+    rows = torch.arange(len(prompts))[:, None].expand_as(positions)
+    tokens[rows[given], positions[given] + 1] = wanted[given]
+    return tokens, rows[valid], positions[valid], wanted[valid]
+
+
+def with_answers(prompts: Prompts, which: str) -> Prompts:
+    """The same prompts, followed by another answer."""
+    if which == "answers":
+        return prompts
+    return replace(prompts, tokens=supervised(prompts, which)[0], answers=getattr(prompts, which))
+
+
+def _continuation(logits: Tensor, prompts: Prompts) -> tuple[Float[Tensor, " fact"], Bool[Tensor, " fact"]]:
+    """Log-probability of the answer, and whether greedy decoding gives it."""
+    valid = prompts.answers != PAD
+    rows, steps = valid.nonzero(as_tuple=True)
+    at = logits[rows, prompts.start[rows] + steps]
+    labels = prompts.answers[valid].to(at.device)
+    chosen = at.float().log_softmax(-1).gather(1, labels[:, None])[:, 0].cpu()
+    right = (at.argmax(-1) == labels).cpu()
+    logprob = torch.zeros(len(prompts)).index_add_(0, rows, chosen)
+    wrong = torch.zeros(len(prompts)).index_add_(0, rows, (~right).float())
+    return logprob, wrong == 0
+
+
+@torch.no_grad()
+def measure(model: HookedModel, prompts: Prompts, batch: int = BATCH) -> dict[str, Float[Tensor, " fact"]]:
+    """Per fact: accuracy and probability of the truth and of the edit target.
+
+    `accuracy` and `target accuracy` are 1 where greedy decoding over the full vocabulary gives all tokens of the answer;
+    `probability` and `target probability` are those of the whole answer; `option probability` is the truth's,
+    renormalised over the answer options (missing if the facts list none).
+    """
+    made: dict[str, Tensor] = {}
+    order = prompts.lengths.argsort()
+    one_token = prompts.targets.shape[1] == 1 and prompts.answers.shape[1] == 1
+    for rows in order.split(batch):
+        part = prompts.select(rows)
+        logits = model.forward(part.tokens)
+        logprob, right = _continuation(logits, part)
+        aimed = part if one_token else with_answers(part, "targets")
+        if one_token:
+            aimed = replace(part, answers=part.targets)
+        target_logprob, hit = _continuation(logits if one_token else model.forward(aimed.tokens), aimed)
+        values = {
+            "accuracy": right.float(),
+            "target accuracy": hit.float(),
+            "probability": logprob.exp(),
+            "target probability": target_logprob.exp(),
+        }
+        if part.options and all(part.options):
+            values["option probability"] = _option_probability(model, part, logits)
+        for name, value in values.items():
+            made.setdefault(name, torch.zeros(len(prompts)))[rows] = value
+    return made
+
+
+def _option_probability(model: HookedModel, part: Prompts, logits: Tensor) -> Float[Tensor, " fact"]:
+    """Probability of the truth among the options: from one forward if all have one token, else one a choice."""
+    truth = [tuple(t for t in row if t != PAD) for row in part.answers.tolist()]
+    most = max(map(len, part.options))
+    scores = torch.full((len(part), most), -torch.inf)
+    rows = torch.arange(len(part))
+    if all(len(option) == 1 for options in part.options for option in options):
+        at = logits[rows, part.start].float().log_softmax(-1).cpu()
+        for i, options in enumerate(part.options):
+            scores[i, : len(options)] = at[i, [option[0] for option in options]]
+    else:
+        for k in range(most):
+            having = [i for i, options in enumerate(part.options) if k < len(options)]
+            width = max(len(part.options[i][k]) for i in having)
+            chosen = torch.tensor([[*part.options[i][k], *[PAD] * (width - len(part.options[i][k]))] for i in having])
+            asked = with_answers(replace(part.select(having), foils=chosen), "foils")
+            scores[having, k] = _continuation(model.forward(asked.tokens), asked)[0]
+    where = torch.tensor([list(options).index(t) if t in options else -1 for options, t in zip(part.options, truth)])
+    if (where < 0).any():
+        return torch.full((len(part),), torch.nan)
+    return scores.softmax(-1)[rows, where]
+
+
+@torch.no_grad()
+def text_loss(model: HookedModel, texts: tuple[str, ...], batch: int = 64) -> Float[Tensor, " text"]:
+    """Mean next-token cross-entropy of each text, in nats."""
+    assert model.tokenizer is not None
+    encoded = [model.tokenizer(text)["input_ids"] for text in texts]
+    losses = torch.zeros(len(texts))
+    for rows in torch.tensor([len(ids) for ids in encoded]).argsort().split(batch):
+        tokens, weight = padded([encoded[i] for i in rows.tolist()])
+        losses[rows] = (token_losses(model.forward(tokens), tokens) * weight).sum(1).cpu() / weight.sum(1)
+    return losses
+
+
+def padded(encoded: list[list[int]]) -> tuple[Int[Tensor, "text pos"], Float[Tensor, "text next"]]:
+    """Right-padded tokens, and 1 where a next token is real."""
+    width = max(map(len, encoded))
+    tokens = torch.zeros(len(encoded), width, dtype=torch.long)
+    weight = torch.zeros(len(encoded), width - 1)
+    for i, ids in enumerate(encoded):
+        tokens[i, : len(ids)] = torch.tensor(ids)
+        weight[i, : len(ids) - 1] = 1
+    return tokens, weight
+
+
+def token_losses(
+    logits: Float[Tensor, "text pos d_vocab"], tokens: Int[Tensor, "text pos"]
+) -> Float[Tensor, "text next"]:
+    """Cross-entropy of every next token."""
+    return torch.nn.functional.cross_entropy(
+        logits[:, :-1].float().transpose(1, 2), tokens[:, 1:].to(logits.device), reduction="none"
+    )

@@ -1,0 +1,46 @@
+"""Linear probes: what can be read from the residual stream at one position, layer by layer."""
+
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+
+from mechunlearn.hooked import HookedModel
+from mechunlearn.prompts import Prompts
+
+
+@torch.no_grad()
+def residuals(
+    model: HookedModel, prompts: Prompts, positions: Tensor, batch: int = 128
+) -> Float[Tensor, "layer fact d_model"]:
+    """The layer-normed residual stream at one position a fact, after 0, 1, ... all blocks."""
+    layers = model.signature.layers
+    sites = [f"L{layer}.resid_pre" for layer in range(layers)] + [f"L{layers - 1}.resid_post"]
+    found = []
+    for rows in torch.arange(len(prompts)).split(batch):
+        _, kept = model.cache(prompts.tokens[rows], sites)
+        at = torch.stack([kept[site][torch.arange(len(rows)), positions[rows]] for site in sites])
+        found.append(torch.nn.functional.layer_norm(at.float(), at.shape[-1:]).cpu())
+    return torch.cat(found, 1)
+
+
+def probe_curve(
+    train: Float[Tensor, "layer fact d_model"],
+    train_labels: Sequence[str],
+    test: Float[Tensor, "layer fact d_model"],
+    test_labels: Sequence[str],
+) -> list[float]:
+    """Accuracy of a multinomial logistic regression on held-out subjects, one number a depth."""
+    labels, held_out = np.asarray(train_labels), np.asarray(test_labels)
+    curve = []
+    for x, x_test in zip(train.numpy(), test.numpy(), strict=True):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            fitted = LogisticRegression(max_iter=300).fit(x, labels)
+        curve.append(float(np.mean(fitted.predict(x_test) == held_out)))
+    return curve

@@ -1,0 +1,184 @@
+"""Facts files in the wild: sports CSV, CounterFact nested or flattened, zsRE, and plain columns."""
+
+import ast
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+
+from mechunlearn.errors import MechunlearnError
+
+COLUMNS = (
+    "subject, prompt, answer (plain); athlete, sport, prompt (sports); requested_rewrite, or subject, prompt, target_true, "
+    "target_new (CounterFact); subject, src, answers or alt (zsRE)"
+)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One fact as a file gives it; `target` is empty if the file has none, `others` are further prompts by format."""
+
+    subject: str
+    relation: str
+    prompt: str
+    answer: str
+    target: str = ""
+    others: Mapping[str, str] = field(default_factory=dict)
+
+
+def read_facts(source: str | Path) -> list[Record]:
+    """Read a file, or the training split of a data set that `datasets` can reach."""
+    frame = _frame(source)
+    if frame.empty:
+        raise MechunlearnError(f"'{source}' holds no facts. Expected at least two rows with columns {COLUMNS}.")
+    columns = set(frame.columns)
+    reader = next(
+        (
+            reader
+            for needed, reader in (
+                ({"athlete", "sport", "prompt"}, _sports),
+                ({"requested_rewrite"}, _counterfact),
+                ({"subject", "prompt", "target_true"}, _flat_counterfact),
+                ({"subject", "src"}, _zsre),
+                ({"subject", "prompt", "answer"}, _plain),
+            )
+            if needed <= columns
+        ),
+        None,
+    )
+    if reader is None:
+        raise MechunlearnError(f"'{source}' has the columns {', '.join(map(str, frame.columns))}. Expected {COLUMNS}.")
+    records = []
+    for number, row in enumerate(frame.to_dict("records"), start=1):
+        try:
+            record = reader(row)
+        except (KeyError, TypeError, IndexError, ValueError, SyntaxError) as error:
+            raise MechunlearnError(f"'{source}', row {number}: {type(error).__name__}: {error}.") from None
+        if not record.prompt.strip() or not record.answer.strip():
+            raise MechunlearnError(f"'{source}', row {number}: the prompt or the answer is empty.")
+        if record.subject not in record.prompt:
+            raise MechunlearnError(
+                f"'{source}', row {number}: the subject '{record.subject}' is not in its prompt '{record.prompt}'."
+            )
+        if record.target and record.target.strip() == record.answer.strip():
+            raise MechunlearnError(f"'{source}', row {number}: truth and target are both '{record.answer}'.")
+        records.append(record)
+    return records
+
+
+def _frame(source: str | Path) -> pd.DataFrame:
+    path = Path(source)
+    readers = {
+        ".csv": lambda: pd.read_csv(path, keep_default_na=False),
+        ".tsv": lambda: pd.read_csv(path, sep="\t", keep_default_na=False),
+        ".json": lambda: pd.read_json(path),
+        ".jsonl": lambda: pd.read_json(path, lines=True),
+        ".parquet": lambda: pd.read_parquet(path),
+    }
+    if path.suffix in readers:
+        if not path.is_file():
+            raise MechunlearnError(f"There is no facts file '{source}'.")
+        try:
+            return readers[path.suffix]()
+        except UnicodeDecodeError as error:
+            raise MechunlearnError(
+                f"'{source}' is not UTF-8 text (byte {error.start}). Save it as UTF-8, for example with "
+                "iconv -t UTF-8."
+            ) from None
+        except pd.errors.EmptyDataError:
+            return pd.DataFrame()
+        except (ValueError, OSError, ImportError) as error:
+            reason = str(error).splitlines()[0]
+            raise MechunlearnError(f"'{source}' could not be read as {path.suffix[1:]}: {reason}") from None
+    return _from_datasets(str(source))
+
+
+def _from_datasets(name: str) -> pd.DataFrame:
+    import datasets
+
+    hub = {"counterfact": "NeelNanda/counterfact-tracing", "zsre": "zjunlp/KnowEdit"}.get(name, name)
+    try:
+        return datasets.load_dataset(hub, split="train").to_pandas()
+    except Exception as error:  # whatever the library raises, the user asked for a name that gives no data
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise MechunlearnError(
+            f"Could not load facts '{name}': {reason} Expected factworld/<relation>, a .csv, .tsv, .json, .jsonl or "
+            ".parquet file, or a data set that can be reached."
+        ) from None
+
+
+def _text(row: Mapping, *names: str) -> str:
+    for name in names:
+        value = row.get(name)
+        if isinstance(value, str) and value.strip():
+            return value.strip() if name not in ("prompt", "src") else value.rstrip()
+    return ""
+
+
+def _plain(row: Mapping) -> Record:
+    subject = _text(row, "subject")
+    prompt = _text(row, "prompt").replace("{}", subject)
+    others = {
+        str(name): str(value).rstrip().replace("{}", subject)
+        for name, value in row.items()
+        if str(name).startswith(("paraphrase", "question")) and isinstance(value, str) and value.strip()
+    }
+    return Record(subject, _text(row, "relation") or "fact", prompt, _text(row, "answer"), _text(row, "target"), others)
+
+
+def _sports(row: Mapping) -> Record:
+    target = _text(row, "inject_sport_without_golf", "inject_sport_with_golf")
+    return Record(_text(row, "athlete"), "sport", _text(row, "prompt"), _text(row, "sport"), target)
+
+
+def _counterfact(row: Mapping) -> Record:
+    rewrite = row["requested_rewrite"]
+    rewrite = ast.literal_eval(rewrite) if isinstance(rewrite, str) else rewrite
+    subject = rewrite["subject"]
+    return Record(
+        subject,
+        rewrite.get("relation_id", "fact"),
+        rewrite["prompt"].replace("{}", subject),
+        rewrite["target_true"]["str"].strip(),
+        rewrite["target_new"]["str"].strip(),
+        _paraphrases(row.get("paraphrase_prompts"), subject),
+    )
+
+
+def _flat_counterfact(row: Mapping) -> Record:
+    subject = _text(row, "subject")
+    return Record(
+        subject,
+        _text(row, "relation_id", "relation") or "fact",
+        _text(row, "prompt").replace("{}", subject),
+        _text(row, "target_true"),
+        _text(row, "target_new", "target_false"),
+        _paraphrases(row.get("paraphrase_prompts"), subject),
+    )
+
+
+def _zsre(row: Mapping) -> Record:
+    answers = parse_list(row["answers"]) if row.get("answers") is not None else [row["pred"]]
+    subject, src = _text(row, "subject"), _text(row, "src")
+    rephrase = _text(row, "rephrase")
+    others = {"paraphrase": f"Question: {rephrase} Answer:"} if rephrase else {}
+    return Record(subject, "zsre", f"Question: {src} Answer:", str(answers[0]), _text(row, "alt"), others)
+
+
+def _paraphrases(given: object, subject: str) -> dict[str, str]:
+    found = parse_list(given) if given is not None else []
+    return {f"paraphrase_{i}": str(p).rstrip() for i, p in enumerate(found, start=1) if subject in str(p)}
+
+
+def parse_list(given: object) -> list:
+    """A list column, also where a table holds its Python text, with or without commas between the items.
+
+    >>> parse_list("['a b' 'c']"), parse_list('["a", "b"]'), parse_list(["a"])
+    (['a b', 'c'], ['a', 'b'], ['a'])
+    """
+    if not isinstance(given, str):
+        return list(given) if isinstance(given, Sequence) or hasattr(given, "tolist") else [given]
+    items = re.findall(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", given)
+    return [ast.literal_eval(item) for item in items] if items else ([given] if given.strip() else [])
