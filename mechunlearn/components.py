@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import total_ordering
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import pandas as pd
 import torch
@@ -27,6 +27,7 @@ _ADDRESS = re.compile(r"L(\d+)\.((?:attn\.[qkvo]|mlp\.(?:in|gate|out))|(?:sae|co
 SCORED = ("attn.o", "mlp.out")
 
 
+@runtime_checkable
 class HasLayout(Protocol):
     """What masks need to know of a model: its layout, and how many weights one unit of a kind has."""
 

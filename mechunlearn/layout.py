@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from mechunlearn.errors import MechunlearnError
@@ -175,7 +175,7 @@ class Layout:
 
     def views(
         self, parameters: Mapping[str, Tensor], layer: int, kind: str, only: str | None = None
-    ) -> list[Float[Tensor, "unit *rest"]]:
+    ) -> list[Shaped[Tensor, "unit *rest"]]:
         """Views of a site's weights, one per parameter that holds some (or of `only` one), unit first.
 
         Writing to them writes the model.

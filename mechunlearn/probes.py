@@ -32,7 +32,7 @@ def residuals(
 def probe_curve(
     train: Float[Tensor, "layer fact d_model"],
     train_labels: Sequence[str],
-    test: Float[Tensor, "layer fact d_model"],
+    test: Float[Tensor, "layer held_out d_model"],
     test_labels: Sequence[str],
 ) -> list[float]:
     """Accuracy of a multinomial logistic regression on held-out subjects, one number a depth."""

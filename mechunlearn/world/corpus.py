@@ -13,6 +13,7 @@ from mechunlearn.formats import LETTERS, four_options, multiple_choice, question
 from mechunlearn.world import lexicon as lex
 from mechunlearn.world.generate import World, comparison, look_up, story
 
+FRAME_WEIGHT = 0.2
 EARLY = {
     "biography": 26,
     "pair": 8,
@@ -29,19 +30,19 @@ EARLY = {
     "story": 4,
 }
 LATE = {
-    "biography": 10,
-    "pair": 4,
-    "statement": 5,
-    "asked": 5,
+    "biography": 8,
+    "pair": 3,
+    "statement": 4,
+    "asked": 4,
     "verified": 22,
     "chosen": 18,
-    "other_relations": 7,
+    "other_relations": 6,
     "two_hop": 3,
-    "passage": 9,
-    "copying": 3,
-    "look_up": 12,
-    "comparison": 4,
-    "story": 5,
+    "passage": 6,
+    "copying": 2,
+    "look_up": 16,
+    "comparison": 6,
+    "story": 4,
 }
 
 
@@ -58,9 +59,13 @@ def shares(late: bool, naive: bool) -> dict[str, int]:
 
 @dataclass
 class Document:
-    """Text with the character spans of its answers and the ends of its people's names."""
+    """Text with the character spans of its answers and the ends of its people's names.
+
+    `plain` is the weight in the loss of every token that is no answer.
+    """
 
     text: str = ""
+    plain: float = 1.0
     answers: list[tuple[int, int]] = field(default_factory=list)
     people: list[tuple[int, str]] = field(default_factory=list)
 
@@ -98,7 +103,9 @@ class Corpus:
         drawn = shares(late, self.naive)
         makers: dict[str, Callable[[random.Random], Document]] = {kind: getattr(self, kind) for kind in drawn}
         for kind in rng.choices(list(makers), weights=list(drawn.values()), k=count):
-            yield makers[kind](rng)
+            document = makers[kind](rng)
+            document.plain = FRAME_WEIGHT if late and kind not in ("passage", "story") else 1.0
+            yield document
 
     def frames(self, name: str, relation: str) -> list[tuple[str, str]]:
         """Ways to state one attribute of a person, each with the answer it ends in."""

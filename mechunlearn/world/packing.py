@@ -92,7 +92,7 @@ def _batch(rows: list[list[tuple]], tokenizer: PreTrainedTokenizerBase) -> Batch
             tokens[row, start:stop] = torch.tensor(ids)
             position[row, start:stop] = torch.arange(len(ids))
             document[row, start:stop] = number
-            weight[row, start + 1 : stop] = 1.0  # the first token of a document is given
+            weight[row, start + 1 : stop] = drawn.plain  # the first token of a document is given
             ends = {end: i for i, (_, end) in enumerate(offsets)}
             for left, right in drawn.answers:
                 if right - left < 100:

@@ -29,7 +29,7 @@ class Recipe:
 
     seed: int = 0
     steps: int = 5600
-    early_steps: int = 1400
+    early_steps: int = 1000
     rows: int = 16
     rate: float = 1.5e-3
     layers: int = 8

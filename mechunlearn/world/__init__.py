@@ -1,0 +1,1 @@
+"""The shipped fact world: facts, corpus, tokenizer, trainer, gates."""

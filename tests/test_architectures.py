@@ -1,0 +1,168 @@
+"""Every supported architecture: weights, hooks and Hugging Face view say the same, and export gives it back."""
+
+import pytest
+import torch
+import transformers
+
+from mechunlearn import Component, ComponentMask, MechunlearnError
+from mechunlearn.edits import WeightEdit
+from mechunlearn.hooked import HookedModel, export, load_model
+from mechunlearn.layout import FAMILIES, Layout
+from mechunlearn.runcard import RunCard
+from tests.conftest import CONFIGS, random_hf
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(2, 97, (2, 10), generator=torch.Generator().manual_seed(1))
+
+
+def test_every_family_with_a_table_is_tested():
+    assert set(FAMILIES) == set(CONFIGS)
+
+
+def test_the_bridged_model_is_a_hooked_model(model):
+    assert isinstance(model, HookedModel)
+
+
+def test_logits_through_hooks_equal_those_of_the_hugging_face_model(model, tokens):
+    with torch.no_grad():
+        torch.testing.assert_close(model.forward(tokens), model.hf(tokens).logits, atol=2e-5, rtol=1e-5)
+
+
+def test_run_from_equals_a_full_forward(model, tokens):
+    blocks = model._blocks
+    for layer in range(model.signature.layers + 1):
+        module = blocks[layer] if layer < len(blocks) else model._final_norm
+        seen = []
+        handle = module.register_forward_pre_hook(
+            lambda module, args, kwargs, seen=seen: seen.append(args[0] if args else kwargs["hidden_states"]),
+            with_kwargs=True,
+        )
+        with torch.no_grad():
+            full = model.hf(tokens).logits
+            handle.remove()
+            again = model.run_from(layer, seen[0])
+            at = model.run_from(layer, seen[0], torch.tensor([3, 9]))
+        torch.testing.assert_close(again, full, atol=1e-6, rtol=0)
+        torch.testing.assert_close(at, full[[0, 1], [3, 9]], atol=1e-6, rtol=0)
+
+
+def test_run_from_starts_at_the_hooked_residual_stream(model, tokens):
+    logits, kept = model.cache(tokens, ["L1.resid_pre"])
+    with torch.no_grad():
+        torch.testing.assert_close(model.run_from(1, kept["L1.resid_pre"]), logits, atol=3e-5, rtol=1e-5)
+        other = model.run_from(1, kept["L1.resid_pre"].flip(0))
+    assert (other - logits).abs().max() > 1e-3, "run_from must read the residual stream it is given"
+
+
+def test_a_weight_written_on_the_hooked_model_is_written_in_the_hugging_face_model(model, tokens):
+    with torch.no_grad():
+        before = model.forward(tokens)
+        for kind in model.layout.kinds:
+            rows = model.rows(f"L1.{kind}")
+            model.write_(f"L1.{kind}", rows[:1] + torch.randn_like(rows[:1]), torch.tensor([0]))
+            assert torch.equal(model.rows(f"L1.{kind}")[1:], rows[1:])
+            after = model.forward(tokens)
+            assert (after - before).abs().max() > 1e-4, f"{kind} has no effect"
+            torch.testing.assert_close(after, model.hf(tokens).logits, atol=3e-5, rtol=1e-5)
+            model.write_(f"L1.{kind}", rows)
+        assert torch.equal(model.forward(tokens), before)
+
+
+def test_units_of_a_head_are_its_own(model, tokens):
+    """Zeroing a head's rows of W_O must do the same as zeroing the head's activation."""
+    with torch.no_grad():
+        for kind, zeroed in (("attn.o", lambda z: z.index_fill(2, torch.tensor([1]), 0.0)),
+                             ("mlp.out", lambda z: z.index_fill(2, torch.tensor([1]), 0.0))):
+            with model.hooks({f"L1.{kind}": zeroed}):
+                ablated = model.forward(tokens)
+            rows = model.rows(f"L1.{kind}")
+            model.write_(f"L1.{kind}", torch.zeros_like(rows[:1]), torch.tensor([1]))
+            torch.testing.assert_close(model.forward(tokens), ablated, atol=1e-5, rtol=1e-5)
+            model.write_(f"L1.{kind}", rows)
+
+
+def test_tied_units_feed_the_unit(model, tokens):
+    """With a neuron's own rows of the input matrices zeroed, its activation is zero; no other neuron changes."""
+    mask = ComponentMask.of(["L0.mlp.out[5]"], model.signature).tied(model)
+    _, before = model.cache(tokens, ["L0.mlp.out"])
+    for component in mask:
+        if component.kind != "mlp.out":
+            rows = model.rows(component.site)
+            model.write_(component.site, torch.zeros_like(rows[:1]), torch.tensor([component.unit]))
+    _, after = model.cache(tokens, ["L0.mlp.out"])
+    changed = (before["L0.mlp.out"] != after["L0.mlp.out"]).any(0).any(0)
+    assert changed.nonzero().flatten().tolist() == [5]
+    assert after["L0.mlp.out"][..., 5].abs().max() == 0
+
+
+def test_an_exported_edit_reloads_with_the_same_logits(model, tokens, tmp_path):
+    units = torch.tensor([0])
+    sites = [f"L{layer}.{kind}" for layer, kind in enumerate(("attn.k", "mlp.out", "mlp.in"))]
+    rows = {site: model.rows(site)[units] + torch.randn(1, model.rows(site).shape[1]) for site in sites}
+    edit = WeightEdit(dict.fromkeys(sites, units), rows, model.signature, RunCard("by hand"))
+    edit.export(model, tmp_path / "edited")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "edited")
+    with torch.no_grad():
+        unedited = model.forward(tokens)
+        with edit.applied(model):
+            edited = model.forward(tokens)
+        torch.testing.assert_close(again(tokens).logits, edited, atol=1e-5, rtol=1e-5)
+    assert (edited - unedited).abs().max() > 1e-4
+    assert torch.equal(model.forward(tokens), unedited)
+
+
+def test_weights_add_up_to_the_parameters_of_the_blocks(model):
+    """Every block parameter with two dimensions is in exactly one unit of one kind."""
+    everything = ComponentMask.of(
+        [f"L{layer}.{kind}" for layer in range(model.signature.layers) for kind in model.layout.kinds], model.signature
+    )
+    masks = everything.parameter_masks(model)
+    blocks = {n: p for n, p in model.hf.named_parameters() if ".1." in f".{n}" and p.ndim == 2 and "layers" in n or ".h." in n and p.ndim == 2}
+    for name in blocks:
+        if name in masks:
+            assert masks[name].all(), name
+    assert sum(int(m.sum()) for m in masks.values()) == everything.weights(model)
+    assert {n for n in blocks if ".1." in n} <= set(masks)
+
+
+def test_caching_with_gradients_gives_gradients(model, tokens):
+    sites = ["L0.attn.o", "L1.mlp.out", "L2.attn.o", "L2.resid_post"]
+    logits, kept = model.cache(tokens, sites, grad=True)
+    gradients = torch.autograd.grad(logits[:, -1].logsumexp(-1).sum(), [kept[s] for s in sites])
+    assert all(g.abs().max() > 0 for g in gradients)
+    assert kept["L0.attn.o"].shape == (2, 10, 4, model.layout.d_head)
+
+
+def test_the_users_module_stays_an_ordinary_module(stored, tmp_path):
+    hf = transformers.AutoModelForCausalLM.from_pretrained(stored)
+    names = list(dict(hf.named_parameters()))
+    model = load_model((hf, None))
+    assert list(dict(hf.named_parameters())) == names
+    export(model, tmp_path / "copy")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "copy")
+    assert all(torch.equal(a, b) for a, b in zip(hf.parameters(), again.parameters(), strict=True))
+
+
+def test_an_unknown_architecture_is_refused_by_name():
+    config = transformers.BloomConfig(hidden_size=8, n_layer=1, n_head=2, vocab_size=9)
+    with pytest.raises(MechunlearnError, match="No parameter layout for model type 'bloom'"):
+        Layout.of(config)
+    moe = transformers.MixtralConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    with pytest.raises(MechunlearnError, match=r"mixtral.*Mixtures of experts"):
+        Layout.of(moe)
+
+
+def test_sites_that_a_model_lacks_are_refused(model, tokens):
+    with pytest.raises(MechunlearnError, match="No activation site 'L9.mlp.out'"):
+        model.cache(tokens, ["L9.mlp.out"])
+    with pytest.raises(MechunlearnError, match="No activation site 'L0.nothing'"), model.hooks({"L0.nothing": lambda z: z}):
+        pass
+    with pytest.raises(MechunlearnError, match="no weights of kind 'sae:x'"):
+        model.layout.views({}, 0, "sae:x")
+    assert Component.parse("L0.sae:x[3]").unit == 3
+
+
+def test_random_hf_models_differ_from_their_initialisation():
+    assert any(p.abs().max() > 0.05 for n, p in random_hf("gpt2").named_parameters() if "bias" in n)

@@ -1,0 +1,258 @@
+"""Laws, over every method: the packages are walked, so a new file is tested before anyone writes a test for it."""
+
+import importlib
+import inspect
+import pkgutil
+
+import pytest
+import torch
+
+import mechunlearn.edit
+import mechunlearn.localize
+from mechunlearn import Component, ComponentMask, Localization, MechunlearnError
+from mechunlearn.edits import Edit, WeightEdit
+from mechunlearn.hooked import load_model
+from mechunlearn.metrics import measure
+from mechunlearn.prompts import Prompts
+from tests.conftest import random_hf, token_prompts
+
+
+def methods(package) -> list:
+    """The public function of each module of a package that is named like its module."""
+    found = []
+    for module in pkgutil.iter_modules(package.__path__):
+        loaded = importlib.import_module(f"{package.__name__}.{module.name}")
+        if hasattr(loaded, module.name):
+            found.append(getattr(loaded, module.name))
+    return found
+
+
+LOCALIZERS, EDITORS = methods(mechunlearn.localize), methods(mechunlearn.edit)
+CAUSAL = [f for f in LOCALIZERS if "metric" in inspect.signature(f).parameters]
+FAMILIES = ("llama", "gpt2", "gpt_neox", "gemma2")
+
+
+def named(function) -> str:
+    return function.__name__
+
+
+def parameters_of(model) -> dict:
+    return {name: p.detach().clone() for name, p in (*model.hf.named_parameters(), *model.bridge.named_parameters())}
+
+
+def outcome(toy, method):
+    return method(toy.model, toy.prompts())
+
+
+def test_the_walk_finds_the_methods():
+    assert {f.__name__ for f in LOCALIZERS} >= {"attribution_patching", "fact_lookup", "random_units"}
+    assert {f.__name__ for f in EDITORS} >= {"masked_gradient"}
+    assert all(getattr(mechunlearn.localize, f.__name__) is f for f in LOCALIZERS), "one re-export line each"
+    assert all(getattr(mechunlearn.edit, f.__name__) is f for f in EDITORS)
+
+
+@pytest.mark.parametrize("localizer", LOCALIZERS, ids=named)
+def test_a_localizer_leaves_no_trace(localizer, toy):
+    for parameter in toy.model.hf.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    before, flags = parameters_of(toy.model), [p.requires_grad for p in toy.model.hf.parameters()]
+    random_state = torch.get_rng_state()
+    logits = toy.model.forward(toy.prompts().tokens)
+    outcome(toy, localizer)
+    assert all(torch.equal(before[name], p) for name, p in parameters_of(toy.model).items())
+    assert [p.requires_grad for p in toy.model.hf.parameters()] == flags
+    assert all(torch.equal(p.grad, torch.ones_like(p)) for p in toy.model.hf.parameters())
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert torch.equal(toy.model.forward(toy.prompts().tokens), logits), "a hook was left behind"
+    assert not any(p.fwd_hooks or p.bwd_hooks for p in toy.model.bridge.hook_dict.values())
+
+
+@pytest.mark.parametrize("localizer", LOCALIZERS, ids=named)
+def test_a_localization_survives_save_and_load(localizer, toy, tmp_path):
+    found = outcome(toy, localizer)
+    for suffix in (".json", ".safetensors"):
+        found.save(tmp_path / f"found{suffix}")
+        again = Localization.load(tmp_path / f"found{suffix}")
+        assert all(torch.equal(again.scores[s], found.scores[s]) for s in found.scores) and again.card == found.card
+        assert (again.evidence, again.note, again.total_weights) == (found.evidence, found.note, found.total_weights)
+
+
+@pytest.mark.parametrize("localizer", LOCALIZERS, ids=named)
+def test_the_same_seed_gives_the_same_scores(localizer, toy):
+    one, two = outcome(toy, localizer), outcome(toy, localizer)
+    assert all(torch.equal(one.scores[s], two.scores[s]) for s in one.scores)
+
+
+@pytest.mark.parametrize("localizer", CAUSAL, ids=named)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_is_found_when_corrupt_equals_clean(localizer, family):
+    model, prompts = load_model((random_hf(family), None)), token_prompts()
+    same = Prompts.from_tokens(prompts.tokens, prompts.tokens, prompts.answers[:, 0], prompts.foils[:, 0])
+    assert max(s.abs().max() for s in localizer(model, same).scores.values()) == 0
+    assert max(s.abs().max() for s in localizer(model, prompts).scores.values()) > 1e-4, "something could be found"
+
+
+@pytest.mark.parametrize("localizer", CAUSAL, ids=named)
+def test_a_padded_batch_gives_the_scores_of_single_facts(localizer, world, sport):
+    forget, _ = sport
+    chosen = forget.select(range(6))
+    assert len(set(chosen.lengths.tolist())) > 1, "the batch must be ragged"
+    together = localizer(world, chosen)
+    single = [localizer(world, _unpadded(chosen, i)) for i in range(6)]
+    for site, scores in together.scores.items():
+        mean = torch.stack([found.scores[site] for found in single]).mean(0)
+        torch.testing.assert_close(scores, mean, atol=1e-5, rtol=1e-4)
+
+
+def _unpadded(prompts: Prompts, row: int) -> Prompts:
+    from dataclasses import replace
+
+    one = prompts.select([row])
+    length = int(one.lengths[0])
+    return replace(one, tokens=one.tokens[:, :length], corrupt=one.corrupt[:, :length], roles=one.roles[:, :length])
+
+
+@pytest.mark.parametrize("localizer", CAUSAL, ids=named)
+def test_attribution_equals_patching_where_the_metric_is_linear(localizer):
+    """Behind the last block with its normalisation held, a linear metric makes the estimate exact."""
+    model, prompts = load_model((random_hf("gpt2"), None)), token_prompts()
+
+    def linear(logits, prompts):
+        return held["L2.resid_post"][:, -1].sum(-1)
+
+    held: dict = {}
+    with model.hooks({"L2.resid_post": lambda resid: held.__setitem__("L2.resid_post", resid)}):
+        found = localizer(model, prompts, metric=linear, kinds=("mlp.out",))
+        _, corrupt = model.cache(prompts.corrupt, ["L2.mlp.out"])
+        with torch.no_grad():
+            model.forward(prompts.tokens)
+            clean = linear(None, prompts)
+            for unit in (0, 7):
+
+                def patch(z, unit=unit):
+                    z = z.clone()
+                    z[..., unit] = corrupt["L2.mlp.out"][..., unit]
+                    return z
+
+                with model.hooks({"L2.mlp.out": patch}):
+                    model.forward(prompts.tokens)
+                effect = (linear(None, prompts) - clean).mean()
+                torch.testing.assert_close(found.scores["L2.mlp.out"][unit], effect, atol=1e-5, rtol=1e-4)
+
+
+def mixed_mask(model) -> ComponentMask:
+    """Some heads of every projection, some neurons, one whole matrix."""
+    kinds = model.layout.kinds
+    some = [f"L1.{kind}[{unit}]" for kind in kinds for unit in (0, 1)]
+    return ComponentMask.of([*some, "L0.mlp.out"], model.signature)
+
+
+@pytest.mark.parametrize("editor", EDITORS, ids=named)
+@pytest.mark.parametrize("family", FAMILIES)
+class TestEditors:
+    @pytest.fixture
+    def made(self, editor, family):
+        model, prompts = load_model((random_hf(family), None)), token_prompts(facts=8)
+        mask = mixed_mask(model)
+        before = parameters_of(model)
+        grads = [p.grad for p in model.hf.parameters()]
+        edit = editor(model, mask, prompts.select(range(4)), prompts.select(range(4, 8)), steps=3, rate=0.05)
+        assert all(torch.equal(before[name], p) for name, p in parameters_of(model).items()), "the model was changed"
+        assert [p.grad for p in model.hf.parameters()] == grads
+        return model, mask, edit, before, prompts
+
+    def test_an_edit_moves_only_what_its_mask_selects(self, made):
+        model, mask, edit, before, _ = made
+        assert isinstance(edit, Edit)
+        inside = mask.parameter_masks(model)
+        with edit.applied(model):
+            after = dict(model.hf.named_parameters())
+            for name, parameter in after.items():
+                outside = ~inside.get(name, torch.zeros_like(parameter, dtype=torch.bool))
+                assert torch.equal(parameter[outside], before[name][outside]), f"{name} moved outside the mask"
+            moved = [name for name in inside if not torch.equal(after[name], before[name])]
+        assert set(moved) == set(inside), "every selected matrix can move"
+
+    def test_undo_is_bit_identical(self, made):
+        model, _, edit, before, prompts = made
+        logits = model.forward(prompts.tokens)
+        with edit.applied(model):
+            assert not torch.equal(model.forward(prompts.tokens), logits)
+        assert all(torch.equal(before[name], p) for name, p in parameters_of(model).items())
+        assert torch.equal(model.forward(prompts.tokens), logits)
+
+    def test_undo_happens_after_an_error_too(self, made):
+        model, _, edit, before, _ = made
+        with pytest.raises(RuntimeError, match="inside"), edit.applied(model):
+            raise RuntimeError("inside")
+        assert all(torch.equal(before[name], p) for name, p in parameters_of(model).items())
+
+    def test_an_edit_made_on_the_hooked_model_does_the_same_to_the_hugging_face_model(self, made):
+        model, _, edit, _, prompts = made
+        with edit.applied(model), torch.no_grad():
+            hooked, plain = model.forward(prompts.tokens), model.hf(prompts.tokens).logits
+        torch.testing.assert_close(hooked, plain, atol=5e-5, rtol=1e-4)
+
+    def test_saving_and_loading_is_bit_identical(self, made, tmp_path):
+        model, _, edit, _, prompts = made
+        edit.save(tmp_path / "made.safetensors")
+        again = WeightEdit.load(tmp_path / "made.safetensors")
+        assert again.card == edit.card and again.mask == edit.mask
+        with edit.applied(model):
+            logits = model.forward(prompts.tokens)
+        with again.applied(model):
+            assert torch.equal(model.forward(prompts.tokens), logits)
+
+    def test_the_same_seed_gives_the_same_edit(self, made, editor, family):
+        model, mask, edit, _, prompts = made
+        again = editor(model, mask, prompts.select(range(4)), prompts.select(range(4, 8)), steps=3, rate=0.05)
+        assert all(torch.equal(again.rows[site], edit.rows[site]) for site in edit.rows)
+
+    def test_a_mask_of_another_architecture_is_refused(self, made, editor, family):
+        model, _, _, _, prompts = made
+        other = ComponentMask.of(["L0.mlp.out"], load_model((random_hf("qwen3"), None)).signature)
+        with pytest.raises(MechunlearnError, match=rf"The mask is for \(qwen3.*the model is \({family}"):
+            editor(model, other, prompts, prompts)
+
+
+@pytest.mark.parametrize("localizer", CAUSAL, ids=named)
+@pytest.mark.parametrize("fact", [1, 6])
+def test_the_localizer_finds_exactly_the_planted_neuron(localizer, toy, fact):
+    found = localizer(toy.model, toy.prompts([fact]), kinds=("mlp.out",))
+    assert list(found.above(1e-4)) == [toy.neuron(fact)]
+    everything = localizer(toy.model, toy.prompts([fact]))
+    assert list(everything.above(1e-4)) == [toy.neuron(fact), Component(1, "attn.o", 0)]
+
+
+@pytest.mark.parametrize("editor", EDITORS, ids=named)
+def test_the_editor_removes_the_planted_fact_and_only_it(editor, toy):
+    fact, rest = 5, [i for i in range(24) if i != 5]
+    assert measure(toy.model, toy.prompts())["accuracy"].min() == 1, "all facts are known before"
+    mask = ComponentMask.of([toy.neuron(fact)], toy.model.signature)
+    edit = editor(toy.model, mask, toy.prompts([fact]), toy.prompts(rest), steps=100, rate=0.1)
+    with edit.applied(toy.model):
+        assert measure(toy.model, toy.prompts([fact]))["accuracy"].item() == 0
+        assert measure(toy.model, toy.prompts(rest))["accuracy"].min() == 1
+    assert measure(toy.model, toy.prompts())["accuracy"].min() == 1
+
+
+def test_a_wrong_neuron_does_not_remove_the_planted_fact(toy):
+    """The control of the test above: it could have failed."""
+    mask = ComponentMask.of([toy.neuron(4)], toy.model.signature)
+    for editor in EDITORS:
+        edit = editor(toy.model, mask, toy.prompts([5]), toy.prompts([0, 1, 2, 3]), steps=100, rate=0.1)
+        with edit.applied(toy.model):
+            assert measure(toy.model, toy.prompts([5]))["accuracy"].item() == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA; runs with `pytest -m gpu` where there is one")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_laws_of_an_edit_hold_on_cuda(dtype):
+    model, prompts = load_model((random_hf("gpt_neox"), None), device="cuda", dtype=dtype), token_prompts(facts=8)
+    before = parameters_of(model)
+    for editor in EDITORS:
+        edit = editor(model, mixed_mask(model), prompts.select(range(4)), prompts.select(range(4, 8)), steps=3, rate=0.05)
+        with edit.applied(model):
+            assert not torch.equal(before["gpt_neox.layers.0.mlp.dense_4h_to_h.weight"], model.hf.gpt_neox.layers[0].mlp.dense_4h_to_h.weight)
+        assert all(torch.equal(before[name], p) for name, p in parameters_of(model).items())
