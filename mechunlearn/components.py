@@ -152,7 +152,8 @@ class ComponentMask:
         return hash(self.fingerprint)
 
     def _combine(self, other: "ComponentMask", how: Callable[[Tensor, Tensor], Tensor]) -> "ComponentMask":
-        other.check(self.signature)
+        if self.signature != other.signature:
+            raise MechunlearnError(f"Masks of different architectures: ({self.signature}) and ({other.signature}).")
         none = {s: torch.zeros_like(m) for s, m in {**self.sites, **other.sites}.items()}
         mine, theirs = {**none, **self.sites}, {**none, **other.sites}
         return ComponentMask({site: how(mine[site], theirs[site]) for site in none}, self.signature)

@@ -53,8 +53,8 @@ class Prompts:
     start: Int[Tensor, " fact"]
     read: Int[Tensor, " fact"]
     answers: Int[Tensor, "fact answer"]
-    foils: Int[Tensor, "fact answer"]
-    targets: Int[Tensor, "fact answer"]
+    foils: Int[Tensor, "fact foil"]
+    targets: Int[Tensor, "fact target"]
     spans: Int[Tensor, "fact 2"]
     roles: Int[Tensor, "fact pos"]
     asked: tuple[Asked, ...] = ()
