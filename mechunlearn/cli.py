@@ -90,10 +90,14 @@ def localize(
     dtype: Dtype = None,
 ) -> None:
     """Find the components of some facts and write their mask: every unit above zero, or a share of the weights."""
+    _suffix(output, ".json", ".safetensors")
+    if scores is not None:
+        _suffix(scores, ".json", ".safetensors")
+    if weights is not None and not 0 <= weights <= 1:
+        raise MechunlearnError(f"A budget of {weights} is out of range: a share of the weights lies in [0, 1].")
     hooked, forgotten, _ = _load(model, facts, forget, seed, device, dtype)
     import mechunlearn.localize as localizers
 
-    _suffix(output, ".json", ".safetensors")
     with console.status(f"{method.value} on {len(forgotten)} facts"):
         found = getattr(localizers, method.value)(hooked, forgotten)
     mask = found.above(0) if weights is None else found.top(weights=weights)
@@ -202,12 +206,16 @@ def _run(
 
 def _load(model: str, facts: str, forget: int, seed: int, device: str, dtype: str | None):
     import torch
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     from mechunlearn.facts import load_facts
     from mechunlearn.hooked import load_model
 
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise MechunlearnError(f"Device '{device}' is not available on this machine. Use --device cpu.")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise MechunlearnError(f"Device '{device}' is not available on this machine. Use --device cpu.") from None
     with console.status(f"loading {model}"):
         data = load_facts(facts, seed=0)
         hooked = load_model(model, device=device, dtype=dtype)

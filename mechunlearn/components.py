@@ -308,7 +308,7 @@ class Localization:
         ordered = sorted(self.scores, key=Component.parse)
         object.__setattr__(self, "scores", {site: self.scores[site].detach().float().cpu() for site in ordered})
 
-    def above(self, threshold: float) -> ComponentMask:
+    def above(self, threshold: float | int) -> ComponentMask:
         """The units whose |score| is larger than the threshold."""
         return ComponentMask({site: s.abs() > threshold for site, s in self.scores.items()}, self.signature)
 
@@ -323,7 +323,7 @@ class Localization:
         order = torch.argsort(torch.cat([s.abs() for s in self.scores.values()]), descending=True, stable=True)
         return [units[i] for i in order.tolist()]
 
-    def top(self, units: int | None = None, weights: float | None = None, tied: bool = False) -> ComponentMask:
+    def top(self, units: int | None = None, weights: float | int | None = None, tied: bool = False) -> ComponentMask:
         """The units with the largest |score| within a budget: a number of units, or a share of all editable weights.
 
         Taken in order and stopped before the first that would exceed the budget, so that masks of growing budgets

@@ -22,7 +22,7 @@ class SelectedRows:
     what is not selected cannot move, whatever the optimiser does. The model is trained through its plain module.
     """
 
-    def __init__(self, model: HookedModel, mask: ComponentMask, rate: float, weight_decay: float = 0.0) -> None:
+    def __init__(self, model: HookedModel, mask: ComponentMask, rate: float | int, weight_decay: float | int = 0.0) -> None:
         mask.check(model.signature)
         self.model = model
         self.parameters = dict(model.hf.named_parameters())
@@ -49,7 +49,7 @@ class SelectedRows:
             view = self.model.layout.views(by_name, address.layer, address.kind, only=name)[0]
             leaf.grad = view[units].float()
 
-    def step(self, rate: float, clip: float) -> None:
+    def step(self, rate: float | int, clip: float | int) -> None:
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         nn.utils.clip_grad_norm_(self.leaves, clip)

@@ -14,7 +14,6 @@ from mechunlearn.hooked import BridgedModel, load_model
 from mechunlearn.prompts import Prompts
 from mechunlearn.toy import planted_facts
 
-torch.set_num_threads(2)
 
 SIZES = {
     "vocab_size": 97,

@@ -20,7 +20,7 @@ def fact_lookup(model: HookedModel, prompts: Prompts, *, seed: int = 0) -> Local
     """Find the MLPs that look the fact up, by how well the answer can be read at the subject's last token.
 
     A linear probe for the answer is trained at every depth on other subjects of the same data set and tested on these
-    (without a larger data set: 80 / 20 of these). The window is the smallest run of MLP layers that covers the rise of
+    and a fifth of the others (without a larger data set: 80 / 20 of these). The window is the smallest run of MLP layers that covers the rise of
     its accuracy from 10 % to 90 %; every neuron in it scores its layer's share of the rise, all others zero, so
     `found.above(0)` is the mask (the probe rule of Mechanistic Unlearning, arXiv 2410.12949, chosen by eye there).
 
@@ -93,11 +93,18 @@ def lookup_window(curve: list[float], majority: float) -> tuple[int, int] | None
 
 
 def _train_and_test(model: HookedModel, prompts: Prompts, seed: int) -> tuple[Prompts, Prompts]:
+    """Train on 80 % of the data set's other subjects, test on the rest of them and on these facts."""
     source = prompts.facts.source if prompts.facts is not None else None
     if prompts.facts is not None and source is not None:
-        others = source.about(source.subjects - prompts.facts.subjects)
-        if len(others) >= 4 * len({fact.answer for fact in others}):
-            return others.prompts(model, prompts.format), prompts
+        everyone = source.prompts(model, prompts.format)
+        assert everyone.facts is not None
+        asked = [fact.subject in prompts.facts.subjects for fact in everyone.facts]
+        others = [i for i, mine in enumerate(asked) if not mine]
+        if len(others) >= 4 * len({fact.answer for fact in everyone.facts}):
+            order = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed)).tolist()
+            cut = len(others) // 5
+            test = [i for i, mine in enumerate(asked) if mine] + [others[i] for i in order[:cut]]
+            return everyone.select([others[i] for i in order[cut:]]), everyone.select(test)
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed))
     cut = max(1, len(prompts) // 5)
     return prompts.select(order[cut:]), prompts.select(order[:cut])

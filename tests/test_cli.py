@@ -1,0 +1,178 @@
+"""The command line as a user meets it: results, help, and one clear line for every mistake."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from mechunlearn import ComponentMask
+from mechunlearn.cli import app, main
+from mechunlearn.edits import WeightEdit
+from mechunlearn.facts import load_facts
+from mechunlearn.files import whole_file, whole_folder
+from mechunlearn.hooked import load_model
+from tests.conftest import random_hf
+
+EVALUATE = ["evaluate", "factworld", "factworld/sport"]
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path):
+    """Run the command line in this process; gives exit code, what it printed, and what it complained of."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mechunlearn", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out = capsys.readouterr()
+        return code, out.out, out.err
+
+    return run
+
+
+def test_every_command_has_help_with_an_example(call):
+    for command in ([], ["run"], ["demo"], ["localize"], ["edit"], ["evaluate"], ["world", "build"]):
+        code, out, _ = call(*command, "--help")
+        assert code == 0 and "Usage" in out
+        assert not command or "Example" in out, command
+
+
+def test_help_does_not_wait_for_torch():
+    script = "import sys; sys.argv = ['mechunlearn', '--help']\nimport mechunlearn.cli as c\ntry: c.main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+
+
+def test_localize_edit_and_evaluate_in_turn(call, tmp_path):
+    """The steps of the whole job by hand, on few facts and few steps."""
+    few = ["--forget", 16, "--seed", 2]
+    code, out, err = call("localize", "factworld", "factworld/sport", "-o", "sport.mask.json", "--scores", "scores.json", *few)
+    assert code == 0, err
+    assert "look-up window" in out and ComponentMask.load("sport.mask.json")
+    code, out, err = call(
+        "edit", "factworld", "factworld/sport", "sport.mask.json", "-o", "e.safetensors", "--export", "edited", "--steps", 5, *few
+    )
+    assert code == 0, err
+    edit = WeightEdit.load("e.safetensors")
+    assert edit.mask == ComponentMask.load("sport.mask.json") and edit.card.settings["steps"] == 5
+    tokenizer = transformers.AutoTokenizer.from_pretrained("edited")
+    again = transformers.AutoModelForCausalLM.from_pretrained("edited")
+    model = load_model("factworld")
+    tokens = torch.tensor([tokenizer("The sport of")["input_ids"]])
+    with edit.applied(model), torch.no_grad():
+        torch.testing.assert_close(again(tokens).logits, model.forward(tokens), atol=1e-5, rtol=1e-5)
+    assert json.loads(Path("edited/mechunlearn.json").read_text())["method"] == "masked_gradient"
+    code, out, err = call(*EVALUATE, "e.safetensors", "-o", "report.html", *few)
+    assert code == 0, err
+    page = Path("report.html").read_text()
+    assert "Is the knowledge gone?" in page and "http" not in page.replace("http://www.w3.org", "").split("plotly", 1)[0]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["e.safetensors", "edited", "report.html", "scores.json", "sport.mask.json"]
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Things a user might give by mistake."""
+    model = load_model((random_hf("gpt2"), None))
+    ComponentMask.of(["L0.mlp.out"], model.signature).save(tmp_path / "other.mask.json")
+    (tmp_path / "broken.json").write_text('{"kind": "ma')
+    (tmp_path / "noweights").mkdir()
+    (tmp_path / "noweights/config.json").write_text("{}")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").write_text("x")
+    (tmp_path / "empty.csv").write_text("")
+    (tmp_path / "columns.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "latin.csv").write_bytes("subject,prompt,answer\nJosé,José is,a\n".encode("latin-1"))
+    (tmp_path / "subject.csv").write_text("subject,prompt,answer\nAnna,Marco is,tall\nMarco,Marco is,short\n")
+    (tmp_path / "same.csv").write_text("subject,prompt,answer,target\nAnna,Anna is,tall,tall\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["localize", "nothing", "factworld/sport", "-o", "m.json"], "Could not load a model from 'nothing'"),
+        (["localize", "./nothing", "factworld/sport", "-o", "m.json"], "There is no folder './nothing'"),
+        (["localize", "noweights", "factworld/sport", "-o", "m.json"], "holds no weights"),
+        (["localize", "factworld", "factworld/colour", "-o", "m.json"], "no relation 'colour'"),
+        (["localize", "factworld", "nothing.csv", "-o", "m.json"], "There is no facts file"),
+        (["localize", "factworld", "nothing", "-o", "m.json"], "Could not load facts 'nothing'"),
+        (["localize", "factworld", "empty.csv", "-o", "m.json"], "holds no facts"),
+        (["localize", "factworld", "columns.csv", "-o", "m.json"], "has the columns a, b"),
+        (["localize", "factworld", "latin.csv", "-o", "m.json"], "not UTF-8"),
+        (["localize", "factworld", "subject.csv", "-o", "m.json"], "subject 'Anna' is not in its prompt"),
+        (["localize", "factworld", "same.csv", "-o", "m.json"], "truth and target are both 'tall'"),
+        (["localize", "factworld", "factworld/sport", "-o", "m.json", "--weights", "1.5"], "budget of 1.5 is out of range"),
+        (["localize", "factworld", "factworld/sport", "-o", "m.txt"], "not named *.json or *.safetensors"),
+        (["localize", "factworld", "factworld/sport", "-o", "m.json", "--forget", "900"], "Cannot forget 900 of 800"),
+        (["localize", "factworld", "factworld/sport", "-o", "m.json", "--device", "cuda"], "not available"),
+        (["localize", "factworld", "factworld/sport", "-o", "m.json", "--device", "toaster"], "toaster"),
+        (["localize", "factworld", "factworld/sport", "-o", "m.json", "--dtype", "float12"], "Unknown dtype 'float12'"),
+        (["localize", "factworld", "factworld/sport", "-o", "/proc/no/m.json"], "Could not write '/proc/no/m.json'"),
+        (["edit", "factworld", "factworld/sport", "other.mask.json", "-o", "e.safetensors"], "The mask is for (gpt2"),
+        (["edit", "factworld", "factworld/sport", "broken.json", "-o", "e.safetensors"], "not a whole mask file"),
+        (["edit", "factworld", "factworld/sport", "missing.json", "-o", "e.safetensors"], "Could not read the mask"),
+        (["edit", "factworld", "factworld/sport", "other.mask.json", "-o", "e.safetensors", "--export", "full"], "exists and is not an empty"),
+        (["evaluate", "factworld", "factworld/sport", "broken.json"], "not a whole .safetensors file"),
+        (["run", "factworld", "factworld/sport", "-o", "full"], "exists and is not an empty folder"),
+        (["demo", "-o", "full"], "exists and is not an empty folder"),
+        (["run", "factworld"], "Missing argument"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2_and_leaves_nothing(call, files, arguments, message):
+    if "--device" in arguments and torch.cuda.is_available():
+        pytest.skip("needs a machine without CUDA")
+    before = sorted(p.name for p in files.rglob("*"))
+    code, out, err = call(*arguments)
+    assert code == 2
+    assert message in err, err
+    assert "Traceback" not in err + out
+    assert message == "Missing argument" or err.count("\n") == 1
+    assert sorted(p.name for p in files.rglob("*")) == before
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
+    from mechunlearn import MechunlearnError
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    mask = ComponentMask.of(["L0.mlp.out"], load_model((random_hf("gpt2"), None)).signature)
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(MechunlearnError, match=r"Could not write '.*mask.json': No space left on device"):
+        mask.save(tmp_path / "mask.json")
+    monkeypatch.undo()
+    model = load_model("factworld")
+    monkeypatch.setattr(model.hf, "save_pretrained", full)
+    from mechunlearn.hooked import export
+
+    with pytest.raises(MechunlearnError, match="No space left on device"):
+        export(model, tmp_path / "edited")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_write_that_fails_keeps_the_old_file(tmp_path):
+    path = tmp_path / "kept.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), whole_file(path) as beside:
+        beside.write_text("half")
+        raise RuntimeError
+    with pytest.raises(RuntimeError), whole_folder(tmp_path / "folder") as beside:
+        (beside / "half").write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["kept.txt"]
+
+
+def test_the_app_lists_the_commands_of_the_readme():
+    assert {c.name or c.callback.__name__ for c in app.registered_commands} == {"run", "demo", "localize", "edit", "evaluate"}
+
+
+def test_facts_and_model_load_by_name():
+    assert len(load_facts("factworld/sport")) == 800

@@ -1,0 +1,104 @@
+"""The report says what was measured, and its control is a real one."""
+
+import pandas as pd
+import pytest
+
+from mechunlearn import ComponentMask, evaluate
+from mechunlearn.edit import losses, masked_gradient
+from mechunlearn.evaluation import random_mask
+from mechunlearn.localize import fact_lookup
+from mechunlearn.metrics import measure
+from mechunlearn.stats import bootstrap_interval
+
+
+@pytest.fixture(scope="module")
+def found(world, sport):
+    return fact_lookup(world, sport[0])
+
+
+@pytest.fixture(scope="module")
+def edit(world, sport, found):
+    return masked_gradient(world, found.above(0), *sport, steps=30)
+
+
+@pytest.fixture(scope="module")
+def report(world, sport, edit):
+    return evaluate(world, edit, forget=sport[0], retain=sport[1])
+
+
+def test_the_window_is_found_on_the_shipped_world(found, world):
+    first, last = found.evidence["window"]
+    assert 2 <= last - first + 1 <= 4 and last < world.signature.layers // 2 + 1
+    assert set(found.above(0)) == set(ComponentMask.of([f"L{n}.mlp.out" for n in range(first, last + 1)], world.signature))
+
+
+def test_the_report_covers_every_split_and_format(report, sport):
+    splits = set(report.frame.split)
+    assert {"forget", "retain", "neighbours", "same subject: city", "same subject: instrument", "skills", "text"} == splits
+    assert set(report.frame[report.frame.split == "forget"].format) == set(sport[0].facts.formats)
+    for name in ("before", "after", "control"):
+        assert (report.frame[f"{name} low"] <= report.frame[name] + 1e-9).all()
+        assert (report.frame[name] <= report.frame[f"{name} high"] + 1e-9).all()
+
+
+def test_before_is_the_unedited_model(report, world, sport):
+    expected = measure(world, sport[0])["accuracy"].mean().item()
+    assert report.value("forget", "statement", "accuracy", "before") == pytest.approx(expected)
+    assert report.value("forget", "statement", "target accuracy", "before") < 0.1
+
+
+def test_neighbours_share_a_name_and_were_never_seen(sport):
+    from mechunlearn.evaluation import _splits
+
+    forget, retain = sport
+    near = _splits(forget, retain)["neighbours"]
+    names = {word for s in forget.facts.subjects for word in s.split()}
+    assert not near.subjects & (forget.facts.subjects | retain.facts.subjects)
+    assert all(names & set(subject.split()) for subject in near.subjects)
+
+
+def test_the_control_has_the_weight_and_kinds_of_the_edit(world, edit):
+    control = random_mask(world, edit.mask, seed=4)
+    assert control.weights(world) == edit.mask.weights(world)
+    assert control.jaccard(edit.mask) < 0.6
+    tied = edit.mask.tied(world)
+    control = random_mask(world, tied, seed=4)
+    assert control.weights(world) == tied.weights(world)
+    outs = {(c.layer, c.unit) for c in control if c.kind == "mlp.out"}
+    assert outs == {(c.layer, c.unit) for c in control if c.kind == "mlp.gate"}
+
+
+def test_the_page_is_self_contained_and_readable(report, edit, found, tmp_path):
+    report.to_html(tmp_path / "report.html", found=found, edit=edit)
+    page = (tmp_path / "report.html").read_text()
+    for part in ("Is the knowledge gone?", report.verdict()[:60], "look-up window", "Run card", "95 % bootstrap"):
+        assert part in page
+    assert '<script src="http' not in page and '<link href="http' not in page
+
+
+def test_the_verdict_carries_the_figures(report):
+    edited = report.value("forget", "statement", "target accuracy")
+    assert f"{edited:.1%}" in report.verdict() and "same subjects' city" in report.verdict()
+
+
+@pytest.mark.parametrize("loss", [losses.log_one_minus_p, losses.gradient_ascent])
+def test_unlearning_losses_remove_the_truth_and_gradient_difference_keeps_the_rest(loss, world, sport, found):
+    forget, retain = sport
+    before = measure(world, forget)["probability"].mean()
+    made = masked_gradient(world, found.above(0), forget, retain, loss=loss, steps=30)
+    with made.applied(world):
+        assert measure(world, forget)["probability"].mean() < 0.5 * before
+        assert measure(world, retain)["accuracy"].mean() > 0.9
+
+
+def test_reports_show_as_tables(report):
+    assert isinstance(report.summary(), pd.DataFrame)
+    assert "<table" in report._repr_html_()
+
+
+def test_bootstrap_intervals_cover_at_about_their_rate():
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    covered = [low <= 0.3 <= high for low, high in (bootstrap_interval(rng.random(200) < 0.3, seed=i, resamples=500) for i in range(200))]
+    assert 0.9 <= np.mean(covered) <= 0.99
