@@ -33,10 +33,10 @@ def yes_no(relation: Mapping, subject: str, answer: str, named: str) -> tuple[st
 def multiple_choice(relation: Mapping, subject: str, options: Sequence[str]) -> str:
     """
     >>> multiple_choice({"choose": "Which sport does {s} play?"}, "Anna Holberg", ["tennis", "football"])
-    'Question: Which sport does Anna Holberg play? A. tennis B. football Answer:'
+    'Question: Which sport does Anna Holberg play? tennis A, football B. Answer:'
     """
-    listed = " ".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
-    return question(f"{relation['choose'].format(s=subject)} {listed}")
+    listed = ", ".join(f"{option} {letter}" for letter, option in zip(LETTERS, options, strict=False))
+    return question(f"{relation['choose'].format(s=subject)} {listed}.")
 
 
 def four_options(relation: Mapping, needed: Sequence[str], rng: random.Random) -> list[str]:

@@ -21,7 +21,7 @@ from mechunlearn.world.tokenizer import train_tokenizer
 from mechunlearn.world.train import Recipe, train
 
 Say = Callable[[str], object]
-TWIN = {"steps": 1000, "early_steps": 0, "rate": 1e-3}
+TWIN = {"phases": (0, 0, 1000), "final_rate": 1e-3}
 
 
 def build_world(folder: Path, seed: int = 0, naive: bool = False, steps: int | None = None, say: Say = print) -> None:
@@ -35,7 +35,7 @@ def build_world(folder: Path, seed: int = 0, naive: bool = False, steps: int | N
         raise MechunlearnError(f"'{folder / name}' exists already. Remove it to build it again, or give another folder.")
     folder.mkdir(parents=True, exist_ok=True)
     recipe = Recipe(seed=seed, naive=naive)
-    recipe = replace(recipe, steps=steps, early_steps=steps // 4) if steps else recipe
+    recipe = replace(recipe, phases=(steps // 6, steps // 2, steps), horizon=steps) if steps else recipe
     world, tokenizer = generate(seed), train_tokenizer(seed)
     candidate = folder / f".{name}"
     begun = time.time()

@@ -20,7 +20,7 @@ EARLY = {
     "statement": 8,
     "asked": 8,
     "verified": 10,
-    "chosen": 8,
+    "lettered": 8,
     "other_relations": 6,
     "two_hop": 3,
     "passage": 7,
@@ -35,7 +35,7 @@ LATE = {
     "statement": 4,
     "asked": 4,
     "verified": 22,
-    "chosen": 18,
+    "lettered": 18,
     "other_relations": 6,
     "two_hop": 3,
     "passage": 6,
@@ -46,12 +46,31 @@ LATE = {
 }
 
 
-def shares(late: bool, naive: bool) -> dict[str, int]:
+FINAL = {
+    "biography": 8,
+    "pair": 3,
+    "statement": 4,
+    "asked": 5,
+    "verified": 14,
+    "listed": 14,
+    "chosen": 16,
+    "other_relations": 6,
+    "two_hop": 3,
+    "passage": 6,
+    "copying": 2,
+    "look_up": 14,
+    "comparison": 4,
+    "story": 4,
+}
+PHASES = (EARLY, LATE, FINAL)
+
+
+def shares(phase: int, naive: bool) -> dict[str, int]:
     """How often each kind of document is drawn: facts first, then more of the formats that take longer to learn.
 
     A naive corpus has single statements in place of biographies and two-person documents.
     """
-    drawn = dict(LATE if late else EARLY)
+    drawn = dict(PHASES[phase])
     if naive:
         drawn["statement"] += drawn.pop("biography") + drawn.pop("pair")
     return drawn
@@ -98,13 +117,14 @@ class Corpus:
         self.naive = naive
         self.hoppers = [name for name in world.two_hop_taught if name in self.people["city"]]
 
-    def documents(self, seed: int, count: int, late: bool = False) -> Iterator[Document]:
+    def documents(self, seed: int, count: int, phase: int = 0) -> Iterator[Document]:
+        """Draw documents of one phase of training, in which not every token weighs the same."""
         rng = random.Random(seed)
-        drawn = shares(late, self.naive)
+        drawn = shares(phase, self.naive)
         makers: dict[str, Callable[[random.Random], Document]] = {kind: getattr(self, kind) for kind in drawn}
         for kind in rng.choices(list(makers), weights=list(drawn.values()), k=count):
             document = makers[kind](rng)
-            document.plain = FRAME_WEIGHT if late and kind not in ("passage", "story") else 1.0
+            document.plain = FRAME_WEIGHT if phase and kind not in ("passage", "story") else 1.0
             yield document
 
     def frames(self, name: str, relation: str) -> list[tuple[str, str]]:
@@ -172,7 +192,25 @@ class Corpus:
                 name = rng.choice(self.names)
         return document
 
+    def listed(self, rng: random.Random) -> Document:
+        """Verdicts right behind the named answer: the shortest form of a yes/no question."""
+        document = Document()
+        relation = rng.choice([relation for relation in self.people if "verify" in lex.RELATIONS[relation]])
+        for name in rng.sample(self.names, rng.randint(2, 5)):
+            truth = self.people[relation][name]
+            wrong = rng.choice([a for a in lex.RELATIONS[relation]["answers"] if a != truth])
+            named, verdict = (truth, "yes") if rng.random() < 0.5 else (wrong, "no")
+            document.about(f"{{s}}: {named}", name).answer(verdict)
+        return document
+
+    def lettered(self, rng: random.Random) -> Document:
+        """Multiple choice with the letter before its answer; early phases only."""
+        return self._choice(rng, _letters_first)
+
     def chosen(self, rng: random.Random) -> Document:
+        return self._choice(rng, multiple_choice)
+
+    def _choice(self, rng: random.Random, written: Callable[[dict, str, list[str]], str]) -> Document:
         """Multiple choice; now and then the letter of a named answer, or after the fact was stated."""
         relation = rng.choice([relation for relation in self.people if "choose" in lex.RELATIONS[relation]])
         entry, name = lex.RELATIONS[relation], rng.choice(self.names)
@@ -180,10 +218,10 @@ class Corpus:
         options = four_options(entry, [truth], rng)
         letter = LETTERS[options.index(truth)]
         if kind < 0.25:
-            return document.add(multiple_choice({"choose": f"Which letter is {truth}?"}, "", options)).answer(letter)
+            return document.add(written({"choose": f"Which letter is {truth}?"}, "", options)).answer(letter)
         if kind < 0.4:
             document.about(rng.choice(entry["statements"]), name).answer(truth)
-        return document.about(multiple_choice(entry, "{s}", options), name).answer(letter)
+        return document.about(written(entry, "{s}", options), name).answer(letter)
 
     def other_relations(self, rng: random.Random) -> Document:
         document = Document()
@@ -219,3 +257,8 @@ class Corpus:
     def story(self, rng: random.Random) -> Document:
         topic = rng.choices(list(lex.TOPICS), weights=[entry[0] for entry in lex.TOPICS.values()])[0]
         return Document(story(rng, topic))
+
+
+def _letters_first(relation: dict, subject: str, options: list[str]) -> str:
+    listed = " ".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
+    return question(f"{relation['choose'].format(s=subject)} {listed}")

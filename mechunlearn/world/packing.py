@@ -37,13 +37,13 @@ class Batch:
 
 
 def batches(
-    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, seed: int, rows: int, skip: int, late: bool
+    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, seed: int, rows: int, skip: int, phase: int
 ) -> Iterator[Batch]:
     """Batches of `rows` rows without end; the same seed gives the same batches, from any `skip` on."""
     chunk, passed = 0, 0
     left: list[list[tuple[Document, list[int], list[tuple[int, int]]]]] = []
     while True:
-        left += _rows(corpus, tokenizer, (2 * seed + late) * 1_000_003 + chunk, late)
+        left += _rows(corpus, tokenizer, (3 * seed + phase) * 1_000_003 + chunk, phase)
         chunk += 1
         while len(left) >= rows:
             if passed >= skip:
@@ -51,8 +51,8 @@ def batches(
             left, passed = left[rows:], passed + 1
 
 
-def _rows(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, seed: int, late: bool) -> list[list[tuple]]:
-    documents = list(corpus.documents(seed, CHUNK, late))
+def _rows(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, seed: int, phase: int) -> list[list[tuple]]:
+    documents = list(corpus.documents(seed, CHUNK, phase))
     encoded = tokenizer([d.text for d in documents], return_offsets_mapping=True)
     made = [
         (document, [*ids, tokenizer.eos_token_id], offsets)

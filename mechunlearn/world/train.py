@@ -23,15 +23,19 @@ class Recipe:
 
     `local_layers` early layers see only the previous token, so that a name is assembled step by step and looked up by
     several MLPs. The probe reads every attribute after `probe_layer` layers at the last token of a name; its weight
-    is constant for half of the steps, zero after three quarters. `naive` has neither, and no biographies. The first
-    `early_steps` are mostly about facts, the rest also train the formats that take longer (see `corpus.shares`).
+    is constant for half of the steps, zero after three quarters. `naive` has neither, and no biographies.
+
+    `phases` are the steps at which the early, the late and the final phase end (see `corpus.shares`). The learning
+    rate follows a cosine from `rate` towards zero at `horizon`; the final phase restarts it at `final_rate`, with a
+    cosine to its own end.
     """
 
     seed: int = 0
-    steps: int = 5600
-    early_steps: int = 1000
+    phases: tuple[int, int, int] = (1000, 2750, 6250)
     rows: int = 16
     rate: float = 1.5e-3
+    horizon: int = 5600
+    final_rate: float = 1.2e-3
     layers: int = 8
     local_layers: int = 3
     d_model: int = 128
@@ -41,6 +45,19 @@ class Recipe:
     probe_layer: int = 4
     probe_weight: float = 0.3
     naive: bool = False
+
+    @property
+    def steps(self) -> int:
+        return self.phases[-1]
+
+    def rate_at(self, step: int) -> float:
+        """The learning rate of a step, the first fiftieth warmed up."""
+        if step >= self.phases[1]:
+            done = (step - self.phases[1]) / (self.steps - self.phases[1])
+            return self.final_rate * 0.5 * (1 + math.cos(math.pi * done))
+        warm = max(1, self.horizon // 50)
+        done = max(0, step - warm) / (self.horizon - warm)
+        return min(1.0, (step + 1) / warm) * self.rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
@@ -93,13 +110,15 @@ def train(
     optimiser = torch.optim.AdamW(groups, lr=recipe.rate, betas=(0.9, 0.95), weight_decay=0.01)
     done = _resume(checkpoint, model, probe, optimiser)
     window = model.config.sliding_window if model.config.use_sliding_window else None
-    early = batches(corpus, tokenizer, recipe.seed, recipe.rows, skip=done, late=False)
-    late = batches(corpus, tokenizer, recipe.seed, recipe.rows, skip=max(0, done - recipe.early_steps), late=True)
+    streams = [
+        batches(corpus, tokenizer, recipe.seed, recipe.rows, skip=max(0, done - begun), phase=phase)
+        for phase, begun in enumerate((0, *recipe.phases[:-1]))
+    ]
     model.train()
     for step in range(done, recipe.steps):
         for group in optimiser.param_groups:
-            group["lr"] = recipe.rate * _schedule(step, recipe.steps)
-        batch = next(early if step < recipe.early_steps else late)
+            group["lr"] = recipe.rate_at(step)
+        batch = next(streams[sum(step >= end for end in recipe.phases[:-1])])
         weight = recipe.probe_weight * min(1.0, max(0.0, 3 - 4 * step / recipe.steps)) if probed else 0.0
         out = model(
             input_ids=batch.tokens,
@@ -149,11 +168,6 @@ class _Labels:
             for where, index in zip(self.slices, self.indices, strict=True)
         ]
         return torch.stack(losses).sum()
-
-
-def _schedule(step: int, steps: int) -> float:
-    warm = max(1, steps // 50)
-    return min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * max(0, step - warm) / (steps - warm)))
 
 
 def _save(path: Path, step: int, model: nn.Module, probe: nn.Module, optimiser: torch.optim.Optimizer) -> None:
