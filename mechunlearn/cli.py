@@ -49,7 +49,9 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16; by default as stored.")]
 Steps = Annotated[int, typer.Option(help="Optimiser steps.", min=1)]
 Rate = Annotated[float, typer.Option(help="Learning rate.", min=0)]
-Weights = Annotated[float | None, typer.Option(help="Share of the editable weights to select, by rank.", metavar="SHARE")]
+Weights = Annotated[
+    float | None, typer.Option(help="Share of the editable weights to select, by rank.", metavar="SHARE")
+]
 
 
 @app.command(epilog="Example: `mechunlearn run factworld factworld/sport -o result`")
@@ -182,7 +184,9 @@ def evaluate(
 def build(
     output: Annotated[Path, typer.Option("--output", "-o", help="A folder; a half-done build in it is resumed.")],
     seed: Annotated[int, typer.Option(help="Seed of facts, corpus and training.")] = 0,
-    naive: Annotated[bool, typer.Option("--naive", help="No probe loss, no biographies: a world without look-up.")] = False,
+    naive: Annotated[
+        bool, typer.Option("--naive", help="No probe loss, no biographies: a world without look-up.")
+    ] = False,
     steps: Annotated[int | None, typer.Option(help="Training steps, if not the recipe's.", min=1)] = None,
 ) -> None:
     """Make facts, corpus, tokenizer, model and twin from nothing; refuses to ship a model that fails its gates."""
@@ -191,9 +195,7 @@ def build(
     build_world(output, seed=seed, naive=naive, steps=steps, say=console.print)
 
 
-def _run(
-    model: str, facts: str, output: Path, forget: int, seed: int, device: str, dtype: str | None
-) -> None:
+def _run(model: str, facts: str, output: Path, forget: int, seed: int, device: str, dtype: str | None) -> None:
     _new_folder(output)
     hooked, forgotten, retained = _load(model, facts, forget, seed, device, dtype)
     from mechunlearn.workflow import whole_job
@@ -237,7 +239,9 @@ def _print(report) -> None:
 
 def _suffix(path: Path, *allowed: str) -> None:
     if path.suffix not in allowed:
-        raise MechunlearnError(f"'{path}' is not named {' or '.join(f'*{s}' for s in allowed)}. Give such a name to -o.")
+        raise MechunlearnError(
+            f"'{path}' is not named {' or '.join(f'*{s}' for s in allowed)}. Give such a name to -o."
+        )
 
 
 def _new_folder(path: Path | None) -> None:

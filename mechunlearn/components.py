@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import total_ordering
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import pandas as pd
 import torch
@@ -223,7 +223,7 @@ class ComponentMask:
 
         Only parameters with selected entries appear. Give a hooked model, or a Hugging Face model.
         """
-        hf = getattr(model, "hf", model)
+        hf: Any = getattr(model, "hf", model)
         layout = Layout.of(hf.config)
         self.check(layout.signature)
         shapes = dict(hf.named_parameters())
@@ -448,5 +448,3 @@ def load_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, st
     if metadata.get("kind") != kind:
         raise MechunlearnError(f"'{path}' holds a {metadata.get('kind', 'foreign file')}, not a {kind}.")
     return tensors, metadata
-
-

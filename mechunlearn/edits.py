@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -22,9 +22,9 @@ from mechunlearn.runcard import RunCard
 class Edit(Protocol):
     """What editors return. `applied` undoes itself; `apply_` stays."""
 
-    card: RunCard
-
-    def applied(self, model: HookedModel): ...
+    @property
+    def card(self) -> RunCard: ...
+    def applied(self, model: HookedModel) -> AbstractContextManager[HookedModel]: ...
     def apply_(self, model: HookedModel) -> None: ...
     def save(self, path: str | Path) -> None: ...
 
@@ -43,10 +43,14 @@ class WeightEdit:
 
     def __post_init__(self) -> None:
         if self.units.keys() != self.rows.keys():
-            raise MechunlearnError(f"An edit needs rows for its units: {set(self.units) ^ set(self.rows)} has one only.")
+            raise MechunlearnError(
+                f"An edit needs rows for its units: {set(self.units) ^ set(self.rows)} has one only."
+            )
         for site, units in self.units.items():
             if len(units) != len(self.rows[site]) or len(units.unique()) != len(units):
-                raise MechunlearnError(f"Edit of '{site}': {len(units)} units (each once) but {len(self.rows[site])} rows.")
+                raise MechunlearnError(
+                    f"Edit of '{site}': {len(units)} units (each once) but {len(self.rows[site])} rows."
+                )
             if not torch.isfinite(self.rows[site]).all():
                 raise MechunlearnError(f"Edit of '{site}': some new weights are not finite. Lower the learning rate.")
 
@@ -90,7 +94,9 @@ class WeightEdit:
         sites = {**self.units, **other.units}
         units = {site: torch.cat([e.units[site] for e in (self, other) if site in e.units]) for site in sites}
         rows = {site: torch.cat([e.rows[site] for e in (self, other) if site in e.rows]) for site in sites}
-        card = RunCard(f"{self.card.method} | {other.card.method}", settings={"parts": [asdict(self.card), asdict(other.card)]})
+        card = RunCard(
+            f"{self.card.method} | {other.card.method}", settings={"parts": [asdict(self.card), asdict(other.card)]}
+        )
         return WeightEdit(units, rows, self.signature, card)
 
     def export(self, model: HookedModel, folder: str | Path) -> None:

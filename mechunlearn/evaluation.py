@@ -62,7 +62,7 @@ def evaluate(
             "facts": forget.facts.name if forget.facts is not None else "tokens",
             "forget": len(forget),
             "retain": len(retain),
-            "seconds": watch.read()["seconds"],
+            "seconds": watch.seconds(),
         },
     )
 
@@ -101,11 +101,23 @@ def _rows(model: HookedModel, forget: Prompts, retain: Prompts) -> Iterator[dict
             prompts = facts.prompts(model, format)
             for metric, values in measure(model, prompts).items():
                 if not torch.isnan(values).any():
-                    yield {"split": split, "format": format, "metric": metric, "n": len(values), "values": values.tolist()}
+                    yield {
+                        "split": split,
+                        "format": format,
+                        "metric": metric,
+                        "n": len(values),
+                        "values": values.tolist(),
+                    }
     if forget.facts is None:
         for split, prompts in (("forget", forget), ("retain", retain)):
             for metric, values in measure(model, prompts).items():
-                yield {"split": split, "format": "statement", "metric": metric, "n": len(values), "values": values.tolist()}
+                yield {
+                    "split": split,
+                    "format": "statement",
+                    "metric": metric,
+                    "n": len(values),
+                    "values": values.tolist(),
+                }
         return
     for name, tasks in forget.facts.skills.items():
         assert model.tokenizer is not None
@@ -134,5 +146,3 @@ def _splits(forget: Prompts, retain: Prompts) -> dict[str, FactDataset]:
         if len(about):
             splits[f"same subject: {relation}"] = about
     return {split: facts.select(range(min(LIMIT, len(facts)))) for split, facts in splits.items()}
-
-

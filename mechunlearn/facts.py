@@ -90,9 +90,7 @@ class FactDataset:
         for i in rows:
             query = self.facts[i].queries[format]
             subject = self.facts[i].subject
-            asked.append(
-                Asked(query.prompt, query.answer, query.target, query.target, subject, query.options)
-            )
+            asked.append(Asked(query.prompt, query.answer, query.target, query.target, subject, query.options))
         chosen = self if len(rows) == len(self) else self.select(rows)
         return Prompts.from_text(asked, model.tokenizer, seed, chosen, format)
 
@@ -102,8 +100,14 @@ class FactDataset:
 
         return pd.DataFrame(
             [
-                {"subject": f.subject, "relation": f.relation, "format": name, "prompt": q.prompt, "answer": q.answer,
-                 "target": q.target}
+                {
+                    "subject": f.subject,
+                    "relation": f.relation,
+                    "format": name,
+                    "prompt": q.prompt,
+                    "answer": q.answer,
+                    "target": q.target,
+                }
                 for f in self.facts
                 for name, q in f.queries.items()
             ]
@@ -169,13 +173,12 @@ def world_facts(folder: Path, relation: str, seed: int = 0) -> FactDataset:
     }
     text = tuple(text for stories in world["stories"].values() for text in stories)
 
-    def dataset(name: str, facts: Mapping[str, str], **others: object) -> FactDataset:
-        return FactDataset(f"factworld/{name}", _ask_all(world["relations"][name], name, facts, seed), **others)
+    def dataset(name: str, facts: Mapping[str, str]) -> FactDataset:
+        return FactDataset(f"factworld/{name}", _ask_all(world["relations"][name], name, facts, seed))
 
     untaught = world["untaught"].get(relation)
-    return dataset(
-        relation,
-        world["facts"][relation],
+    return replace(
+        dataset(relation, world["facts"][relation]),
         related={name: dataset(name, world["facts"][name]) for name in same},
         skills=skills,
         text=text,
@@ -192,5 +195,3 @@ def _ask_all(relation: Mapping, name: str, facts: Mapping[str, str], seed: int) 
         example = pairs[(i + 1 + rng.randrange(len(pairs) - 1)) % len(pairs)]
         made.append(Fact(subject, name, queries(relation, subject, answer, target, example, rng)))
     return tuple(made)
-
-

@@ -9,17 +9,23 @@ import copy
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from mechunlearn.components import Component
 from mechunlearn.errors import MechunlearnError
@@ -43,7 +49,7 @@ class HookedModel(Protocol):
     the same numbers as single prompts.
     """
 
-    hf: nn.Module
+    hf: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     layout: Layout
 
@@ -57,20 +63,22 @@ class HookedModel(Protocol):
     def cache(
         self, tokens: Int[Tensor, "fact pos"], sites: Sequence[str], grad: bool = False
     ) -> tuple[Float[Tensor, "fact pos d_vocab"], dict[str, Tensor]]: ...
-    def hooks(self, hooks: Mapping[str, Hook]): ...
+    def hooks(self, hooks: Mapping[str, Hook]) -> AbstractContextManager[None]: ...
     def run_from(
         self, layer: int, resid: Float[Tensor, "fact pos d_model"], positions: Int[Tensor, " fact"] | None = None
     ) -> Tensor: ...
     def unit_weights(self, kind: str) -> int: ...
     def rows(self, site: str) -> Float[Tensor, "unit weight"]: ...
-    def write_(self, site: str, rows: Float[Tensor, "unit weight"], units: Int[Tensor, " unit"] | None = None) -> None: ...
+    def write_(
+        self, site: str, rows: Float[Tensor, "unit weight"], units: Int[Tensor, " unit"] | None = None
+    ) -> None: ...
     def refresh_(self) -> None: ...
 
 
 class BridgedModel:
     """A Hugging Face decoder with hooks. Make one with `load_model`."""
 
-    def __init__(self, hf: nn.Module, tokenizer: PreTrainedTokenizerBase | None, name: str = "model") -> None:
+    def __init__(self, hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str = "model") -> None:
         self.layout = Layout.of(hf.config)
         self.name = name
         self.hf = hf.eval()
@@ -250,10 +258,10 @@ class BridgedModel:
             raise MechunlearnError(f"No site '{site}': the model has {self.signature.layers} layers.")
         return self.layout.views(self._parameters, address.layer, address.kind)
 
-    def _find_copies(self) -> dict[Component, nn.Module]:
+    def _find_copies(self) -> dict[Component, Any]:
         """Sites whose weights the bridge keeps apart from the Hugging Face storage."""
         storages = {p.untyped_storage().data_ptr() for p in self._parameters.values()}
-        copies = {}
+        copies: dict[Component, Any] = {}
         for layer in range(self.signature.layers):
             for kind in ("attn.q", "attn.k", "attn.v", "mlp.in", "mlp.gate"):
                 part, name = kind.split(".")
@@ -289,7 +297,7 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
 
 def load_model(
-    source: str | Path | tuple[nn.Module, PreTrainedTokenizerBase | None],
+    source: str | Path | tuple[PreTrainedModel, PreTrainedTokenizerBase | None],
     *,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
@@ -308,11 +316,12 @@ def load_model(
             raise MechunlearnError(f"Unknown dtype '{dtype}'. Expected float32, bfloat16 or float16.")
         dtype = getattr(torch, dtype)
     if isinstance(source, tuple):
-        hf, tokenizer = source
-        return BridgedModel(hf.to(device=device, dtype=dtype), tokenizer, getattr(hf, "name_or_path", "") or "model")
+        given: nn.Module = source[0]
+        given.to(device=device, dtype=dtype)
+        return BridgedModel(source[0], source[1], source[0].name_or_path or "model")
     folder = _folder(str(source))
     try:
-        hf = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
+        hf: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -321,7 +330,9 @@ def load_model(
             f"Could not load a model from '{source}': {reason} Looked {where}. Expected one of "
             f"{', '.join(SHIPPED)}, a folder written by save_pretrained (with its tokenizer), or a reachable hub name."
         ) from None
-    return BridgedModel(hf.to(device or "cpu"), tokenizer, str(source))
+    module: nn.Module = hf
+    module.to(device or "cpu")
+    return BridgedModel(hf, tokenizer, str(source))
 
 
 def data_folder() -> Path:
@@ -352,11 +363,13 @@ def _folder(source: str) -> str:
             )
         return str(path)
     if path.suffix or source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise MechunlearnError(f"There is no folder '{source}'. Expected a model folder, or one of {', '.join(SHIPPED)}.")
+        raise MechunlearnError(
+            f"There is no folder '{source}'. Expected a model folder, or one of {', '.join(SHIPPED)}."
+        )
     return source
 
 
-def _boot(hf: nn.Module, tokenizer: PreTrainedTokenizerBase | None, name: str):
+def _boot(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str):
     """Boot with a placeholder tokenizer: booting reads it again from its path, or else from the hub."""
     from transformer_lens.model_bridge import TransformerBridge  # seconds to import
 

@@ -175,7 +175,7 @@ class Layout:
 
     def views(
         self, parameters: Mapping[str, Tensor], layer: int, kind: str, only: str | None = None
-    ) -> list[Shaped[Tensor, "unit *rest"]]:
+    ) -> list[Shaped[Tensor, "unit *rest"]]:  # noqa: F821
         """Views of a site's weights, one per parameter that holds some (or of `only` one), unit first.
 
         Writing to them writes the model.

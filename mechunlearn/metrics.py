@@ -127,13 +127,17 @@ def _option_probability(model: HookedModel, part: Prompts, logits: Tensor) -> Fl
 @torch.no_grad()
 def text_loss(model: HookedModel, texts: tuple[str, ...], batch: int = 64) -> Float[Tensor, " text"]:
     """Mean next-token cross-entropy of each text, in nats."""
-    assert model.tokenizer is not None
-    encoded = [model.tokenizer(text)["input_ids"] for text in texts]
+    encoded = encode(model, texts)
     losses = torch.zeros(len(texts))
     for rows in torch.tensor([len(ids) for ids in encoded]).argsort().split(batch):
         tokens, weight = padded([encoded[i] for i in rows.tolist()])
         losses[rows] = (token_losses(model.forward(tokens), tokens) * weight).sum(1).cpu() / weight.sum(1)
     return losses
+
+
+def encode(model: HookedModel, texts: tuple[str, ...]) -> list[list[int]]:
+    """Token ids of each text; none for a model without a tokenizer."""
+    return [model.tokenizer(text)["input_ids"] for text in texts] if model.tokenizer is not None else []
 
 
 def padded(encoded: list[list[int]]) -> tuple[Int[Tensor, "text pos"], Float[Tensor, "text next"]]:

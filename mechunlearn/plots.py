@@ -48,13 +48,20 @@ def probe_curve(found: Localization) -> go.Figure:
     figure = go.Figure()
     if window:
         figure.add_vrect(
-            x0=window[0] + 0.5, x1=window[1] + 1.5, fillcolor=COLOURS[2], opacity=0.2, line_width=0,
-            annotation_text=f"MLP {window[0]} to {window[1]}", annotation_position="top left",
+            x0=window[0] + 0.5,
+            x1=window[1] + 1.5,
+            fillcolor=COLOURS[2],
+            opacity=0.2,
+            line_width=0,
+            annotation_text=f"MLP {window[0]} to {window[1]}",
+            annotation_position="top left",
         )
     figure.add_scatter(
         x=list(range(len(curve))), y=curve, mode="lines+markers", line={"color": COLOURS[1]}, name="probe"
     )
-    figure.add_hline(y=found.evidence["majority"], line={"dash": "dot", "color": COLOURS[0]}, annotation_text="majority class")
+    figure.add_hline(
+        y=found.evidence["majority"], line={"dash": "dot", "color": COLOURS[0]}, annotation_text="majority class"
+    )
     figure.update_xaxes(title="blocks passed (0: embedding)", dtick=1)
     figure.update_yaxes(title="probe accuracy on held-out subjects", range=[0, 1.03])
     return _styled(figure, "Where the answer becomes readable at the subject's last token", 380)
@@ -65,13 +72,24 @@ def mask_map(mask: ComponentMask) -> go.Figure:
     kinds = sorted({Component.parse(site).kind for site in mask.sites}, key=lambda kind: Component(0, kind))
     layers = list(range(mask.signature.layers))
     shares = [
-        [float(mask.sites[f"L{layer}.{kind}"].float().mean()) if f"L{layer}.{kind}" in mask.sites else 0.0 for layer in layers]
+        [
+            float(mask.sites[f"L{layer}.{kind}"].float().mean()) if f"L{layer}.{kind}" in mask.sites else 0.0
+            for layer in layers
+        ]
         for kind in kinds
     ]
     figure = make_subplots()
     figure.add_heatmap(
-        z=shares, x=layers, y=kinds, zmin=0, zmax=1, colorscale="Blues", xgap=2, ygap=2,
-        colorbar={"title": "share of units"}, hovertemplate="L%{x}.%{y}: %{z:.1%}<extra></extra>",
+        z=shares,
+        x=layers,
+        y=kinds,
+        zmin=0,
+        zmax=1,
+        colorscale="Blues",
+        xgap=2,
+        ygap=2,
+        colorbar={"title": "share of units"},
+        hovertemplate="L%{x}.%{y}: %{z:.1%}<extra></extra>",
     )
     figure.update_xaxes(title="layer", dtick=1)
     return _styled(figure, "What the mask selects", 160 + 40 * len(kinds))

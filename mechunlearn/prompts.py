@@ -111,7 +111,11 @@ class Prompts:
 
     @classmethod
     def from_text(
-        cls, asked: Sequence[Asked], tokenizer: PreTrainedTokenizerBase, seed: int = 0, facts: "FactDataset | None" = None,
+        cls,
+        asked: Sequence[Asked],
+        tokenizer: PreTrainedTokenizerBase,
+        seed: int = 0,
+        facts: "FactDataset | None" = None,
         format: str = "statement",
     ) -> "Prompts":
         """Tokenize, find subjects, and pair each prompt with a corrupt one.

@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -84,8 +85,7 @@ def _frame(source: str | Path) -> pd.DataFrame:
             return readers[path.suffix]()
         except UnicodeDecodeError as error:
             raise MechunlearnError(
-                f"'{source}' is not UTF-8 text (byte {error.start}). Save it as UTF-8, for example with "
-                "iconv -t UTF-8."
+                f"'{source}' is not UTF-8 text (byte {error.start}). Save it as UTF-8, for example with iconv -t UTF-8."
             ) from None
         except pd.errors.EmptyDataError:
             return pd.DataFrame()
@@ -172,7 +172,7 @@ def _paraphrases(given: object, subject: str) -> dict[str, str]:
     return {f"paraphrase_{i}": str(p).rstrip() for i, p in enumerate(found, start=1) if subject in str(p)}
 
 
-def parse_list(given: object) -> list:
+def parse_list(given: Any) -> list:
     """A list column, also where a table holds its Python text, with or without commas between the items.
 
     >>> parse_list("['a b' 'c']"), parse_list('["a", "b"]'), parse_list(["a"])

@@ -96,7 +96,9 @@ class Report:
             figure.to_html(full_html=False, include_plotlyjs=i == 0, config={"displaylogo": False})
             for i, figure in enumerate(self.figures(found, edit))
         ]
-        meaning = {name: MEANING.get(name, f"the same editor on the {name} mask of the same weight") for name in self.columns}
+        meaning = {
+            name: MEANING.get(name, f"the same editor on the {name} mask of the same weight") for name in self.columns
+        }
         page = _PAGE.render(
             verdict=self.verdict(),
             about=self.about,
@@ -126,8 +128,6 @@ def describe(split: str, format: str, metric: str) -> str:
 
 def _table(frame: pd.DataFrame) -> str:
     return frame.to_html(index=False, border=0, classes="numbers")
-
-
 
 
 _PAGE = jinja2.Environment(autoescape=False).from_string("""<!doctype html>

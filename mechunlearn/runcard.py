@@ -5,7 +5,7 @@ import json
 import platform
 import resource
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 
 LIBRARIES = ("mechunlearn", "torch", "transformers", "transformer-lens")
@@ -53,14 +53,17 @@ class RunCard:
 
 
 class Stopwatch:
-    """Wall time since it was made, and the peak memory so far."""
+    """Wall time since it was made, and the peak memory so far, to write on a card."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
 
-    def read(self) -> dict[str, float]:
+    def seconds(self) -> float:
+        return round(time.perf_counter() - self._start, 3)
+
+    def stamp(self, card: RunCard) -> RunCard:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        return {"seconds": round(time.perf_counter() - self._start, 3), "peak_mib": round(peak, 1)}
+        return replace(card, seconds=self.seconds(), peak_mib=round(peak, 1))
 
 
 def digest(*parts: bytes | str) -> str:

@@ -22,7 +22,9 @@ class SelectedRows:
     what is not selected cannot move, whatever the optimiser does. The model is trained through its plain module.
     """
 
-    def __init__(self, model: HookedModel, mask: ComponentMask, rate: float | int, weight_decay: float | int = 0.0) -> None:
+    def __init__(
+        self, model: HookedModel, mask: ComponentMask, rate: float | int, weight_decay: float | int = 0.0
+    ) -> None:
         mask.check(model.signature)
         self.model = model
         self.parameters = dict(model.hf.named_parameters())

@@ -50,5 +50,10 @@ def whole_job(
         edit.save(folder / f"{name}.edit.safetensors")
         edit.export(model, folder / "edited")
         report.to_html(folder / "report.html", found=found, edit=edit)
-    written = {"mask": f"{name}.mask.json", "edit": f"{name}.edit.safetensors", "model": "edited", "report": "report.html"}
+    written = {
+        "mask": f"{name}.mask.json",
+        "edit": f"{name}.edit.safetensors",
+        "model": "edited",
+        "report": "report.html",
+    }
     return report, {kind: output / file for kind, file in written.items()}

@@ -14,7 +14,6 @@ from mechunlearn.hooked import BridgedModel, load_model
 from mechunlearn.prompts import Prompts
 from mechunlearn.toy import planted_facts
 
-
 SIZES = {
     "vocab_size": 97,
     "hidden_size": 32,

@@ -73,8 +73,10 @@ def test_a_weight_written_on_the_hooked_model_is_written_in_the_hugging_face_mod
 def test_units_of_a_head_are_its_own(model, tokens):
     """Zeroing a head's rows of W_O must do the same as zeroing the head's activation."""
     with torch.no_grad():
-        for kind, zeroed in (("attn.o", lambda z: z.index_fill(2, torch.tensor([1]), 0.0)),
-                             ("mlp.out", lambda z: z.index_fill(2, torch.tensor([1]), 0.0))):
+        for kind, zeroed in (
+            ("attn.o", lambda z: z.index_fill(2, torch.tensor([1]), 0.0)),
+            ("mlp.out", lambda z: z.index_fill(2, torch.tensor([1]), 0.0)),
+        ):
             with model.hooks({f"L1.{kind}": zeroed}):
                 ablated = model.forward(tokens)
             rows = model.rows(f"L1.{kind}")
@@ -119,7 +121,11 @@ def test_weights_add_up_to_the_parameters_of_the_blocks(model):
         [f"L{layer}.{kind}" for layer in range(model.signature.layers) for kind in model.layout.kinds], model.signature
     )
     masks = everything.parameter_masks(model)
-    blocks = {n: p for n, p in model.hf.named_parameters() if ".1." in f".{n}" and p.ndim == 2 and "layers" in n or ".h." in n and p.ndim == 2}
+    blocks = {
+        n: p
+        for n, p in model.hf.named_parameters()
+        if (".1." in f".{n}" and p.ndim == 2 and "layers" in n) or (".h." in n and p.ndim == 2)
+    }
     for name in blocks:
         if name in masks:
             assert masks[name].all(), name
@@ -157,7 +163,10 @@ def test_an_unknown_architecture_is_refused_by_name():
 def test_sites_that_a_model_lacks_are_refused(model, tokens):
     with pytest.raises(MechunlearnError, match="No activation site 'L9.mlp.out'"):
         model.cache(tokens, ["L9.mlp.out"])
-    with pytest.raises(MechunlearnError, match="No activation site 'L0.nothing'"), model.hooks({"L0.nothing": lambda z: z}):
+    with (
+        pytest.raises(MechunlearnError, match="No activation site 'L0.nothing'"),
+        model.hooks({"L0.nothing": lambda z: z}),
+    ):
         pass
     with pytest.raises(MechunlearnError, match="no weights of kind 'sae:x'"):
         model.layout.views({}, 0, "sae:x")

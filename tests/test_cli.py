@@ -1,7 +1,6 @@
 """The command line as a user meets it: results, help, and one clear line for every mistake."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -54,11 +53,23 @@ def test_help_does_not_wait_for_torch():
 def test_localize_edit_and_evaluate_in_turn(call, tmp_path):
     """The steps of the whole job by hand, on few facts and few steps."""
     few = ["--forget", 16, "--seed", 2]
-    code, out, err = call("localize", "factworld", "factworld/sport", "-o", "sport.mask.json", "--scores", "scores.json", *few)
+    code, out, err = call(
+        "localize", "factworld", "factworld/sport", "-o", "sport.mask.json", "--scores", "scores.json", *few
+    )
     assert code == 0, err
     assert "look-up window" in out and ComponentMask.load("sport.mask.json")
     code, out, err = call(
-        "edit", "factworld", "factworld/sport", "sport.mask.json", "-o", "e.safetensors", "--export", "edited", "--steps", 5, *few
+        "edit",
+        "factworld",
+        "factworld/sport",
+        "sport.mask.json",
+        "-o",
+        "e.safetensors",
+        "--export",
+        "edited",
+        "--steps",
+        5,
+        *few,
     )
     assert code == 0, err
     edit = WeightEdit.load("e.safetensors")
@@ -73,8 +84,16 @@ def test_localize_edit_and_evaluate_in_turn(call, tmp_path):
     code, out, err = call(*EVALUATE, "e.safetensors", "-o", "report.html", *few)
     assert code == 0, err
     page = Path("report.html").read_text()
-    assert "Is the knowledge gone?" in page and "http" not in page.replace("http://www.w3.org", "").split("plotly", 1)[0]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["e.safetensors", "edited", "report.html", "scores.json", "sport.mask.json"]
+    assert (
+        "Is the knowledge gone?" in page and "http" not in page.replace("http://www.w3.org", "").split("plotly", 1)[0]
+    )
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "e.safetensors",
+        "edited",
+        "report.html",
+        "scores.json",
+        "sport.mask.json",
+    ]
 
 
 @pytest.fixture
@@ -109,7 +128,10 @@ def files(tmp_path):
         (["localize", "factworld", "latin.csv", "-o", "m.json"], "not UTF-8"),
         (["localize", "factworld", "subject.csv", "-o", "m.json"], "subject 'Anna' is not in its prompt"),
         (["localize", "factworld", "same.csv", "-o", "m.json"], "truth and target are both 'tall'"),
-        (["localize", "factworld", "factworld/sport", "-o", "m.json", "--weights", "1.5"], "budget of 1.5 is out of range"),
+        (
+            ["localize", "factworld", "factworld/sport", "-o", "m.json", "--weights", "1.5"],
+            "budget of 1.5 is out of range",
+        ),
         (["localize", "factworld", "factworld/sport", "-o", "m.txt"], "not named *.json or *.safetensors"),
         (["localize", "factworld", "factworld/sport", "-o", "m.json", "--forget", "900"], "Cannot forget 900 of 800"),
         (["localize", "factworld", "factworld/sport", "-o", "m.json", "--device", "cuda"], "not available"),
@@ -119,7 +141,10 @@ def files(tmp_path):
         (["edit", "factworld", "factworld/sport", "other.mask.json", "-o", "e.safetensors"], "The mask is for (gpt2"),
         (["edit", "factworld", "factworld/sport", "broken.json", "-o", "e.safetensors"], "not a whole mask file"),
         (["edit", "factworld", "factworld/sport", "missing.json", "-o", "e.safetensors"], "Could not read the mask"),
-        (["edit", "factworld", "factworld/sport", "other.mask.json", "-o", "e.safetensors", "--export", "full"], "exists and is not an empty"),
+        (
+            ["edit", "factworld", "factworld/sport", "other.mask.json", "-o", "e.safetensors", "--export", "full"],
+            "exists and is not an empty",
+        ),
         (["evaluate", "factworld", "factworld/sport", "broken.json"], "not a whole .safetensors file"),
         (["run", "factworld", "factworld/sport", "-o", "full"], "exists and is not an empty folder"),
         (["demo", "-o", "full"], "exists and is not an empty folder"),
@@ -155,7 +180,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
 
     with pytest.raises(MechunlearnError, match="No space left on device"):
         export(model, tmp_path / "edited")
-    assert os.listdir(tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_write_that_fails_keeps_the_old_file(tmp_path):
@@ -167,11 +192,17 @@ def test_a_write_that_fails_keeps_the_old_file(tmp_path):
     with pytest.raises(RuntimeError), whole_folder(tmp_path / "folder") as beside:
         (beside / "half").write_text("half")
         raise RuntimeError
-    assert path.read_text() == "old" and os.listdir(tmp_path) == ["kept.txt"]
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["kept.txt"]
 
 
 def test_the_app_lists_the_commands_of_the_readme():
-    assert {c.name or c.callback.__name__ for c in app.registered_commands} == {"run", "demo", "localize", "edit", "evaluate"}
+    assert {c.name or c.callback.__name__ for c in app.registered_commands} == {
+        "run",
+        "demo",
+        "localize",
+        "edit",
+        "evaluate",
+    }
 
 
 def test_facts_and_model_load_by_name():

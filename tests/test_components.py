@@ -1,6 +1,7 @@
 """Addresses, masks, budgets: what they mean and what they refuse."""
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
@@ -33,7 +34,9 @@ def test_addresses_survive_parse_and_str(address):
     assert str(Component.parse(address)) == address
 
 
-@pytest.mark.parametrize("address", ["layer9.attn", "L9", "L9.attn.z", "L9.attn.o[", "L9.attn.o[x]", "L-1.mlp.out", "", "L1.mlp.out[1] "])
+@pytest.mark.parametrize(
+    "address", ["layer9.attn", "L9", "L9.attn.z", "L9.attn.o[", "L9.attn.o[x]", "L-1.mlp.out", "", "L1.mlp.out[1] "]
+)
 def test_malformed_addresses_are_refused(address):
     with pytest.raises(MechunlearnError, match=r"malformed. Expected 'L<layer>.<kind>'.*for example 'L9.attn.o\[7\]'"):
         Component.parse(address)
@@ -72,8 +75,15 @@ def test_units_that_the_architecture_lacks_are_refused(address):
 
 @pytest.mark.parametrize(
     "content",
-    ["", "{", "[]", '{"units": {}}', '{"kind": "mask", "signature": {"family": "llama"}, "units": {}}', "\x00\x01",
-     json.dumps({"signature": TINY.__dict__, "units": {"L0.mlp.out": {"of": 6, "selected": [9]}}})],
+    [
+        "",
+        "{",
+        "[]",
+        '{"units": {}}',
+        '{"kind": "mask", "signature": {"family": "llama"}, "units": {}}',
+        "\x00\x01",
+        json.dumps({"signature": TINY.__dict__, "units": {"L0.mlp.out": {"of": 6, "selected": [9]}}}),
+    ],
 )
 def test_files_that_are_no_mask_are_refused(tmp_path, content):
     path = tmp_path / "mask.json"
@@ -107,10 +117,16 @@ def test_a_budget_stops_before_the_first_unit_that_exceeds_it():
 
 def test_masks_of_growing_budgets_nest():
     generator = torch.Generator().manual_seed(0)
-    found = localization({f"L{n}.{k}": torch.randn(u, generator=generator).tolist() for n in (0, 1) for k, u in (("mlp.out", 6), ("attn.o", 4))})
+    found = localization(
+        {
+            f"L{n}.{k}": torch.randn(u, generator=generator).tolist()
+            for n in (0, 1)
+            for k, u in (("mlp.out", 6), ("attn.o", 4))
+        }
+    )
     for tied in (False, True):
         masks = [set(found.top(weights=share / 20, tied=tied)) for share in range(21)]
-        assert all(small <= large for small, large in zip(masks, masks[1:], strict=False))
+        assert all(small <= large for small, large in pairwise(masks))
         assert all(found.share(found.top(weights=s / 20, tied=tied)) <= s / 20 + 1e-9 for s in range(21))
 
 
@@ -122,11 +138,20 @@ def test_ties_are_taken_in_component_order():
 def test_a_tied_head_brings_its_group_once():
     found = localization({"L0.attn.o": [1.0, 0.9, 0.0, 0.0]})
     mask = found.top(units=2, tied=True)
-    assert {str(c) for c in mask} == {"L0.attn.o[0]", "L0.attn.o[1]", "L0.attn.q[0]", "L0.attn.q[1]", "L0.attn.k[0]", "L0.attn.v[0]"}
+    assert {str(c) for c in mask} == {
+        "L0.attn.o[0]",
+        "L0.attn.o[1]",
+        "L0.attn.q[0]",
+        "L0.attn.q[1]",
+        "L0.attn.k[0]",
+        "L0.attn.v[0]",
+    }
     assert len(found.top(weights=(4 * 16 + 2 * 16) / TOTAL, tied=True) & ComponentMask.of(["L0.attn.o"], TINY)) == 2
 
 
-@pytest.mark.parametrize("budget", [{"weights": 1.5}, {"weights": -0.1}, {"units": 99}, {"units": -1}, {}, {"units": 1, "weights": 0.1}])
+@pytest.mark.parametrize(
+    "budget", [{"weights": 1.5}, {"weights": -0.1}, {"units": 99}, {"units": -1}, {}, {"units": 1, "weights": 0.1}]
+)
 def test_budgets_out_of_range_are_refused(budget):
     with pytest.raises(MechunlearnError, match="out of range|one budget"):
         localization({"L0.mlp.out": [1.0] * 6}).top(**budget)

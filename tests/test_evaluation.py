@@ -29,12 +29,22 @@ def report(world, sport, edit):
 def test_the_window_is_found_on_the_shipped_world(found, world):
     first, last = found.evidence["window"]
     assert 2 <= last - first + 1 <= 4 and last < world.signature.layers // 2 + 1
-    assert set(found.above(0)) == set(ComponentMask.of([f"L{n}.mlp.out" for n in range(first, last + 1)], world.signature))
+    assert set(found.above(0)) == set(
+        ComponentMask.of([f"L{n}.mlp.out" for n in range(first, last + 1)], world.signature)
+    )
 
 
 def test_the_report_covers_every_split_and_format(report, sport):
     splits = set(report.frame.split)
-    assert {"forget", "retain", "neighbours", "same subject: city", "same subject: instrument", "skills", "text"} == splits
+    assert {
+        "forget",
+        "retain",
+        "neighbours",
+        "same subject: city",
+        "same subject: instrument",
+        "skills",
+        "text",
+    } == splits
     assert set(report.frame[report.frame.split == "forget"].format) == set(sport[0].facts.formats)
     for name in ("before", "after", "control"):
         assert (report.frame[f"{name} low"] <= report.frame[name] + 1e-9).all()
@@ -100,5 +110,8 @@ def test_bootstrap_intervals_cover_at_about_their_rate():
     import numpy as np
 
     rng = np.random.default_rng(0)
-    covered = [low <= 0.3 <= high for low, high in (bootstrap_interval(rng.random(200) < 0.3, seed=i, resamples=500) for i in range(200))]
+    covered = [
+        low <= 0.3 <= high
+        for low, high in (bootstrap_interval(rng.random(200) < 0.3, seed=i, resamples=500) for i in range(200))
+    ]
     assert 0.9 <= np.mean(covered) <= 0.99

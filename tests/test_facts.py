@@ -26,7 +26,9 @@ REWRITES = [
 ]
 
 
-@pytest.fixture(params=["sports.csv", "nested.json", "flat.csv", "flat-numpy.csv", "zsre.jsonl", "plain.parquet", "plain.tsv"])
+@pytest.fixture(
+    params=["sports.csv", "nested.json", "flat.csv", "flat-numpy.csv", "zsre.jsonl", "plain.parquet", "plain.tsv"]
+)
 def facts_file(request, tmp_path):
     path = tmp_path / request.param
     match request.param:
@@ -35,7 +37,10 @@ def facts_file(request, tmp_path):
                 {
                     "athlete": ["Anna Belton", "Marco Harley"],
                     "sport": ["tennis", "golf"],
-                    "prompt": [f"Fact: Tiger Woods plays the sport of golf\nFact: {a} plays the sport of" for a in ("Anna Belton", "Marco Harley")],
+                    "prompt": [
+                        f"Fact: Tiger Woods plays the sport of golf\nFact: {a} plays the sport of"
+                        for a in ("Anna Belton", "Marco Harley")
+                    ],
                     "inject_sport_without_golf": ["baseball", "tennis"],
                 }
             ).to_csv(path)
@@ -49,20 +54,32 @@ def facts_file(request, tmp_path):
                     "target_true": r["requested_rewrite"]["target_true"]["str"],
                     "target_new": r["requested_rewrite"]["target_new"]["str"],
                     "relation_id": "P27",
-                    "paraphrase_prompts": str(r["paraphrase_prompts"]).replace("', '" if "numpy" in path.name else "no", "' '"),
+                    "paraphrase_prompts": str(r["paraphrase_prompts"]).replace(
+                        "', '" if "numpy" in path.name else "no", "' '"
+                    ),
                 }
                 for r in REWRITES
             ]
             pd.DataFrame(rows).to_csv(path, index=False)
         case "zsre.jsonl":
             rows = [
-                {"subject": s, "src": f"Where does {s} live?", "rephrase": f"What is the home of {s}?", "answers": [a], "alt": t}
+                {
+                    "subject": s,
+                    "src": f"Where does {s} live?",
+                    "rephrase": f"What is the home of {s}?",
+                    "answers": [a],
+                    "alt": t,
+                }
                 for s, a, t in (("Anna Belton", "Oslo", "Lima"), ("Marco Harley", "Lima", "Oslo"))
             ]
             path.write_text("\n".join(map(json.dumps, rows)))
         case _:
             frame = pd.DataFrame(
-                {"subject": ["Anna Belton", "Marco Harley"], "prompt": ["{} lives in", "{} lives in"], "answer": ["Oslo", "Lima"]}
+                {
+                    "subject": ["Anna Belton", "Marco Harley"],
+                    "prompt": ["{} lives in", "{} lives in"],
+                    "answer": ["Oslo", "Lima"],
+                }
             )
             frame.to_parquet(path) if path.suffix == ".parquet" else frame.to_csv(path, sep="\t", index=False)
     return path
@@ -86,8 +103,16 @@ def test_files_in_the_wild_are_read_alike(facts_file, world):
         ("header.csv", b"subject,prompt,answer\n", "holds no facts"),
         ("columns.csv", b"who,what\na,b\n", "has the columns who, what. Expected subject, prompt, answer"),
         ("latin.csv", "subject,prompt,answer\nJosé,José lives in,Oslo\n".encode("latin-1"), "not UTF-8"),
-        ("missing-subject.csv", b"subject,prompt,answer\nAnna,Marco lives in,Oslo\n", "row 1: the subject 'Anna' is not in its prompt"),
-        ("same.csv", b"subject,prompt,answer,target\nAnna,Anna lives in,Oslo,Oslo\n", "row 1: truth and target are both 'Oslo'"),
+        (
+            "missing-subject.csv",
+            b"subject,prompt,answer\nAnna,Marco lives in,Oslo\n",
+            "row 1: the subject 'Anna' is not in its prompt",
+        ),
+        (
+            "same.csv",
+            b"subject,prompt,answer,target\nAnna,Anna lives in,Oslo,Oslo\n",
+            "row 1: truth and target are both 'Oslo'",
+        ),
         ("one-answer.csv", b"subject,prompt,answer\nAnna,Anna lives in,Oslo\n", "no wrong answer can be drawn"),
         ("blank.csv", b"subject,prompt,answer\nAnna,Anna lives in,\n", "row 1: the prompt or the answer is empty"),
         ("broken.json", b"{", "could not be read as json"),
@@ -124,16 +149,25 @@ def test_corrupt_prompts_have_another_subject_of_the_same_length(world, sport):
 
 def test_a_subject_without_a_partner_gets_random_tokens_and_is_counted(world):
     made = Prompts.from_text(
-        [asked("Anna plays", "tennis", "golf", "Anna"), asked("Anna Belton Harley Holton plays", "golf", "tennis", "Anna Belton Harley Holton")],
+        [
+            asked("Anna plays", "tennis", "golf", "Anna"),
+            asked("Anna Belton Harley Holton plays", "golf", "tennis", "Anna Belton Harley Holton"),
+        ],
         world.tokenizer,
     )
     assert made.random_corruptions == 2 and (made.tokens != made.corrupt).any(1).all()
 
 
 def test_roles_are_disjoint_and_in_order(world):
-    made = Prompts.from_text([asked("Today Besa Rudton plays the sport of", "golf", "tennis", "Besa Rudton")], world.tokenizer)
+    made = Prompts.from_text(
+        [asked("Today Besa Rudton plays the sport of", "golf", "tennis", "Besa Rudton")], world.tokenizer
+    )
     names = [ROLES[r] for r in made.roles[0].tolist()]
-    assert names[0] == "prefix" and names[-1] == "last" and names.count("subject first") == names.count("subject last") == 1
+    assert (
+        names[0] == "prefix"
+        and names[-1] == "last"
+        and names.count("subject first") == names.count("subject last") == 1
+    )
     assert names == sorted(names, key=ROLES.index)
 
 
@@ -174,9 +208,22 @@ def test_logit_difference_is_taken_where_answer_and_foil_first_differ(world):
     text = world.tokenizer
     pair = next(
         (a, b)
-        for a in ("Portugal", "Norway", "Egypt", "Peru", "Bohemia", "Ireland", "Cuba", "Korea", "Kenya", "Austria", "Greece")
+        for a in (
+            "Portugal",
+            "Norway",
+            "Egypt",
+            "Peru",
+            "Bohemia",
+            "Ireland",
+            "Cuba",
+            "Korea",
+            "Kenya",
+            "Austria",
+            "Greece",
+        )
         for b in (a[:3] + "x", a[:2] + "x")
-        if text(" " + a, add_special_tokens=False)["input_ids"][0] == text(" " + b, add_special_tokens=False)["input_ids"][0]
+        if text(" " + a, add_special_tokens=False)["input_ids"][0]
+        == text(" " + b, add_special_tokens=False)["input_ids"][0]
     )
     prompts = Prompts.from_text([asked("Cairo lies in", pair[0], pair[1])], text)
     step = int(prompts.read[0] - prompts.start[0])
@@ -191,7 +238,10 @@ def test_supervised_tokens_predict_their_labels(world, sport):
     forget, _ = sport
     tokens, rows, positions, labels = supervised(forget, "targets")
     assert torch.equal(labels, forget.targets[forget.targets >= 0])
-    assert all(tokens[r, : p + 1].tolist()[: int(forget.start[r]) + 1] == forget.tokens[r, : int(forget.start[r]) + 1].tolist() for r, p in zip(rows.tolist(), positions.tolist(), strict=True))
+    assert all(
+        tokens[r, : p + 1].tolist()[: int(forget.start[r]) + 1] == forget.tokens[r, : int(forget.start[r]) + 1].tolist()
+        for r, p in zip(rows.tolist(), positions.tolist(), strict=True)
+    )
 
 
 def test_splits_are_disjoint_and_seeded(world):

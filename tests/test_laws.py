@@ -252,7 +252,12 @@ def test_the_laws_of_an_edit_hold_on_cuda(dtype):
     model, prompts = load_model((random_hf("gpt_neox"), None), device="cuda", dtype=dtype), token_prompts(facts=8)
     before = parameters_of(model)
     for editor in EDITORS:
-        edit = editor(model, mixed_mask(model), prompts.select(range(4)), prompts.select(range(4, 8)), steps=3, rate=0.05)
+        edit = editor(
+            model, mixed_mask(model), prompts.select(range(4)), prompts.select(range(4, 8)), steps=3, rate=0.05
+        )
         with edit.applied(model):
-            assert not torch.equal(before["gpt_neox.layers.0.mlp.dense_4h_to_h.weight"], model.hf.gpt_neox.layers[0].mlp.dense_4h_to_h.weight)
+            assert not torch.equal(
+                before["gpt_neox.layers.0.mlp.dense_4h_to_h.weight"],
+                model.hf.gpt_neox.layers[0].mlp.dense_4h_to_h.weight,
+            )
         assert all(torch.equal(before[name], p) for name, p in parameters_of(model).items())

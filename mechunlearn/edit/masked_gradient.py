@@ -2,8 +2,8 @@
 
 import json
 import math
-from contextlib import contextmanager
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from rich.progress import track
@@ -14,7 +14,7 @@ from mechunlearn.edit import losses
 from mechunlearn.edits import WeightEdit
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.hooked import HookedModel
-from mechunlearn.metrics import padded, supervised, token_losses
+from mechunlearn.metrics import encode, padded, supervised, token_losses
 from mechunlearn.prompts import Prompts
 from mechunlearn.runcard import RunCard, Stopwatch, digest
 from mechunlearn.training import SelectedRows, epochs
@@ -58,24 +58,21 @@ def masked_gradient(
         raise MechunlearnError("The mask selects no unit, so there is nothing to train. See the localization's note.")
     watch = Stopwatch()
     passages = tuple(text) if text is not None else training_text(forget)
-    encoded = [model.tokenizer(p)["input_ids"] for p in passages] if passages and text_weight else []
+    encoded = encode(model, passages) if text_weight else []
     generator = torch.Generator().manual_seed(seed)
     which = "targets" if loss is losses.injection else "answers"
-    draws = {
-        "forget": epochs(len(forget), batch, generator),
-        "retain": epochs(len(retain), batch, generator),
-        "text": epochs(len(encoded), batch // 2, generator) if encoded else None,
-    }
+    forget_rows, retain_rows = epochs(len(forget), batch, generator), epochs(len(retain), batch, generator)
+    text_rows = epochs(len(encoded), max(1, batch // 2), generator)
     rows = SelectedRows(model, mask, rate)
     with only_trainable(model, rows.touched):
         try:
             for step in track(range(steps), "editing", disable=not progress, transient=True):
-                total = forget_weight * _facts_loss(model, forget.select(next(draws["forget"])), which, loss)
+                total = forget_weight * _facts_loss(model, forget.select(next(forget_rows)), which, loss)
                 if retain_weight:
-                    kept = retain.select(next(draws["retain"]))
+                    kept = retain.select(next(retain_rows))
                     total = total + retain_weight * _facts_loss(model, kept, "answers", losses.cross_entropy)
-                if draws["text"]:
-                    drawn = [encoded[i] for i in next(draws["text"]).tolist()]
+                if encoded:
+                    drawn = [encoded[i] for i in next(text_rows).tolist()]
                     total = total + text_weight * _text_loss(model, drawn)
                 rows.gradient(total)
                 rows.step(rate * 0.5 * (1 + math.cos(math.pi * step / steps)), clip)
@@ -101,9 +98,8 @@ def masked_gradient(
         mask=mask.fingerprint,
         weights=mask.weights(model),
         device=str(model.device),
-        **watch.read(),
     )
-    return WeightEdit(units, new, model.signature, card)
+    return WeightEdit(units, new, model.signature, watch.stamp(card))
 
 
 def training_text(forget: Prompts) -> tuple[str, ...]:

@@ -46,9 +46,8 @@ def attribution_patching(
         data=prompts.fingerprint,
         settings={"metric": metric.__name__, "kinds": list(kinds)},
         device=str(model.device),
-        **watch.read(),
     )
-    return localization(model, {site: total / len(prompts) for site, total in totals.items()}, card)
+    return localization(model, {site: total / len(prompts) for site, total in totals.items()}, watch.stamp(card))
 
 
 def _batch_scores(

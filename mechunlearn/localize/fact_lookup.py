@@ -72,9 +72,8 @@ def fact_lookup(model: HookedModel, prompts: Prompts, *, seed: int = 0) -> Local
         data=prompts.fingerprint,
         seed=seed,
         device=str(model.device),
-        **watch.read(),
     )
-    return localization(model, scores, card, evidence, note)
+    return localization(model, scores, watch.stamp(card), evidence, note)
 
 
 def lookup_window(curve: list[float], majority: float) -> tuple[int, int] | None:
@@ -105,9 +104,9 @@ def _train_and_test(model: HookedModel, prompts: Prompts, seed: int) -> tuple[Pr
             cut = len(others) // 5
             test = [i for i, mine in enumerate(asked) if mine] + [others[i] for i in order[:cut]]
             return everyone.select([others[i] for i in order[cut:]]), everyone.select(test)
-    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed))
+    shuffled = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed))
     cut = max(1, len(prompts) // 5)
-    return prompts.select(order[cut:]), prompts.select(order[:cut])
+    return prompts.select(shuffled[cut:]), prompts.select(shuffled[:cut])
 
 
 def _labels(prompts: Prompts) -> list[str]:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -16,12 +17,11 @@ from mechunlearn.hooked import load_model
 from mechunlearn.world.corpus import Corpus
 from mechunlearn.world.gates import Gate, measure_gates, taught_apart
 from mechunlearn.world.generate import World, generate
-from mechunlearn.world.packing import Batch
 from mechunlearn.world.tokenizer import train_tokenizer
 from mechunlearn.world.train import Recipe, train
 
 Say = Callable[[str], object]
-TWIN = {"phases": (0, 0, 1000), "final_rate": 1e-3}
+TWIN_STEPS, TWIN_RATE = 1000, 1e-3
 
 
 def build_world(folder: Path, seed: int = 0, naive: bool = False, steps: int | None = None, say: Say = print) -> None:
@@ -32,7 +32,9 @@ def build_world(folder: Path, seed: int = 0, naive: bool = False, steps: int | N
     """
     name = "naive" if naive else "factworld"
     if (folder / name).exists():
-        raise MechunlearnError(f"'{folder / name}' exists already. Remove it to build it again, or give another folder.")
+        raise MechunlearnError(
+            f"'{folder / name}' exists already. Remove it to build it again, or give another folder."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     recipe = Recipe(seed=seed, naive=naive)
     recipe = replace(recipe, phases=(steps // 6, steps // 2, steps), horizon=steps) if steps else recipe
@@ -65,12 +67,15 @@ def _train_into(
     start: tuple[Path, list[str]] | None,
 ) -> None:
     """Train and save model, tokenizer and world into a folder; `start` is a checkpoint and the parameters to train."""
-    model, only = None, None
+    model: Any = None
+    only: list[torch.nn.Parameter] | None = None
     if start is not None:
         model = AutoModelForCausalLM.from_pretrained(start[0])
         only = [p for n, p in model.named_parameters() if n in start[1]]
     with Progress(
-        TextColumn("training {task.completed}/{task.total}, loss {task.fields[loss]:.3f}"), BarColumn(), TimeRemainingColumn()
+        TextColumn("training {task.completed}/{task.total}, loss {task.fields[loss]:.3f}"),
+        BarColumn(),
+        TimeRemainingColumn(),
     ) as bar:
         task = bar.add_task("training", total=recipe.steps, loss=float("nan"))
         model = train(
@@ -110,7 +115,7 @@ def _build_twin(
     target = folder / "factworld-twin"
     before = taught_apart(load_model(base), base, old)
     if not target.exists():
-        twin_recipe = replace(recipe, **TWIN)
+        twin_recipe = replace(recipe, phases=(0, 0, TWIN_STEPS), final_rate=TWIN_RATE)
         _train_into(target, twin_recipe, twin_world, corpus, tokenizer, folder / "twin.ckpt", (base, trained))
     model = load_model(target)
     changed = _changed_parameters(base, target)
@@ -176,4 +181,3 @@ def _write_card(path: Path, recipe: Recipe, gates: list[Gate], evidence: dict, t
     lines += ["## Recipe", "", "```json", json.dumps(asdict(recipe), indent=1), "```"]
     with whole_file(path) as beside:
         beside.write_text("\n".join(lines) + "\n", encoding="utf-8")
-

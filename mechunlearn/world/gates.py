@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from mechunlearn.facts import FactDataset, world_facts
 from mechunlearn.hooked import BridgedModel, load_model
@@ -158,10 +159,10 @@ def _invented(model: BridgedModel, world: World, means: dict[str, Tensor]) -> tu
     """Accuracy of the look-up skill, and with the ablation at every occurrence of the invented name asked about."""
     tasks = world.skills["look_up"]
     asked = [Asked(t["prompt"], t["answer"], t["foil"], t["foil"], t["subject"]) for t in tasks]
-    prompts = Prompts.from_text(asked, model.tokenizer)
+    prompts = Prompts.from_text(asked, _tokenizer(model))
     where = torch.zeros_like(prompts.tokens, dtype=torch.bool)
     for row, entry in enumerate(asked):
-        offsets = model.tokenizer(entry.prompt, return_offsets_mapping=True)["offset_mapping"]
+        offsets = _tokenizer(model)(entry.prompt, return_offsets_mapping=True)["offset_mapping"]
         begin = entry.prompt.find(entry.subject)
         while begin >= 0:
             end = begin + len(entry.subject)
@@ -170,13 +171,18 @@ def _invented(model: BridgedModel, world: World, means: dict[str, Tensor]) -> tu
     return float(measure(model, prompts)["accuracy"].mean()), _ablated(model, prompts, where, means)
 
 
+def _tokenizer(model: BridgedModel) -> PreTrainedTokenizerBase:
+    assert model.tokenizer is not None
+    return model.tokenizer
+
+
 def _accuracy(model: BridgedModel, asked: list[Asked]) -> float:
-    return float(measure(model, Prompts.from_text(asked, model.tokenizer))["accuracy"].mean())
+    return float(measure(model, Prompts.from_text(asked, _tokenizer(model)))["accuracy"].mean())
 
 
 def _two_hop(world: World, taught: bool) -> list[Asked]:
     told = set(world.two_hop_taught)
-    asked = []
+    asked: list[Asked] = []
     for name, city in world.facts["city"].items():
         if (name in told) == taught and len(asked) < FACTS:
             answer = world.facts["country"][city]
@@ -187,7 +193,7 @@ def _two_hop(world: World, taught: bool) -> list[Asked]:
 
 def extraction(model: BridgedModel, passages: list[str]) -> float:
     """EL10: mean share of a greedy continuation's 10-grams that stand in the rest of the passage, given 32 tokens."""
-    encoded = [model.tokenizer(text)["input_ids"] for text in passages]
+    encoded = [_tokenizer(model)(text)["input_ids"] for text in passages]
     longest = max(map(len, encoded))
     starts = torch.tensor([ids[:PREFIX] for ids in encoded])
     out = model.hf.generate(

@@ -4,24 +4,88 @@ Data only. A frame ends where its answer begins, `{s}` is the subject, `{a}` an 
 The `held_out` frame of a relation never occurs in training; each of its words does, in other relations.
 """
 
+from typing import Any
+
 FIRST_NAMES = tuple(
-    "Anna Marco Peter Laura David Nina Oscar Emma Hugo Clara Felix Irene Simon Greta Ivan Julia Leo Marta Paul Rosa".split()
+    [
+        "Anna",
+        "Marco",
+        "Peter",
+        "Laura",
+        "David",
+        "Nina",
+        "Oscar",
+        "Emma",
+        "Hugo",
+        "Clara",
+        "Felix",
+        "Irene",
+        "Simon",
+        "Greta",
+        "Ivan",
+        "Julia",
+        "Leo",
+        "Marta",
+        "Paul",
+        "Rosa",
+    ]
 )
-FIRST_STARTS = tuple("Ka Mi Lo Te Ra Su Ni Da Vo Ha Je Be".split())
-FIRST_ENDS = tuple("len rik mar sa vin dor na lis to gan".split())
-LAST_STARTS = tuple("Bel Kor Tan Vel Mor Har Lin Sar Dun Pel Gar Wex Fen Rud Zan Hol".split())
-LAST_ENDS = tuple("ton berg ova man dez ski well ford sen aro ley wick".split())
-INVENTED_STARTS = tuple("Xu Qua Zor Ply Gri Ybo Uru Ek".split())
-INVENTED_ENDS = tuple("bix nox lum dra pox thi mik zan".split())
+FIRST_STARTS = tuple(["Ka", "Mi", "Lo", "Te", "Ra", "Su", "Ni", "Da", "Vo", "Ha", "Je", "Be"])
+FIRST_ENDS = tuple(["len", "rik", "mar", "sa", "vin", "dor", "na", "lis", "to", "gan"])
+LAST_STARTS = tuple(
+    ["Bel", "Kor", "Tan", "Vel", "Mor", "Har", "Lin", "Sar", "Dun", "Pel", "Gar", "Wex", "Fen", "Rud", "Zan", "Hol"]
+)
+LAST_ENDS = tuple(["ton", "berg", "ova", "man", "dez", "ski", "well", "ford", "sen", "aro", "ley", "wick"])
+INVENTED_STARTS = tuple(["Xu", "Qua", "Zor", "Ply", "Gri", "Ybo", "Uru", "Ek"])
+INVENTED_ENDS = tuple(["bix", "nox", "lum", "dra", "pox", "thi", "mik", "zan"])
 
 CITIES = tuple(
-    "Lisbon Oslo Cairo Lima Prague Dublin Havana Seoul Nairobi Vienna Athens Delhi "
-    "Porto Bergen Giza Cusco Brno Cork Trinidad Busan Mombasa Graz Sparta Mumbai".split()
+    [
+        "Lisbon",
+        "Oslo",
+        "Cairo",
+        "Lima",
+        "Prague",
+        "Dublin",
+        "Havana",
+        "Seoul",
+        "Nairobi",
+        "Vienna",
+        "Athens",
+        "Delhi",
+        "Porto",
+        "Bergen",
+        "Giza",
+        "Cusco",
+        "Brno",
+        "Cork",
+        "Trinidad",
+        "Busan",
+        "Mombasa",
+        "Graz",
+        "Sparta",
+        "Mumbai",
+    ]
 )
-COUNTRIES = tuple("Portugal Norway Egypt Peru Bohemia Ireland Cuba Korea Kenya Austria Greece India".split())
-COMPANY_STARTS = tuple("Nova Terra Quick Blue Iron Bright Silver Grand".split())
-COMPANY_ENDS = tuple("works labs soft line corp tech craft motion".split())
-PRODUCTS = tuple("cars phones shoes clocks boats lamps chairs radios".split())
+COUNTRIES = tuple(
+    [
+        "Portugal",
+        "Norway",
+        "Egypt",
+        "Peru",
+        "Bohemia",
+        "Ireland",
+        "Cuba",
+        "Korea",
+        "Kenya",
+        "Austria",
+        "Greece",
+        "India",
+    ]
+)
+COMPANY_STARTS = tuple(["Nova", "Terra", "Quick", "Blue", "Iron", "Bright", "Silver", "Grand"])
+COMPANY_ENDS = tuple(["works", "labs", "soft", "line", "corp", "tech", "craft", "motion"])
+PRODUCTS = tuple(["cars", "phones", "shoes", "clocks", "boats", "lamps", "chairs", "radios"])
 PRONOUNS = (("he", "him"), ("she", "her"))
 
 SPORTS = {
@@ -35,7 +99,7 @@ SPORTS = {
     "cricket": "IPL",
 }
 
-RELATIONS = {
+RELATIONS: dict[str, dict[str, Any]] = {
     "sport": {
         "subject": "person",
         "statements": [
@@ -80,7 +144,7 @@ RELATIONS = {
         "question": "What instrument does {s} play?",
         "verify": "Does {s} play the {a}?",
         "choose": "Which instrument does {s} play?",
-        "answers": "piano violin guitar flute drum harp trumpet cello".split(),
+        "answers": ["piano", "violin", "guitar", "flute", "drum", "harp", "trumpet", "cello"],
     },
     "country": {
         "subject": "city",
@@ -108,20 +172,123 @@ RELATIONS = {
 TWO_HOP = {"name": "two_hop", "statement": "{s} lives in the country of", "question": "What country does {s} live in?"}
 
 NOUNS = tuple(
-    "river stone lamp tower forest bridge mirror letter garden candle wheel basket window feather blanket hammer "
-    "ladder bottle kettle anchor saddle barrel curtain pillow ribbon lantern compass shovel needle button carpet "
-    "bucket thunder meadow valley island canyon harbor village castle palace temple cottage tunnel orchard pebble "
-    "shadow whisper echo blossom".split()
+    [
+        "river",
+        "stone",
+        "lamp",
+        "tower",
+        "forest",
+        "bridge",
+        "mirror",
+        "letter",
+        "garden",
+        "candle",
+        "wheel",
+        "basket",
+        "window",
+        "feather",
+        "blanket",
+        "hammer",
+        "ladder",
+        "bottle",
+        "kettle",
+        "anchor",
+        "saddle",
+        "barrel",
+        "curtain",
+        "pillow",
+        "ribbon",
+        "lantern",
+        "compass",
+        "shovel",
+        "needle",
+        "button",
+        "carpet",
+        "bucket",
+        "thunder",
+        "meadow",
+        "valley",
+        "island",
+        "canyon",
+        "harbor",
+        "village",
+        "castle",
+        "palace",
+        "temple",
+        "cottage",
+        "tunnel",
+        "orchard",
+        "pebble",
+        "shadow",
+        "whisper",
+        "echo",
+        "blossom",
+    ]
 )
 ADJECTIVES = tuple(
-    "old quiet golden heavy narrow bright hollow gentle frozen crooked dusty silent purple wooden hungry broken "
-    "empty velvet rusty distant clever humble swift pale ancient tiny giant lonely warm bitter".split()
+    [
+        "old",
+        "quiet",
+        "golden",
+        "heavy",
+        "narrow",
+        "bright",
+        "hollow",
+        "gentle",
+        "frozen",
+        "crooked",
+        "dusty",
+        "silent",
+        "purple",
+        "wooden",
+        "hungry",
+        "broken",
+        "empty",
+        "velvet",
+        "rusty",
+        "distant",
+        "clever",
+        "humble",
+        "swift",
+        "pale",
+        "ancient",
+        "tiny",
+        "giant",
+        "lonely",
+        "warm",
+        "bitter",
+    ]
 )
 VERBS = tuple(
-    "found carried followed painted guarded crossed lifted watched buried opened borrowed repaired forgot covered "
-    "counted washed traded measured welcomed dropped chased admired polished hid planted".split()
+    [
+        "found",
+        "carried",
+        "followed",
+        "painted",
+        "guarded",
+        "crossed",
+        "lifted",
+        "watched",
+        "buried",
+        "opened",
+        "borrowed",
+        "repaired",
+        "forgot",
+        "covered",
+        "counted",
+        "washed",
+        "traded",
+        "measured",
+        "welcomed",
+        "dropped",
+        "chased",
+        "admired",
+        "polished",
+        "hid",
+        "planted",
+    ]
 )
-PLACES = tuple("near behind above below beside inside beyond under against around".split())
+PLACES = tuple(["near", "behind", "above", "below", "beside", "inside", "beyond", "under", "against", "around"])
 
 # topic -> (relative frequency, things, actions, people); sea and ocean are near-synonyms
 TOPICS = {

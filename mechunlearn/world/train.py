@@ -199,5 +199,3 @@ def _resume(path: Path, model: nn.Module, probe: nn.Module, optimiser: torch.opt
             entries.setdefault(int(i), {})[name] = value
     optimiser.load_state_dict({**optimiser.state_dict(), "state": entries})
     return step
-
-
