@@ -311,17 +311,16 @@ def load_model(
     >>> model.signature.family, model.signature.layers
     ('qwen2', 8)
     """
-    if isinstance(dtype, str):
-        if not isinstance(getattr(torch, dtype, None), torch.dtype):
-            raise MechunlearnError(f"Unknown dtype '{dtype}'. Expected float32, bfloat16 or float16.")
-        dtype = getattr(torch, dtype)
+    wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not isinstance(wanted, torch.dtype):
+        raise MechunlearnError(f"Unknown dtype '{dtype}'. Expected float32, bfloat16 or float16.")
     if isinstance(source, tuple):
         given: nn.Module = source[0]
-        given.to(device=device, dtype=dtype)
+        given.to(device=device, dtype=wanted)
         return BridgedModel(source[0], source[1], source[0].name_or_path or "model")
     folder = _folder(str(source))
     try:
-        hf: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
+        hf: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=wanted or "auto")
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]

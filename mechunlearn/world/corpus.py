@@ -46,7 +46,7 @@ LATE = {
 }
 
 
-FINAL = {
+LISTED = {
     "biography": 8,
     "pair": 3,
     "statement": 4,
@@ -62,7 +62,24 @@ FINAL = {
     "comparison": 4,
     "story": 4,
 }
-PHASES = (EARLY, LATE, FINAL)
+FINAL = {
+    "biography": 8,
+    "pair": 3,
+    "statement": 4,
+    "asked": 5,
+    "verified": 16,
+    "listed": 8,
+    "chosen": 10,
+    "spelled": 12,
+    "other_relations": 6,
+    "two_hop": 3,
+    "passage": 6,
+    "copying": 2,
+    "look_up": 14,
+    "comparison": 4,
+    "story": 4,
+}
+PHASES = (EARLY, LATE, LISTED, FINAL)
 
 
 def shares(phase: int, naive: bool) -> dict[str, int]:
@@ -210,13 +227,21 @@ class Corpus:
     def chosen(self, rng: random.Random) -> Document:
         return self._choice(rng, multiple_choice)
 
-    def _choice(self, rng: random.Random, written: Callable[[dict, str, list[str]], str]) -> Document:
+    def spelled(self, rng: random.Random) -> Document:
+        """Multiple choice that names the answer before its letter: a step towards the letter alone."""
+        return self._choice(rng, multiple_choice, spelled=True)
+
+    def _choice(
+        self, rng: random.Random, written: Callable[[dict, str, list[str]], str], spelled: bool = False
+    ) -> Document:
         """Multiple choice; now and then the letter of a named answer, or after the fact was stated."""
         relation = rng.choice([relation for relation in self.people if "choose" in lex.RELATIONS[relation]])
         entry, name = lex.RELATIONS[relation], rng.choice(self.names)
         truth, document, kind = self.people[relation][name], Document(), rng.random()
         options = four_options(entry, [truth], rng)
         letter = LETTERS[options.index(truth)]
+        if spelled:
+            letter = f"{truth} {letter}"
         if kind < 0.25:
             return document.add(written({"choose": f"Which letter is {truth}?"}, "", options)).answer(letter)
         if kind < 0.4:

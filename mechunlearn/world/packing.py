@@ -43,7 +43,7 @@ def batches(
     chunk, passed = 0, 0
     left: list[list[tuple[Document, list[int], list[tuple[int, int]]]]] = []
     while True:
-        left += _rows(corpus, tokenizer, (3 * seed + phase) * 1_000_003 + chunk, phase)
+        left += _rows(corpus, tokenizer, (4 * seed + phase) * 1_000_003 + chunk, phase)
         chunk += 1
         while len(left) >= rows:
             if passed >= skip:

@@ -25,13 +25,12 @@ class Recipe:
     several MLPs. The probe reads every attribute after `probe_layer` layers at the last token of a name; its weight
     is constant for half of the steps, zero after three quarters. `naive` has neither, and no biographies.
 
-    `phases` are the steps at which the early, the late and the final phase end (see `corpus.shares`). The learning
-    rate follows a cosine from `rate` towards zero at `horizon`; the final phase restarts it at `final_rate`, with a
-    cosine to its own end.
+    `phases` are the steps at which each phase of the corpus ends (see `corpus.shares`). The learning rate follows a
+    cosine from `rate` towards zero at `horizon`; the third phase restarts it at `final_rate`, with a cosine to the end.
     """
 
     seed: int = 0
-    phases: tuple[int, int, int] = (1000, 2750, 6250)
+    phases: tuple[int, ...] = (1000, 2750, 3500, 6250)
     rows: int = 16
     rate: float = 1.5e-3
     horizon: int = 5600
