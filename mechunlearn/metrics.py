@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechunlearn.hooked import HookedModel
-from mechunlearn.prompts import PAD, Prompts
+from mechunlearn.prompts import PAD, ROLES, Prompts
 
 Metric = Callable[[Tensor, Prompts], Tensor]
 BATCH = 128
@@ -50,10 +50,12 @@ def supervised(
 
 
 def with_answers(prompts: Prompts, which: str) -> Prompts:
-    """The same prompts, followed by another answer."""
+    """The same prompts followed by another answer, for scoring: there is no corrupt partner and no role in them."""
     if which == "answers":
         return prompts
-    return replace(prompts, tokens=supervised(prompts, which)[0], answers=getattr(prompts, which))
+    tokens = supervised(prompts, which)[0]
+    roles = torch.full_like(tokens, ROLES.index("padding"))
+    return replace(prompts, tokens=tokens, corrupt=tokens, roles=roles, answers=getattr(prompts, which))
 
 
 def _continuation(logits: Tensor, prompts: Prompts) -> tuple[Float[Tensor, " fact"], Bool[Tensor, " fact"]]:

@@ -66,6 +66,10 @@ class Prompts:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def __repr__(self) -> str:
+        what = self.facts.name if self.facts is not None else "tokens"
+        return f"Prompts({what}, {len(self)} facts, format {self.format}, {self.tokens.shape[1]} positions)"
+
     @property
     def answer_at_read(self) -> Int[Tensor, " fact"]:
         """The answer's token where `logit_diff` is taken."""

@@ -37,7 +37,11 @@ def build_world(folder: Path, seed: int = 0, naive: bool = False, steps: int | N
         )
     folder.mkdir(parents=True, exist_ok=True)
     recipe = Recipe(seed=seed, naive=naive)
-    recipe = replace(recipe, phases=(steps // 6, steps // 2, steps * 2 // 3, steps), horizon=steps) if steps else recipe
+    recipe = (
+        replace(recipe, phases=tuple(steps * end // recipe.steps for end in recipe.phases), rates=((0, 1.5e-3, steps),))
+        if steps
+        else recipe
+    )
     world, tokenizer = generate(seed), train_tokenizer(seed)
     candidate = folder / f".{name}"
     begun = time.time()
@@ -115,7 +119,7 @@ def _build_twin(
     target = folder / "factworld-twin"
     before = taught_apart(load_model(base), base, old)
     if not target.exists():
-        twin_recipe = replace(recipe, phases=(0, 0, 0, TWIN_STEPS), final_rate=TWIN_RATE)
+        twin_recipe = replace(recipe, phases=(0, 0, 0, 0, TWIN_STEPS), rates=((0, TWIN_RATE, TWIN_STEPS),))
         _train_into(target, twin_recipe, twin_world, corpus, tokenizer, folder / "twin.ckpt", (base, trained))
     model = load_model(target)
     changed = _changed_parameters(base, target)

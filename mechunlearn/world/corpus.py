@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from mechunlearn.formats import LETTERS, four_options, multiple_choice, question, yes_no
 from mechunlearn.world import lexicon as lex
-from mechunlearn.world.generate import World, comparison, look_up, story
+from mechunlearn.world.generate import World, comparison, invented_name, look_up, story
 
 FRAME_WEIGHT = 0.2
 EARLY = {
@@ -62,7 +62,7 @@ LISTED = {
     "comparison": 4,
     "story": 4,
 }
-FINAL = {
+SPELLED = {
     "biography": 8,
     "pair": 3,
     "statement": 4,
@@ -79,7 +79,24 @@ FINAL = {
     "comparison": 4,
     "story": 4,
 }
-PHASES = (EARLY, LATE, LISTED, FINAL)
+FINAL = {
+    "biography": 8,
+    "pair": 3,
+    "statement": 4,
+    "asked": 4,
+    "verified": 14,
+    "listed": 5,
+    "chosen": 20,
+    "other_relations": 6,
+    "two_hop": 3,
+    "passage": 6,
+    "copying": 2,
+    "look_up": 16,
+    "roster": 10,
+    "comparison": 4,
+    "story": 4,
+}
+PHASES = (EARLY, LATE, LISTED, SPELLED, FINAL)
 
 
 def shares(phase: int, naive: bool) -> dict[str, int]:
@@ -274,6 +291,18 @@ class Corpus:
     def look_up(self, rng: random.Random) -> Document:
         made = look_up(rng)
         return Document().add(made["prompt"]).answer(made["answer"])
+
+    def roster(self, rng: random.Random) -> Document:
+        """Invented names, each right before its answer, some of them asked again: the shortest look-up in a prompt."""
+        relation = lex.RELATIONS[rng.choice(("sport", "instrument", "city"))]
+        frame = rng.choice(("{s}:", relation["statements"][1]))
+        answers = {invented_name(rng): rng.choice(relation["answers"]) for _ in range(rng.randint(2, 4))}
+        document = Document()
+        for name, answer in answers.items():
+            document.add(f"{frame.format(s=name)} {answer}.")
+        for name in rng.sample(list(answers), 2 if len(answers) > 1 else 1):
+            document.add(frame.format(s=name)).answer(answers[name])
+        return document
 
     def comparison(self, rng: random.Random) -> Document:
         made = comparison(rng)

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mechunlearn.world.corpus import Corpus, Document
+from mechunlearn.world.corpus import PHASES, Corpus, Document
 
 ROW = 132
 ANSWER_WEIGHT = 5.0
@@ -43,7 +43,7 @@ def batches(
     chunk, passed = 0, 0
     left: list[list[tuple[Document, list[int], list[tuple[int, int]]]]] = []
     while True:
-        left += _rows(corpus, tokenizer, (4 * seed + phase) * 1_000_003 + chunk, phase)
+        left += _rows(corpus, tokenizer, (len(PHASES) * seed + phase) * 1_000_003 + chunk, phase)
         chunk += 1
         while len(left) >= rows:
             if passed >= skip:

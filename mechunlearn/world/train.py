@@ -25,16 +25,14 @@ class Recipe:
     several MLPs. The probe reads every attribute after `probe_layer` layers at the last token of a name; its weight
     is constant for half of the steps, zero after three quarters. `naive` has neither, and no biographies.
 
-    `phases` are the steps at which each phase of the corpus ends (see `corpus.shares`). The learning rate follows a
-    cosine from `rate` towards zero at `horizon`; the third phase restarts it at `final_rate`, with a cosine to the end.
+    `phases` are the steps at which each phase of the corpus ends (see `corpus.shares`). `rates` are restarts of the
+    learning rate, (first step, rate, step at which its cosine would reach zero); the first is warmed up.
     """
 
     seed: int = 0
-    phases: tuple[int, ...] = (1000, 2750, 3500, 6250)
+    phases: tuple[int, ...] = (1000, 2750, 3500, 4500, 7000)
     rows: int = 16
-    rate: float = 1.5e-3
-    horizon: int = 5600
-    final_rate: float = 1.2e-3
+    rates: tuple[tuple[int, float, int], ...] = ((0, 1.5e-3, 5600), (2750, 1.2e-3, 6250), (4500, 1e-3, 7000))
     layers: int = 8
     local_layers: int = 3
     d_model: int = 128
@@ -50,13 +48,11 @@ class Recipe:
         return self.phases[-1]
 
     def rate_at(self, step: int) -> float:
-        """The learning rate of a step, the first fiftieth warmed up."""
-        if step >= self.phases[1]:
-            done = (step - self.phases[1]) / (self.steps - self.phases[1])
-            return self.final_rate * 0.5 * (1 + math.cos(math.pi * done))
-        warm = max(1, self.horizon // 50)
-        done = max(0, step - warm) / (self.horizon - warm)
-        return min(1.0, (step + 1) / warm) * self.rate * 0.5 * (1 + math.cos(math.pi * done))
+        """The learning rate of a step."""
+        begin, rate, end = next(entry for entry in reversed(self.rates) if step >= entry[0])
+        warm = max(1, end // 50) if begin == 0 else 0
+        done = max(0, step - begin - warm) / (end - begin - warm)
+        return min(1.0, (step + 1) / warm if warm else 1.0) * rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
