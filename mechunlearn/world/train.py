@@ -102,7 +102,7 @@ def train(
     trained = [p for p in model.parameters() if p.requires_grad]
     probed = not recipe.naive and recipe.probe_weight > 0
     groups = [*trained, *probe.parameters()] if probed else trained
-    optimiser = torch.optim.AdamW(groups, lr=recipe.rate, betas=(0.9, 0.95), weight_decay=0.01)
+    optimiser = torch.optim.AdamW(groups, lr=recipe.rate_at(0), betas=(0.9, 0.95), weight_decay=0.01)
     done = _resume(checkpoint, model, probe, optimiser)
     window = model.config.sliding_window if model.config.use_sliding_window else None
     streams = [
