@@ -5,13 +5,17 @@ import sys
 import warnings
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from mechunlearn.errors import MechunlearnError
+
+if TYPE_CHECKING:
+    from mechunlearn.prompts import Prompts
+    from mechunlearn.report import Report
 
 app = typer.Typer(
     help="Find where a language model keeps a fact, change it there and nowhere else, and prove that it is gone.",
@@ -118,7 +122,7 @@ def edit(
     mask: Annotated[Path, typer.Argument(help="A mask file.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Edit file: .safetensors.")],
     loss: Annotated[Objective, typer.Option(help="What to do with the forget facts.")] = Objective.injection,
-    steps: Steps = 100,
+    steps: Steps = 50,
     rate: Rate = 1e-3,
     export: Annotated[Path | None, typer.Option(help="Also write the edited model to this new folder.")] = None,
     forget: Forget = 64,
@@ -225,15 +229,20 @@ def _load(model: str, facts: str, forget: int, seed: int, device: str, dtype: st
     return hooked, forgotten, retained
 
 
-def _print(report) -> None:
-    """The numbers to read first, and the verdict."""
+def _print(report: "Report") -> None:
+    """The verdict, and the numbers to read first."""
+    from mechunlearn.report import MEANING
+
     table = Table(box=None, pad_edge=False, header_style="bold")
-    summary = report.summary()
+    summary = report.summary(short=True)
     for column in summary.columns:
-        table.add_column(column, justify="left" if column == "what" else "right", no_wrap=column == "what")
+        table.add_column(column, justify="left" if column == "what" else "right", no_wrap=True)
     for row in summary.itertuples(index=False):
         table.add_row(*map(str, row))
     console.print(table)
+    for name in report.columns:
+        console.print(f"{name}: {MEANING.get(name, 'another edit')}")
+    console.print("Accuracy of the truth unless marked target; ± is half of the 95 % bootstrap interval over facts.")
     console.print(report.verdict())
 
 

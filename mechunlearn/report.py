@@ -18,6 +18,7 @@ MEANING = {
     "before": "the model as it came",
     "after": "with the edit",
     "control": "the same editor and settings on a random mask of the same kinds and weight",
+    "attribution": "the same editor and settings on attribution patching's largest units, of the same weight",
 }
 
 
@@ -38,8 +39,8 @@ class Report:
         rows = self.frame[(self.frame.split == split) & (self.frame.format == format) & (self.frame.metric == metric)]
         return float(rows[column].iloc[0])
 
-    def summary(self) -> pd.DataFrame:
-        """The rows to read first, as text with intervals."""
+    def summary(self, short: bool = False) -> pd.DataFrame:
+        """The rows to read first, as text: `0.98 [0.95, 1.00]`, or short, `0.98 ±0.03` (half the interval)."""
         frame = self.frame
         wanted = pd.concat(
             [
@@ -53,7 +54,9 @@ class Report:
         for row in wanted.to_dict("records"):
             shown = {"what": describe(row["split"], row["format"], row["metric"]), "n": row["n"]}
             for name in self.columns:
-                shown[name] = f"{row[name]:.2f} [{row[f'{name} low']:.2f}, {row[f'{name} high']:.2f}]"
+                low, high = row[f"{name} low"], row[f"{name} high"]
+                interval = f"±{(high - low) / 2:.2f}" if short else f"[{low:.2f}, {high:.2f}]"
+                shown[name] = f"{row[name]:.2f} {interval}"
             rows.append(shown)
         return pd.DataFrame(rows)
 
@@ -96,9 +99,7 @@ class Report:
             figure.to_html(full_html=False, include_plotlyjs=i == 0, config={"displaylogo": False})
             for i, figure in enumerate(self.figures(found, edit))
         ]
-        meaning = {
-            name: MEANING.get(name, f"the same editor on the {name} mask of the same weight") for name in self.columns
-        }
+        meaning = {name: MEANING.get(name, "another edit") for name in self.columns}
         page = _PAGE.render(
             verdict=self.verdict(),
             about=self.about,
@@ -121,9 +122,14 @@ class Report:
 
 def describe(split: str, format: str, metric: str) -> str:
     """A row of the table in words."""
-    spoken = {"accuracy": "truth", "target accuracy": "edit target", "loss": "loss (nats a token)"}.get(metric, metric)
     asked = "training prompt" if format == "statement" and split in ("forget", "retain") else format.replace("_", " ")
-    return f"{split}, {asked}: {spoken}" if split not in ("skills", "text") else f"{split}: {format.replace('_', ' ')}"
+    if split.startswith("same subject") or split == "neighbours":
+        return split
+    if split == "text":
+        return "text loss, nats a token"
+    if split == "forget":
+        return f"forget, {asked}{': target' if metric == 'target accuracy' else ''}"
+    return f"{split}, {asked}"
 
 
 def _table(frame: pd.DataFrame) -> str:
@@ -150,7 +156,7 @@ pre { overflow-x: auto; background: #f6f6f6; padding: 1rem; font-size: .8rem; } 
 <h2>The numbers to read first</h2>
 <dl>{% for name, text in meaning.items() %}<dt>{{ name|e }}</dt><dd>{{ text|e }}</dd>{% endfor %}</dl>
 <div class="scroll">{{ summary }}</div>
-<p>Accuracy is greedy decoding over the full vocabulary, all answer tokens right. In brackets: 95 % bootstrap intervals
+<p>Accuracy of the truth unless the row says target: greedy decoding over the full vocabulary, all answer tokens right. In brackets: 95 % bootstrap intervals
 over facts. This is one model and one edit of it: the intervals say nothing of other models or seeds.</p>
 <h2>Pictures</h2>
 {% for figure in figures %}{{ figure }}{% endfor %}

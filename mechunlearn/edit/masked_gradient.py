@@ -27,7 +27,7 @@ def masked_gradient(
     retain: Prompts,
     *,
     loss: losses.Loss = losses.injection,
-    steps: int = 100,
+    steps: int = 50,
     rate: float | int = 1e-3,
     forget_weight: float | int = 1.0,
     retain_weight: float | int = 1.0,
