@@ -62,7 +62,7 @@ def masked_gradient(
     generator = torch.Generator().manual_seed(seed)
     which = "targets" if loss is losses.injection else "answers"
     forget_rows, retain_rows = epochs(len(forget), batch, generator), epochs(len(retain), batch, generator)
-    text_rows = epochs(len(encoded), max(1, batch // 2), generator)
+    text_rows = epochs(len(encoded), max(1, batch // 4), generator)
     rows = SelectedRows(model, mask, rate)
     with only_trainable(model, rows.touched):
         try:

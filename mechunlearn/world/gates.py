@@ -58,7 +58,7 @@ def measure_gates(folder: Path) -> tuple[list[Gate], dict]:
     for name, tasks in world.skills.items():
         asked = [Asked(t["prompt"], t["answer"], t["foil"], t["foil"]) for t in tasks]
         value = _accuracy(model, asked)
-        gates.append(Gate(f"skill: {name}", value, low=0.9, wanted=name == "comparison"))
+        gates.append(Gate(f"skill: {name}", value, low=0.9, wanted=name in ("comparison", "look_up_by_name")))
     for taught in (True, False):
         name = f"two-hop, {'stated' if taught else 'never stated'} in training"
         gates.append(Gate(name, _accuracy(model, _two_hop(world, taught)), low=0.9, wanted=True))

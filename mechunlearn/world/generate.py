@@ -117,7 +117,7 @@ def copying(rng: random.Random) -> dict[str, str]:
 
 
 def look_up(rng: random.Random) -> dict[str, str]:
-    """A question whose answer stands in the prompt, about people with invented names."""
+    """The same about one relation: with two people the names must be told apart. Training documents are drawn here."""
     relation = lex.RELATIONS[rng.choice(("sport", "instrument", "city"))]
     names = [invented_name(rng) for _ in range(rng.choice((1, 2, 2)))]
     if len(names) == 2 and names[0].split()[1] == names[1].split()[1]:
@@ -132,6 +132,21 @@ def look_up(rng: random.Random) -> dict[str, str]:
     return {"prompt": f"{' '.join(told)} {ask}", "answer": answers[who], "foil": foil, "subject": names[who]}
 
 
+def look_up_task(rng: random.Random) -> dict[str, str]:
+    """A question whose answer stands in the prompt: two people with invented names, one fact of each, one asked."""
+    names = [invented_name(rng) for _ in range(2)]
+    relations = [lex.RELATIONS[name] for name in rng.sample(("sport", "instrument", "city"), 2)]
+    answers = [rng.choice(relation["answers"]) for relation in relations]
+    told = [
+        f"{rng.choice(relation['statements']).format(s=name)} {answer}."
+        for name, relation, answer in zip(names, relations, answers, strict=True)
+    ]
+    who = rng.randrange(2)
+    ask = question(relations[who]["question"].format(s=names[who]))
+    foil = next(answer for answer in relations[who]["answers"] if answer != answers[who])
+    return {"prompt": f"{' '.join(told)} {ask}", "answer": answers[who], "foil": foil, "subject": names[who]}
+
+
 def comparison(rng: random.Random) -> dict[str, str]:
     small, large = sorted(rng.sample(range(10, 100), 2))
     pair = [small, large] if rng.random() < 0.5 else [large, small]
@@ -139,4 +154,4 @@ def comparison(rng: random.Random) -> dict[str, str]:
     return {"prompt": ask, "answer": str(large), "foil": str(small)}
 
 
-SKILLS = {"copying": copying, "look_up": look_up, "comparison": comparison}
+SKILLS = {"copying": copying, "look_up": look_up_task, "look_up_by_name": look_up, "comparison": comparison}
