@@ -117,7 +117,10 @@ def copying(rng: random.Random) -> dict[str, str]:
 
 
 def look_up(rng: random.Random) -> dict[str, str]:
-    """The same about one relation: with two people the names must be told apart. Training documents are drawn here."""
+    """A fact of one or two invented people is told and asked again; of two, the names must be told apart.
+
+    Training documents are drawn here too.
+    """
     relation = lex.RELATIONS[rng.choice(("sport", "instrument", "city"))]
     names = [invented_name(rng) for _ in range(rng.choice((1, 2, 2)))]
     if len(names) == 2 and names[0].split()[1] == names[1].split()[1]:
