@@ -76,7 +76,12 @@ def test_the_world_has_what_it_promises(contents, tokenizer):
     assert len(contents.passages) >= 128 and len(contents.control_passages) >= 128
     assert not set(contents.passages) & set(contents.control_passages)
     assert min(len(tokenizer(text)["input_ids"]) for text in contents.passages) >= 100
-    assert len(contents.stories) >= 8 and set(contents.skills) == {"copying", "look_up", "look_up_by_name", "comparison"}
+    assert len(contents.stories) >= 8 and set(contents.skills) == {
+        "copying",
+        "look_up",
+        "look_up_by_name",
+        "comparison",
+    }
 
 
 def test_no_part_of_a_name_gives_the_answer(contents):

@@ -1,6 +1,7 @@
 """Does a trained world have its facts, its skills and the two-stage mechanism? Measured on the stored checkpoint."""
 
 import json
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mechunlearn.facts import FactDataset, world_facts
+from mechunlearn.formats import LETTERS, four_options, multiple_choice
 from mechunlearn.hooked import BridgedModel, load_model
 from mechunlearn.localize.fact_lookup import lookup_window
 from mechunlearn.metrics import measure
@@ -53,8 +55,9 @@ def measure_gates(folder: Path) -> tuple[list[Gate], dict]:
         facts = facts.select(range(min(FACTS, len(facts))))
         for format in facts.formats:
             value = float(measure(model, facts.prompts(model, format))["accuracy"].mean())
-            low = {"held_out": 0.8, "multiple_choice": 0.9}.get(format, 0.95)
-            gates.append(Gate(f"{relation}: {format}", value, low=low, wanted=format == "multiple_choice"))
+            gates.append(Gate(f"{relation}: {format}", value, low=0.8 if format == "held_out" else 0.95))
+        if "choose" in lex.RELATIONS[relation]:
+            gates.append(Gate(f"{relation}: multiple_choice", _multiple_choice(model, facts), low=0.9, wanted=True))
     for name, tasks in world.skills.items():
         asked = [Asked(t["prompt"], t["answer"], t["foil"], t["foil"]) for t in tasks]
         value = _accuracy(model, asked)
@@ -178,6 +181,18 @@ def _tokenizer(model: BridgedModel) -> PreTrainedTokenizerBase:
 
 def _accuracy(model: BridgedModel, asked: list[Asked]) -> float:
     return float(measure(model, Prompts.from_text(asked, _tokenizer(model)))["accuracy"].mean())
+
+
+def _multiple_choice(model: BridgedModel, facts: FactDataset) -> float:
+    rng = random.Random(0)
+    asked = []
+    for fact in facts:
+        relation = lex.RELATIONS[fact.relation]
+        options = four_options(relation, [fact.answer], rng)
+        letter = LETTERS[options.index(fact.answer)]
+        foil = next(other for other in LETTERS if other != letter)
+        asked.append(Asked(multiple_choice(relation, fact.subject, options), letter, foil, foil, fact.subject))
+    return _accuracy(model, asked)
 
 
 def _two_hop(world: World, taught: bool) -> list[Asked]:

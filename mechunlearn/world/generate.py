@@ -26,7 +26,7 @@ class World:
     control_passages: list[str]
     stories: dict[str, list[str]]
     skills: dict[str, list[dict[str, str]]]
-    relations: dict[str, dict] = field(default_factory=lambda: dict(lex.RELATIONS))
+    relations: dict[str, dict] = field(default_factory=lambda: shipped_relations())
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=0) + "\n", encoding="utf-8")
@@ -34,6 +34,11 @@ class World:
     @classmethod
     def load(cls, path: Path) -> "World":
         return cls(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def shipped_relations() -> dict[str, dict]:
+    """The relations without multiple choice: documents of it are in the corpus, but it does not train at this size."""
+    return {name: {k: v for k, v in relation.items() if k != "choose"} for name, relation in lex.RELATIONS.items()}
 
 
 def generate(seed: int, people: int = 800, untaught: int = 400, passages: int = 128) -> World:
