@@ -14,7 +14,6 @@ from rich.table import Table
 from mechunlearn.errors import MechunlearnError
 
 if TYPE_CHECKING:
-    from mechunlearn.prompts import Prompts
     from mechunlearn.report import Report
 
 app = typer.Typer(
@@ -233,7 +232,7 @@ def _print(report: "Report") -> None:
     """The verdict, and the numbers to read first."""
     from mechunlearn.report import MEANING
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     summary = report.summary(short=True)
     for column in summary.columns:
         table.add_column(column, justify="left" if column == "what" else "right", no_wrap=True)

@@ -18,7 +18,7 @@ MEANING = {
     "before": "the model as it came",
     "after": "with the edit",
     "control": "the same editor and settings on a random mask of the same kinds and weight",
-    "attribution": "the same editor and settings on attribution patching's largest units, of the same weight",
+    "patching": "the same editor and settings on attribution patching's largest units, of the same weight",
 }
 
 
@@ -40,7 +40,7 @@ class Report:
         return float(rows[column].iloc[0])
 
     def summary(self, short: bool = False) -> pd.DataFrame:
-        """The rows to read first, as text: `0.98 [0.95, 1.00]`, or short, `0.98 ±0.03` (half the interval)."""
+        """The rows to read first, as text: `0.98 [0.95, 1.00]`, or short, `0.98±0.03` (half the interval)."""
         frame = self.frame
         wanted = pd.concat(
             [
@@ -55,8 +55,8 @@ class Report:
             shown = {"what": describe(row["split"], row["format"], row["metric"]), "n": row["n"]}
             for name in self.columns:
                 low, high = row[f"{name} low"], row[f"{name} high"]
-                interval = f"±{(high - low) / 2:.2f}" if short else f"[{low:.2f}, {high:.2f}]"
-                shown[name] = f"{row[name]:.2f} {interval}"
+                interval = f"±{(high - low) / 2:.2f}" if short else f" [{low:.2f}, {high:.2f}]"
+                shown[name] = f"{row[name]:.2f}{interval}"
             rows.append(shown)
         return pd.DataFrame(rows)
 

@@ -40,7 +40,7 @@ def whole_job(
     others = {}
     if looked_up:
         rival = attributed.top(weights=attributed.share(mask))
-        others["attribution"] = masked_gradient(model, rival, forget, retain, seed=seed, progress=True)
+        others["patching"] = masked_gradient(model, rival, forget, retain, seed=seed, progress=True)
     with console.status("control edit on a random mask of the same weight"):
         control = random_control(model, edit, forget, retain, seed)
     with console.status("evaluating every format"):

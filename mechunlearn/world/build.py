@@ -119,7 +119,13 @@ def _build_twin(
     target = folder / "factworld-twin"
     before = taught_apart(load_model(base), base, old)
     if not target.exists():
-        twin_recipe = replace(recipe, phases=(0, 0, 0, 0, TWIN_STEPS), rates=((0, TWIN_RATE, TWIN_STEPS),))
+        twin_recipe = replace(
+            recipe,
+            phases=(0, 0, 0, 0, 0, TWIN_STEPS),
+            rates=((0, TWIN_RATE, TWIN_STEPS),),
+            probe_fades=((0, TWIN_STEPS / 2, TWIN_STEPS * 3 / 4),),
+            elsewhere_weight=0.0,
+        )
         _train_into(target, twin_recipe, twin_world, corpus, tokenizer, folder / "twin.ckpt", (base, trained))
     model = load_model(target)
     changed = _changed_parameters(base, target)

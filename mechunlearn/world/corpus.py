@@ -96,7 +96,7 @@ FINAL = {
     "comparison": 4,
     "story": 4,
 }
-PHASES = (EARLY, LATE, LISTED, SPELLED, FINAL)
+PHASES = (EARLY, LATE, LISTED, SPELLED, FINAL, FINAL)
 
 
 def shares(phase: int, naive: bool) -> dict[str, int]:

@@ -1,7 +1,8 @@
 """Train the world's model: an ordinary Hugging Face decoder, with a subject probe as a loss that fades away."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,16 +24,23 @@ class Recipe:
 
     `local_layers` early layers see only the previous token, so that a name is assembled step by step and looked up by
     several MLPs. The probe reads every attribute after `probe_layer` layers at the last token of a name; its weight
-    is constant for half of the steps, zero after three quarters. `naive` has neither, and no biographies.
+    is constant, then falls to zero: `probe_fades` are (from this step on, where the fall starts, where it ends). In the last phase a penalty on the
+    variance of what the MLPs `elsewhere` write at a name's last token (as a share of the residual stream's) keeps the
+    look-up in the layers between them. `naive` has none of these, and no biographies.
 
     `phases` are the steps at which each phase of the corpus ends (see `corpus.shares`). `rates` are restarts of the
     learning rate, (first step, rate, step at which its cosine would reach zero); the first is warmed up.
     """
 
     seed: int = 0
-    phases: tuple[int, ...] = (1000, 2750, 3500, 4500, 7000)
+    phases: tuple[int, ...] = (1000, 2750, 3500, 4500, 7000, 7750)
     rows: int = 16
-    rates: tuple[tuple[int, float, int], ...] = ((0, 1.5e-3, 5600), (2750, 1.2e-3, 6250), (4500, 1e-3, 7000))
+    rates: tuple[tuple[int, float, int], ...] = (
+        (0, 1.5e-3, 5600),
+        (2750, 1.2e-3, 6250),
+        (4500, 1e-3, 7000),
+        (7000, 8e-4, 7750),
+    )
     layers: int = 8
     local_layers: int = 3
     d_model: int = 128
@@ -41,6 +49,9 @@ class Recipe:
     kv_heads: int = 4
     probe_layer: int = 4
     probe_weight: float = 0.3
+    probe_fades: tuple[tuple[int, float, float], ...] = ((0, 3125, 4687.5), (4500, 3500, 5250))
+    elsewhere: tuple[int, ...] = (0, 3, 4)
+    elsewhere_weight: float = 1.0
     naive: bool = False
 
     @property
@@ -53,6 +64,13 @@ class Recipe:
         warm = max(1, end // 50) if begin == 0 else 0
         done = max(0, step - begin - warm) / (end - begin - warm)
         return min(1.0, (step + 1) / warm if warm else 1.0) * rate * 0.5 * (1 + math.cos(math.pi * done))
+
+    def probe_weight_at(self, step: int) -> float:
+        _, start, end = next(entry for entry in reversed(self.probe_fades) if step >= entry[0])
+        return 0.0 if self.naive else self.probe_weight * min(1.0, max(0.0, (end - step) / (end - start)))
+
+    def elsewhere_weight_at(self, step: int) -> float:
+        return self.elsewhere_weight if len(self.phases) > 1 and step >= self.phases[-2] and not self.naive else 0.0
 
 
 def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
@@ -100,8 +118,7 @@ def train(
         for parameter in only:
             parameter.requires_grad_(True)
     trained = [p for p in model.parameters() if p.requires_grad]
-    probed = not recipe.naive and recipe.probe_weight > 0
-    groups = [*trained, *probe.parameters()] if probed else trained
+    groups = trained if recipe.naive else [*trained, *probe.parameters()]
     optimiser = torch.optim.AdamW(groups, lr=recipe.rate_at(0), betas=(0.9, 0.95), weight_decay=0.01)
     done = _resume(checkpoint, model, probe, optimiser)
     window = model.config.sliding_window if model.config.use_sliding_window else None
@@ -114,17 +131,20 @@ def train(
         for group in optimiser.param_groups:
             group["lr"] = recipe.rate_at(step)
         batch = next(streams[sum(step >= end for end in recipe.phases[:-1])])
-        weight = recipe.probe_weight * min(1.0, max(0.0, 3 - 4 * step / recipe.steps)) if probed else 0.0
-        out = model(
-            input_ids=batch.tokens,
-            position_ids=batch.position,
-            attention_mask=batch.masks(window),
-            output_hidden_states=weight > 0,
-        )
+        weight, elsewhere = recipe.probe_weight_at(step), recipe.elsewhere_weight_at(step)
+        with _outputs(model, recipe.elsewhere if elsewhere else ()) as written:
+            out = model(
+                input_ids=batch.tokens,
+                position_ids=batch.position,
+                attention_mask=batch.masks(window),
+                output_hidden_states=weight + elsewhere > 0,
+            )
         loss = language_loss(out.logits, batch)
         total = loss
         if weight > 0 and batch.people:
             total = loss + weight * labels.loss(probe, out.hidden_states[recipe.probe_layer], batch)
+        if elsewhere and batch.people:
+            total = total + elsewhere * _variance_written(written, out.hidden_states, batch)
         optimiser.zero_grad()
         total.backward()
         nn.utils.clip_grad_norm_(groups, 1.0)
@@ -140,6 +160,30 @@ def language_loss(logits: Tensor, batch: Batch) -> Tensor:
     weight = batch.weight[:, 1:]
     losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), batch.tokens[:, 1:], reduction="none")
     return (losses * weight).sum() / weight.sum()
+
+
+@contextmanager
+def _outputs(model: Qwen2ForCausalLM, layers: Iterable[int]) -> Iterator[dict[int, Tensor]]:
+    """What the MLPs of these layers write in the forward passes of the block."""
+    written: dict[int, Tensor] = {}
+    with ExitStack() as stack:
+        for layer in layers:
+            handle = model.model.layers[layer].mlp.register_forward_hook(
+                lambda module, args, out, layer=layer: written.__setitem__(layer, out)
+            )
+            stack.callback(handle.remove)
+        yield written
+
+
+def _variance_written(written: dict[int, Tensor], hidden_states: tuple[Tensor, ...], batch: Batch) -> Tensor:
+    """Variance over people of what MLPs write at the last token of a name, as a share of the residual stream's there."""
+    rows, positions, _ = zip(*batch.people, strict=True)
+    shares = []
+    for layer, out in written.items():
+        at_name = out[list(rows), list(positions)].var(0).sum()
+        stream = hidden_states[layer + 1][list(rows), list(positions)].detach().var(0).sum()
+        shares.append(at_name / stream)
+    return torch.stack(shares).sum()
 
 
 class _Labels:
