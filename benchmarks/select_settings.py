@@ -20,7 +20,7 @@ from mechunlearn.localize import attribution_patching, fact_lookup
 from mechunlearn.metrics import measure
 
 SEEDS = (101, 102)
-RATES = (1e-3, 1.5e-3, 2e-3, 3e-3)
+RATES = (1e-3, 2e-3, 3e-3)
 
 
 def main() -> None:
