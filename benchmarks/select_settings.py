@@ -50,7 +50,12 @@ def main() -> None:
                     "unseen": kept["accuracy"].mean().item(),
                 }
             )
-    table = pd.DataFrame(rows).groupby(["mask", "rate"]).agg({"edit": "min", "truth": "max", "unseen": "mean"}).reset_index()
+    table = (
+        pd.DataFrame(rows)
+        .groupby(["mask", "rate"])
+        .agg({"edit": "min", "truth": "max", "unseen": "mean"})
+        .reset_index()
+    )
     print(table.round(3).to_string(index=False))  # noqa: T201
     reached = table[(table.edit >= 0.99) & (table.truth <= 0.05)]
     print(reached.sort_values("unseen", ascending=False).groupby("mask").head(1).to_string(index=False))  # noqa: T201
