@@ -122,7 +122,7 @@ def edit(
     output: Annotated[Path, typer.Option("--output", "-o", help="Edit file: .safetensors.")],
     loss: Annotated[Objective, typer.Option(help="What to do with the forget facts.")] = Objective.injection,
     steps: Steps = 50,
-    rate: Rate = 1.5e-3,
+    rate: Rate = 2e-3,
     export: Annotated[Path | None, typer.Option(help="Also write the edited model to this new folder.")] = None,
     forget: Forget = 64,
     seed: Seed = 0,

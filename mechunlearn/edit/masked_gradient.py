@@ -28,7 +28,7 @@ def masked_gradient(
     *,
     loss: losses.Loss = losses.injection,
     steps: int = 50,
-    rate: float | int = 1.5e-3,
+    rate: float | int = 2e-3,
     forget_weight: float | int = 1.0,
     retain_weight: float | int = 1.0,
     text_weight: float | int = 1.0,
