@@ -92,13 +92,16 @@ def test_the_verdict_carries_the_figures(report):
 
 
 @pytest.mark.parametrize("loss", [losses.log_one_minus_p, losses.gradient_ascent])
-def test_unlearning_losses_remove_the_truth_and_gradient_difference_keeps_the_rest(loss, world, sport, found):
+def test_unlearning_losses_remove_the_truth_and_the_retain_term_keeps_the_rest(loss, world, sport, found):
     forget, retain = sport
     before = measure(world, forget)["probability"].mean()
-    made = masked_gradient(world, found.above(0), forget, retain, loss=loss, steps=30)
-    with made.applied(world):
-        assert measure(world, forget)["probability"].mean() < 0.5 * before
-        assert measure(world, retain)["accuracy"].mean() > 0.9
+    kept = []
+    for weight in (0, 1):
+        made = masked_gradient(world, found.above(0), forget, retain, loss=loss, steps=20, retain_weight=weight)
+        with made.applied(world):
+            assert measure(world, forget)["probability"].mean() < 0.8 * before
+            kept.append(measure(world, retain)["accuracy"].mean())
+    assert kept[1] > kept[0], "without the retain term more is lost"
 
 
 def test_reports_show_as_tables(report):

@@ -154,7 +154,8 @@ def test_a_batch_can_be_reached_without_the_ones_before(contents, tokenizer):
 
 def test_interrupted_training_resumes_to_the_same_weights(contents, tokenizer, tmp_path):
     recipe = Recipe(
-        phases=(1, 2, 3, 4, 6),
+        phases=(1, 2, 3, 4, 5, 6),
+        elsewhere=(0,),
         rows=2,
         rates=((0, 1e-3, 6),),
         layers=2,

@@ -49,7 +49,7 @@ class Recipe:
     kv_heads: int = 4
     probe_layer: int = 4
     probe_weight: float = 0.3
-    probe_fades: tuple[tuple[int, float, float], ...] = ((0, 3125, 4687.5), (4500, 3500, 5250))
+    probe_fades: tuple[tuple[int, float | int, float | int], ...] = ((0, 3125, 4687.5), (4500, 3500, 5250))
     elsewhere: tuple[int, ...] = (0, 3, 4)
     elsewhere_weight: float = 1.0
     naive: bool = False
