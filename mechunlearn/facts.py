@@ -128,7 +128,7 @@ def load_facts(source: str | Path, *, seed: int = 0) -> FactDataset:
 
     >>> facts = load_facts("factworld/sport")
     >>> len(facts), facts.facts[0].queries["question"].prompt[:32]
-    (800, 'Question: What sport does Jelen H')
+    (800, 'Question: What sport does Jelen ')
     """
     name = str(source)
     if name == "factworld" or name.startswith("factworld/"):
