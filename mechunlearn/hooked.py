@@ -1,7 +1,7 @@
 """The hooked model: all that methods know of a model, implemented once over TransformerBridge.
 
-The Hugging Face module is the truth and stays an ordinary module. The bridge wraps a second module that shares the same
-parameters, because booting rewrites the module it is given. Fused matrices that the bridge keeps as copies
+The Hugging Face module is the truth, stays an ordinary module, and is what runs. The bridge wraps a second module that
+shares the same parameters, because booting rewrites the module it is given; hooks act on both. Fused matrices that the bridge keeps as copies
 (GPT-NeoX, Phi-3) are brought up to date by `write_` and `refresh_`.
 """
 
@@ -28,22 +28,24 @@ from transformers import (
 )
 
 from mechunlearn.components import Component
+from mechunlearn.decoder import Decoder, Hook
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.files import whole_folder
 from mechunlearn.layout import Layout, Signature, flat
 from mechunlearn.runcard import digest
 
-Hook = Callable[[Tensor], Tensor | None]
 SHIPPED = ("factworld", "factworld-twin")
-STREAMS = {"resid_pre": "hook_resid_pre", "resid_post": "hook_resid_post"}
-STREAMS |= {"resid_mid": "hook_resid_mid", "attn_out": "hook_attn_out", "mlp_out": "hook_mlp_out"}
-UNIT_HOOKS = {"attn.o": "attn.o.hook_in", "mlp.out": "mlp.out.hook_in"}
+BRIDGE = {"resid_pre": "hook_resid_pre", "resid_post": "hook_resid_post", "resid_mid": "hook_resid_mid"}
+BRIDGE |= {"attn_out": "hook_attn_out", "mlp_out": "hook_mlp_out"}
+BRIDGE |= {"attn.o": "attn.o.hook_in", "mlp.out": "mlp.out.hook_in"}
 
 
 @runtime_checkable
 class HookedModel(Protocol):
-    """A model as methods see it. Sites are `L<layer>.<kind>` with a kind of `attn.o` (`[fact pos head d_head]`),
-    `mlp.out` (`[fact pos neuron]`), `resid_pre`, `resid_mid`, `resid_post`, `attn_out` or `mlp_out`.
+    """A model as methods see it. Sites are `L<layer>.<kind>` with a kind of `attn.o` (`[fact pos head d_head]`, what W_O
+    reads), `attn.q`, `attn.k`, `attn.v` (what these projections give), `mlp.out` (`[fact pos neuron]`, what W_out
+    reads), `resid_pre`, `resid_mid`, `resid_post`, `attn_out`, `mlp_out` (what is added to the residual stream) or
+    `mlp_in` (what the MLP reads, normalised).
 
     Tokens are padded on the right: with causal attention no real position sees the padding, so a padded batch gives
     the same numbers as single prompts.
@@ -53,6 +55,8 @@ class HookedModel(Protocol):
     tokenizer: PreTrainedTokenizerBase | None
     layout: Layout
 
+    @property
+    def decoder(self) -> Decoder: ...
     @property
     def signature(self) -> Signature: ...
     @property
@@ -111,7 +115,7 @@ class BridgedModel:
 
     def forward(self, tokens: Int[Tensor, "fact pos"]) -> Float[Tensor, "fact pos d_vocab"]:
         """Logits, through the hooks."""
-        return self.bridge(tokens.to(self.device))
+        return self.hf(input_ids=tokens.to(self.device), use_cache=False).logits
 
     __call__ = forward
 
@@ -135,7 +139,7 @@ class BridgedModel:
             stack.enter_context(torch.set_grad_enabled(grad))
             if grad:
                 stack.enter_context(frozen(self.hf))
-            stack.enter_context(self.hooks({site: keep(site) for site in sites}))
+            stack.enter_context(self.decoder.hooks({site: keep(site) for site in sites}))
             logits = self.forward(tokens)
         return logits, kept
 
@@ -143,86 +147,47 @@ class BridgedModel:
     def hooks(self, hooks: Mapping[str, Hook]) -> Iterator[None]:
         """Within the block each hook sees the activation at its site; what it returns takes its place.
 
+        The hooks act on the Hugging Face module (and so on every method) and on the bridge alike.
         Raises `MechunlearnError` for a site this model does not have.
         """
-        registered = [(self.hook_name(site), self._adapt(site, hook)) for site, hook in hooks.items()]
-        with self.bridge.hooks(fwd_hooks=registered):
-            yield
+        with self.decoder.hooks(hooks):
+            registered = [
+                (f"blocks.{site[1:].split('.')[0]}.{BRIDGE[kind]}", self._adapt(kind, hook))
+                for site, hook in hooks.items()
+                if (kind := site.split(".", 1)[1]) in BRIDGE
+            ]
+            with self.bridge.hooks(fwd_hooks=registered):
+                yield
 
-    def hook_name(self, site: str) -> str:
-        """The TransformerLens hook name of a site."""
-        found = re.fullmatch(r"L(\d+)\.([a-z_.]+)", site)
-        if found and int(found[1]) < self.signature.layers:
-            inner = {**STREAMS, **UNIT_HOOKS}.get(found[2])
-            name = f"blocks.{found[1]}.{inner}"
-            if inner and name in self.bridge.hook_dict:
-                return name
-        raise MechunlearnError(
-            f"No activation site '{site}' in {self.signature}. Expected L<layer>.<kind> with a layer below "
-            f"{self.signature.layers} and a kind of {', '.join((*UNIT_HOOKS, *STREAMS))}"
-            f"{'' if found and found[2] != 'resid_mid' else '; models with parallel attention have no resid_mid'}."
-        )
-
-    def _adapt(self, site: str, hook: Hook) -> Callable:
-        heads = site.endswith("attn.o")
-
+    def _adapt(self, kind: str, user_hook: Hook) -> Callable:
         def adapted(activation: Tensor, hook: object) -> Tensor | None:
             del hook
             shape = activation.shape
-            seen = activation.view(*shape[:2], self.signature.heads, -1) if heads else activation
+            seen = activation.view(*shape[:2], self.signature.heads, -1) if kind == "attn.o" else activation
             changed = user_hook(seen)
             return None if changed is None else changed.reshape(shape)
 
-        user_hook = hook
         return adapted
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        """The Hugging Face module as a residual stream: what exact patching and edge attribution are built on."""
+        return Decoder(self.hf, self.layout)
 
     def run_from(
         self, layer: int, resid: Float[Tensor, "fact pos d_model"], positions: Int[Tensor, " fact"] | None = None
     ) -> Tensor:
         """Logits when `resid` enters block `layer`: `[fact pos d_vocab]`, or `[fact d_vocab]` at one position a fact.
 
-        Earlier blocks are skipped; masks, rotary embeddings and everything after are the model's own code. Equal to a
-        full forward to 1e-6. Hooks are not seen: it runs the plain module.
+        Earlier blocks are skipped, and other positions are not unembedded; masks, rotary embeddings and everything
+        after are the model's own code. Equal to a full forward to 1e-6.
         """
-        skipped = self._blocks[:layer]
-        tokens = torch.zeros(resid.shape[:2], dtype=torch.long, device=self.device)
-
-        def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            del module
-            if args:
-                return (resid, *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": resid}
-
-        with ExitStack() as stack:
-            for block in skipped:
-                stack.enter_context(_passing_through(block, self._blocks_return_tuples))
-            if layer < len(self._blocks):
-                handle = self._blocks[layer].register_forward_pre_hook(enter, with_kwargs=True)
-            else:
-                handle = self._final_norm.register_forward_pre_hook(enter, with_kwargs=True)
-            stack.callback(handle.remove)
-            logits = self.hf(input_ids=tokens, use_cache=False).logits
-        return logits if positions is None else logits[torch.arange(len(logits)), positions]
-
-    @cached_property
-    def _blocks(self) -> nn.ModuleList:
-        body = self.hf.base_model
-        return next(getattr(body, name) for name in ("layers", "h") if hasattr(body, name))
-
-    @cached_property
-    def _final_norm(self) -> nn.Module:
-        body = self.hf.base_model
-        names = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
-        return next(getattr(body, name) for name in names if hasattr(body, name))
-
-    @cached_property
-    def _blocks_return_tuples(self) -> bool:
-        seen = []
-        handle = self._blocks[0].register_forward_hook(lambda module, args, out: seen.append(isinstance(out, tuple)))
-        with torch.no_grad():
-            self.hf(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False)
-        handle.remove()
-        return seen[0]
+        restart = self.decoder.restart(0, resid.shape[1])
+        for later in range(layer, self.signature.layers):
+            resid = restart.block(later, resid)
+        if positions is not None:
+            resid = resid[torch.arange(len(resid)), positions]
+        return self.decoder.unembed(resid)
 
     def unit_weights(self, kind: str) -> int:
         """How many weights one unit of a kind has, its bias included."""
@@ -390,18 +355,6 @@ def _freeze_additions(bridge: nn.Module, parameters: Mapping[str, Tensor]) -> No
     for parameter in bridge.parameters():
         if id(parameter) not in truth:
             parameter.requires_grad_(False)
-
-
-@contextmanager
-def _passing_through(block: nn.Module, as_tuple: bool) -> Iterator[None]:
-    def forward(hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor | tuple[Tensor]:
-        return (hidden_states,) if as_tuple else hidden_states
-
-    block.forward = forward
-    try:
-        yield
-    finally:
-        del block.forward
 
 
 def _placeholder_tokenizer(folder: Path) -> PreTrainedTokenizerFast:

@@ -31,6 +31,25 @@ class Matrix:
 
 
 @dataclass(frozen=True)
+class Modules:
+    """Where a family's blocks read and write: `blocks` and `final_norm` from the whole module, the rest within a block.
+
+    `attention_post` and `mlp_post` are norms on what attention and the MLP write (Gemma 2 and 3). Norms are LayerNorm if
+    `centred`, else RMSNorm with a factor of `offset` + weight.
+    """
+
+    blocks: str = "model.layers"
+    final_norm: str = "model.norm"
+    attention_norm: str = "input_layernorm"
+    mlp_norm: str = "post_attention_layernorm"
+    mlp: str = "mlp"
+    attention_post: str = ""
+    mlp_post: str = ""
+    centred: bool = False
+    offset: float = 0.0
+
+
+@dataclass(frozen=True)
 class Signature:
     """The architecture a mask or an edit belongs to.
 
@@ -131,13 +150,33 @@ FAMILIES: dict[str, dict[str, tuple[Matrix, ...]]] = {
     },
 }
 
+_GEMMA_POST = Modules(
+    mlp_norm="pre_feedforward_layernorm",
+    attention_post="post_attention_layernorm",
+    mlp_post="post_feedforward_layernorm",
+    offset=1.0,
+)
+MODULES: dict[str, Modules] = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi3"), Modules()),
+    "gemma": Modules(offset=1.0),
+    **dict.fromkeys(("gemma2", "gemma3_text"), _GEMMA_POST),
+    "gpt2": Modules("transformer.h", "transformer.ln_f", "ln_1", "ln_2", centred=True),
+    "gpt_neox": Modules("gpt_neox.layers", "gpt_neox.final_layer_norm", centred=True),
+    "gptj": Modules("transformer.h", "transformer.ln_f", "ln_1", "ln_1", centred=True),
+    "phi": Modules(final_norm="model.final_layernorm", mlp_norm="input_layernorm", centred=True),
+}
+
 
 @dataclass(frozen=True)
 class Layout:
-    """The units of one architecture and the parameters that hold them."""
+    """The units of one architecture, the parameters that hold them and the modules that use them.
+
+    `parallel` says that the MLP reads what the attention of its layer reads (GPT-J, Phi, Pythia).
+    """
 
     signature: Signature
     d_head: int
+    parallel: bool = False
 
     @classmethod
     def of(cls, config: object) -> "Layout":
@@ -167,7 +206,10 @@ class Layout:
             d_mlp=read("intermediate_size", "n_inner") or 4 * d_model,
             d_model=d_model,
         )
-        return cls(signature, read("head_dim") or d_model // heads)
+        parallel = family in ("gptj", "phi") or (
+            family == "gpt_neox" and getattr(config, "use_parallel_residual", True)
+        )
+        return cls(signature, read("head_dim") or d_model // heads, parallel)
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -197,14 +239,38 @@ class Layout:
     def parameter_names(self, layer: int, kind: str) -> list[str]:
         return [matrix.name.format(layer=layer) for matrix in FAMILIES[self.signature.family][kind]]
 
+    @property
+    def modules(self) -> Modules:
+        return MODULES[self.signature.family]
+
+    def module_name(self, layer: int, kind: str) -> str:
+        """The module that multiplies with a site's weights, from the whole module."""
+        return self.parameter_names(layer, kind)[0].removesuffix(".weight")
+
+    def heads(self, kind: str, projected: Float[Tensor, "*batch out"]) -> Float[Tensor, "*batch unit d_head"]:
+        """A view of what a query, key or value projection gives, by head; writing to it writes the projection."""
+        matrix = FAMILIES[self.signature.family][kind][0]
+        axes = " ".join(matrix.axes.replace("d_model", "").split())
+        view = self._block(projected, matrix, -1)
+        sizes = {"unit": self.signature.units(kind), "d_head": self.d_head}
+        if "part" not in axes:
+            return rearrange(view, f"... {axes} -> ... unit d_head", **sizes)
+        return rearrange(view, f"... {axes} -> part ... unit d_head", part=3, **sizes)[matrix.part]
+
+    def head_weights(
+        self, parameters: Mapping[str, Tensor], layer: int, kind: str
+    ) -> tuple[Float[Tensor, "unit d_head d_model"], Float[Tensor, "unit d_head"] | None]:
+        """Weights and biases of an attention projection by head, always in this orientation."""
+        weight, *bias = self.views(parameters, layer, kind)
+        axes = FAMILIES[self.signature.family][kind][0].axes
+        if axes.index("d_model") < axes.index("d_head"):
+            weight = weight.transpose(1, 2)
+        return weight, bias[0] if bias else None
+
     def _view(self, parameter: Tensor, matrix: Matrix, kind: str) -> Tensor:
         view, axes = parameter.detach(), matrix.axes
         sizes = {"unit": self.signature.units(kind)}
-        if matrix.blocks:
-            unit = {"heads": self.signature.heads, "kv_heads": self.signature.kv_heads, "d_mlp": self.signature.d_mlp}
-            rows = [unit[block] * (1 if block == "d_mlp" else self.d_head) for block in matrix.blocks]
-            assert matrix.part is not None
-            view = view.narrow(0, sum(rows[: matrix.part]), rows[matrix.part])
+        view = self._block(view, matrix, 0)
         if "d_head" in axes:
             sizes["d_head"] = self.d_head
         rest = [axis for axis in axes.replace("(", "").replace(")", "").split() if axis not in ("unit", "part")]
@@ -213,6 +279,15 @@ class Layout:
         if "part" not in axes:
             return rearrange(view, f"{axes} -> unit {' '.join(rest)}", **sizes)
         return rearrange(view, f"{axes} -> part unit {' '.join(rest)}", part=3, **sizes)[matrix.part]
+
+    def _block(self, tensor: Tensor, matrix: Matrix, dim: int) -> Tensor:
+        """The rows of one of several stacked matrices."""
+        if not matrix.blocks:
+            return tensor
+        unit = {"heads": self.signature.heads, "kv_heads": self.signature.kv_heads, "d_mlp": self.signature.d_mlp}
+        rows = [unit[block] * (1 if block == "d_mlp" else self.d_head) for block in matrix.blocks]
+        assert matrix.part is not None
+        return tensor.narrow(dim, sum(rows[: matrix.part]), rows[matrix.part])
 
 
 def flat(views: list[Tensor]) -> Float[Tensor, "unit weight"]:

@@ -25,27 +25,74 @@ def test_the_bridged_model_is_a_hooked_model(model):
     assert isinstance(model, HookedModel)
 
 
-def test_logits_through_hooks_equal_those_of_the_hugging_face_model(model, tokens):
+def test_logits_of_the_bridge_equal_those_of_the_hugging_face_model(model, tokens):
     with torch.no_grad():
-        torch.testing.assert_close(model.forward(tokens), model.hf(tokens).logits, atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(model.bridge(tokens), model.forward(tokens), atol=2e-5, rtol=1e-5)
+
+
+def sites_of(model) -> list[str]:
+    kinds = ["attn.o", "mlp.out", "resid_pre", "resid_post", "attn_out", "mlp_out"]
+    return [f"L1.{kind}" for kind in (kinds if model.layout.parallel else [*kinds, "resid_mid"])]
+
+
+def test_hooks_act_on_the_bridge_as_on_the_hugging_face_model(model, tokens):
+    for site in sites_of(model):
+        seen = []
+
+        def shift(z, seen=seen):
+            seen.append(z.detach())
+            return z + torch.linspace(0, 1, z.shape[-1])
+
+        with torch.no_grad(), model.hooks({site: shift}):
+            plain, bridged = model.forward(tokens), model.bridge(tokens)
+        torch.testing.assert_close(*seen, atol=3e-5, rtol=1e-4, msg=site)
+        torch.testing.assert_close(plain, bridged, atol=1e-4, rtol=1e-4, msg=site)
+        assert (plain - model.forward(tokens)).abs().max() > 1e-3, f"the hook at {site} does nothing"
+
+
+def test_what_is_written_adds_up_to_the_residual_stream(model, tokens):
+    _, kept = model.cache(tokens, [f"L1.{k}" for k in ("resid_pre", "attn_out", "mlp_out", "resid_post")])
+    written = kept["L1.resid_pre"] + kept["L1.attn_out"] + kept["L1.mlp_out"]
+    torch.testing.assert_close(written, kept["L1.resid_post"], atol=1e-5, rtol=1e-5)
+
+
+def test_heads_of_a_projection_are_a_view_of_it(model, tokens):
+    """By-head weights times what the projection reads give what the hooks show, for fused and grouped ones alike."""
+    _, kept = model.cache(tokens, ["L1.resid_pre", "L1.attn.q", "L1.attn.k", "L1.attn.v"])
+    read = model.decoder.part(1, "attention_norm")(kept["L1.resid_pre"])
+    for kind in ("attn.q", "attn.k", "attn.v"):
+        weight, bias = model.layout.head_weights(dict(model.hf.named_parameters()), 1, kind)
+        projected = torch.einsum("fpd,uhd->fpuh", read, weight) + (0 if bias is None else bias)
+        torch.testing.assert_close(projected, kept[f"L1.{kind}"], atol=1e-5, rtol=1e-4)
+        with torch.no_grad(), model.hooks({f"L1.{kind}": lambda z: z.flip(-1)}):
+            flipped = model.forward(tokens)
+        assert (flipped - model.forward(tokens)).abs().max() > 1e-4
 
 
 def test_run_from_equals_a_full_forward(model, tokens):
-    blocks = model._blocks
-    for layer in range(model.signature.layers + 1):
-        module = blocks[layer] if layer < len(blocks) else model._final_norm
-        seen = []
-        handle = module.register_forward_pre_hook(
-            lambda module, args, kwargs, seen=seen: seen.append(args[0] if args else kwargs["hidden_states"]),
-            with_kwargs=True,
-        )
-        with torch.no_grad():
-            full = model.hf(tokens).logits
-            handle.remove()
-            again = model.run_from(layer, seen[0])
-            at = model.run_from(layer, seen[0], torch.tensor([3, 9]))
-        torch.testing.assert_close(again, full, atol=1e-6, rtol=0)
-        torch.testing.assert_close(at, full[[0, 1], [3, 9]], atol=1e-6, rtol=0)
+    at = torch.arange(tokens.shape[1]).repeat(2, 1)
+    run = model.decoder.record(tokens, at)
+    with torch.no_grad():
+        full = model.hf(tokens).logits
+        torch.testing.assert_close(run.logits, full, atol=1e-6, rtol=0)
+        for layer in range(model.signature.layers + 1):
+            torch.testing.assert_close(model.run_from(layer, run.resid[layer]), full, atol=1e-6, rtol=0)
+            some = model.run_from(layer, run.resid[layer], torch.tensor([3, 9]))
+            torch.testing.assert_close(some, full[[0, 1], [3, 9]], atol=1e-6, rtol=0)
+
+
+def test_restarting_in_the_middle_of_a_prompt_equals_a_full_forward(model, tokens):
+    """Later positions alone, on the recorded keys and values of the earlier ones; two copies of each fact."""
+    run = model.decoder.record(tokens, torch.zeros(2, 1, dtype=torch.long))
+    full = model.forward(tokens)
+    with torch.no_grad():
+        for start, layer in ((0, 1), (1, 0), (5, 1), (9, 2)):
+            restart = model.decoder.restart(start, 10, run)
+            resid = run.resid[layer][:, start:].repeat(2, 1, 1)
+            for later in range(layer, model.signature.layers):
+                resid = restart.block(later, resid)
+            again = model.decoder.unembed(resid).view(2, 2, 10 - start, -1)
+            torch.testing.assert_close(again, full[None, :, start:].expand_as(again), atol=2e-6, rtol=1e-5)
 
 
 def test_run_from_starts_at_the_hooked_residual_stream(model, tokens):

@@ -1,0 +1,286 @@
+"""The ordinary module as a residual stream: named activation sites, recorded runs, and runs that restart in the middle.
+
+Hooks sit on the Hugging Face module itself, so training, patching and attribution all see them and nothing is paid for
+a wrapper. A restarted run calls the model's own blocks with the model's own masks and rotary embeddings; keys and values
+of the positions before the restart come from the recorded run.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from mechunlearn.errors import MechunlearnError
+from mechunlearn.layout import Layout
+
+Hook = Callable[[Tensor], Tensor | None]
+Tap = tuple[nn.Module, str, Hook]
+STREAMS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "mlp_in")
+UNITS = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.out")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One forward pass, kept: the residual stream entering each block and leaving the last, keys and values by layer.
+
+    `kept` holds the activations that were asked for, by site; `logits` those at the positions that were asked for.
+    """
+
+    resid: list[Float[Tensor, "fact pos d_model"]]
+    keys: list[Float[Tensor, "fact kv pos d_head"]]
+    values: list[Float[Tensor, "fact kv pos d_head"]]
+    logits: Float[Tensor, "fact read d_vocab"]
+    kept: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A Hugging Face decoder seen through its layout."""
+
+    hf: PreTrainedModel
+    layout: Layout
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        blocks: Any = self.hf.get_submodule(self.layout.modules.blocks)
+        return blocks
+
+    @property
+    def final_norm(self) -> nn.Module:
+        return self.hf.get_submodule(self.layout.modules.final_norm)
+
+    @property
+    def unembedding(self) -> nn.Module:
+        return self.hf.get_output_embeddings()
+
+    def part(self, layer: int, name: str) -> nn.Module:
+        """A module of a block: `attention_norm`, `mlp_norm`, `mlp`, or a post-norm (see `layout.Modules`)."""
+        return self.blocks[layer].get_submodule(getattr(self.layout.modules, name))
+
+    def projection(self, layer: int, kind: str) -> nn.Module:
+        return self.hf.get_submodule(self.layout.module_name(layer, kind))
+
+    def place(self, site: str) -> tuple[nn.Module, str]:
+        """The module of a site, and whether its input (`in`) or its output (`out`) is the activation."""
+        found = re.fullmatch(r"L(\d+)\.([a-z_.]+)", site)
+        kind, layer = (found[2], int(found[1])) if found else ("", self.layout.signature.layers)
+        if layer < self.layout.signature.layers:
+            match kind:
+                case "resid_pre":
+                    return self.blocks[layer], "in"
+                case "resid_post":
+                    return self.blocks[layer], "out"
+                case "resid_mid" if not self.layout.parallel:
+                    return self.part(layer, "mlp_norm"), "in"
+                case "mlp_in":
+                    return self.part(layer, "mlp"), "in"
+                case "attn.o" | "mlp.out":
+                    return self.projection(layer, kind), "in"
+                case "attn.q" | "attn.k" | "attn.v":
+                    return self.projection(layer, kind), "out"
+                case "attn_out" | "mlp_out":
+                    post = "attention_post" if kind == "attn_out" else "mlp_post"
+                    if getattr(self.layout.modules, post):
+                        return self.part(layer, post), "out"
+                    return self.projection(layer, "attn.o" if kind == "attn_out" else "mlp.out"), "out"
+        raise MechunlearnError(
+            f"No activation site '{site}' in {self.layout.signature}. Expected L<layer>.<kind> with a layer below "
+            f"{self.layout.signature.layers} and a kind of {', '.join((*UNITS, *STREAMS))}"
+            f"{'; models with parallel attention have no resid_mid' if kind == 'resid_mid' else ''}."
+        )
+
+    def tap(self, site: str, hook: Hook) -> Tap:
+        """The hook at a site, seeing heads as `[fact pos head d_head]`."""
+        module, side = self.place(site)
+        kind = site.split(".", 1)[1]
+        if kind == "attn.o":
+
+            def by_head(z: Tensor) -> Tensor | None:
+                changed = hook(z.unflatten(-1, (self.layout.signature.heads, -1)))
+                return None if changed is None else changed.flatten(-2)
+
+            return module, side, by_head
+        if kind in ("attn.q", "attn.k", "attn.v"):
+
+            def by_projection(projected: Tensor) -> Tensor | None:
+                changed = hook(self.layout.heads(kind, projected))
+                if changed is None:
+                    return None
+                written = projected.clone()
+                self.layout.heads(kind, written).copy_(changed)
+                return written
+
+            return module, side, by_projection
+        return module, side, hook
+
+    @contextmanager
+    def hooks(self, hooks: Mapping[str, Hook]) -> Iterator[None]:
+        """Within the block each hook sees the activation at its site; what it returns takes its place."""
+        with tapped(self.tap(site, hook) for site, hook in hooks.items()):
+            yield
+
+    def reading(self, at: Int[Tensor, "fact read"] | None) -> Tap:
+        """Unembed only these positions of each fact."""
+
+        def gather(hidden: Tensor) -> Tensor | None:
+            return None if at is None else hidden[torch.arange(len(hidden), device=hidden.device)[:, None], at]
+
+        return self.unembedding, "in", gather
+
+    @torch.no_grad()
+    def record(
+        self,
+        tokens: Int[Tensor, "fact pos"],
+        at: Int[Tensor, "fact read"],
+        sites: Sequence[str] = (),
+        hooks: Mapping[str, Hook] | None = None,
+    ) -> Run:
+        """A forward pass under `hooks`, kept, with logits at the positions `at`."""
+        resid: list[Tensor] = []
+        kept: dict[str, Tensor] = {}
+        cache = DynamicCache()
+        taps = [self.tap(site, hook) for site, hook in (hooks or {}).items()]
+        taps += [(block, "in", resid.append) for block in (*self.blocks, self.final_norm)]
+        taps += [self.tap(site, partial(kept.__setitem__, site)) for site in sites]
+        with tapped([*taps, self.reading(at)]):
+            logits = self.hf(input_ids=tokens.to(self.hf.device), past_key_values=cache, use_cache=True).logits
+        layers: list[Any] = list(cache.layers)
+        return Run(resid, [layer.keys for layer in layers], [layer.values for layer in layers], logits, kept)
+
+    def restart(self, start: int, stop: int, before: Run | None = None) -> "Restart":
+        """The means to call blocks on positions `start` to `stop`, with the keys and values that `before` has earlier."""
+        signature, calls = self.layout.signature, []
+        shape = (1, signature.kv_heads, start, self.layout.d_head)
+        nothing = torch.zeros((), device=self.hf.device, dtype=self.hf.dtype).expand(shape)
+        prefixes: list[Any] = [_Prefix(nothing, nothing) for _ in range(signature.layers)]
+
+        as_tuple = self._blocks_return_tuples
+
+        def keep(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+            calls.append((args, kwargs))
+            return (hidden_states,) if as_tuple else hidden_states
+
+        with ExitStack() as stack, torch.no_grad():
+            for block in self.blocks:
+                block.forward = keep
+                stack.callback(delattr, block, "forward")
+            stack.enter_context(tapped([self.reading(torch.zeros(1, 1, dtype=torch.long, device=self.hf.device))]))
+            self.hf(
+                inputs_embeds=torch.zeros(
+                    1, stop - start, signature.d_model, device=self.hf.device, dtype=self.hf.dtype
+                ),
+                position_ids=torch.arange(start, stop, device=self.hf.device)[None],
+                past_key_values=Cache(layers=prefixes),
+                use_cache=True,
+            )
+        if before is not None:
+            for layer, keys, values in zip(prefixes, before.keys, before.values, strict=True):
+                layer.keys, layer.values = keys[:, :, :start], values[:, :, :start]
+        return Restart(self, calls, start, stop)
+
+    @cached_property
+    def _blocks_return_tuples(self) -> bool:
+        seen: list[bool] = []
+        handle = self.blocks[0].register_forward_hook(lambda module, args, out: seen.append(isinstance(out, tuple)))
+        try:
+            with torch.no_grad():
+                self.hf(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.hf.device), use_cache=False)
+        finally:
+            handle.remove()
+        return seen[0]
+
+    def unembed(self, resid: Float[Tensor, "*row d_model"]) -> Float[Tensor, "*row d_vocab"]:
+        """Logits of what leaves the last block."""
+        logits = self.unembedding(self.final_norm(resid))
+        cap = getattr(self.hf.config, "final_logit_softcapping", None)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def first_not_finite(self, tokens: Int[Tensor, "fact pos"]) -> str:
+        """Where the residual stream stops being finite, in words."""
+        resid = self.record(tokens, torch.zeros(len(tokens), 1, dtype=torch.long, device=self.hf.device)).resid
+        for layer, stream in enumerate(resid):
+            if not torch.isfinite(stream).all():
+                return "the embedding" if layer == 0 else f"layer {layer - 1}"
+        return "the unembedding"
+
+
+@dataclass(frozen=True)
+class Restart:
+    """Blocks, ready to be called on some positions. Rows may be any multiple of the facts that were recorded."""
+
+    decoder: Decoder
+    calls: list[tuple[tuple, dict]]
+    start: int
+    stop: int
+
+    def block(self, layer: int, resid: Float[Tensor, "row pos d_model"]) -> Float[Tensor, "row pos d_model"]:
+        """What leaves a block when `resid` enters it."""
+        args, kwargs = self.calls[layer]
+        out = self.decoder.blocks[layer](resid, *args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+
+class _Prefix(DynamicLayer):
+    """Keys and values of earlier positions, repeated for as many rows as ask; nothing is added to them."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.keys: Tensor = keys
+        self.values: Tensor = values
+        self.is_initialized = True
+        self.dtype, self.device = keys.dtype, keys.device
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self.keys.shape[-2] == 0:
+            return key_states, value_states
+        repeats = (len(key_states) // len(self.keys), 1, 1, 1)
+        return (
+            torch.cat([self.keys.repeat(repeats), key_states], dim=-2),
+            torch.cat([self.values.repeat(repeats), value_states], dim=-2),
+        )
+
+
+@contextmanager
+def tapped(taps: Iterable[Tap]) -> Iterator[None]:
+    """Within the block, each function sees the first tensor that enters (`in`) or leaves (`out`) its module.
+
+    What it returns takes the tensor's place. Hooks are removed whatever happens.
+    """
+    with ExitStack() as stack:
+        for module, side, function in taps:
+            if side == "in":
+                handle = module.register_forward_pre_hook(_entering(function), with_kwargs=True)
+            else:
+                handle = module.register_forward_hook(_leaving(function))
+            stack.callback(handle.remove)
+        yield
+
+
+def _entering(function: Hook) -> Callable:
+    def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        del module
+        changed = function(args[0] if args else kwargs["hidden_states"])
+        if changed is None:
+            return None
+        return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": changed})
+
+    return hook
+
+
+def _leaving(function: Hook) -> Callable:
+    def hook(module: nn.Module, args: tuple, out: Tensor | tuple) -> Tensor | tuple | None:
+        del module, args
+        changed = function(out[0] if isinstance(out, tuple) else out)
+        if changed is None:
+            return None
+        return (changed, *out[1:]) if isinstance(out, tuple) else changed
+
+    return hook
