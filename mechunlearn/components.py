@@ -287,7 +287,8 @@ class Localization:
 
     `unit_weights` maps every kind of the model to the weights of one unit; `total_weights` counts all editable weights
     (embeddings, norms and output biases excluded). `evidence` holds what a method found on the way (probe curves,
-    windows); `note` is a sentence for the reader, such as "no window found".
+    windows); `note` is a sentence for the reader, such as "no window found". `by_role` may hold `[role unit]` scores of
+    activation sites (`L3.attn.o`, `L3.resid_post`, with one unit), one row a name in `roles`: token roles or positions.
     """
 
     scores: Mapping[str, Float[Tensor, " _unit"]]
@@ -297,8 +298,17 @@ class Localization:
     card: RunCard
     evidence: dict = field(default_factory=dict)
     note: str = ""
+    by_role: Mapping[str, Float[Tensor, "role _unit"]] = field(default_factory=dict)
+    roles: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for site, rows in self.by_role.items():
+            if not isinstance(rows, Tensor) or rows.ndim != 2 or len(rows) != len(self.roles):
+                raise MechunlearnError(
+                    f"Scores by role of '{site}' must be a tensor [role unit], one row a name in roles."
+                )
+        object.__setattr__(self, "by_role", {site: rows.detach().float().cpu() for site, rows in self.by_role.items()})
+        object.__setattr__(self, "roles", tuple(self.roles))
         for site, scores in self.scores.items():
             if not isinstance(scores, Tensor) or scores.ndim != 1 or not scores.is_floating_point():
                 raise MechunlearnError(f"Scores of '{site}' must be a one-dimensional float tensor, one entry a unit.")
@@ -320,6 +330,8 @@ class Localization:
             for address in [Component.parse(site)]
             for unit in range(len(scores))
         ]
+        if not units:
+            return []
         order = torch.argsort(torch.cat([s.abs() for s in self.scores.values()]), descending=True, stable=True)
         return [units[i] for i in order.tolist()]
 
@@ -391,14 +403,17 @@ class Localization:
             "card": asdict(self.card),
             "evidence": self.evidence,
             "note": self.note,
+            "roles": self.roles,
         }
         if path.suffix == ".safetensors":
             metadata = {"kind": "localization", "about": json.dumps(about)}
-            save_tensors(path, dict(self.scores), metadata)
+            by_role = {f"by role/{site}": rows for site, rows in self.by_role.items()}
+            save_tensors(path, {**self.scores, **by_role}, metadata)
             return
-        scores = {site: s.tolist() for site, s in self.scores.items()}
+        tensors = {"scores": self.scores, "by_role": self.by_role}
+        listed = {name: {site: t.tolist() for site, t in of.items()} for name, of in tensors.items()}
         with whole_file(path) as beside:
-            beside.write_text(json.dumps({**about, "scores": scores}) + "\n", encoding="utf-8")
+            beside.write_text(json.dumps({**about, **listed}) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> "Localization":
@@ -406,11 +421,16 @@ class Localization:
         path = Path(path)
         try:
             if path.suffix == ".safetensors":
-                scores, metadata = load_tensors(path, "localization")
+                tensors, metadata = load_tensors(path, "localization")
                 about = json.loads(metadata["about"])
+                by_role = {k.split("/", 1)[1]: t for k, t in tensors.items() if k.startswith("by role/")}
+                scores = {site: t for site, t in tensors.items() if not site.startswith("by role/")}
             else:
                 about = json.loads(path.read_text(encoding="utf-8"))
-                scores = {site: torch.tensor(s, dtype=torch.float32) for site, s in about["scores"].items()}
+                scores, by_role = (
+                    {site: torch.tensor(t, dtype=torch.float32) for site, t in about.get(name, {}).items()}
+                    for name in ("scores", "by_role")
+                )
             return cls(
                 scores,
                 Signature(**about["signature"]),
@@ -419,6 +439,8 @@ class Localization:
                 RunCard(**about["card"]),
                 about["evidence"],
                 about["note"],
+                by_role,
+                tuple(about.get("roles", ())),
             )
         except (OSError, UnicodeDecodeError) as error:
             raise MechunlearnError(f"Could not read the localization '{path}': {error}.") from None

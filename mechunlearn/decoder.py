@@ -49,9 +49,9 @@ class Decoder:
     layout: Layout
 
     @property
-    def blocks(self) -> Sequence[nn.Module]:
+    def blocks(self) -> list[nn.Module]:
         blocks: Any = self.hf.get_submodule(self.layout.modules.blocks)
-        return blocks
+        return list(blocks)
 
     @property
     def final_norm(self) -> nn.Module:
@@ -97,10 +97,26 @@ class Decoder:
             f"{'; models with parallel attention have no resid_mid' if kind == 'resid_mid' else ''}."
         )
 
-    def tap(self, site: str, hook: Hook) -> Tap:
-        """The hook at a site, seeing heads as `[fact pos head d_head]`."""
+    def taps(self, site: str, hook: Hook) -> list[Tap]:
+        """The hook at a site, seeing heads as `[fact pos head d_head]`.
+
+        No module gives or takes the residual stream between attention and MLP, so there a change is added to what
+        attention writes.
+        """
         module, side = self.place(site)
-        kind = site.split(".", 1)[1]
+        layer, kind = site.split(".", 1)
+        if kind != "resid_mid":
+            return [self._tap(module, side, kind, hook)]
+        entered: list[Tensor] = []
+
+        def write(attn_out: Tensor) -> Tensor | None:
+            resid = entered.pop()
+            changed = hook(resid + attn_out)
+            return None if changed is None else changed - resid
+
+        return [(*self.place(f"{layer}.resid_pre"), entered.append), (*self.place(f"{layer}.attn_out"), write)]
+
+    def _tap(self, module: nn.Module, side: str, kind: str, hook: Hook) -> Tap:
         if kind == "attn.o":
 
             def by_head(z: Tensor) -> Tensor | None:
@@ -124,7 +140,7 @@ class Decoder:
     @contextmanager
     def hooks(self, hooks: Mapping[str, Hook]) -> Iterator[None]:
         """Within the block each hook sees the activation at its site; what it returns takes its place."""
-        with tapped(self.tap(site, hook) for site, hook in hooks.items()):
+        with tapped(tap for site, hook in hooks.items() for tap in self.taps(site, hook)):
             yield
 
     def reading(self, at: Int[Tensor, "fact read"] | None) -> Tap:
@@ -147,9 +163,9 @@ class Decoder:
         resid: list[Tensor] = []
         kept: dict[str, Tensor] = {}
         cache = DynamicCache()
-        taps = [self.tap(site, hook) for site, hook in (hooks or {}).items()]
+        taps = [tap for site, hook in (hooks or {}).items() for tap in self.taps(site, hook)]
         taps += [(block, "in", resid.append) for block in (*self.blocks, self.final_norm)]
-        taps += [self.tap(site, partial(kept.__setitem__, site)) for site in sites]
+        taps += [tap for site in sites for tap in self.taps(site, partial(kept.__setitem__, site))]
         with tapped([*taps, self.reading(at)]):
             logits = self.hf(input_ids=tokens.to(self.hf.device), past_key_values=cache, use_cache=True).logits
         layers: list[Any] = list(cache.layers)

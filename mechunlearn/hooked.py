@@ -35,7 +35,7 @@ from mechunlearn.layout import Layout, Signature, flat
 from mechunlearn.runcard import digest
 
 SHIPPED = ("factworld", "factworld-twin")
-BRIDGE = {"resid_pre": "hook_resid_pre", "resid_post": "hook_resid_post", "resid_mid": "hook_resid_mid"}
+BRIDGE = {"resid_pre": "hook_resid_pre", "resid_post": "hook_resid_post"}
 BRIDGE |= {"attn_out": "hook_attn_out", "mlp_out": "hook_mlp_out"}
 BRIDGE |= {"attn.o": "attn.o.hook_in", "mlp.out": "mlp.out.hook_in"}
 
@@ -151,15 +151,25 @@ class BridgedModel:
         Raises `MechunlearnError` for a site this model does not have.
         """
         with self.decoder.hooks(hooks):
-            registered = [
-                (f"blocks.{site[1:].split('.')[0]}.{BRIDGE[kind]}", self._adapt(kind, hook))
-                for site, hook in hooks.items()
-                if (kind := site.split(".", 1)[1]) in BRIDGE
-            ]
+            registered = [entry for site, hook in hooks.items() for entry in self._on_bridge(site, hook)]
             with self.bridge.hooks(fwd_hooks=registered):
                 yield
 
-    def _adapt(self, kind: str, user_hook: Hook) -> Callable:
+    def _on_bridge(self, site: str, user_hook: Hook) -> list[tuple[str, Callable]]:
+        layer, kind = site[1:].split(".", 1)
+        if kind == "resid_mid":  # the bridge gives it to the MLP alone, so a change is added to what attention writes
+            entered: list[Tensor] = []
+
+            def write(attn_out: Tensor) -> Tensor | None:
+                resid = entered.pop()
+                changed = user_hook(resid + attn_out)
+                return None if changed is None else changed - resid
+
+            return [
+                *self._on_bridge(f"L{layer}.resid_pre", entered.append),
+                *self._on_bridge(f"L{layer}.attn_out", write),
+            ]
+
         def adapted(activation: Tensor, hook: object) -> Tensor | None:
             del hook
             shape = activation.shape
@@ -167,7 +177,7 @@ class BridgedModel:
             changed = user_hook(seen)
             return None if changed is None else changed.reshape(shape)
 
-        return adapted
+        return [(f"blocks.{layer}.{BRIDGE[kind]}", adapted)] if kind in BRIDGE else []
 
     @cached_property
     def decoder(self) -> Decoder:

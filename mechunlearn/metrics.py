@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mechunlearn.errors import MechunlearnError
 from mechunlearn.hooked import HookedModel
 from mechunlearn.prompts import PAD, ROLES, Prompts
 
@@ -14,6 +15,42 @@ Metric = Callable[[Tensor, Prompts], Tensor]
 BATCH = 128
 
 
+def at_answers(metric: Metric) -> Metric:
+    """Mark a metric of yours that reads logits only where the answer is predicted (`prompts.start` and after).
+
+    Methods then unembed only these positions, and give it prompts whose `start` is 0.
+    """
+    metric.at_answers = True  # type: ignore[attr-defined]
+    return metric
+
+
+def positions_read(metric: Metric, prompts: Prompts) -> Int[Tensor, "fact read"]:
+    """The positions whose logits a metric reads: those that predict the answer, or all of them."""
+    if not getattr(metric, "at_answers", False):
+        return torch.arange(prompts.tokens.shape[1]).repeat(len(prompts), 1)
+    steps = torch.arange(prompts.answers.shape[1])
+    return torch.minimum(prompts.start[:, None] + steps, prompts.lengths[:, None] - 1)
+
+
+def per_fact(
+    metric: Metric, logits: Float[Tensor, "row read d_vocab"], prompts: Prompts, copies: int = 1
+) -> Float[Tensor, "copy fact"]:
+    """The metric of logits at `positions_read`, for one or more runs of the same facts.
+
+    Raises `MechunlearnError` if the metric does not return one number a fact.
+    """
+    seen = prompts.tiled(copies, at_answers=getattr(metric, "at_answers", False))
+    found = metric(logits, seen)
+    if not isinstance(found, Tensor) or found.shape != (len(seen),):
+        got = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        raise MechunlearnError(
+            f"The metric '{getattr(metric, '__name__', metric)}' returned {got}. Expected one number a fact: "
+            f"a tensor of shape ({len(seen)},)."
+        )
+    return found.view(copies, len(prompts))
+
+
+@at_answers
 def logit_diff(logits: Float[Tensor, "fact pos d_vocab"], prompts: Prompts) -> Float[Tensor, " fact"]:
     """Logit of the answer minus logit of the foil, at the first token where they differ.
 
@@ -25,9 +62,16 @@ def logit_diff(logits: Float[Tensor, "fact pos d_vocab"], prompts: Prompts) -> F
     return at[rows, prompts.answer_at_read] - at[rows, prompts.foil_at_read]
 
 
+@at_answers
 def answer_logprob(logits: Float[Tensor, "fact pos d_vocab"], prompts: Prompts) -> Float[Tensor, " fact"]:
     """Log-probability of the whole answer, summed over its tokens."""
     return _continuation(logits, prompts)[0]
+
+
+@at_answers
+def answer_probability(logits: Float[Tensor, "fact pos d_vocab"], prompts: Prompts) -> Float[Tensor, " fact"]:
+    """Probability of the whole answer: the product over its tokens, as causal tracing measures it."""
+    return _continuation(logits, prompts)[0].exp()
 
 
 def supervised(

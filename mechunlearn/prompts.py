@@ -99,6 +99,17 @@ class Prompts:
             changed["facts"] = self.facts.select(index.tolist())
         return replace(self, **changed)
 
+    def tiled(self, copies: int, at_answers: bool = False) -> "Prompts":
+        """The facts `copies` times over, as tensors only; with `at_answers` positions count from `start`."""
+        changed: dict = {
+            field.name: value.repeat(copies, *[1] * (value.ndim - 1))
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        if at_answers:
+            changed |= {"read": changed["read"] - changed["start"], "start": torch.zeros_like(changed["start"])}
+        return replace(self, **changed, asked=(), options=(), facts=None)
+
     def split(self, forget: int, retain: int | None = None, seed: int = 0) -> tuple["Prompts", "Prompts"]:
         """A random forget set, and a retain set disjoint from it.
 

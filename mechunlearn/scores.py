@@ -6,15 +6,52 @@ from torch import Tensor
 
 from mechunlearn.components import Localization
 from mechunlearn.hooked import HookedModel
+from mechunlearn.layout import KINDS
+from mechunlearn.patching import Effects
 from mechunlearn.runcard import RunCard
+
+SAME = "no difference: clean and corrupt prompts are the same, so nothing can be found"
+WHOLE = {"attn_out": "attn.o", "mlp_out": "mlp.out"}
 
 
 def localization(
-    model: HookedModel, scores: Mapping[str, Tensor], card: RunCard, evidence: dict | None = None, note: str = ""
+    model: HookedModel,
+    scores: Mapping[str, Tensor],
+    card: RunCard,
+    evidence: dict | None = None,
+    note: str = "",
+    by_role: Mapping[str, Tensor] | None = None,
+    roles: tuple[str, ...] = (),
 ) -> Localization:
     """Add what every localization says of its model: weights per unit and all editable weights."""
     unit_weights = {kind: model.unit_weights(kind) for kind in model.layout.kinds}
     total = sum(
         weights * (model.signature.units(kind) or 0) * model.signature.layers for kind, weights in unit_weights.items()
     )
-    return Localization(scores, model.signature, unit_weights, total, card, evidence or {}, note)
+    return Localization(scores, model.signature, unit_weights, total, card, evidence or {}, note, by_role or {}, roles)
+
+
+def from_effects(model: HookedModel, found: Effects, card: RunCard, evidence: dict | None = None) -> Localization:
+    """The mean effects over facts. A block's score goes to each of its neurons, a whole layer's to each of its units."""
+    scores: dict[str, Tensor] = {}
+    by_role: dict[str, Tensor] = {}
+    for site, change in found.by_site.items():
+        layer, kind = site.split(".", 1)
+        rows, units = change.mean(-1), model.signature.units(WHOLE.get(kind, kind))
+        if kind in KINDS and units is not None:
+            rows = rows.repeat_interleave(-(-units // rows.shape[1]), dim=1)[:, :units]
+        if units is not None:
+            scores[f"{layer}.{WHOLE.get(kind, kind)}"] = rows[0].expand(units)
+        if len(found.rows) > 1 or kind not in KINDS:
+            by_role[site] = rows
+    nothing = all(not change.any() for change in found.by_site.values())
+    numbers = {"clean": float(found.clean.mean()), "corrupt": float(found.corrupt.mean())}
+    return localization(
+        model,
+        scores,
+        card,
+        {**numbers, **(evidence or {})},
+        SAME if nothing else "",
+        by_role,
+        found.rows if by_role else (),
+    )

@@ -56,6 +56,14 @@ def test_what_is_written_adds_up_to_the_residual_stream(model, tokens):
     torch.testing.assert_close(written, kept["L1.resid_post"], atol=1e-5, rtol=1e-5)
 
 
+def test_a_hook_between_attention_and_mlp_changes_the_residual_stream_itself(model, tokens):
+    if model.layout.parallel:
+        return
+    with torch.no_grad(), model.hooks({"L1.resid_mid": torch.zeros_like}):
+        _, kept = model.cache(tokens, ["L1.resid_post", "L1.mlp_out"])
+    torch.testing.assert_close(kept["L1.resid_post"], kept["L1.mlp_out"], atol=1e-6, rtol=0)
+
+
 def test_heads_of_a_projection_are_a_view_of_it(model, tokens):
     """By-head weights times what the projection reads give what the hooks show, for fused and grouped ones alike."""
     _, kept = model.cache(tokens, ["L1.resid_pre", "L1.attn.q", "L1.attn.k", "L1.attn.v"])
