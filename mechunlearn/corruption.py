@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -22,13 +23,14 @@ CORRUPTIONS = ("prompts", "random", "noise", "resample", "zero", "mean")
 class Paired:
     """A batch of facts, run clean and corrupt, with activations at sites.
 
-    `base` is the run that is patched, `source` what is put in, `differs` the positions from the first corrupt token on;
+    `base` is the run that is patched, `source` what is put in, `other` the run it comes from (none for zero and mean), `differs` the positions from the first corrupt token on;
     `clean` and `corrupt` are the metric of the two runs (the same where only activations are replaced).
     """
 
     prompts: Prompts
     base: Run
     source: dict[str, Tensor]
+    other: Run | None
     differs: Bool[Tensor, "fact pos"]
     clean: Float[Tensor, " fact"]
     corrupt: Float[Tensor, " fact"]
@@ -67,25 +69,30 @@ def paired(
     seed: int,
     means: dict[str, Tensor] | None = None,
     sigma: float | int = 3.0,
+    base_sites: Sequence[str] = (),
 ) -> Paired:
-    """Run a batch of facts clean and corrupt; the corrupt tokens are those of `with_corruption`."""
+    """Run a batch of facts clean and corrupt; the corrupt tokens are those of `with_corruption`.
+
+    The run that is patched keeps `base_sites`.
+    """
     at = positions_read(metric, prompts).to(model.device)
-    clean = model.decoder.record(prompts.tokens, at, sites if denoise else ())
+    clean = model.decoder.record(prompts.tokens, at, sites if denoise else base_sites)
     if corrupt in ("zero", "mean"):
         value = per_fact(metric, clean.logits, prompts)[0]
         check_finite(model, value, prompts.tokens, metric)
         everywhere = torch.arange(prompts.tokens.shape[1]) < prompts.lengths[:, None]
-        return Paired(prompts, clean, _ablated(model, prompts, sites, means), everywhere, value, value)
+        return Paired(prompts, clean, _ablated(model, prompts, sites, means), None, everywhere, value, value)
     hooks = {"L0.resid_pre": partial(_noised, _noise(model, prompts, seed, sigma))} if corrupt == "noise" else {}
     tokens = prompts.tokens if corrupt == "noise" else prompts.corrupt
-    other = model.decoder.record(tokens, at, () if denoise else sites, hooks)
+    other = model.decoder.record(tokens, at, base_sites if denoise else sites, hooks)
     values = [per_fact(metric, run.logits, prompts)[0] for run in (clean, other)]
     for value, seen in zip(values, (prompts.tokens, tokens), strict=True):
         check_finite(model, value, seen, metric)
     base, source = (other, clean.kept) if denoise else (clean, other.kept)
     changed = subjects(prompts) if corrupt == "noise" else prompts.tokens != prompts.corrupt
     inside = torch.arange(prompts.tokens.shape[1]) < prompts.lengths[:, None]
-    return Paired(prompts, base, source, (changed.cumsum(1) > 0) & inside, values[0], values[1])
+    differs = (changed.cumsum(1) > 0) & inside
+    return Paired(prompts, base, source, clean if denoise else other, differs, values[0], values[1])
 
 
 def with_corruption(prompts: Prompts, corrupt: str, seed: int, model: HookedModel) -> Prompts:
@@ -94,8 +101,8 @@ def with_corruption(prompts: Prompts, corrupt: str, seed: int, model: HookedMode
         raise MechunlearnError(f"Unknown corruption '{corrupt}'. Expected one of {', '.join(CORRUPTIONS)}.")
     if corrupt == "random":
         generator = torch.Generator().manual_seed(seed)
-        vocabulary = model.hf.get_input_embeddings().weight.shape[0]
-        drawn = torch.randint(vocabulary, prompts.tokens.shape, generator=generator)
+        embed: Any = model.hf.get_input_embeddings()
+        drawn = torch.randint(len(embed.weight), prompts.tokens.shape, generator=generator)
         return replace(prompts, corrupt=torch.where(subjects(prompts), drawn, prompts.tokens))
     if corrupt == "resample":
         generator = torch.Generator().manual_seed(seed)
@@ -124,9 +131,10 @@ def _noise(model: HookedModel, prompts: Prompts, seed: int, sigma: float | int) 
         generator = torch.Generator().manual_seed(int.from_bytes(number, "little") >> 1)
         noise[row, chosen] = torch.randn(int(chosen.sum()), noise.shape[-1], generator=generator)
     with torch.no_grad():
-        scale = model.hf.get_input_embeddings()(torch.arange(64, device=model.device)).std()
-        whole = model.hf.get_input_embeddings().weight
-        scale = whole.std() * scale / whole[:64].std()
+        embed: Any = model.hf.get_input_embeddings()
+        whole = embed.weight
+        some = torch.arange(min(64, len(whole)), device=model.device)
+        scale = whole.std() * embed(some).norm() / whole[some].norm()  # Gemma scales what it embeds
     return sigma * scale * noise.to(model.device, whole.dtype)
 
 

@@ -23,7 +23,7 @@ from mechunlearn.layout import Layout
 
 Hook = Callable[[Tensor], Tensor | None]
 Tap = tuple[nn.Module, str, Hook]
-STREAMS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "mlp_in")
+STREAMS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "attn_projected", "mlp_out", "mlp_in")
 UNITS = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.out")
 
 
@@ -82,6 +82,8 @@ class Decoder:
                     return self.part(layer, "mlp_norm"), "in"
                 case "mlp_in":
                     return self.part(layer, "mlp"), "in"
+                case "attn_projected":
+                    return self.projection(layer, "attn.o"), "out"
                 case "attn.o" | "mlp.out":
                     return self.projection(layer, kind), "in"
                 case "attn.q" | "attn.k" | "attn.v":
@@ -158,8 +160,9 @@ class Decoder:
         at: Int[Tensor, "fact read"],
         sites: Sequence[str] = (),
         hooks: Mapping[str, Hook] | None = None,
+        keys: bool = True,
     ) -> Run:
-        """A forward pass under `hooks`, kept, with logits at the positions `at`."""
+        """A forward pass under `hooks`, kept, with logits at the positions `at`; without `keys` it cannot be restarted."""
         resid: list[Tensor] = []
         kept: dict[str, Tensor] = {}
         cache = DynamicCache()
@@ -167,7 +170,9 @@ class Decoder:
         taps += [(block, "in", resid.append) for block in (*self.blocks, self.final_norm)]
         taps += [tap for site in sites for tap in self.taps(site, partial(kept.__setitem__, site))]
         with tapped([*taps, self.reading(at)]):
-            logits = self.hf(input_ids=tokens.to(self.hf.device), past_key_values=cache, use_cache=True).logits
+            logits = self.hf(
+                input_ids=tokens.to(self.hf.device), past_key_values=cache if keys else None, use_cache=keys
+            ).logits
         layers: list[Any] = list(cache.layers)
         return Run(resid, [layer.keys for layer in layers], [layer.values for layer in layers], logits, kept)
 

@@ -6,10 +6,11 @@ layers join the batch of those already under way.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -28,9 +29,30 @@ TOKENS = 8192
 OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator", "not enough memory")
 
 
+@runtime_checkable
+class Patch(Protocol):
+    """A change of one site in some cells of a sweep.
+
+    `where[rows[i]]` are the positions that change in cell `cells[i]`; `applied` gives the new activations of the cells
+    with the indices `chosen`, from `start` on.
+    """
+
+    @property
+    def layer(self) -> int: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def cells(self) -> Int[Tensor, " cell"]: ...
+    @property
+    def where(self) -> Bool[Tensor, "row fact pos"]: ...
+    @property
+    def rows(self) -> Int[Tensor, " cell"]: ...
+    def applied(self, seen: Tensor, chosen: Tensor, start: int) -> Tensor: ...
+
+
 @dataclass(frozen=True)
-class Patch:
-    """What some cells of a sweep take from elsewhere at one site.
+class UnitPatch:
+    """What some cells of a sweep take from another run at one site.
 
     `where[rows[i]]` are the positions and `units[blocks[i]]` the units (all, if None) that cell `cells[i]` takes;
     `source` holds the activations, for all cells or one entry a cell.
@@ -232,25 +254,25 @@ def effects(
     batch: int = 32,
     sigma: float | int = 3.0,
     progress: bool = False,
+    only: Mapping[str, Bool[Tensor, "_block _unit"]] | None = None,
 ) -> Effects:
     """Patch every unit of the sites of some kinds, at all positions and (`by`) at each token role or position.
+
+    With `only` the sites and units that it names, each of its rows as one.
 
     Raises `MechunlearnError` for an unknown kind, corruption or `by`, and for facts that do not fit.
     """
     check_kinds(model, kinds)
-    if by not in (None, "role", "position"):
-        raise MechunlearnError(f"Cannot patch by '{by}'. Expected by='role', by='position', or None for all positions.")
     if denoise and corrupt in ("zero", "mean"):
         raise MechunlearnError(f"There is no corrupt run to restore with corrupt='{corrupt}'. Use denoise=False.")
     check_prompts(model, prompts)
-    names = tuple(name for name in ROLES if name != "padding") if by == "role" else ()
-    names = tuple(map(str, range(prompts.tokens.shape[1]))) if by == "position" else names
+    names = rows_of(prompts, by)[1]
     prompts = with_corruption(prompts, corrupt, seed, model)
     sites = [f"L{layer}.{kind}" for layer in range(model.signature.layers) for kind in kinds]
+    blocks = dict(only) if only is not None else {s: _blocks(model, s.split(".", 1)[1], neurons) for s in sites}
+    sites = list(blocks)
     means = role_means(model, prompts, sites, batch) if corrupt == "mean" else None
-    blocks = {kind: _blocks(model, kind, neurons) for kind in kinds}
-    per_layer = (1 + len(names)) * sum(1 if chosen is None else len(chosen) for chosen in blocks.values())
-    cells = per_layer * model.signature.layers
+    cells = len(names) * sum(1 if chosen is None else len(chosen) for chosen in blocks.values())
     found: list[Tensor] = []
     clean, other = [], []
     with Counter(cells * -(-len(prompts) // batch), progress) as done:
@@ -258,7 +280,7 @@ def effects(
             done.say(preview(model, prompts, cells, 0.5 if by is None else 0.3, batch))
         for rows in torch.arange(len(prompts)).split(batch):
             pair = paired(model, prompts.select(rows), sites, metric, corrupt, denoise, seed, means, sigma)
-            patches = _patches(model, pair, kinds, blocks, by, window)
+            patches = _patches(model, pair, blocks, by, window)
             values = sweep(model.decoder, pair.base, patches, cells, metric, pair.prompts, done)
             found.append(values - (pair.corrupt if denoise else pair.clean).to(values))
             clean.append(pair.clean)
@@ -266,12 +288,12 @@ def effects(
     changes = torch.cat(found, 1).float().cpu()
     by_site, offset = {}, 0
     for site in sites:
-        chosen = blocks[site.split(".", 1)[1]]
-        shape = (1 if chosen is None else len(chosen), 1 + len(names), len(prompts))
+        chosen = blocks[site]
+        shape = (1 if chosen is None else len(chosen), len(names), len(prompts))
         count = shape[0] * shape[1]
         by_site[site] = changes[offset : offset + count].view(shape).transpose(0, 1)
         offset += count
-    return Effects(by_site, ("all", *names), torch.cat(clean).float().cpu(), torch.cat(other).float().cpu())
+    return Effects(by_site, names, torch.cat(clean).float().cpu(), torch.cat(other).float().cpu())
 
 
 def check_kinds(model: HookedModel, kinds: Sequence[str]) -> None:
@@ -295,43 +317,48 @@ def _blocks(model: HookedModel, kind: str, neurons: int) -> Bool[Tensor, "block 
 
 
 def _patches(
-    model: HookedModel,
-    pair: Paired,
-    kinds: Sequence[str],
-    blocks: dict[str, Bool[Tensor, "block unit"] | None],
-    by: str | None,
-    window: int,
-) -> list[Patch]:
+    model: HookedModel, pair: Paired, blocks: Mapping[str, Tensor | None], by: str | None, window: int
+) -> list[UnitPatch]:
     """One cell a unit (or block of neurons) and row, row 0 being all positions; a window patches layers around."""
     layers, where = model.signature.layers, _where(pair, by).to(model.device)
     patches, offset = [], 0
-    for layer in range(layers):
-        for kind in kinds:
-            chosen = blocks[kind]
-            count = 1 if chosen is None else len(chosen)
-            cells = offset + torch.arange(count * len(where))
-            offset += len(cells)
-            before = (window - 1) // 2
-            for at in range(max(0, layer - before), min(layers, layer - before + window)):
-                entered = (at + 1, "resid_pre") if kind == "resid_post" else (at, kind)
-                patches.append(
-                    Patch(
-                        *entered,
-                        cells,
-                        where,
-                        torch.arange(len(where)).repeat(count),
-                        pair.source[f"L{at}.{kind}"][None],
-                        None if chosen is None else chosen.to(model.device),
-                        torch.arange(count).repeat_interleave(len(where)),
-                    )
+    for site, chosen in blocks.items():
+        layer, kind = int(site[1:].split(".")[0]), site.split(".", 1)[1]
+        count = 1 if chosen is None else len(chosen)
+        cells = offset + torch.arange(count * len(where))
+        offset += len(cells)
+        before = (window - 1) // 2
+        for at in range(max(0, layer - before), min(layers, layer - before + window)):
+            patches.append(
+                UnitPatch(
+                    at + 1 if kind == "resid_post" else at,
+                    "resid_pre" if kind == "resid_post" else kind,
+                    cells,
+                    where,
+                    torch.arange(len(where)).repeat(count),
+                    pair.source[f"L{at}.{kind}"][None],
+                    None if chosen is None else chosen.to(model.device),
+                    torch.arange(count).repeat_interleave(len(where)),
                 )
+            )
     return patches
 
 
 def _where(pair: Paired, by: str | None) -> Bool[Tensor, "row fact pos"]:
-    rows = [pair.differs]
+    return rows_of(pair.prompts, by)[0] & pair.differs
+
+
+def rows_of(prompts: Prompts, by: str | None) -> tuple[Bool[Tensor, "row fact pos"], tuple[str, ...]]:
+    """The positions of each row and the rows' names: all, then each token role or position."""
+    everywhere = torch.arange(prompts.tokens.shape[1]) < prompts.lengths[:, None]
+    if by is None:
+        return everywhere[None], ("all",)
     if by == "role":
-        rows += [pair.differs & (pair.prompts.roles == i) for i, name in enumerate(ROLES) if name != "padding"]
-    if by == "position":
-        rows += [pair.differs & (torch.arange(pair.differs.shape[1]) == i) for i in range(pair.differs.shape[1])]
-    return torch.stack(rows)
+        names = [name for name in ROLES if name != "padding"]
+        rows = [prompts.roles == ROLES.index(name) for name in names]
+    elif by == "position":
+        names = [str(i) for i in range(prompts.tokens.shape[1])]
+        rows = [everywhere & (torch.arange(len(names)) == i) for i in range(len(names))]
+    else:
+        raise MechunlearnError(f"Cannot patch by '{by}'. Expected by='role', by='position', or None for all positions.")
+    return torch.stack([everywhere, *rows]), ("all", *names)

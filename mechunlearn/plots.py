@@ -1,10 +1,16 @@
 """Figures: one visual language, colour-blind safe, no global theme touched."""
 
+from collections.abc import Mapping, Sequence
+
 import pandas as pd
 import plotly.graph_objects as go
+import torch
+from jaxtyping import Float
 from plotly.subplots import make_subplots
+from torch import Tensor
 
 from mechunlearn.components import Component, ComponentMask, Localization
+from mechunlearn.errors import MechunlearnError
 
 COLOURS = ("#7f7f7f", "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")  # Okabe-Ito
 
@@ -93,6 +99,100 @@ def mask_map(mask: ComponentMask) -> go.Figure:
     )
     figure.update_xaxes(title="layer", dtick=1)
     return _styled(figure, "What the mask selects", 160 + 40 * len(kinds))
+
+
+def overlap_map(table: pd.DataFrame) -> go.Figure:
+    """How much the masks of each two methods overlap: the table of `agreement.overlap`, with its values in the cells.
+
+    The colours run from 0 to 1 whatever the values, so that two maps can be compared.
+    """
+    figure = go.Figure()
+    figure.add_heatmap(
+        z=table.to_numpy(),
+        x=[str(name) for name in table.columns],
+        y=[str(name) for name in table.index],
+        zmin=0,
+        zmax=1,
+        colorscale="Blues",
+        xgap=2,
+        ygap=2,
+        texttemplate="%{z:.2f}",
+        colorbar={"title": "Jaccard index"},
+        hovertemplate="%{y} and %{x}: %{z:.3f}<extra></extra>",
+    )
+    figure.update_xaxes(type="category", side="bottom", tickangle=-35, automargin=True)
+    figure.update_yaxes(type="category", autorange="reversed", automargin=True)
+    return _styled(figure, "Units that both methods choose", 220 + 45 * len(table))
+
+
+def role_map(by_role: Mapping[str, Float[Tensor, "role _unit"]], roles: Sequence[str], title: str) -> go.Figure:
+    """Effects by layer and token role (or position) for one kind of site, as `Localization.by_role` holds them.
+
+    Units of a site are summed; colours are centred at zero, so red raises the metric and blue lowers it. Layers without
+    scores stay empty. Raises `MechunlearnError` for several kinds, and unless there is one row a role.
+
+    >>> effects = {"L0.resid_post": torch.tensor([[0.0], [-2.0]]), "L1.resid_post": torch.tensor([[0.5], [-1.0]])}
+    >>> role_map(effects, ["relation", "last"], "Effect on the logit difference").data[0].z
+    ([0.0, 0.5], [-2.0, -1.0])
+    """
+    addresses = {site: site.removeprefix("L").split(".", 1) for site in by_role}
+    kinds = sorted({kind for _, kind in addresses.values()})
+    wrong = [f"{site} with {len(rows)} rows" for site, rows in by_role.items() if len(rows) != len(roles)]
+    if len(kinds) != 1 or wrong:
+        raise MechunlearnError(
+            f"A role map shows one kind of site with {len(roles)} rows, one a role. Given: kinds "
+            f"{', '.join(kinds) or 'none'}{'; ' + wrong[0] if wrong else ''}. Choose the sites of one kind from by_role."
+        )
+    layers = sorted(int(layer) for layer, _ in addresses.values())
+    effects = torch.stack([by_role[f"L{layer}.{kinds[0]}"].sum(1) for layer in layers], dim=1)
+    largest = float(effects.abs().max()) or 1.0
+    figure = go.Figure()
+    figure.add_heatmap(
+        z=effects.tolist(),
+        x=layers,
+        y=list(roles),
+        zmin=-largest,
+        zmax=largest,
+        colorscale="RdBu_r",
+        xgap=2,
+        ygap=2,
+        colorbar={"title": "effect"},
+        hovertemplate="L%{x}." + kinds[0] + ", %{y}: %{z:.3f}<extra></extra>",
+    )
+    figure.update_xaxes(title="layer", dtick=1 if len(layers) <= 32 else None)
+    figure.update_yaxes(type="category", autorange="reversed", automargin=True)
+    return _styled(figure, title, 160 + 40 * len(roles))
+
+
+def faithfulness_curve(frame: pd.DataFrame) -> go.Figure:
+    """How much of the model's behaviour circuits of growing size keep: columns fraction, faithfulness, low and high.
+
+    The x axis is logarithmic, so a row of fraction 0 is left out; the dotted line is the whole model.
+    """
+    rows = frame[frame.fraction > 0].sort_values("fraction")
+    colour = COLOURS[1]
+    band = {"mode": "lines", "line": {"width": 0}, "hoverinfo": "skip", "showlegend": False}
+    figure = go.Figure()
+    figure.add_scatter(x=rows.fraction, y=rows.low, name="low", **band)
+    figure.add_scatter(
+        x=rows.fraction, y=rows.high, name="high", fill="tonexty", fillcolor="rgba(0, 114, 178, 0.2)", **band
+    )
+    figure.add_scatter(
+        x=rows.fraction,
+        y=rows.faithfulness,
+        name="faithfulness",
+        mode="lines+markers",
+        line={"color": colour},
+        showlegend=False,
+        customdata=rows[["low", "high"]].to_numpy(),
+        hovertemplate="%{x:.2%}: %{y:.3f} (%{customdata[0]:.3f} to %{customdata[1]:.3f})<extra></extra>",
+    )
+    figure.add_hline(
+        y=1, line={"dash": "dot", "color": COLOURS[0]}, annotation_text="whole model", annotation_position="top left"
+    )
+    figure.update_xaxes(type="log", title="share of edges kept", tickformat="~%")
+    figure.update_yaxes(title="faithfulness (band: 95 % interval)")
+    return _styled(figure, "Faithfulness of circuits of growing size", 380)
 
 
 def _styled(figure: go.Figure, title: str, height: int) -> go.Figure:

@@ -24,11 +24,15 @@ def localization(
     roles: tuple[str, ...] = (),
 ) -> Localization:
     """Add what every localization says of its model: weights per unit and all editable weights."""
-    unit_weights = {kind: model.unit_weights(kind) for kind in model.layout.kinds}
-    total = sum(
-        weights * (model.signature.units(kind) or 0) * model.signature.layers for kind, weights in unit_weights.items()
-    )
+    unit_weights, total = editable(model)
     return Localization(scores, model.signature, unit_weights, total, card, evidence or {}, note, by_role or {}, roles)
+
+
+def editable(model: HookedModel) -> tuple[dict[str, int], int]:
+    """Weights of one unit of each kind, and all editable weights of the model."""
+    unit_weights = {kind: model.unit_weights(kind) for kind in model.layout.kinds}
+    units = {kind: model.signature.units(kind) or 0 for kind in unit_weights}
+    return unit_weights, sum(unit_weights[kind] * units[kind] for kind in units) * model.signature.layers
 
 
 def from_effects(model: HookedModel, found: Effects, card: RunCard, evidence: dict | None = None) -> Localization:

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import pkgutil
+from functools import partial
 
 import pytest
 import torch
@@ -28,7 +29,8 @@ def methods(package) -> list:
 
 
 LOCALIZERS, EDITORS = methods(mechunlearn.localize), methods(mechunlearn.edit)
-CAUSAL = [f for f in LOCALIZERS if "metric" in inspect.signature(f).parameters]
+PAIRED = [f for f in LOCALIZERS if "metric" in inspect.signature(f).parameters and f.__name__ != "causal_tracing"]
+UNITS = [f for f in PAIRED if "kinds" in inspect.signature(f).parameters]
 FAMILIES = ("llama", "gpt2", "gpt_neox", "gemma2")
 
 
@@ -41,11 +43,19 @@ def parameters_of(model) -> dict:
 
 
 def outcome(toy, method):
-    return method(toy.model, toy.prompts())
+    return located(method, toy.model, toy.prompts())
+
+
+def located(method, model, prompts, **settings) -> Localization:
+    """What a method finds, by unit; a circuit by its nodes."""
+    found = method(model, prompts, **settings)
+    return found if isinstance(found, Localization) else found.nodes()
 
 
 def test_the_walk_finds_the_methods():
-    assert {f.__name__ for f in LOCALIZERS} >= {"attribution_patching", "fact_lookup", "random_units"}
+    known = {"activation_patching", "attribution_patching", "causal_tracing", "direct_logit_attribution"}
+    known |= {"edge_attribution", "fact_lookup", "path_patching", "random_units"}
+    assert {f.__name__ for f in LOCALIZERS} == known
     assert {f.__name__ for f in EDITORS} >= {"masked_gradient"}
     assert all(getattr(mechunlearn.localize, f.__name__) is f for f in LOCALIZERS), "one re-export line each"
     assert all(getattr(mechunlearn.edit, f.__name__) is f for f in EDITORS)
@@ -65,6 +75,7 @@ def test_a_localizer_leaves_no_trace(localizer, toy):
     assert torch.equal(torch.get_rng_state(), random_state)
     assert torch.equal(toy.model.forward(toy.prompts().tokens), logits), "a hook was left behind"
     assert not any(p.fwd_hooks or p.bwd_hooks for p in toy.model.bridge.hook_dict.values())
+    assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in toy.model.hf.modules())
 
 
 @pytest.mark.parametrize("localizer", LOCALIZERS, ids=named)
@@ -83,22 +94,29 @@ def test_the_same_seed_gives_the_same_scores(localizer, toy):
     assert all(torch.equal(one.scores[s], two.scores[s]) for s in one.scores)
 
 
-@pytest.mark.parametrize("localizer", CAUSAL, ids=named)
+@pytest.mark.parametrize("localizer", PAIRED, ids=named)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nothing_is_found_when_corrupt_equals_clean(localizer, family):
     model, prompts = load_model((random_hf(family), None)), token_prompts()
     same = Prompts.from_tokens(prompts.tokens, prompts.tokens, prompts.answers[:, 0], prompts.foils[:, 0])
-    assert max(s.abs().max() for s in localizer(model, same).scores.values()) == 0
-    assert max(s.abs().max() for s in localizer(model, prompts).scores.values()) > 1e-4, "something could be found"
+    nothing = localizer(model, same)
+    assert max(s.abs().max() for s in located(localizer, model, same).scores.values()) == 0
+    assert "clean and corrupt prompts are the same" in nothing.note
+    assert max(s.abs().max() for s in located(localizer, model, prompts).scores.values()) > 1e-4, "could be found"
 
 
-@pytest.mark.parametrize("localizer", CAUSAL, ids=named)
+RAGGED = [*PAIRED, mechunlearn.localize.causal_tracing, mechunlearn.localize.direct_logit_attribution]
+
+
+@pytest.mark.parametrize("localizer", RAGGED, ids=named)
 def test_a_padded_batch_gives_the_scores_of_single_facts(localizer, world, sport):
     forget, _ = sport
     chosen = forget.select(range(6))
     assert len(set(chosen.lengths.tolist())) > 1, "the batch must be ragged"
-    together = localizer(world, chosen)
-    single = [localizer(world, _unpadded(chosen, i)) for i in range(6)]
+    settings = {"neurons": 64} if "neurons" in inspect.signature(localizer).parameters else {}
+    together = located(localizer, world, chosen, **settings)
+    single = [located(localizer, world, _unpadded(chosen, i), **settings) for i in range(6)]
+    assert max(scores.abs().max() for scores in together.scores.values()) > 1e-2
     for site, scores in together.scores.items():
         mean = torch.stack([found.scores[site] for found in single]).mean(0)
         torch.testing.assert_close(scores, mean, atol=1e-5, rtol=1e-4)
@@ -112,10 +130,11 @@ def _unpadded(prompts: Prompts, row: int) -> Prompts:
     return replace(one, tokens=one.tokens[:, :length], corrupt=one.corrupt[:, :length], roles=one.roles[:, :length])
 
 
-@pytest.mark.parametrize("localizer", CAUSAL, ids=named)
-def test_attribution_equals_patching_where_the_metric_is_linear(localizer):
+@pytest.mark.parametrize("rule", ["gradient", "relp"])
+def test_attribution_equals_patching_where_the_metric_is_linear(rule):
     """Behind the last block with its normalisation held, a linear metric makes the estimate exact."""
     model, prompts = load_model((random_hf("gpt2"), None)), token_prompts()
+    localizer = partial(mechunlearn.localize.attribution_patching, rule=rule)
 
     def linear(logits, prompts):
         return held["L2.resid_post"][:, -1].sum(-1)
@@ -215,7 +234,7 @@ class TestEditors:
             editor(model, other, prompts, prompts)
 
 
-@pytest.mark.parametrize("localizer", CAUSAL, ids=named)
+@pytest.mark.parametrize("localizer", UNITS, ids=named)
 @pytest.mark.parametrize("fact", [1, 6])
 def test_the_localizer_finds_exactly_the_planted_neuron(localizer, toy, fact):
     found = localizer(toy.model, toy.prompts([fact]), kinds=("mlp.out",))

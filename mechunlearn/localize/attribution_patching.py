@@ -1,17 +1,26 @@
 """Attribution patching: every unit's effect from two forward passes and one backward pass."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from mechunlearn.components import SCORED, Localization
-from mechunlearn.hooked import HookedModel
-from mechunlearn.metrics import Metric, logit_diff
+from mechunlearn.corruption import check_finite, check_prompts
+from mechunlearn.decoder import tapped
+from mechunlearn.errors import MechunlearnError
+from mechunlearn.hooked import HookedModel, frozen
+from mechunlearn.metrics import Metric, logit_diff, per_fact, positions_read
+from mechunlearn.patching import Effects, check_kinds, effects, rows_of
 from mechunlearn.prompts import Prompts
+from mechunlearn.relevance import relevance_rules
 from mechunlearn.runcard import RunCard, Stopwatch
-from mechunlearn.scores import localization
+from mechunlearn.scores import from_effects
+
+RULES = ("gradient", "relp")
 
 
 def attribution_patching(
@@ -20,14 +29,25 @@ def attribution_patching(
     *,
     metric: Metric = logit_diff,
     kinds: Sequence[str] = SCORED,
+    by: str | None = None,
+    steps: int = 0,
+    rule: str = "gradient",
+    verify: int = 0,
     batch: int = 32,
 ) -> Localization:
-    """Estimate how the metric changes when each head or neuron takes its corrupt activation.
+    """Estimate how the metric changes when each head, neuron or stream takes its corrupt activation.
 
-    The score of a unit is (corrupt - clean) . d metric / d clean, summed over positions, averaged over facts
-    (Nanda 2023; arXiv 2310.10348 for its error). It is exact where the metric is linear in the activation; behind
-    saturated softmaxes or normalisation it can be far off: check the largest by exact patching.
-    Cost: two forward passes and one backward pass of each batch.
+    The score of a unit is (corrupt - clean) . d metric / d activation, summed over positions, averaged over facts (Nanda
+    2023; arXiv 2310.10348 for its error). `kinds` and `by` are those of `activation_patching`, which it estimates. The
+    gradient is taken at the clean run; with `steps=m` it is averaged over m left Riemann points of the embeddings from
+    corrupt to clean (integrated gradients, arXiv 2403.17806); with `rule="relp"` it is RelP's (arXiv 2508.21258), which
+    freezes norms and attention patterns and so survives saturation better, but gives queries and keys nothing.
+    `verify=n` measures the n units with the largest |score| exactly and puts the result in place of the estimate, as
+    AtP* does (arXiv 2403.00745), within n forward passes of the data; `found.evidence["verified"]` names them.
+
+    It is exact where the metric is linear in the activation; behind saturated softmaxes or norms it can be far off.
+    Cost: two forward passes and one backward pass of each batch (1 + m of each with `steps=m`).
+    Raises `MechunlearnError` for unknown kinds or rules, and facts longer than the context.
 
     >>> from mechunlearn.toy import planted_facts
     >>> toy = planted_facts()
@@ -35,30 +55,102 @@ def attribution_patching(
     L0.mlp.out[1]
     """
     watch = Stopwatch()
+    if rule not in RULES:
+        raise MechunlearnError(f"Unknown rule '{rule}'. Expected one of {', '.join(RULES)}.")
+    if steps < 0 or verify < 0:
+        raise MechunlearnError(f"steps={steps} and verify={verify} must not be negative. Expected 0 for neither.")
+    check_kinds(model, kinds)
+    check_prompts(model, prompts)
     sites = [f"L{layer}.{kind}" for layer in range(model.signature.layers) for kind in kinds]
-    totals: dict[str, Tensor] = {}
-    for rows in torch.arange(len(prompts)).split(batch):
-        for site, score in _batch_scores(model, prompts.select(rows), sites, metric).items():
-            totals[site] = totals[site] + score if site in totals else score
+    parts = [
+        _batch_effects(model, prompts.select(rows), sites, metric, by, steps, rule)
+        for rows in torch.arange(len(prompts)).split(batch)
+    ]
+    found = Effects(
+        {site: torch.cat([part.by_site[site] for part in parts], -1) for site in sites},
+        parts[0].rows,
+        torch.cat([part.clean for part in parts]),
+        torch.cat([part.corrupt for part in parts]),
+    )
+    evidence = _verified(model, prompts, metric, found, verify, batch) if verify else {}
     card = RunCard(
         "attribution_patching",
         model=model.fingerprint,
         data=prompts.fingerprint,
-        settings={"metric": metric.__name__, "kinds": list(kinds)},
+        settings={"metric": metric.__name__, "kinds": list(kinds), "steps": steps, "rule": rule, "verify": verify},
         device=str(model.device),
     )
-    return localization(model, {site: total / len(prompts) for site, total in totals.items()}, watch.stamp(card))
+    return from_effects(model, found, watch.stamp(card), evidence)
 
 
-def _batch_scores(
-    model: HookedModel, prompts: Prompts, sites: list[str], metric: Metric
-) -> dict[str, Float[Tensor, " _unit"]]:
-    """Scores summed over the facts of a batch. Padding is the same in both runs and after every answer: it adds zero."""
-    _, corrupt = model.cache(prompts.corrupt, sites)
-    logits, clean = model.cache(prompts.tokens, sites, grad=True)
-    gradients = torch.autograd.grad(metric(logits, prompts).sum(), [clean[site] for site in sites])
-    scores = {}
-    for site, gradient in zip(sites, gradients, strict=True):
-        effect = (corrupt[site] - clean[site].detach()) * gradient
-        scores[site] = effect.flatten(3).sum((0, 1, 3)) if effect.ndim == 4 else effect.sum((0, 1))
-    return scores
+def _batch_effects(
+    model: HookedModel, prompts: Prompts, sites: list[str], metric: Metric, by: str | None, steps: int, rule: str
+) -> Effects:
+    """Effects by row, unit and fact. Padding is the same in both runs and after every answer: it adds zero."""
+    decoder, at = model.decoder, positions_read(metric, prompts).to(model.device)
+    other = decoder.record(prompts.corrupt, at, sites, keys=False)
+    start = decoder.record(prompts.tokens, at[:, :1], keys=False).resid[0] if steps else None
+    points = [None] if start is None else [torch.lerp(other.resid[0], start, k / steps) for k in range(steps)]
+    total: list[Tensor] = []
+    clean: dict[str, Tensor] = {}
+    value = torch.zeros(())
+    for point in points:
+        value, seen, gradients = _differentiated(model, prompts, sites, metric, at, point, rule)
+        clean = clean or seen
+        total = [a + b for a, b in zip(total, gradients, strict=True)] if total else list(gradients)
+    if steps:
+        run = decoder.record(prompts.tokens, at, sites, keys=False)
+        clean, value = run.kept, per_fact(metric, run.logits, prompts)[0]
+    where, names = rows_of(prompts, by)
+    by_site = {}
+    for site, gradient in zip(sites, total, strict=True):
+        effect = (other.kept[site] - clean[site]) * gradient / len(points)
+        unit = effect.sum(-1) if effect.ndim == 4 else effect
+        unit = unit if "." in site.split(".", 1)[1] else unit.sum(-1, keepdim=True)
+        by_site[site] = torch.einsum("rfp,fpu->ruf", where.to(unit), unit).float().cpu()
+    corrupt = per_fact(metric, other.logits, prompts)[0]
+    return Effects(by_site, names, value.detach().float().cpu(), corrupt.float().cpu())
+
+
+def _differentiated(
+    model: HookedModel, prompts: Prompts, sites: list[str], metric: Metric, at: Tensor, start: Tensor | None, rule: str
+) -> tuple[Float[Tensor, " fact"], dict[str, Tensor], tuple[Tensor, ...]]:
+    """The metric, the activations and their gradients, from these embeddings (the prompts' own, if None)."""
+    points: dict[str, Tensor] = {}
+
+    def leaf(x: Tensor) -> Tensor:
+        return (x.detach() if start is None else start).clone().requires_grad_()
+
+    def keep(site: str, x: Tensor) -> Tensor:
+        points[site] = x.view_as(x)
+        return points[site]
+
+    taps = [(model.decoder.blocks[0], "in", leaf), model.decoder.reading(at)]
+    taps += [tap for site in sites for tap in model.decoder.taps(site, partial(keep, site))]
+    rules = relevance_rules(model.decoder) if rule == "relp" else nullcontext()
+    with torch.enable_grad(), frozen(model.hf), rules, tapped(taps):
+        logits = model.hf(input_ids=prompts.tokens.to(model.device), use_cache=False).logits
+        value = per_fact(metric, logits, prompts)[0]
+        gradients = torch.autograd.grad(
+            value.sum(), [points[site] for site in sites], allow_unused=True, materialize_grads=True
+        )
+    check_finite(model, value.detach(), prompts.tokens, metric)
+    return value.detach(), {site: x.detach() for site, x in points.items()}, gradients
+
+
+def _verified(
+    model: HookedModel, prompts: Prompts, metric: Metric, found: Effects, verify: int, batch: int
+) -> dict[str, object]:
+    """Put exact effects in place of the largest estimates at all positions."""
+    units = [(site, unit) for site, rows in found.by_site.items() for unit in range(rows.shape[1])]
+    size = torch.cat([rows[0].mean(-1).abs() for rows in found.by_site.values()])
+    best = [units[i] for i in size.argsort(descending=True, stable=True)[:verify].tolist()]
+    only: dict[str, Tensor] = {}
+    for site in dict.fromkeys(site for site, _ in best):
+        count = model.signature.units(site.split(".", 1)[1])
+        chosen = torch.tensor([unit for one, unit in best if one == site])
+        only[site] = torch.eye(count or 1, dtype=torch.bool)[chosen]
+    exact = effects(model, prompts, metric, [], by=None, denoise=False, corrupt="prompts", batch=batch, only=only)
+    for site, chosen in only.items():
+        found.by_site[site][0, chosen.int().argmax(1)] = exact.by_site[site][0]
+    return {"verified": [f"{site}[{unit}]" for site, unit in best], "forward budget": verify}

@@ -5,75 +5,117 @@ from collections import Counter
 import torch
 from torch import Tensor
 
+from mechunlearn.circuit import writers
 from mechunlearn.components import Localization
+from mechunlearn.corruption import check_prompts, subjects
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.hooked import HookedModel
+from mechunlearn.metrics import logit_diff
+from mechunlearn.paths import path_effects, readers_named
 from mechunlearn.probes import probe_curve, residuals
 from mechunlearn.prompts import Prompts
 from mechunlearn.runcard import RunCard, Stopwatch
 from mechunlearn.scores import localization
 
 CLASSES = 64
+HEADS, SHARE = 10, 0.02
+RULES = ("probe", "paths")
 
 
-def fact_lookup(model: HookedModel, prompts: Prompts, *, seed: int = 0) -> Localization:
-    """Find the MLPs that look the fact up, by how well the answer can be read at the subject's last token.
+def fact_lookup(model: HookedModel, prompts: Prompts, *, rule: str = "probe", seed: int = 0) -> Localization:
+    """Find the MLPs that look the fact up at the subject. `found.above(0)` is the mask; all other units score zero.
 
-    A linear probe for the answer is trained at every depth on other subjects of the same data set and tested on these
-    and a fifth of the others (without a larger data set: 80 / 20 of these). The window is the smallest run of MLP layers that covers the rise of
-    its accuracy from 10 % to 90 %; every neuron in it scores its layer's share of the rise, all others zero, so
-    `found.above(0)` is the mask (the probe rule of Mechanistic Unlearning, arXiv 2410.12949, chosen by eye there).
+    `rule="probe"` (arXiv 2410.12949 for facts with few answers; the window was chosen by eye there): a linear probe for
+    the answer is trained at every depth on other subjects of the same data set and tested on these and a fifth of the
+    others (without a larger data set: 80 / 20 of these). The window is the smallest run of MLP layers that covers the
+    rise of its accuracy from 10 % to 90 %; every neuron in it scores its layer's share of the rise. If the probe never
+    gets half of the way from the majority class to 1, no window is found. Use it where answers are shared; with one
+    answer a subject there is nothing to classify. Cost: one forward pass over the data set and one regression a depth.
 
-    If the probe never gets half of the way from the majority class to 1, no window is found: all scores are zero and
-    `note` says so. Use it for relations with few answers; with one answer per subject there is nothing to classify, and
-    it raises `MechunlearnError`. Cost: one forward pass over the data set and one regression a depth.
-    The evidence holds the curve, the window and the numbers of subjects.
+    `rule="paths"` (the same paper, for CounterFact): path patching in two hops. First the 10 heads with the largest direct
+    effect on the logits (fact extraction); then every MLP, at the subject's tokens, through the inputs of those heads
+    along direct paths. An MLP whose share of the corrupt prompts' whole effect is above .02 is in the window and scores
+    that share; without one, no window is found. It needs no shared answers. Cost: a few runs a component.
+
+    `evidence` holds the curve or the head and layer scores, and the window; `note` says what was found.
+    Raises `MechunlearnError` if there are too few or too many different answers, or no subject is named.
 
     >>> from mechunlearn.toy import planted_facts
     >>> toy = planted_facts()
     >>> fact_lookup(toy.model, toy.prompts()).evidence["window"]
     [0, 0]
+    >>> fact_lookup(toy.model, toy.prompts(), rule="paths").evidence["window"]
+    [0, 0]
     """
     watch = Stopwatch()
+    if rule not in RULES:
+        raise MechunlearnError(f"Unknown rule '{rule}'. Expected one of {', '.join(RULES)}.")
+    check_prompts(model, prompts)
+    shares, evidence, reason = _by_probe(model, prompts, seed) if rule == "probe" else _by_paths(model, prompts)
+    layers = sorted(shares)
+    scores = {f"L{layer}.mlp.out": torch.zeros(model.signature.d_mlp) for layer in range(model.signature.layers)}
+    for layer, share in shares.items():
+        scores[f"L{layer}.mlp.out"] += share
+    whole = layers == list(range(layers[0], layers[-1] + 1)) if layers else True
+    named = f"{layers[0]} to {layers[-1]}" if layers and whole else ", ".join(map(str, layers))
+    note = f"look-up window: MLP {named}" if layers else f"no window found: {reason}"
+    card = RunCard(
+        "fact_lookup",
+        model=model.fingerprint,
+        data=prompts.fingerprint,
+        seed=seed,
+        settings={"rule": rule},
+        device=str(model.device),
+    )
+    evidence["window"] = [layers[0], layers[-1]] if layers else None
+    evidence["layers"] = layers
+    return localization(model, scores, watch.stamp(card), evidence, note)
+
+
+def _by_probe(model: HookedModel, prompts: Prompts, seed: int) -> tuple[dict[int, float], dict, str]:
     train, test = _train_and_test(model, prompts, seed)
     labels, held_out = _labels(train), _labels(test)
     classes = Counter(labels)
     if len(classes) < 2 or len(classes) > CLASSES or len(classes) > len(train) / 4:
         raise MechunlearnError(
             f"The probe needs 2 to {CLASSES} different answers with four subjects each; these {len(train)} training "
-            f"facts have {len(classes)}. Use attribution_patching for facts that share no answers."
+            f"facts have {len(classes)}. Use rule='paths' or attribution_patching for facts that share no answers."
         )
     curve = probe_curve(
         residuals(model, train, _subject_last(train)), labels, residuals(model, test, _subject_last(test)), held_out
     )
     majority = max(Counter(held_out).values()) / len(held_out)
-    window = lookup_window(curve, majority)
-    scores = {f"L{layer}.mlp.out": torch.zeros(model.signature.d_mlp) for layer in range(model.signature.layers)}
-    if window:
-        rise = max(curve) - curve[0]
-        for layer in range(window[0], window[1] + 1):
-            scores[f"L{layer}.mlp.out"] += max((curve[layer + 1] - curve[layer]) / rise, 0.01)
-    best = max(curve)
-    note = (
-        f"look-up window: MLP {window[0]} to {window[1]}"
-        if window
-        else f"no window found: the answer is never readable at the subject (best probe {best:.2f}, majority {majority:.2f})"
-    )
+    window, rise = lookup_window(curve, majority), max(curve) - curve[0]
+    inside = range(window[0], window[1] + 1) if window else ()
+    shares = {layer: max((curve[layer + 1] - curve[layer]) / rise, 0.01) for layer in inside}
+    evidence = {"curve": curve, "majority": majority, "train": len(train), "test": len(test)}
+    reason = f"the answer is never readable at the subject (best probe {max(curve):.2f}, majority {majority:.2f})"
+    return shares, evidence, reason
+
+
+def _by_paths(model: HookedModel, prompts: Prompts) -> tuple[dict[int, float], dict, str]:
+    _subject_last(prompts)
+    names = writers(model.signature)
+    heads = [i for i, name in enumerate(names) if ".h" in name]
+    mlps = [i for i, name in enumerate(names) if name[0] == "m"]
+    logits = readers_named(model, ["logits"])
+    effect, clean, corrupt = path_effects(model, prompts, heads, logits, logit_diff)
+    whole = float((corrupt - clean).mean())
+    if abs(whole) < 1e-6:
+        return {}, {"heads": {}, "mlps": {}}, "clean and corrupt prompts give the same answer"
+    direct = effect.mean(1) / whole
+    order = direct.abs().argsort(descending=True, stable=True)[:HEADS]
+    extraction = [names[heads[i]] for i in order.tolist()]
+    into = readers_named(model, extraction)
+    effect, _, _ = path_effects(model, prompts, mlps, into, logit_diff, where=subjects(prompts))
+    shares = (effect.mean(1) / whole).tolist()
+    found = {layer: share for layer, share in enumerate(shares) if share > SHARE}
     evidence = {
-        "curve": curve,
-        "majority": majority,
-        "window": list(window) if window else None,
-        "train": len(train),
-        "test": len(test),
+        "heads": {name: float(direct[i]) for name, i in zip(extraction, order.tolist(), strict=True)},
+        "mlps": {f"m{layer}": share for layer, share in enumerate(shares)},
     }
-    card = RunCard(
-        "fact_lookup",
-        model=model.fingerprint,
-        data=prompts.fingerprint,
-        seed=seed,
-        device=str(model.device),
-    )
-    return localization(model, scores, watch.stamp(card), evidence, note)
+    reason = f"no MLP reaches the extraction heads from the subject (largest share {max(shares):.3f})"
+    return found, evidence, reason
 
 
 def lookup_window(curve: list[float], majority: float) -> tuple[int, int] | None:

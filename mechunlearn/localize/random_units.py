@@ -12,23 +12,36 @@ from mechunlearn.scores import localization
 
 
 def random_units(
-    model: HookedModel, prompts: Prompts | None = None, *, kinds: Sequence[str] = SCORED, seed: int = 0
+    model: HookedModel,
+    prompts: Prompts | None = None,
+    *,
+    kinds: Sequence[str] = SCORED,
+    whole: bool = False,
+    seed: int = 0,
 ) -> Localization:
     """Scores that are uniform noise, so that `.top(weights=...)` is a random mask of the same weight as another.
 
+    With `whole=True` all units of a site share one score: `kinds=("mlp.out",)` then takes random MLPs, the control of
+    methods that choose whole layers. Ties are taken in component order, so a budget that is no multiple of a site cuts
+    the last one: it then holds the first units of that site.
     The prompts are not looked at; they are in the signature because every localizer has them.
 
     >>> from mechunlearn.toy import planted_facts
     >>> found = random_units(planted_facts().model, seed=1)
     >>> len(found.top(units=3))
     3
+    >>> mlps = random_units(planted_facts().model, kinds=("mlp.out",), whole=True, seed=1)
+    >>> mlps.top(units=32)
+    ComponentMask(32 units: L0.mlp.out 32/32; llama: 2 layers, 2 heads, 2 kv heads, d_mlp 32, d_model 48)
     """
     del prompts
     generator = torch.Generator().manual_seed(seed)
-    scores = {
-        f"L{layer}.{kind}": torch.rand(model.signature.units(kind) or 0, generator=generator)
-        for layer in range(model.signature.layers)
-        for kind in kinds
-    }
-    card = RunCard("random_units", model=model.fingerprint, seed=seed, settings={"kinds": list(kinds)})
+    scores = {}
+    for layer in range(model.signature.layers):
+        for kind in kinds:
+            units = model.signature.units(kind) or 0
+            drawn = torch.rand(1 if whole else units, generator=generator)
+            scores[f"L{layer}.{kind}"] = drawn.repeat(units) if whole else drawn
+    settings = {"kinds": list(kinds), "whole": whole}
+    card = RunCard("random_units", model=model.fingerprint, seed=seed, settings=settings)
     return localization(model, scores, card)
