@@ -92,6 +92,7 @@ class BridgedModel:
         self.bridge = _boot(copy.deepcopy(hf, shared), tokenizer, name)
         _freeze_additions(self.bridge, self._parameters)
         self._copies = self._find_copies()
+        self._hashed: tuple[tuple, str] | None = None
 
     @property
     def signature(self) -> Signature:
@@ -107,11 +108,19 @@ class BridgedModel:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of every weight as it is now."""
-        parts: list[bytes | str] = [str(self.signature)]
-        for name, parameter in self._parameters.items():
-            parts += [name, parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()]
-        return digest(*parts)
+        """A hash of every weight as it is now, computed again once torch has counted a write to one of them."""
+        writes = tuple((parameter.data_ptr(), parameter._version) for parameter in self._parameters.values())
+        if self._hashed is None or self._hashed[0] != writes:
+            parts = (
+                part
+                for name, parameter in self._parameters.items()
+                for part in (
+                    name,
+                    memoryview(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()),
+                )
+            )
+            self._hashed = (writes, digest(str(self.signature), *parts))
+        return self._hashed[1]
 
     def forward(self, tokens: Int[Tensor, "fact pos"]) -> Float[Tensor, "fact pos d_vocab"]:
         """Logits, through the hooks."""

@@ -66,7 +66,7 @@ class Stopwatch:
         return replace(card, seconds=self.seconds(), peak_mib=round(peak, 1))
 
 
-def digest(*parts: bytes | str) -> str:
+def digest(*parts: bytes | str | memoryview) -> str:
     """A short hash of the parts, in order."""
     made = hashlib.sha256()
     for part in parts:
