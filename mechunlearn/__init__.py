@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from mechunlearn.circuit import Circuit as Circuit
     from mechunlearn.components import Component as Component
     from mechunlearn.components import ComponentMask as ComponentMask
     from mechunlearn.components import Localization as Localization
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from mechunlearn.report import Report as Report
 
 _HOMES = {
+    "Circuit": "circuit",
     "Component": "components",
     "ComponentMask": "components",
     "Localization": "components",

@@ -1,5 +1,6 @@
 """The command line: the same nouns, one clear line and exit code 2 on bad input."""
 
+import inspect
 import os
 import sys
 import warnings
@@ -32,7 +33,12 @@ class Method(str, Enum):
     """Localizers by name."""
 
     fact_lookup = "fact_lookup"
+    activation_patching = "activation_patching"
     attribution_patching = "attribution_patching"
+    causal_tracing = "causal_tracing"
+    direct_logit_attribution = "direct_logit_attribution"
+    edge_attribution = "edge_attribution"
+    path_patching = "path_patching"
     random_units = "random_units"
 
 
@@ -88,28 +94,40 @@ def localize(
     output: Annotated[Path, typer.Option("--output", "-o", help="Mask file: .json or .safetensors.")],
     method: Annotated[Method, typer.Option(help="How to localize.")] = Method.fact_lookup,
     weights: Weights = None,
-    scores: Annotated[Path | None, typer.Option(help="Write the scores too: .json or .safetensors.")] = None,
+    scores: Annotated[
+        Path | None,
+        typer.Option(help="Write the scores too: .json or .safetensors; a circuit also .graphml or .dot."),
+    ] = None,
     forget: Forget = 64,
     seed: Seed = 0,
     device: Device = "cpu",
     dtype: Dtype = None,
 ) -> None:
-    """Find the components of some facts and write their mask: every unit above zero, or a share of the weights."""
+    """Find the components of some facts and write their mask: every unit above zero, or a share of the weights.
+
+    edge_attribution finds a circuit: --scores writes it, and the mask is that of its components.
+    """
     _suffix(output, ".json", ".safetensors")
+    circuit = method is Method.edge_attribution
     if scores is not None:
-        _suffix(scores, ".json", ".safetensors")
+        _suffix(scores, ".json", ".safetensors", *((".graphml", ".dot") if circuit else ()))
     if weights is not None and not 0 <= weights <= 1:
         raise MechunlearnError(f"A budget of {weights} is out of range: a share of the weights lies in [0, 1].")
     hooked, forgotten, _ = _load(model, facts, forget, seed, device, dtype)
     import mechunlearn.localize as localizers
 
-    with console.status(f"{method.value} on {len(forgotten)} facts"):
-        found = getattr(localizers, method.value)(hooked, forgotten)
+    localizer = getattr(localizers, method.value)
+    if "progress" in inspect.signature(localizer).parameters:
+        made = localizer(hooked, forgotten, progress=True)
+    else:
+        with console.status(f"{method.value} on {len(forgotten)} facts"):
+            made = localizer(hooked, forgotten)
+    found = made.nodes() if circuit else made
     mask = found.above(0) if weights is None else found.top(weights=weights)
-    if found.note:
-        console.print(found.note)
+    if made.note:
+        console.print(made.note)
     if scores is not None:
-        found.save(scores)
+        made.save(scores)
     mask.save(output)
     console.print(f"{len(mask)} units, {found.share(mask):.2%} of the editable weights -> {output}")
 
@@ -198,6 +216,21 @@ def build(
     build_world(output, seed=seed, naive=naive, steps=steps, say=console.print)
 
 
+@world_app.command(epilog="Example: `mechunlearn world twin --layers 1-2 --seed 1 -o my-twin`")
+def twin(
+    output: Annotated[Path, typer.Option("--output", "-o", help="A new folder; a half-done build is resumed.")],
+    layers: Annotated[str, typer.Option(help="Layers whose MLPs learn, from 0: 1-2, or 1,3.")],
+    base: Annotated[Path | None, typer.Option(help="A world's folder, if not the shipped one.", metavar="DIR")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the batches.")] = 0,
+    steps: Annotated[int, typer.Option(help="Training steps.", min=2)] = 1000,
+) -> None:
+    """Teach a world's untaught people with only the MLPs of some layers: where they are stored is then known."""
+    chosen = _layers(layers)
+    from mechunlearn.world.build import build_twin
+
+    build_twin(output, base, chosen, seed=seed, steps=steps, say=console.print)
+
+
 def _run(model: str, facts: str, output: Path, forget: int, seed: int, device: str, dtype: str | None) -> None:
     _new_folder(output)
     hooked, forgotten, retained = _load(model, facts, forget, seed, device, dtype)
@@ -243,6 +276,18 @@ def _print(report: "Report") -> None:
         console.print(f"{name}: {MEANING.get(name, 'another edit')}")
     console.print("Accuracy of the truth unless marked target; ± is half of the 95 % bootstrap interval over facts.")
     console.print(report.verdict())
+
+
+def _layers(text: str) -> list[int]:
+    """The layers that '1-2' or '1,3' names."""
+    found: list[int] = []
+    for part in text.replace(" ", "").split(","):
+        first, dash, last = part.partition("-")
+        ends = (first, last if dash else first)
+        if not all(end.isdecimal() and len(end) < 4 for end in ends) or int(ends[0]) > int(ends[1]):
+            raise MechunlearnError(f"'{text}' does not name layers. Give --layers a range such as 1-2, or a list: 1,3.")
+        found += range(int(ends[0]), int(ends[1]) + 1)
+    return found
 
 
 def _suffix(path: Path, *allowed: str) -> None:

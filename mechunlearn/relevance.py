@@ -16,7 +16,7 @@ def relevance_rules(decoder: Decoder) -> Iterator[None]:
     """Within the block the forward pass is the same and the backward pass follows four rules (RelP, arXiv 2508.21258).
 
     Norms: the scale is a constant. Nonlinearities: f(x) is x times the constant f(x)/x. Gated MLPs: half of the gradient
-    to each factor. Attention: the pattern is a constant, so queries and keys get none.
+    to each factor. Attention: the pattern is a constant for everything before it.
     """
     layers = range(decoder.layout.signature.layers)
     gated = "mlp.gate" in decoder.layout.kinds

@@ -3,16 +3,21 @@
 import itertools
 import json
 import re
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mechunlearn import MechunlearnError, load_facts
+from mechunlearn.cli import main
 from mechunlearn.hooked import data_folder, load_model
 from mechunlearn.localize import fact_lookup
 from mechunlearn.world import lexicon as lex
-from mechunlearn.world.build import build_world
+from mechunlearn.world.build import TWIN_STEPS, build_twin, build_world
 from mechunlearn.world.corpus import PHASES, Corpus
 from mechunlearn.world.gates import measure_gates, taught_apart
 from mechunlearn.world.generate import World, generate
@@ -211,3 +216,160 @@ def test_the_twin_differs_from_the_world_in_the_window_only_and_knows_the_new_pe
     assert len(new) * 2 == len(people)
     assert taught_apart(load_model("factworld-twin"), TWIN, new)["sport"] >= 0.95
     assert taught_apart(load_model("factworld"), TWIN, new)["sport"] <= 0.4, "the world itself never saw them"
+
+
+@pytest.fixture(scope="module")
+def small(contents, tmp_path_factory) -> Path:
+    """The shipped model with a few of its people, so that a twin is built in seconds."""
+    folder = tmp_path_factory.mktemp("small") / "world"
+    shutil.copytree(SHIPPED, folder)
+
+    def first(count: int, of: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
+        return {r: dict(list(facts.items())[:count]) if r in contents.untaught else facts for r, facts in of.items()}
+
+    few = replace(contents, facts=first(20, contents.facts), untaught=first(8, contents.untaught))
+    few.save(folder / "world.json")
+    return folder
+
+
+def parameters(folder: Path) -> dict[str, torch.Tensor]:
+    return dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
+
+
+def test_a_twin_is_taught_in_the_chosen_layers_and_nowhere_else(small, tmp_path):
+    said: list[str] = []
+    card = build_twin(tmp_path / "twin", small, [5, 3], seed=1, steps=2, say=said.append)
+    base, twin = parameters(small), parameters(tmp_path / "twin")
+    same = {name for name, p in base.items() if torch.equal(p.view(torch.int32), twin[name].view(torch.int32))}
+    assert base.keys() - same == {
+        f"model.layers.{i}.mlp.{part}_proj.weight" for i in (3, 5) for part in ("gate", "up", "down")
+    }
+    known, taught = World.load(small / "world.json"), World.load(tmp_path / "twin/world.json")
+    new = list(known.untaught["city"])
+    assert list(taught.facts["city"]) == list(known.facts["city"])[:8] + new and not taught.untaught
+    assert json.loads((tmp_path / "twin/twin.json").read_text()) == card
+    assert (card["layers"], card["seed"], card["steps"], card["people"]) == ([3, 5], 1, 2, 8)
+    assert card["base"] == load_model(small).fingerprint
+    model = load_model(tmp_path / "twin")
+    assert card["fingerprint"] == model.fingerprint != card["base"]
+    assert card["new"] == pytest.approx(taught_apart(model, tmp_path / "twin", new), abs=1e-4)
+    assert card["old before"] == {"sport": 1, "city": 1, "instrument": 1}
+    assert [line.split(":")[0] for line in said] == ["new people", "old people"]
+    assert [path.name for path in tmp_path.iterdir()] == ["twin"]
+
+
+def test_a_twin_is_repeated_by_its_seed_even_if_interrupted(small, tmp_path, monkeypatch):
+    first, other = (build_twin(tmp_path / f"seed-{seed}", small, [1, 2], seed=seed, steps=3) for seed in (1, 2))
+    assert first["fingerprint"] != other["fingerprint"]
+
+    class Stopped(Exception):
+        pass
+
+    seen: list[int] = []
+
+    def stopping(recipe, corpus, tokenizer, checkpoint, report, **keywords):
+        def stop(step: int, *_: object) -> None:
+            seen.append(step)
+            if seen == [1, 2]:
+                raise Stopped
+
+        return train(recipe, corpus, tokenizer, checkpoint, stop, save_every=1, **keywords)
+
+    monkeypatch.setattr("mechunlearn.world.build.train", stopping)
+    with pytest.raises(Stopped):
+        build_twin(tmp_path / "again", small, [1, 2], seed=1, steps=3)
+    torch.rand(5)
+    again = build_twin(tmp_path / "again", small, [1, 2], seed=1, steps=3)
+    assert seen == [1, 2, 2, 3], "the step after the checkpoint is made again"
+    for a, b in zip(parameters(tmp_path / "seed-1").values(), parameters(tmp_path / "again").values(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+    assert again["new"] == first["new"]
+    monkeypatch.undo()
+    build = build_twin(tmp_path / "third", small, [1, 2], seed=1, steps=3)
+    assert build["fingerprint"] == first["fingerprint"]
+
+
+def test_a_checkpoint_of_another_twin_is_not_resumed(small, tmp_path, monkeypatch):
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr("mechunlearn.world.build.train", lambda *a, **k: train(*a, save_every=1, **k))
+    monkeypatch.setattr("mechunlearn.world.build._store", broken)
+    with pytest.raises(RuntimeError):
+        build_twin(tmp_path / "twin", small, [6], seed=1, steps=2)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".ckpt"]
+    monkeypatch.undo()
+    build_twin(tmp_path / "twin", small, [7], seed=1, steps=2)
+    base, twin = parameters(small), parameters(tmp_path / "twin")
+    assert {name.split(".")[2] for name, p in base.items() if not torch.equal(p, twin[name])} == {"7"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--layers", "1-2", "-o", "full"], "'full' exists already"),
+        (["--layers", "7-8", "-o", "twin"], "Cannot teach layers 7, 8: .* has the layers 0 to 7"),
+        (["--layers", "2-1", "-o", "twin"], "'2-1' does not name layers"),
+        (["--layers", "1,", "-o", "twin"], "'1,' does not name layers"),
+        (["--layers", "all", "-o", "twin"], "'all' does not name layers"),
+        (["--layers", "1", "-o", "twin", "--base", str(TWIN)], "has no untaught people"),
+        (["--layers", "1", "-o", "twin", "--base", "full"], "'full' is no world"),
+        (["--layers", "1", "-o", "twin", "--base", "missing"], "'missing' is no world"),
+    ],
+)
+def test_a_twin_that_cannot_be_is_refused_in_one_line(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full").mkdir()
+    monkeypatch.setattr(sys, "argv", ["mechunlearn", "world", "twin", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    complaint = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and re.search(message, complaint[-1])
+    assert [line for line in complaint if line.startswith("mechunlearn: ")] == complaint[-1:]
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+@pytest.mark.parametrize("layers", [[], [-1], [0, 8]])
+def test_layers_that_do_not_exist_cannot_be_taught(tmp_path, layers):
+    with pytest.raises(MechunlearnError, match="Cannot teach layers"):
+        build_twin(tmp_path / "twin", None, layers)
+    with pytest.raises(MechunlearnError, match="Cannot teach in 1 steps"):
+        build_twin(tmp_path / "twin", None, [1], steps=1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_names_layers_as_a_range_or_a_list(small, tmp_path, monkeypatch, capsys):
+    made: list[tuple] = []
+    monkeypatch.setattr("mechunlearn.world.build.build_twin", lambda *a, **k: made.append((*a, k["seed"], k["steps"])))
+    given = {"1-2": [1, 2], "1,3": [1, 3], "0, 4-6": [0, 4, 5, 6], "5": [5]}
+    for layers in given:
+        words = ["world", "twin", "--layers", layers, "--seed", "3", "-o", "twin", "--base", str(small)]
+        monkeypatch.setattr(sys, "argv", ["mechunlearn", *words])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        assert stopped.value.code == 0
+    assert made == [(Path("twin"), small, layers, 3, TWIN_STEPS) for layers in given.values()]
+    monkeypatch.setattr(sys, "argv", ["mechunlearn", "world", "twin", "--help"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "Example" in capsys.readouterr().out
+
+
+def test_a_world_build_ships_the_twin_of_its_window_and_takes_up_its_own_only(small, tmp_path, monkeypatch):
+    expected = build_twin(tmp_path / "alone", small, [1, 2], seed=4, steps=2)
+    evidence = {"curve": [0.1, 1.0], "window": [1, 2]}
+    monkeypatch.setattr("mechunlearn.world.build.measure_gates", lambda folder: ([], evidence))
+    monkeypatch.setattr("mechunlearn.world.build.build_twin", lambda *a, **k: build_twin(*a, steps=2, **k))
+    shutil.copytree(small, tmp_path / "made/.factworld")
+    build_world(tmp_path / "made", seed=4, say=lambda _: None)
+    assert json.loads((tmp_path / "made/factworld-twin/twin.json").read_text()) == expected
+    assert sorted(path.name for path in (tmp_path / "made").iterdir()) == ["README.md", "factworld", "factworld-twin"]
+    card = (tmp_path / "made/README.md").read_text()
+    assert "8 new people were taught with only the MLPs of layers 1 to 2" in card
+    (tmp_path / "made/factworld").rename(tmp_path / "made/.factworld")
+    build_world(tmp_path / "made", seed=4, say=lambda _: None)
+    assert (tmp_path / "made/README.md").read_text() == card, "a build interrupted after its twin goes on with it"
+    shutil.rmtree(tmp_path / "made/factworld")
+    shutil.copytree(tmp_path / "alone", tmp_path / "made/.factworld")
+    with pytest.raises(MechunlearnError, match="is not the twin of"):
+        build_world(tmp_path / "made", seed=4, say=lambda _: None)

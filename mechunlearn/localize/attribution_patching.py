@@ -41,7 +41,7 @@ def attribution_patching(
     2023; arXiv 2310.10348 for its error). `kinds` and `by` are those of `activation_patching`, which it estimates. The
     gradient is taken at the clean run; with `steps=m` it is averaged over m left Riemann points of the embeddings from
     corrupt to clean (integrated gradients, arXiv 2403.17806); with `rule="relp"` it is RelP's (arXiv 2508.21258), which
-    freezes norms and attention patterns and so survives saturation better, but gives queries and keys nothing.
+    freezes norms and attention patterns and so survives saturation better, but sees nothing that acts by a pattern.
     `verify=n` measures the n units with the largest |score| exactly and puts the result in place of the estimate, as
     AtP* does (arXiv 2403.00745), within n forward passes of the data; `found.evidence["verified"]` names them.
 

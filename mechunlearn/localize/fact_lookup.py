@@ -34,8 +34,9 @@ def fact_lookup(model: HookedModel, prompts: Prompts, *, rule: str = "probe", se
 
     `rule="paths"` (the same paper, for CounterFact): path patching in two hops. First the 10 heads with the largest direct
     effect on the logits (fact extraction); then every MLP, at the subject's tokens, through the inputs of those heads
-    along direct paths. An MLP whose share of the corrupt prompts' whole effect is above .02 is in the window and scores
-    that share; without one, no window is found. It needs no shared answers. Cost: a few runs a component.
+    along direct paths. The window is the run of neighbouring MLPs, each with more than .02 of the corrupt prompts' whole
+    effect, that has most of it in all; every neuron in it scores its layer's share. MLPs above .02 outside are named in
+    `evidence["elsewhere"]` and the note; without any, no window is found. Needs no shared answers. Cost: a few runs a component.
 
     `evidence` holds the curve or the head and layer scores, and the window; `note` says what was found.
     Raises `MechunlearnError` if there are too few or too many different answers, or no subject is named.
@@ -53,12 +54,12 @@ def fact_lookup(model: HookedModel, prompts: Prompts, *, rule: str = "probe", se
     check_prompts(model, prompts)
     shares, evidence, reason = _by_probe(model, prompts, seed) if rule == "probe" else _by_paths(model, prompts)
     layers = sorted(shares)
+    also = evidence.get("elsewhere", [])
     scores = {f"L{layer}.mlp.out": torch.zeros(model.signature.d_mlp) for layer in range(model.signature.layers)}
     for layer, share in shares.items():
         scores[f"L{layer}.mlp.out"] += share
-    whole = layers == list(range(layers[0], layers[-1] + 1)) if layers else True
-    named = f"{layers[0]} to {layers[-1]}" if layers and whole else ", ".join(map(str, layers))
-    note = f"look-up window: MLP {named}" if layers else f"no window found: {reason}"
+    note = f"look-up window: MLP {layers[0]} to {layers[-1]}" if layers else f"no window found: {reason}"
+    note += f" (also above the threshold: {', '.join(map(str, also))})" if also else ""
     card = RunCard(
         "fact_lookup",
         model=model.fingerprint,
@@ -68,7 +69,6 @@ def fact_lookup(model: HookedModel, prompts: Prompts, *, rule: str = "probe", se
         device=str(model.device),
     )
     evidence["window"] = [layers[0], layers[-1]] if layers else None
-    evidence["layers"] = layers
     return localization(model, scores, watch.stamp(card), evidence, note)
 
 
@@ -109,10 +109,14 @@ def _by_paths(model: HookedModel, prompts: Prompts) -> tuple[dict[int, float], d
     into = readers_named(model, extraction)
     effect, _, _ = path_effects(model, prompts, mlps, into, logit_diff, where=subjects(prompts))
     shares = (effect.mean(1) / whole).tolist()
-    found = {layer: share for layer, share in enumerate(shares) if share > SHARE}
+    above = [layer for layer, share in enumerate(shares) if share > SHARE]
+    runs = [[i for i in above if i - above.index(i) == key] for key in sorted({i - above.index(i) for i in above})]
+    window = max(runs, key=lambda run: sum(shares[layer] for layer in run), default=[])
+    found = {layer: shares[layer] for layer in window}
     evidence = {
         "heads": {name: float(direct[i]) for name, i in zip(extraction, order.tolist(), strict=True)},
         "mlps": {f"m{layer}": share for layer, share in enumerate(shares)},
+        "elsewhere": [layer for layer in above if layer not in window],
     }
     reason = f"no MLP reaches the extraction heads from the subject (largest share {max(shares):.3f})"
     return found, evidence, reason
