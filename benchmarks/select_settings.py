@@ -56,9 +56,9 @@ def main() -> None:
         .agg({"edit": "min", "truth": "max", "unseen": "mean"})
         .reset_index()
     )
-    print(table.round(3).to_string(index=False))  # noqa: T201
+    print(table.round(3).to_string(index=False))
     reached = table[(table.edit >= 0.99) & (table.truth <= 0.05)]
-    print(reached.sort_values("unseen", ascending=False).groupby("mask").head(1).to_string(index=False))  # noqa: T201
+    print(reached.sort_values("unseen", ascending=False).groupby("mask").head(1).to_string(index=False))
 
 
 if __name__ == "__main__":

@@ -12,11 +12,13 @@ Intervals are 95 % over twins (Student's t; three twins share one base model, so
 
 Also the overlap of all localizers' masks at equal weight on the shipped world, as a table and a heat map.
 
-Run: python benchmarks/twins.py FOLDER   (builds what is missing there; writes docs/localizers/)
+Run: python benchmarks/twins.py FOLDER   (builds the twins that are missing there; writes docs/ground-truth.md and
+FOLDER/overlap.html)
 """
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -57,14 +59,30 @@ LOCALIZERS: dict[str, Callable[[BridgedModel, Prompts], Localization]] = {
     "edge_attribution, IG": lambda model, facts: edge_attribution(model, facts, steps=5).nodes(),
     "path_patching to the logits": path_patching,
     "direct_logit_attribution": lambda model, facts: direct_logit_attribution(model, facts, kinds=MLP),
-    "random_units": lambda model, facts: random_units(model, facts, kinds=MLP, seed=0),
 }
+DRAWS = 200
+RANDOM, OTHER = f"random_units, mean of {DRAWS} draws", "change in another twin (no localizer)"
+
+
+HEADER = """# Do localizers find where facts were put?
+
+Written by `python benchmarks/twins.py FOLDER`; do not edit.
+
+All models here are twins of the shipped fact world, which was *trained* to look facts up at the subject
+([what that means](world.md)). To each twin 400 further people were taught with only two MLP layers trainable, so the place
+of storage is known by construction; 64 of their sport facts are localized. *Layers*: area under the ROC of the layers' mean
+|score| against the trained layers. *Neurons*: within the trained layers, area under the ROC of |score| against the tenth of
+the neurons whose weights changed most relative to their size. .5 is chance. Three twins each, taught with different seeds;
+± is half of the 95 % interval over twins (Student's t). They share one base model: for other worlds, n = 1. The last row
+scores neurons by how far they moved in another twin: whether the neuron truth is a property of the site or of the seed.
+
+"""
 
 
 def main() -> None:
     asked = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     asked.add_argument("folder", type=Path, help="where twins are, or are built")
-    asked.add_argument("--output", type=Path, default=Path("docs/localizers"))
+    asked.add_argument("--output", type=Path, default=Path("docs/ground-truth.md"), help="the page to write")
     options = asked.parse_args()
     base = load_model("factworld")
     rows = []
@@ -73,18 +91,15 @@ def main() -> None:
             folder = options.folder / f"s{seed}-l{layers[0]}{layers[1]}"
             if not folder.exists():
                 build_twin(folder, None, layers, seed)
+        for seed in SEEDS:
+            folder = options.folder / f"s{seed}-l{layers[0]}{layers[1]}"
             rows += scored(base, folder, layers, site, seed)
             print(f"{site}, seed {seed}: done", flush=True)
-    frame = pd.DataFrame(rows)
-    options.output.mkdir(parents=True, exist_ok=True)
-    frame.to_csv(options.output / "twins.csv", index=False, float_format="%.4f")
-    text = table(frame)
     found, note = on_the_shipped_world(base)
-    text += overlap_text(found, note)
-    (options.output / "table.md").write_text(text, encoding="utf-8")
-    figure = overlap_map(overlap(found, 0.05))
-    figure.write_html(options.output / "overlap.html", include_plotlyjs="cdn")
-    print(text)
+    page = HEADER + table(pd.DataFrame(rows)) + overlap_text(found, note)
+    options.output.write_text(page, encoding="utf-8")
+    overlap_map(overlap(found, 0.05)).write_html(options.folder / "overlap.html")
+    print(page)
 
 
 def scored(base: BridgedModel, folder: Path, layers: tuple[int, ...], site: str, seed: int) -> list[dict]:
@@ -95,19 +110,21 @@ def scored(base: BridgedModel, folder: Path, layers: tuple[int, ...], site: str,
         f"L{layer}.mlp.out": torch.full((base.signature.d_mlp,), layer in layers)
         for layer in range(base.signature.layers)
     }
+    here = {"storage": site, "seed": seed}
     rows = []
     for name, localize in LOCALIZERS.items():
         found = localize(twin, forget)
-        rows.append(
-            {
-                "storage": site,
-                "seed": seed,
-                "localizer": name,
-                "layer": layer_auroc(found, trained),
-                "neuron": auroc(found, change),
-                "note": found.note,
-            }
-        )
+        scores = {"layer": layer_auroc(found, trained), "neuron": auroc(found, change)}
+        rows.append({**here, "localizer": name, **scores, "note": found.note})
+    draws = [random_units(twin, kinds=MLP, seed=draw) for draw in range(DRAWS)]
+    scores = {
+        "layer": float(np.mean([layer_auroc(draw, trained) for draw in draws])),
+        "neuron": float(np.mean([auroc(draw, change) for draw in draws])),
+    }
+    rows.append({**here, "localizer": RANDOM, **scores, "note": ""})
+    other = load_model(folder.parent / folder.name.replace(f"s{seed}", f"s{SEEDS[seed % len(SEEDS)]}"))
+    theirs = replace(draws[0], scores=moved(base, other, layers))
+    rows.append({**here, "localizer": OTHER, "layer": float("nan"), "neuron": auroc(theirs, change), "note": ""})
     return rows
 
 
@@ -121,15 +138,19 @@ def new_people(base: BridgedModel, folder: Path, twin: BridgedModel) -> Prompts:
 
 def changes(base: BridgedModel, twin: BridgedModel, layers: tuple[int, ...]) -> dict[str, torch.Tensor]:
     """In each trained layer, the tenth of the neurons whose weights changed most relative to their size."""
-    truth = {}
+    return {site: one >= one.quantile(0.9) for site, one in moved(base, twin, layers).items()}
+
+
+def moved(base: BridgedModel, twin: BridgedModel, layers: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """How far each neuron's weights moved, relative to their size."""
+    found = {}
     for layer in layers:
         rows = [
             (base.rows(f"L{layer}.{kind}"), twin.rows(f"L{layer}.{kind}")) for kind in ("mlp.in", "mlp.gate", "mlp.out")
         ]
         before, after = torch.cat([a for a, _ in rows], 1), torch.cat([b for _, b in rows], 1)
-        moved = (after - before).norm(dim=1) / before.norm(dim=1)
-        truth[f"L{layer}.mlp.out"] = moved >= moved.quantile(0.9)
-    return truth
+        found[f"L{layer}.mlp.out"] = (after - before).norm(dim=1) / before.norm(dim=1)
+    return found
 
 
 def table(frame: pd.DataFrame) -> str:
@@ -137,8 +158,8 @@ def table(frame: pd.DataFrame) -> str:
     lines = []
     for site in SITES:
         part = frame[frame.storage == site]
-        lines += [f"### Storage in {site}", "", "| localizer | layers | neurons | what it said |", "|---|---|---|---|"]
-        for name in LOCALIZERS:
+        lines += [f"## Storage in {site}", "", "| localizer | layers | neurons | what it said |", "|---|---|---|---|"]
+        for name in (*LOCALIZERS, RANDOM, OTHER):
             rows = part[part.localizer == name]
             notes = "; ".join(dict.fromkeys(note for note in rows.note if note))
             lines.append(f"| {name} | {interval(rows.layer)} | {interval(rows.neuron)} | {notes} |")
@@ -148,6 +169,8 @@ def table(frame: pd.DataFrame) -> str:
 
 def interval(values: pd.Series) -> str:
     data = values.to_numpy()
+    if np.isnan(data).any():
+        return ""
     half = stats.t.ppf(0.975, len(data) - 1) * data.std(ddof=1) / np.sqrt(len(data))
     return f"{data.mean():.2f} ± {half:.2f}"
 
@@ -155,14 +178,20 @@ def interval(values: pd.Series) -> str:
 def on_the_shipped_world(base: BridgedModel) -> tuple[dict[str, Localization], str]:
     forget, _ = load_facts("factworld/sport").prompts(base).split(forget=FACTS, seed=0)
     found = {name: localize(base, forget) for name, localize in LOCALIZERS.items()}
+    found["random_units"] = random_units(base, forget, kinds=MLP, seed=0)
     notes = [f"{name}: {one.note}." for name, one in found.items() if name.startswith("fact_lookup")]
     return found, " ".join(notes)
 
 
 def overlap_text(found: dict[str, Localization], note: str) -> str:
-    """Jaccard overlap of masks of MLP neurons with 5 % of the editable weights."""
+    """Overlap of all localizers' masks, one row and one column each."""
     shared = overlap(found, 0.05)
-    lines = ["### Overlap at equal weight", "", f"On `factworld/sport`, seed 0. {note}", ""]
+    lines = [
+        "## Overlap at equal weight",
+        "",
+        f"Jaccard overlap of masks of MLP neurons with 5 % of the editable weights on `factworld/sport`, seed 0. {note}",
+    ]
+    lines += ["", "![The same table as a heat map](images/overlap.png)", ""]
     numbers = range(1, len(shared) + 1)
     lines += [f"| | {' | '.join(map(str, numbers))} |", f"|---|{'---|' * len(shared)}"]
     for number, (name, row) in zip(numbers, shared.iterrows(), strict=True):

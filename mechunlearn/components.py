@@ -456,7 +456,7 @@ class Localization:
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     with whole_file(path) as beside:
-        save_file({name: t.contiguous() for name, t in tensors.items()}, beside, metadata=metadata)
+        save_file({name: t.clone().contiguous() for name, t in tensors.items()}, beside, metadata=metadata)
 
 
 def load_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -114,10 +114,7 @@ class BridgedModel:
             parts = (
                 part
                 for name, parameter in self._parameters.items()
-                for part in (
-                    name,
-                    memoryview(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()),
-                )
+                for part in (name, parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
             )
             self._hashed = (writes, digest(str(self.signature), *parts))
         return self._hashed[1]

@@ -125,6 +125,17 @@ def test_a_weight_written_on_the_hooked_model_is_written_in_the_hugging_face_mod
         assert torch.equal(model.forward(tokens), before)
 
 
+def test_the_fingerprint_is_that_of_the_weights_as_they_are(model):
+    before, rows = model.fingerprint, model.rows("L1.mlp.out")
+    model.write_("L1.mlp.out", rows[:1] + 1, torch.tensor([0]))
+    assert model.fingerprint != before
+    model.write_("L1.mlp.out", rows)
+    assert model.fingerprint == before
+    with torch.no_grad():
+        next(iter(model.hf.parameters())).add_(1)
+    assert model.fingerprint != before
+
+
 def test_units_of_a_head_are_its_own(model, tokens):
     """Zeroing a head's rows of W_O must do the same as zeroing the head's activation."""
     with torch.no_grad():

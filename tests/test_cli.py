@@ -9,14 +9,15 @@ import pytest
 import torch
 import transformers
 
-from mechunlearn import ComponentMask
-from mechunlearn.cli import app, main
+from mechunlearn import Circuit, ComponentMask
+from mechunlearn.cli import Method, app, main
 from mechunlearn.edits import WeightEdit
 from mechunlearn.facts import load_facts
 from mechunlearn.files import whole_file, whole_folder
 from mechunlearn.hooked import load_model
 from tests.conftest import random_hf
 
+LOCALIZE = ["localize", "factworld", "factworld/sport"]
 EVALUATE = ["evaluate", "factworld", "factworld/sport"]
 
 
@@ -96,6 +97,27 @@ def test_localize_edit_and_evaluate_in_turn(call, tmp_path):
     ]
 
 
+def test_every_method_localizes(call, tmp_path):
+    for method in Method:
+        if method is not Method.activation_patching:
+            code, out, err = call(*LOCALIZE, "-o", f"{method.value}.json", "--method", method.value, *FEW)
+            assert code == 0, err
+            assert ComponentMask.load(f"{method.value}.json").signature.family == "qwen2", out
+
+
+FEW = ["--forget", 4, "--weights", 0.02]
+
+
+def test_a_circuit_is_written_for_graph_tools(call, tmp_path):
+    for suffix in ("json", "dot", "graphml"):
+        code, _, err = call(*LOCALIZE, "-o", "m.json", "--method", "edge_attribution", "--scores", f"c.{suffix}", *FEW)
+        assert code == 0, err
+    assert Circuit.load(tmp_path / "c.json").scores.abs().max() > 0
+    assert "digraph" in (tmp_path / "c.dot").read_text() and "graphml" in (tmp_path / "c.graphml").read_text()
+    code, _, err = call(*LOCALIZE, "-o", "m.json", "--scores", "c.dot", *FEW)
+    assert code == 2 and "not named *.json or *.safetensors" in err
+
+
 @pytest.fixture
 def files(tmp_path):
     """Things a user might give by mistake."""
@@ -110,6 +132,10 @@ def files(tmp_path):
     (tmp_path / "columns.csv").write_text("a,b\n1,2\n")
     (tmp_path / "latin.csv").write_bytes("subject,prompt,answer\nJosé,José is,a\n".encode("latin-1"))
     (tmp_path / "subject.csv").write_text("subject,prompt,answer\nAnna,Marco is,tall\nMarco,Marco is,short\n")
+    long = "very " * 600
+    (tmp_path / "long.csv").write_text(
+        f"subject,prompt,answer\nAnna,Anna is {long},tall\nMarco,Marco is {long},short\n"
+    )
     (tmp_path / "same.csv").write_text("subject,prompt,answer,target\nAnna,Anna is,tall,tall\n")
     return tmp_path
 
@@ -127,6 +153,11 @@ def files(tmp_path):
         (["localize", "factworld", "columns.csv", "-o", "m.json"], "has the columns a, b"),
         (["localize", "factworld", "latin.csv", "-o", "m.json"], "not UTF-8"),
         (["localize", "factworld", "subject.csv", "-o", "m.json"], "subject 'Anna' is not in its prompt"),
+        (
+            ["localize", "factworld", "long.csv", "-o", "m.json", "--method", "edge_attribution", "--forget", "1"],
+            "tokens, the model's context is 512",
+        ),
+        (["world", "twin", "-o", "t", "--layers", "2-1"], "does not name layers"),
         (["localize", "factworld", "same.csv", "-o", "m.json"], "truth and target are both 'tall'"),
         (
             ["localize", "factworld", "factworld/sport", "-o", "m.json", "--weights", "1.5"],

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mechunlearn import MechunlearnError
+from mechunlearn import Localization, MechunlearnError
 from mechunlearn.corruption import with_corruption
 from mechunlearn.hooked import load_model
 from mechunlearn.localize import activation_patching
@@ -40,11 +40,11 @@ def test_patching_equals_one_forward_pass_a_cell(model, prompts, denoise):
     found = [activation_patching(model, prompts, kinds=k, by="position", denoise=denoise) for k in (UNITS, streams)]
     assert found[0].roles == ("all", *map(str, range(7)))
     biggest = 0.0
-    for site, rows in {**found[0].by_role, **found[1].by_role}.items():
+    every = {**found[0].by_role, **found[1].by_role}
+    for site, rows in every.items():
         kind = site.split(".", 1)[1]
-        units = [0, rows.shape[1] - 1] if "." in kind else [None]
-        for unit in units:
-            for row in (0, 3, 4, 7):
+        for unit in [rows.shape[1] - 1] if "." in kind else [None]:
+            for row in (0, 4) if site.startswith("L2") else (3, 7):
                 where = torch.ones(4, 7, dtype=torch.bool) if row == 0 else torch.arange(7).expand(4, 7) == row - 1
                 expected = naive(model, prompts, site, unit, where, denoise)
                 assert float(rows[row, unit or 0]) == pytest.approx(expected, abs=1e-5), (site, unit, row)
@@ -77,6 +77,25 @@ def test_a_custom_metric_sees_all_logits(model, prompts):
     whole = torch.ones(4, 7, dtype=torch.bool)
     expected = naive(model, prompts, "L1.attn.o", 2, whole, metric=everywhere)
     assert float(found.scores["L1.attn.o"][2]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_scores_by_position_survive_save_and_load(prompts, tmp_path):
+    model = load_model((random_hf("llama"), None))
+    found = activation_patching(model, prompts, kinds=["attn.o", "resid_post"], by="position")
+    for suffix in (".json", ".safetensors"):
+        found.save(tmp_path / f"found{suffix}")
+        again = Localization.load(tmp_path / f"found{suffix}")
+        assert again.roles == found.roles and set(again.by_role) == set(found.by_role) == set(again.scores) | {
+            f"L{layer}.resid_post" for layer in range(3)
+        }
+        assert all(torch.equal(again.by_role[site], rows) for site, rows in found.by_role.items())
+
+
+def test_the_cost_is_said_before_the_work(prompts, capsys):
+    model = load_model((random_hf("llama"), None))
+    activation_patching(model, prompts, kinds=["attn.o"], progress=True)
+    out = capsys.readouterr().out
+    assert "12 cells, about 0 s" in out and "GB beside the weights" in out
 
 
 def test_neurons_in_blocks_share_a_score(prompts):
