@@ -1,6 +1,7 @@
 """How well do cheap estimates agree with exact patching? Pearson correlation on the shipped world.
 
-Units at all positions (heads, neurons), streams by layer and token role. 64 sport facts; 95 % intervals by resampling facts.
+Units at all positions (heads, neurons), streams by layer and token role. 64 sport facts; ± is half of the 95 % interval by the
+jackknife over facts.
 
 Run: python benchmarks/estimates.py
 """
@@ -22,7 +23,7 @@ KINDS = {
     "mlp_out": "MLPs",
 }
 ESTIMATES = {"gradient": (0, "gradient"), "IG, 5 steps": (5, "gradient"), "RelP": (0, "relp")}
-FACTS, RESAMPLES = 64, 200
+FACTS = 64
 
 
 def main() -> None:
@@ -70,11 +71,11 @@ def flat(by_site: dict[str, torch.Tensor], by: str | None) -> np.ndarray:
 
 
 def correlation(exact: np.ndarray, guess: np.ndarray) -> str:
-    rng = np.random.default_rng(0)
-    drawn = rng.integers(0, exact.shape[1], (RESAMPLES, exact.shape[1]))
-    found = [np.corrcoef(exact[:, rows].mean(1), guess[:, rows].mean(1))[0, 1] for rows in drawn]
-    low, high = np.quantile(found, (0.025, 0.975))
-    return f"{np.corrcoef(exact.mean(1), guess.mean(1))[0, 1]:.3f} [{low:.3f}, {high:.3f}]"
+    facts = exact.shape[1]
+    left_out = [np.delete(np.arange(facts), i) for i in range(facts)]
+    found = np.array([np.corrcoef(exact[:, rows].mean(1), guess[:, rows].mean(1))[0, 1] for rows in left_out])
+    error = np.sqrt((facts - 1) / facts * ((found - found.mean()) ** 2).sum())
+    return f"{np.corrcoef(exact.mean(1), guess.mean(1))[0, 1]:.3f} ± {1.96 * error:.3f}"
 
 
 if __name__ == "__main__":

@@ -149,7 +149,9 @@ class Decoder:
         """Unembed only these positions of each fact."""
 
         def gather(hidden: Tensor) -> Tensor | None:
-            return None if at is None else hidden[torch.arange(len(hidden), device=hidden.device)[:, None], at]
+            if at is None:
+                return None
+            return hidden[torch.arange(len(hidden), device=hidden.device)[:, None], at.to(hidden.device)]
 
         return self.unembedding, "in", gather
 

@@ -81,14 +81,16 @@ class Norm:
 
     def spread(self, x: Tensor) -> Float[Tensor, "*batch 1"]:
         """The standard deviation, or root mean square, that the norm divides by."""
-        x = x - x.mean(-1, keepdim=True) if self.centred else x
-        return (x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
+        return self._centre(x.float()).pow(2).mean(-1, keepdim=True).add(self.eps).sqrt().to(x.dtype)
 
     def normal(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`x` normalised (before the weight), and the inverse of its spread."""
-        x = x - x.mean(-1, keepdim=True) if self.centred else x
-        inverse = (x.pow(2).mean(-1, keepdim=True) + self.eps).rsqrt()
-        return x * inverse, inverse
+        centred = self._centre(x.float())
+        inverse = centred.pow(2).mean(-1, keepdim=True).add(self.eps).rsqrt()
+        return (centred * inverse).to(x.dtype), inverse.to(x.dtype)
+
+    def _centre(self, x: Tensor) -> Tensor:
+        return x - x.mean(-1, keepdim=True) if self.centred else x
 
     def weigh(self, weight: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """Rows of a matrix that reads the norm's output, as rows that read the normalised and centred input."""

@@ -128,6 +128,14 @@ def frozen_norm(model, layer: int, prompts):
     return norm, lambda module, args, out: args[0] * scale
 
 
+@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
+def test_half_precision_gives_nearly_the_same_scores(family, prompts):
+    whole = edge_attribution(load_model((random_hf(family), None)), prompts)
+    half = edge_attribution(load_model((random_hf(family), None), dtype="bfloat16"), prompts)
+    pair = torch.stack([whole.scores[whole.chosen], half.scores[whole.chosen]])
+    assert half.scores.dtype == torch.float32 and torch.corrcoef(pair)[0, 1] > 0.99
+
+
 def test_scores_by_fact_are_those_of_single_facts(prompts):
     model = load_model((random_hf("qwen3"), None))
     by_fact = edge_scores(model, prompts, steps=2)
