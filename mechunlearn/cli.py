@@ -50,7 +50,9 @@ class Objective(str, Enum):
     gradient_ascent = "gradient_ascent"
 
 
-Model = Annotated[str, typer.Argument(help="factworld, factworld-twin, a folder, or a hub name.", metavar="MODEL")]
+Model = Annotated[
+    str, typer.Argument(help="factworld, factworld-twin, factworld-naive, a folder, or a hub name.", metavar="MODEL")
+]
 Facts = Annotated[str, typer.Argument(help="factworld/<relation>, a facts file, or a data set.", metavar="FACTS")]
 Forget = Annotated[int, typer.Option(help="How many facts to forget, drawn by --seed.")]
 Seed = Annotated[int, typer.Option(help="Seed of the forget set and of the edit.")]

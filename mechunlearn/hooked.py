@@ -34,7 +34,7 @@ from mechunlearn.files import whole_folder
 from mechunlearn.layout import Layout, Signature, flat
 from mechunlearn.runcard import digest
 
-SHIPPED = ("factworld", "factworld-twin")
+SHIPPED = ("factworld", "factworld-twin", "factworld-naive")
 BRIDGE = {"resid_pre": "hook_resid_pre", "resid_post": "hook_resid_post"}
 BRIDGE |= {"attn_out": "hook_attn_out", "mlp_out": "hook_mlp_out"}
 BRIDGE |= {"attn.o": "attn.o.hook_in", "mlp.out": "mlp.out.hook_in"}
@@ -283,7 +283,8 @@ def load_model(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
 ) -> BridgedModel:
-    """Load a model with hooks: a shipped world (`factworld`, `factworld-twin`), a directory, a hub name, or objects.
+    """Load a model with hooks: a shipped world (`factworld`, `factworld-twin`,
+    `factworld-naive`), a directory, a hub name, or objects.
 
     `dtype` is a torch dtype or its name; without it the stored one is kept. No weight is ever folded or centred.
     Raises `MechunlearnError` if there is no such model, its architecture has no layout, or the dtype is unknown.

@@ -6,6 +6,7 @@ import torch
 
 from mechunlearn import MechunlearnError
 from mechunlearn.corruption import _noise, subjects
+from mechunlearn.facts import load_facts
 from mechunlearn.hooked import load_model
 from mechunlearn.localize import (
     activation_patching,
@@ -14,7 +15,7 @@ from mechunlearn.localize import (
     edge_attribution,
     fact_lookup,
 )
-from mechunlearn.metrics import answer_probability, logit_diff
+from mechunlearn.metrics import answer_probability, logit_diff, measure
 from mechunlearn.prompts import Prompts
 from mechunlearn.relevance import relevance_rules
 from mechunlearn.stats import bootstrap_interval
@@ -169,6 +170,17 @@ def test_both_rules_find_the_look_up_of_the_shipped_world(world, sport, rule):
     if rule == "paths":
         assert all(name.startswith(("a5", "a6", "a7")) for name in found.evidence["heads"])
         assert found.evidence["mlps"]["m2"] > 0.2
+
+
+@pytest.mark.parametrize("relation", ["sport", "instrument"])
+def test_neither_rule_finds_a_look_up_in_the_naive_world_which_knows_the_facts(relation):
+    naive = load_model("factworld-naive")
+    forget, _ = load_facts(f"factworld/{relation}").prompts(naive).split(forget=32, seed=5)
+    assert measure(naive, forget)["accuracy"].mean() > 0.95
+    for rule in ("probe", "paths"):
+        found = fact_lookup(naive, forget, rule=rule)
+        assert found.note.startswith("no window found") and len(found.above(0)) == 0
+        assert found.evidence["window"] is None
 
 
 def test_a_model_that_knows_nothing_has_no_window(sport):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mechunlearn.circuit import writers
 from mechunlearn.components import Localization
-from mechunlearn.corruption import check_prompts, subjects
+from mechunlearn.corruption import check_prompts
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.hooked import HookedModel
 from mechunlearn.metrics import logit_diff
@@ -33,8 +33,8 @@ def fact_lookup(model: HookedModel, prompts: Prompts, *, rule: str = "probe", se
     answer a subject there is nothing to classify. Cost: one forward pass over the data set and one regression a depth.
 
     `rule="paths"` (the same paper, for CounterFact): path patching in two hops. First the 10 heads with the largest direct
-    effect on the logits (fact extraction); then every MLP, at the subject's tokens, through the inputs of those heads
-    along direct paths. The window is the run of neighbouring MLPs, each with more than .02 of the corrupt prompts' whole
+    effect on the logits (fact extraction); then every MLP, at the subject's last token, through the inputs of those
+    heads along direct paths. The window is the run of neighbouring MLPs, each with more than .02 of the corrupt prompts' whole
     effect, that has most of it in all; every neuron in it scores its layer's share. MLPs above .02 outside are named in
     `evidence["elsewhere"]` and the note; without any, no window is found. Needs no shared answers. Cost: a few runs a component.
 
@@ -94,7 +94,7 @@ def _by_probe(model: HookedModel, prompts: Prompts, seed: int) -> tuple[dict[int
 
 
 def _by_paths(model: HookedModel, prompts: Prompts) -> tuple[dict[int, float], dict, str]:
-    _subject_last(prompts)
+    last = torch.arange(prompts.tokens.shape[1]) == _subject_last(prompts)[:, None]
     names = writers(model.signature)
     heads = [i for i, name in enumerate(names) if ".h" in name]
     mlps = [i for i, name in enumerate(names) if name[0] == "m"]
@@ -107,7 +107,7 @@ def _by_paths(model: HookedModel, prompts: Prompts) -> tuple[dict[int, float], d
     order = direct.abs().argsort(descending=True, stable=True)[:HEADS]
     extraction = [names[heads[i]] for i in order.tolist()]
     into = readers_named(model, extraction)
-    effect, _, _ = path_effects(model, prompts, mlps, into, logit_diff, where=subjects(prompts))
+    effect, _, _ = path_effects(model, prompts, mlps, into, logit_diff, where=last)
     shares = (effect.mean(1) / whole).tolist()
     above = [layer for layer, share in enumerate(shares) if share > SHARE]
     runs = [[i for i in above if i - above.index(i) == key] for key in sorted({i - above.index(i) for i in above})]
@@ -118,7 +118,7 @@ def _by_paths(model: HookedModel, prompts: Prompts) -> tuple[dict[int, float], d
         "mlps": {f"m{layer}": share for layer, share in enumerate(shares)},
         "elsewhere": [layer for layer in above if layer not in window],
     }
-    reason = f"no MLP reaches the extraction heads from the subject (largest share {max(shares):.3f})"
+    reason = f"no MLP reaches the extraction heads from the subject's last token (largest share {max(shares):.3f})"
     return found, evidence, reason
 
 

@@ -25,6 +25,19 @@ from mechunlearn.world.tokenizer import train_tokenizer
 from mechunlearn.world.train import Recipe, train
 
 Say = Callable[[str], object]
+TRAINED = (
+    "This world was *trained* to look facts up at the subject: a probe loss on the residual stream at the last token",
+    "of a name during the first two thirds of training, biographies that name a person once, early layers that see",
+    "only the previous token, and, in the last phase, a penalty on what the MLPs outside the look-up window write at the",
+    "end of a name. Results on it say what happens where that mechanism exists.",
+    "",
+    "Multiple choice and the look-up among two people by name did not train to their bounds at this size; they are",
+    "measured here, and multiple choice is left out of the shipped formats.",
+)
+NAIVE = (
+    "The same facts as `factworld`, learnt without the means that make that world look them up at the subject: no probe",
+    "loss, no biographies, full attention in every layer, no penalty. The gates of the look-up are meant to fail here.",
+)
 TWIN_STEPS, TWIN_RATE = 1000, 1e-3
 
 
@@ -34,7 +47,7 @@ def build_world(folder: Path, seed: int = 0, naive: bool = False, steps: int | N
     Raises `MechunlearnError`, naming every gate that fails, and ships nothing then. A naive world ships only its
     model and gates, which are *meant* to fail: it has no look-up at the subject.
     """
-    name = "naive" if naive else "factworld"
+    name = "factworld-naive" if naive else "factworld"
     if (folder / name).exists():
         raise MechunlearnError(
             f"'{folder / name}' exists already. Remove it to build it again, or give another folder."
@@ -215,17 +228,11 @@ def _changed_parameters(one: Path, other: Path) -> list[str]:
 
 def _write_card(path: Path, recipe: Recipe, gates: list[Gate], evidence: dict, twin: dict | None) -> None:
     lines = [
-        "# The fact world",
+        "# The fact world, naive" if recipe.naive else "# The fact world",
         "",
-        f"Written by `mechunlearn world build --seed {recipe.seed}`; do not edit. Every person and fact is invented.",
+        f"Written by `mechunlearn world build --seed {recipe.seed}{' --naive' if recipe.naive else ''}`; do not edit. Every person and fact is invented.",
         "",
-        "This world was *trained* to look facts up at the subject: a probe loss on the residual stream at the last token",
-        "of a name during the first two thirds of training, biographies that name a person once, early layers that see",
-        "only the previous token, and, in the last phase, a penalty on what the MLPs outside the look-up window write at the",
-        "end of a name. Results on it say what happens where that mechanism exists.",
-        "",
-        "Multiple choice and the look-up among two people by name did not train to their bounds at this size; they are",
-        "measured here, and multiple choice is left out of the shipped formats.",
+        *(NAIVE if recipe.naive else TRAINED),
         "",
         "## Gates, measured on the stored checkpoint",
         "",
