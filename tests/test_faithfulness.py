@@ -95,12 +95,16 @@ def test_cpr_and_cmd_worked_out_by_hand(by_hand):
 
 
 def test_overshooting_counts_against_cmd_only(by_hand):
-    """A writer that works against the answer: without it the circuit overshoots to 1.5, which CPR rewards."""
+    """An MLP that works against the answer: without it the circuit overshoots to 2, which CPR rewards."""
     model, prompts = by_hand
     with torch.no_grad():
         model.hf.transformer.h[0].mlp.c_proj.weight.mul_(-1 / 3)  # now 2 - 1 = 1
-    found = faithfulness(model, having(edge_attribution(model, prompts), "input->logits"), prompts)
-    assert found.value == pytest.approx(2.0, abs=1e-4)
+    circuit = edge_attribution(model, prompts)
+    assert faithfulness(model, having(circuit, "input->logits"), prompts).value == pytest.approx(2.0, abs=1e-4)
+    curve = faithfulness_curve(model, circuit, prompts, fractions=(0.125, 0.25, 0.375, 1.0))
+    np.testing.assert_allclose(curve.frame.faithfulness, [2, 2, 1, 1], atol=1e-4)
+    assert curve.cpr == pytest.approx(0.25 + 0.1875 + 0.625, abs=1e-4)
+    assert curve.cmd == pytest.approx(0.125 + 0.0625, abs=1e-4)
 
 
 def test_all_edges_are_the_model_and_none_the_corrupt_model(model, prompts):
