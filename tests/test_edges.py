@@ -1,5 +1,7 @@
 """Edges: sums, gradients by hand against autograd, exact patches against whole forward passes, and linear models."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -126,6 +128,18 @@ def frozen_norm(model, layer: int, prompts):
     _, kept = model.cache(prompts.tokens, [f"L{layer}.attn_projected", f"L{layer}.attn_out"])
     scale = kept[f"L{layer}.attn_out"] / kept[f"L{layer}.attn_projected"]
     return norm, lambda module, args, out: args[0] * scale
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_gradients_at_both_ends_are_those_of_both_runs(family, prompts):
+    """Swapping clean and corrupt gives the gradient at the other end, with the sign of the change turned."""
+    model = load_model((random_hf(family), None))
+    swapped = replace(prompts, tokens=prompts.corrupt, corrupt=prompts.tokens)
+    clean, corrupt = edge_attribution(model, prompts).scores, -edge_attribution(model, swapped).scores
+    both = edge_attribution(model, prompts, both_ends=True).scores
+    torch.testing.assert_close(both, (clean + corrupt) / 2, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(edge_attribution(model, prompts, steps=1).scores, corrupt, atol=1e-6, rtol=1e-4)
+    assert not torch.allclose(clean, corrupt, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])
@@ -258,6 +272,8 @@ def test_bad_names_are_refused(prompts):
         path_patching(model, prompts, through="sideways")
     with pytest.raises(MechunlearnError, match="Cannot integrate over -1 points"):
         edge_attribution(model, prompts, steps=-1)
+    with pytest.raises(MechunlearnError, match="two ways to place gradients"):
+        edge_attribution(model, prompts, steps=2, both_ends=True)
     with pytest.raises(MechunlearnError, match="has 70 tokens, the model's context is 64"):
         edge_attribution(model, token_prompts(length=70))
 

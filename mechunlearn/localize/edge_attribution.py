@@ -30,14 +30,21 @@ BYTES = {"cpu": 256 * 2**20, "cuda": 4 * 2**30}
 
 
 def edge_attribution(
-    model: HookedModel, prompts: Prompts, *, steps: int = 0, metric: Metric = logit_diff, batch: int = 32
+    model: HookedModel,
+    prompts: Prompts,
+    *,
+    steps: int = 0,
+    both_ends: bool = False,
+    metric: Metric = logit_diff,
+    batch: int = 32,
 ) -> Circuit:
     """Estimate how the metric changes when a reader sees the corrupt output of one writer.
 
     The score of an edge is (corrupt - clean output of the writer) . d metric / d (input of the reader), summed over
     positions and averaged over facts: EAP (Syed, Rager and Conmy 2023, arXiv 2310.10348) with the gradient at the clean
     run for `steps=0`; with `steps=m` EAP-IG on the inputs (Hanna et al. 2024, arXiv 2403.17806), the gradient averaged
-    over m left Riemann points of the embeddings from corrupt to clean. A negative score is an edge that supports the
+    over m left Riemann points of the embeddings from corrupt to clean; with `both_ends=True` the mean of the gradients at the
+    corrupt and the clean run ("clean-corrupted", same paper). A negative score is an edge that supports the
     answer. Readers are each head's query, each key and value head (shared under grouped-query attention), each MLP and
     the logits. In Gemma 2 and 3 a head's contribution passes the norm behind attention with its scale frozen at clean.
 
@@ -52,15 +59,16 @@ def edge_attribution(
     """
     watch = Stopwatch()
     total: Tensor = torch.zeros(())
-    for part in _batches(model, prompts, steps, batch):
-        total = total + _Batch(model, part, metric).scores(steps, by_fact=False)
+    points = _points(steps, both_ends)
+    for part in _batches(model, prompts, points, batch):
+        total = total + _Batch(model, part, metric).scores(points, by_fact=False)
     chosen = edges(model.signature, model.layout.parallel)
     scores = (total / len(prompts)).cpu().masked_fill(~chosen, 0)
     card = RunCard(
         "edge_attribution",
         model=model.fingerprint,
         data=prompts.fingerprint,
-        settings={"metric": metric.__name__, "steps": steps},
+        settings={"metric": metric.__name__, "steps": steps, "both_ends": both_ends},
         device=str(model.device),
     )
     weights, everything = editable(model)
@@ -69,20 +77,35 @@ def edge_attribution(
 
 
 def edge_scores(
-    model: HookedModel, prompts: Prompts, *, steps: int = 0, metric: Metric = logit_diff, batch: int = 32
+    model: HookedModel,
+    prompts: Prompts,
+    *,
+    steps: int = 0,
+    both_ends: bool = False,
+    metric: Metric = logit_diff,
+    batch: int = 32,
 ) -> Float[Tensor, "fact writer reader"]:
     """The scores of `edge_attribution` by fact, for resampling (`faithfulness.stability`)."""
-    found = [_Batch(model, part, metric).scores(steps, by_fact=True) for part in _batches(model, prompts, steps, batch)]
+    points = _points(steps, both_ends)
+    parts = _batches(model, prompts, points, batch)
+    found = [_Batch(model, part, metric).scores(points, by_fact=True) for part in parts]
     return torch.cat(found).cpu() * edges(model.signature, model.layout.parallel)
 
 
-def _batches(model: HookedModel, prompts: Prompts, steps: int, batch: int) -> list[Prompts]:
-    """As many facts at a time as keep contributions and reader gradients within bounds."""
+def _points(steps: int, both_ends: bool) -> list[float]:
+    """Where gradients are taken, from the corrupt embeddings (0) to the clean ones (1)."""
     if steps < 0:
         raise MechunlearnError(f"Cannot integrate over {steps} points. Expected steps=0 (EAP) or more (EAP-IG).")
+    if steps and both_ends:
+        raise MechunlearnError(f"steps={steps} and both_ends=True are two ways to place gradients. Give one of them.")
+    return [0.0, 1.0] if both_ends else [k / steps for k in range(steps)]
+
+
+def _batches(model: HookedModel, prompts: Prompts, points: list[float], batch: int) -> list[Prompts]:
+    """As many facts at a time as keep contributions and reader gradients within bounds."""
     check_prompts(model, prompts)
     rows, columns = len(writers(model.signature)), len(readers(model.signature))
-    vectors = rows + (columns if steps > 1 else -(-columns // model.signature.layers))
+    vectors = rows + (columns if points else -(-columns // model.signature.layers))
     size = 4 * vectors * prompts.tokens.shape[1] * model.signature.d_model
     facts = max(1, min(batch, BYTES.get(model.device.type, BYTES["cpu"]) // size))
     return [prompts.select(part) for part in torch.arange(len(prompts)).split(facts)]
@@ -98,17 +121,17 @@ class _Batch:
         self.nowhere = torch.zeros(len(prompts), 1, dtype=torch.long, device=model.device)
         self.sites = writer_sites(model.layout)
 
-    def scores(self, steps: int, by_fact: bool) -> Tensor:
-        """`[writer reader]` summed over facts, or `[fact writer reader]`."""
+    def scores(self, points: list[float], by_fact: bool) -> Tensor:
+        """`[writer reader]` summed over facts, or `[fact writer reader]`; without points the gradient at the clean run."""
         corrupt = self.decoder.record(self.prompts.corrupt, self.nowhere, self.sites, keys=False)
-        if steps:
+        if points:
             clean = self.decoder.record(self.prompts.tokens, self.nowhere, self.sites, keys=False)
             changes = self._changes(clean, corrupt)
-            gradients: Iterable[Tensor] = self._integrated(clean.resid[0], corrupt.resid[0], steps)
+            gradients: Iterable[Tensor] = self._integrated(clean.resid[0], corrupt.resid[0], points)
         else:
-            clean, points = self._differentiated(None, self.sites)
+            clean, found = self._differentiated(None, self.sites)
             changes = self._changes(clean, corrupt)
-            gradients = self._by_reader(points)
+            gradients = self._by_reader(found)
         columns = []
         for i, gradient in enumerate(gradients):
             rows = rows_before(self.layout, i // 2, mlp=i % 2 == 1)
@@ -121,16 +144,17 @@ class _Batch:
         change = Run([corrupt.resid[0] - clean.resid[0]], [], [], clean.logits, kept)
         return written(self.decoder, change, frozen_scales(self.decoder, clean))
 
-    def _integrated(self, clean: Tensor, corrupt: Tensor, steps: int) -> list[Tensor]:
+    def _integrated(self, clean: Tensor, corrupt: Tensor, points: list[float]) -> list[Tensor]:
+        """The mean gradient by reader over runs from embeddings between corrupt and clean."""
         total: list[Tensor] = []
-        for k in range(steps):
-            found = self._by_reader(self._differentiated(torch.lerp(corrupt, clean, k / steps), [])[1])
-            if k == 0:
+        for point in points:
+            found = self._by_reader(self._differentiated(torch.lerp(corrupt, clean, point), [])[1])
+            if not total:
                 total = list(found)
             else:
                 for so_far, new in zip(total, found, strict=True):
                     so_far += new
-        return [gradient.div_(steps) for gradient in total]
+        return [gradient.div_(len(points)) for gradient in total]
 
     def _differentiated(self, start: Tensor | None, sites: list[str]) -> tuple[Run, dict[str, tuple[Tensor, Tensor]]]:
         """A pass from these embeddings (the prompts' own, if None): its activations, and inputs and gradients by part."""
