@@ -6,8 +6,7 @@ layers join the batch of those already under way.
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, runtime_checkable
@@ -17,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from mechunlearn.batches import enough_memory
 from mechunlearn.corruption import Paired, check_prompts, paired, role_means, with_corruption
 from mechunlearn.decoder import Decoder, Restart, Run
 from mechunlearn.errors import MechunlearnError
@@ -26,7 +26,6 @@ from mechunlearn.metrics import Metric, per_fact, positions_read
 from mechunlearn.prompts import ROLES, Prompts
 
 TOKENS = 8192
-OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator", "not enough memory")
 
 
 @runtime_checkable
@@ -107,7 +106,7 @@ def sweep(
         restart = decoder.restart(start, stop, base)
         size = max(1, TOKENS // (facts * (stop - start)))
         while len(pending):
-            with _enough_memory(size) as smaller:
+            with enough_memory(min(size, len(pending))) as smaller:
                 chunk = pending[:size]
                 hidden = _run(decoder, base, patches, chunk, enters, restart)
                 read = hidden[:, torch.arange(facts, device=at.device)[:, None], at - start]
@@ -116,7 +115,7 @@ def sweep(
                 pending = pending[size:]
                 if done is not None:
                     done.advance(len(chunk))
-            size = smaller[0]
+            size = smaller[0] if smaller[1:] else size
     return values
 
 
@@ -163,24 +162,6 @@ def _patched(entries: list, facts: int, start: int, activation: Tensor) -> Tenso
     for patch, chosen, targets in entries:
         seen[targets] = patch.applied(seen[targets], chosen, start)
     return seen.flatten(0, 1)
-
-
-@contextmanager
-def _enough_memory(size: int) -> Iterator[list[int]]:
-    """Gives the size to go on with: half of it if memory ran out within the block."""
-    smaller = [size]
-    try:
-        yield smaller
-    except RuntimeError as error:
-        if not any(words in str(error) for words in OUT_OF_MEMORY):
-            raise
-        if size == 1:
-            raise MechunlearnError(
-                "Out of memory with one patched run at a time. Use fewer facts a batch, shorter prompts, or a lower dtype."
-            ) from None
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        smaller[0] = size // 2
 
 
 class Counter:

@@ -5,8 +5,9 @@ import torch
 
 from mechunlearn import Localization, MechunlearnError
 from mechunlearn.corruption import with_corruption
+from mechunlearn.decoder import Decoder
 from mechunlearn.hooked import load_model
-from mechunlearn.localize import activation_patching
+from mechunlearn.localize import activation_patching, attribution_patching, edge_attribution
 from mechunlearn.metrics import answer_logprob, logit_diff
 from mechunlearn.prompts import ROLES
 from tests.conftest import random_hf, token_prompts
@@ -210,8 +211,31 @@ def test_running_out_of_memory_halves_the_batch(prompts, monkeypatch):
     monkeypatch.setattr(
         patching, "_run", lambda *a: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory"))
     )
-    with pytest.raises(MechunlearnError, match="Out of memory with one patched run"):
+    with pytest.raises(MechunlearnError, match="Out of memory with one at a time"):
         activation_patching(model, prompts, kinds=["attn.o"])
+
+
+@pytest.mark.parametrize("method", [attribution_patching, edge_attribution], ids=lambda f: f.__name__)
+def test_attribution_halves_its_batch_too(prompts, monkeypatch, method):
+    model = load_model((random_hf("llama"), None))
+    whole = method(model, prompts)
+    real, sizes = model.decoder.record, []
+
+    def small_memory(self, tokens, *args, **kwargs):
+        sizes.append(len(tokens))
+        if len(tokens) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(tokens, *args, **kwargs)
+
+    monkeypatch.setattr(Decoder, "record", small_memory)
+    found = method(model, prompts)
+    assert max(sizes) == 4 and sizes[-1] == 2
+    pairs = zip(scores_of(found), scores_of(whole), strict=True)
+    assert all(torch.allclose(one, other, atol=1e-6) for one, other in pairs)
+
+
+def scores_of(found) -> list[torch.Tensor]:
+    return list(found.scores.values()) if isinstance(found, Localization) else [found.scores]
 
 
 class TestBadInput:

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechunlearn.batches import in_batches
 from mechunlearn.components import SCORED, Localization
 from mechunlearn.corruption import check_finite, check_prompts
 from mechunlearn.decoder import tapped
@@ -62,10 +63,11 @@ def attribution_patching(
     check_kinds(model, kinds)
     check_prompts(model, prompts)
     sites = [f"L{layer}.{kind}" for layer in range(model.signature.layers) for kind in kinds]
-    parts = [
-        _batch_effects(model, prompts.select(rows), sites, metric, by, steps, rule)
-        for rows in torch.arange(len(prompts)).split(batch)
-    ]
+    parts = in_batches(
+        len(prompts),
+        batch,
+        lambda rows: _batch_effects(model, prompts.select(rows), sites, metric, by, steps, rule),
+    )
     found = Effects(
         {site: torch.cat([part.by_site[site] for part in parts], -1) for site in sites},
         parts[0].rows,

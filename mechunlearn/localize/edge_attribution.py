@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechunlearn.batches import in_batches
 from mechunlearn.circuit import Circuit, edges, readers, writers
 from mechunlearn.corruption import check_finite, check_prompts
 from mechunlearn.decoder import Run, tapped
@@ -58,12 +59,13 @@ def edge_attribution(
     ['a1.h0', 'm0']
     """
     watch = Stopwatch()
-    total: Tensor = torch.zeros(())
     points = _points(steps, both_ends)
-    for part in _batches(model, prompts, points, batch):
-        total = total + _Batch(model, part, metric).scores(points, by_fact=False)
+    size = _facts_at_once(model, prompts, points, batch)
+    parts = in_batches(
+        len(prompts), size, lambda rows: _Batch(model, prompts.select(rows), metric).scores(points, by_fact=False)
+    )
     chosen = edges(model.signature, model.layout.parallel)
-    scores = (total / len(prompts)).cpu().masked_fill(~chosen, 0)
+    scores = (torch.stack(parts).float().sum(0) / len(prompts)).cpu().masked_fill(~chosen, 0)
     card = RunCard(
         "edge_attribution",
         model=model.fingerprint,
@@ -87,9 +89,11 @@ def edge_scores(
 ) -> Float[Tensor, "fact writer reader"]:
     """The scores of `edge_attribution` by fact, for resampling (`faithfulness.stability`)."""
     points = _points(steps, both_ends)
-    parts = _batches(model, prompts, points, batch)
-    found = [_Batch(model, part, metric).scores(points, by_fact=True) for part in parts]
-    return torch.cat(found).cpu() * edges(model.signature, model.layout.parallel)
+    size = _facts_at_once(model, prompts, points, batch)
+    found = in_batches(
+        len(prompts), size, lambda rows: _Batch(model, prompts.select(rows), metric).scores(points, by_fact=True)
+    )
+    return torch.cat(found).float().cpu() * edges(model.signature, model.layout.parallel)
 
 
 def _points(steps: int, both_ends: bool) -> list[float]:
@@ -101,14 +105,13 @@ def _points(steps: int, both_ends: bool) -> list[float]:
     return [0.0, 1.0] if both_ends else [k / steps for k in range(steps)]
 
 
-def _batches(model: HookedModel, prompts: Prompts, points: list[float], batch: int) -> list[Prompts]:
+def _facts_at_once(model: HookedModel, prompts: Prompts, points: list[float], batch: int) -> int:
     """As many facts at a time as keep contributions and reader gradients within bounds."""
     check_prompts(model, prompts)
     rows, columns = len(writers(model.signature)), len(readers(model.signature))
     vectors = rows + (columns if points else -(-columns // model.signature.layers))
     size = 4 * vectors * prompts.tokens.shape[1] * model.signature.d_model
-    facts = max(1, min(batch, BYTES.get(model.device.type, BYTES["cpu"]) // size))
-    return [prompts.select(part) for part in torch.arange(len(prompts)).split(facts)]
+    return max(1, min(batch, BYTES.get(model.device.type, BYTES["cpu"]) // size))
 
 
 class _Batch:
