@@ -13,7 +13,7 @@ from torch import Tensor
 from mechunlearn.decoder import Run
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.hooked import HookedModel
-from mechunlearn.metrics import Metric, per_fact, positions_read
+from mechunlearn.metrics import Metric, name_of, per_fact, positions_read
 from mechunlearn.prompts import ROLES, Prompts
 
 CORRUPTIONS = ("prompts", "random", "noise", "resample", "zero", "mean")
@@ -36,8 +36,10 @@ class Paired:
     corrupt: Float[Tensor, " fact"]
 
 
-def check_prompts(model: HookedModel, prompts: Prompts) -> None:
-    """Raises `MechunlearnError` if the prompts are empty or longer than the model's context."""
+def check_prompts(model: HookedModel, prompts: Prompts, batch: int = 1) -> None:
+    """Raises `MechunlearnError` if the prompts are empty or longer than the model's context, or the batch is no number."""
+    if batch < 1:
+        raise MechunlearnError(f"A batch of {batch} facts is out of range. Expected batch=1 or more.")
     context = getattr(model.hf.config, "max_position_embeddings", None)
     if len(prompts) == 0:
         raise MechunlearnError("There are no facts to localize: the prompts are empty.")
@@ -54,7 +56,7 @@ def check_finite(model: HookedModel, values: Tensor, tokens: Tensor, metric: Met
     if not torch.isfinite(values).all():
         where = model.decoder.first_not_finite(tokens)
         raise MechunlearnError(
-            f"The metric '{getattr(metric, '__name__', metric)}' is not finite; activations first overflow at {where}. "
+            f"The metric '{name_of(metric)}' is not finite; activations first overflow at {where}. "
             "Load the model with dtype='float32' or 'bfloat16', or check its weights."
         )
 
@@ -154,8 +156,8 @@ def role_means(
         flat = part.roles.flatten()
         counts += torch.bincount(flat, minlength=len(ROLES))
         for site, z in run.kept.items():
-            total = sums.setdefault(site, z.new_zeros(len(ROLES), *z.shape[2:]))
-            total.index_add_(0, flat.to(z.device), z.flatten(0, 1))
+            total = sums.setdefault(site, z.new_zeros(len(ROLES), *z.shape[2:], dtype=torch.float32))
+            total.index_add_(0, flat.to(z.device), z.flatten(0, 1).float())
     return {
         site: total / counts.clamp(min=1).to(total).view(-1, *[1] * (total.ndim - 1)) for site, total in sums.items()
     }

@@ -168,8 +168,9 @@ class Decoder:
         resid: list[Tensor] = []
         kept: dict[str, Tensor] = {}
         cache = DynamicCache()
-        taps = [tap for site, hook in (hooks or {}).items() for tap in self.taps(site, hook)]
-        taps += [(block, "in", resid.append) for block in (*self.blocks, self.final_norm)]
+        taps: list[Tap] = [(block, "first", resid.append) for block in (*self.blocks, self.final_norm)]
+        for site, hook in (hooks or {}).items():  # in front of what is kept, which is in front of hooks of the user's
+            taps += [(module, "first" if side == "in" else side, tap) for module, side, tap in self.taps(site, hook)]
         taps += [tap for site in sites for tap in self.taps(site, partial(kept.__setitem__, site))]
         with tapped([*taps, self.reading(at)]):
             logits = self.hf(
@@ -195,6 +196,7 @@ class Decoder:
             for block in self.blocks:
                 block.forward = keep
                 stack.callback(delattr, block, "forward")
+                stack.enter_context(_without_hooks(block))
             stack.enter_context(tapped([self.reading(torch.zeros(1, 1, dtype=torch.long, device=self.hf.device))]))
             self.hf(
                 inputs_embeds=torch.zeros(
@@ -275,16 +277,33 @@ class _Prefix(DynamicLayer):
 def tapped(taps: Iterable[Tap]) -> Iterator[None]:
     """Within the block, each function sees the first tensor that enters (`in`) or leaves (`out`) its module.
 
+    With `first` it sees what enters before any other hook has changed it.
+
     What it returns takes the tensor's place. Hooks are removed whatever happens.
     """
     with ExitStack() as stack:
         for module, side, function in taps:
-            if side == "in":
-                handle = module.register_forward_pre_hook(_entering(function), with_kwargs=True)
+            if side != "out":
+                first = side == "first"
+                handle = module.register_forward_pre_hook(_entering(function), prepend=first, with_kwargs=True)
             else:
                 handle = module.register_forward_hook(_leaving(function))
             stack.callback(handle.remove)
         yield
+
+
+@contextmanager
+def _without_hooks(module: nn.Module) -> Iterator[None]:
+    """Within the block the module is called as if it had no hooks."""
+    names = ("_forward_hooks", "_forward_pre_hooks")
+    kept = {name: getattr(module, name) for name in names}
+    for name in names:
+        setattr(module, name, type(kept[name])())
+    try:
+        yield
+    finally:
+        for name, hooks in kept.items():
+            setattr(module, name, hooks)
 
 
 def _entering(function: Hook) -> Callable:

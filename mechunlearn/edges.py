@@ -14,9 +14,19 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mechunlearn.decoder import Decoder, Run
+from mechunlearn.errors import MechunlearnError
 from mechunlearn.layout import Layout
 
 ATTENTION = ("attn.q", "attn.k", "attn.v")
+
+
+def check_streams(decoder: Decoder) -> None:
+    """Raises `MechunlearnError` if a hook stands at the entry of a block: what is read is then not what was written."""
+    if any(block._forward_pre_hooks for block in decoder.blocks):
+        raise MechunlearnError(
+            "A hook changes the residual stream (resid_pre or resid_mid), so it is not the sum of what components write and "
+            "edges are not defined. Use activation_patching, or hook what is written: attn_out or mlp_out."
+        )
 
 
 def writer_sites(layout: Layout) -> list[str]:
@@ -40,7 +50,7 @@ def written(decoder: Decoder, change: Run, scales: dict[int, Tensor]) -> Float[T
     made[0] = first
     row = 1
     for layer in range(layout.signature.layers):
-        weight = layout.output_weights(parameters, layer)
+        weight = layout.head_weights(parameters, layer, "attn.o")[0]
         heads = made[row : row + layout.signature.heads]
         z = change.kept[f"L{layer}.attn.o"].permute(2, 0, 1, 3).flatten(1, 2)
         torch.bmm(z, weight, out=heads.flatten(1, 2))
@@ -132,7 +142,7 @@ class EdgePatch:
     """Cells in which one reader alone reads a change of one writer; the interface of `patching.Patch`.
 
     `change` is what writers add in the other run minus what they add in the base run; the reader's input is that of the
-    base run plus `change[writers[i]]`.
+    base run plus `change[writers[i]]`. The logits read the change on top of the run at hand, unless they are `held` too.
     """
 
     layer: int
@@ -145,13 +155,16 @@ class EdgePatch:
     change: Float[Tensor, "writer fact pos d_model"]
     writers: Int[Tensor, " cell"]
     heads: Int[Tensor, " cell"]
+    held: bool = False
 
     def applied(self, seen: Float[Tensor, "some fact t *unit"], chosen: Tensor, start: int) -> Tensor:
         span = slice(start, start + seen.shape[2])
         change = self.change[self.writers[chosen], :, span]
-        if self.kind == "resid_pre":
+        if self.kind == "resid_pre" and not self.held:
             return seen + change
         x = self.read[:, span] + change
+        if self.kind == "resid_pre":
+            return x
         if self.kind == "mlp_in":
             return self.decoder.part(self.layer, "mlp_norm")(x)
         parameters = dict(self.decoder.hf.named_parameters())

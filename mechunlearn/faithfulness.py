@@ -13,7 +13,7 @@ from torch import Tensor
 from mechunlearn.circuit import Circuit, edges, readers, writers
 from mechunlearn.corruption import check_finite, check_prompts
 from mechunlearn.decoder import Run, Tap, tapped
-from mechunlearn.edges import ATTENTION, frozen_scales, rows_before, writer_sites, written
+from mechunlearn.edges import ATTENTION, check_streams, frozen_scales, rows_before, writer_sites, written
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.hooked import HookedModel
 from mechunlearn.metrics import Metric, logit_diff, per_fact, positions_read
@@ -192,7 +192,7 @@ class _Values:
 
 
 def _components(circuit: Circuit) -> dict[str, Bool[Tensor, "writer reader"]]:
-    """Edges from and to each component that has some in the circuit; a key or value head's readers go with its heads."""
+    """Edges from and to each component that has some in the circuit; without grouped queries its key and value too."""
     names, columns = writers(circuit.signature), readers(circuit.signature)
     group = circuit.signature.heads // circuit.signature.kv_heads
     found = {}
@@ -221,7 +221,8 @@ def _measured(
         raise MechunlearnError(
             f"The circuit is for ({circuit.signature}), the model is ({model.signature}). Find it again on this model."
         )
-    check_prompts(model, prompts)
+    check_prompts(model, prompts, batch)
+    check_streams(model.decoder)
     found: list[list[Tensor]] = [[], [], []]
     for rows in torch.arange(len(prompts)).split(batch):
         part = prompts.select(rows)
@@ -229,7 +230,8 @@ def _measured(
         sites = [*writer_sites(model.layout), *(f"L{layer}.attn_out" for layer in range(model.signature.layers))]
         corrupt = model.decoder.record(part.corrupt, at, sites, keys=False)
         clean = model.decoder.record(part.tokens, at, keys=False)
-        values = [_run(model, part, corrupt, at, mask.to(model.device)) for mask in chosen]
+        outputs = written(model.decoder, corrupt, frozen_scales(model.decoder, corrupt))
+        values = [_run(model, part, corrupt, outputs, at, mask.to(model.device)) for mask in chosen]
         found[0].append(torch.stack([per_fact(metric, logits, part)[0] for logits in values]))
         for i, run in enumerate((clean, corrupt)):
             found[i + 1].append(per_fact(metric, run.logits, part)[0])
@@ -244,10 +246,17 @@ def _measured(
 
 
 @torch.no_grad()
-def _run(model: HookedModel, prompts: Prompts, corrupt: Run, at: Tensor, mask: Bool[Tensor, "writer reader"]) -> Tensor:
+def _run(
+    model: HookedModel,
+    prompts: Prompts,
+    corrupt: Run,
+    outputs: Float[Tensor, "writer fact pos d_model"],
+    at: Tensor,
+    mask: Bool[Tensor, "writer reader"],
+) -> Tensor:
     """Logits when each reader sees the corrupt stream plus the change of those writers that the circuit connects to it."""
     decoder, layout, signature = model.decoder, model.layout, model.signature
-    outputs = written(decoder, corrupt, frozen_scales(decoder, corrupt))
+    parameters = dict(model.hf.named_parameters())
     change = torch.zeros_like(outputs)
     weights, width = mask.to(outputs.dtype), signature.heads + 2 * signature.kv_heads + 1
     counts = (signature.heads, signature.kv_heads, signature.kv_heads)
@@ -261,7 +270,7 @@ def _run(model: HookedModel, prompts: Prompts, corrupt: Run, at: Tensor, mask: B
     def project(layer: int, kind: str, projected: Tensor) -> Tensor:
         i = ATTENTION.index(kind)
         x = decoder.part(layer, "attention_norm")(seen(layer, sum(counts[:i]), counts[i], corrupt.resid[layer]))
-        weight, bias = layout.head_weights(dict(model.hf.named_parameters()), layer, kind)
+        weight, bias = layout.head_weights(parameters, layer, kind)
         made = torch.einsum("ufpd,uhd->fpuh", x, weight)
         return (made if bias is None else made + bias).to(projected.dtype)
 
@@ -270,7 +279,7 @@ def _run(model: HookedModel, prompts: Prompts, corrupt: Run, at: Tensor, mask: B
         here = Run([change[0]], [], [], projected, {f"L{layer}.attn_projected": projected, **kept})
         row = 1 + layer * (signature.heads + 1)
         scale = frozen_scales(decoder, here, [layer]).get(layer)
-        weight = layout.output_weights(dict(model.hf.named_parameters()), layer)
+        weight = layout.head_weights(parameters, layer, "attn.o")[0]
         heads = torch.einsum("fpuh,uhd->ufpd", kept[f"L{layer}.attn.o"], weight)
         change[row : row + signature.heads] = (heads if scale is None else heads * scale) - outputs[
             row : row + len(heads)

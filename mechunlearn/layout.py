@@ -257,11 +257,6 @@ class Layout:
             return rearrange(view, f"... {axes} -> ... unit d_head", **sizes)
         return rearrange(view, f"... {axes} -> part ... unit d_head", part=3, **sizes)[matrix.part]
 
-    def output_weights(self, parameters: Mapping[str, Tensor], layer: int) -> Float[Tensor, "unit d_head d_model"]:
-        """Each head's part of W_O, always in this orientation."""
-        (weight,) = self.views(parameters, layer, "attn.o")
-        return weight if FAMILIES[self.signature.family]["attn.o"][0].axes == HEADS else weight.transpose(1, 2)
-
     def head_weights(
         self, parameters: Mapping[str, Tensor], layer: int, kind: str
     ) -> tuple[Float[Tensor, "unit d_head d_model"], Float[Tensor, "unit d_head"] | None]:

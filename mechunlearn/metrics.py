@@ -24,6 +24,11 @@ def at_answers(metric: Metric) -> Metric:
     return metric
 
 
+def name_of(metric: Metric) -> str:
+    """What a run card calls a metric."""
+    return getattr(metric, "__name__", repr(metric))
+
+
 def positions_read(metric: Metric, prompts: Prompts) -> Int[Tensor, "fact read"]:
     """The positions whose logits a metric reads: those that predict the answer, or all of them."""
     if not getattr(metric, "at_answers", False):
@@ -44,7 +49,7 @@ def per_fact(
     if not isinstance(found, Tensor) or found.shape != (len(seen),):
         got = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
         raise MechunlearnError(
-            f"The metric '{getattr(metric, '__name__', metric)}' returned {got}. Expected one number a fact: "
+            f"The metric '{name_of(metric)}' returned {got}. Expected one number a fact: "
             f"a tensor of shape ({len(seen)},)."
         )
     return found.view(copies, len(prompts))

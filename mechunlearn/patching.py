@@ -212,12 +212,17 @@ def preview(model: HookedModel, prompts: Prompts, cells: int, entered: float, ba
 
 @dataclass(frozen=True)
 class Effects:
-    """What patching did to the metric: `{site: [row block fact]}`, the rows' names, and both runs' metric by fact."""
+    """What patching did to the metric: `{site: [row block fact]}`, the rows' names, and both runs' metric by fact.
+
+    A block of `mlp.out` is `neurons` neurons; `unchanged` facts have no corrupt partner that differs from them.
+    """
 
     by_site: dict[str, Float[Tensor, "row block fact"]]
     rows: tuple[str, ...]
     clean: Float[Tensor, " fact"]
     corrupt: Float[Tensor, " fact"]
+    neurons: int = 1
+    unchanged: int = 0
 
 
 def effects(
@@ -243,10 +248,11 @@ def effects(
 
     Raises `MechunlearnError` for an unknown kind, corruption or `by`, and for facts that do not fit.
     """
-    check_kinds(model, kinds)
+    if only is None:
+        check_kinds(model, kinds)
     if denoise and corrupt in ("zero", "mean"):
         raise MechunlearnError(f"There is no corrupt run to restore with corrupt='{corrupt}'. Use denoise=False.")
-    check_prompts(model, prompts)
+    check_prompts(model, prompts, batch)
     names = rows_of(prompts, by)[1]
     prompts = with_corruption(prompts, corrupt, seed, model)
     sites = [f"L{layer}.{kind}" for layer in range(model.signature.layers) for kind in kinds]
@@ -274,11 +280,16 @@ def effects(
         count = shape[0] * shape[1]
         by_site[site] = changes[offset : offset + count].view(shape).transpose(0, 1)
         offset += count
-    return Effects(by_site, names, torch.cat(clean).float().cpu(), torch.cat(other).float().cpu())
+    same = (prompts.tokens == prompts.corrupt).all(1).sum() if corrupt in ("prompts", "random", "resample") else 0
+    return Effects(by_site, names, torch.cat(clean).float().cpu(), torch.cat(other).float().cpu(), neurons, int(same))
 
 
 def check_kinds(model: HookedModel, kinds: Sequence[str]) -> None:
     """Raises `MechunlearnError` unless every kind is an activation of this model, and none is given twice."""
+    if not kinds or len(set(kinds)) < len(kinds):
+        raise MechunlearnError(
+            f"Kinds {list(kinds)} are none or name one twice. Expected some, such as 'attn.o' and 'mlp.out'."
+        )
     for kind in kinds:
         model.decoder.place(f"L0.{kind}")
     for unit, whole in (("attn.o", "attn_out"), ("mlp.out", "mlp_out")):

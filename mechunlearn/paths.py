@@ -11,7 +11,7 @@ from torch import Tensor
 from mechunlearn.circuit import edges, readers, writers
 from mechunlearn.corruption import Paired, check_prompts, paired
 from mechunlearn.decoder import Run
-from mechunlearn.edges import EdgePatch, frozen_scales, read_by, rows_before, writer_sites, written
+from mechunlearn.edges import EdgePatch, check_streams, frozen_scales, read_by, rows_before, writer_sites, written
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.hooked import HookedModel
 from mechunlearn.layout import Layout
@@ -42,13 +42,15 @@ class Reader:
 
 
 def readers_named(model: HookedModel, names: Sequence[str]) -> list[int]:
-    """Indices of readers; a head's name without `<q>`, `<k>` or `<v>` stands for all three (its group's k and v)."""
+    """Indices of at least one reader; a head's name without `<q>`, `<k>` or `<v>` stands for all three (its group's k and v)."""
     known, found = readers(model.signature), []
+    if not names:
+        raise MechunlearnError("There is no receiver. Expected at least one, such as 'logits', 'm3' or 'a3.h1<q>'.")
     group = model.signature.heads // model.signature.kv_heads
     for name in names:
         wanted = [name]
         if name.startswith("a") and "<" not in name and ".h" in name:
-            layer, head = name.split(".h")
+            layer, _, head = name.partition(".h")
             shared = int(head) // group if head.isdigit() else head
             wanted = [f"{name}<q>", f"{layer}.h{shared}<k>", f"{layer}.h{shared}<v>"]
         if any(one not in known for one in wanted):
@@ -70,6 +72,7 @@ class _Setting:
 
 
 def _setting(model: HookedModel, prompts: Prompts, metric: Metric, where: Bool[Tensor, "fact pos"] | None) -> _Setting:
+    check_streams(model.decoder)
     sites = writer_sites(model.layout)
     if not model.layout.parallel:
         sites += [f"L{layer}.resid_mid" for layer in range(model.signature.layers)]
@@ -98,7 +101,7 @@ def edge_effects(
     Edges are (writer, reader) indices. Each run restarts at the reader's layer and the first corrupt position.
     Raises `MechunlearnError` for a pair that is no edge.
     """
-    check_prompts(model, prompts)
+    check_prompts(model, prompts, batch)
     valid = edges(model.signature, model.layout.parallel)
     for source, index in pairs:
         if not valid[source, index]:
@@ -145,6 +148,7 @@ def _edge_patch(
         setting.change if change is None else change,
         rows,
         heads,
+        held=change is not None,
     )
 
 
@@ -167,7 +171,7 @@ def path_effects(
     """
     if through not in ("direct", "total"):
         raise MechunlearnError(f"Cannot follow paths '{through}'. Expected through='direct' or through='total'.")
-    check_prompts(model, prompts)
+    check_prompts(model, prompts, batch)
     found, clean, corrupt = [], [], []
     for rows in torch.arange(len(prompts)).split(batch):
         part = prompts.select(rows)

@@ -43,19 +43,23 @@ def from_effects(model: HookedModel, found: Effects, card: RunCard, evidence: di
         layer, kind = site.split(".", 1)
         rows, units = change.mean(-1), model.signature.units(WHOLE.get(kind, kind))
         if kind in KINDS and units is not None:
-            rows = rows.repeat_interleave(-(-units // rows.shape[1]), dim=1)[:, :units]
+            rows = rows.repeat_interleave(found.neurons if kind == "mlp.out" else 1, dim=1)[:, :units]
         if units is not None:
             scores[f"{layer}.{WHOLE.get(kind, kind)}"] = rows[0].expand(units)
         if len(found.rows) > 1 or kind not in KINDS:
             by_role[site] = rows
     nothing = all(not change.any() for change in found.by_site.values())
+    note = (
+        f"{found.unchanged} facts have no corrupt partner that differs: they count as zero" if found.unchanged else ""
+    )
+    note = SAME if nothing else note
     numbers = {"clean": float(found.clean.mean()), "corrupt": float(found.corrupt.mean())}
     return localization(
         model,
         scores,
         card,
         {**numbers, **(evidence or {})},
-        SAME if nothing else "",
+        note,
         by_role,
         found.rows if by_role else (),
     )

@@ -14,6 +14,8 @@ from mechunlearn.hooked import BridgedModel, load_model
 from mechunlearn.prompts import Prompts
 from mechunlearn.toy import planted_facts
 
+torch.set_num_threads(1)  # one test process a core; small models are slower on two threads
+
 SIZES = {
     "vocab_size": 97,
     "hidden_size": 32,

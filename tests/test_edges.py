@@ -7,6 +7,7 @@ import torch
 
 from mechunlearn import MechunlearnError
 from mechunlearn.circuit import edges, readers, writers
+from mechunlearn.faithfulness import faithfulness
 from mechunlearn.hooked import frozen, load_model
 from mechunlearn.localize import edge_attribution, edge_patching, path_patching
 from mechunlearn.localize.edge_attribution import edge_scores
@@ -260,6 +261,15 @@ def test_path_patching_equals_whole_forward_passes(model, prompts, through):
     assert found.scores["L2.mlp.out"].abs().max() == 0, "what comes after the receiver cannot reach it"
 
 
+def test_receivers_are_held_together_with_the_logits(prompts):
+    """With all paths sent to the logits, what other receivers do on top is not counted twice."""
+    model = load_model((random_hf("llama"), None))
+    alone = path_patching(model, prompts, receivers=["logits"], through="total")
+    together = path_patching(model, prompts, receivers=["a1.h0", "a1.h2", "m1", "logits"], through="total")
+    torch.testing.assert_close(together.scores["L0.attn.o"], alone.scores["L0.attn.o"], atol=1e-5, rtol=1e-4)
+    assert alone.scores["L0.attn.o"].abs().max() > 1e-3
+
+
 def test_bad_names_are_refused(prompts):
     model = load_model((random_hf("llama"), None))
     with pytest.raises(MechunlearnError, match="No edge 'a0.h9->m1'"):
@@ -268,6 +278,12 @@ def test_bad_names_are_refused(prompts):
         edge_patching(model, prompts, ["m2->m1"])
     with pytest.raises(MechunlearnError, match="No reader 'a9.h1'"):
         path_patching(model, prompts, receivers=["a9.h1"])
+    with pytest.raises(MechunlearnError, match="No reader 'a0.h0.h1'"):
+        path_patching(model, prompts, receivers=["a0.h0.h1"])
+    with pytest.raises(MechunlearnError, match="There is no receiver"):
+        path_patching(model, prompts, receivers=[])
+    with pytest.raises(MechunlearnError, match="A batch of 0 facts"):
+        edge_attribution(model, prompts, batch=0)
     with pytest.raises(MechunlearnError, match="Cannot follow paths 'sideways'"):
         path_patching(model, prompts, through="sideways")
     with pytest.raises(MechunlearnError, match="Cannot integrate over -1 points"):
@@ -276,6 +292,17 @@ def test_bad_names_are_refused(prompts):
         edge_attribution(model, prompts, steps=2, both_ends=True)
     with pytest.raises(MechunlearnError, match="has 70 tokens, the model's context is 64"):
         edge_attribution(model, token_prompts(length=70))
+
+
+def test_edges_are_refused_under_a_hook_on_the_stream_itself(prompts):
+    model = load_model((random_hf("llama"), None))
+    circuit = edge_attribution(model, prompts)
+    methods = [edge_attribution, path_patching, lambda model, prompts: faithfulness(model, circuit, prompts)]
+    for site in ("L1.resid_pre", "L1.resid_mid"):
+        with model.hooks({site: lambda x: x + 1}):
+            for method in methods:
+                with pytest.raises(MechunlearnError, match="edges are not defined"):
+                    method(model, prompts)
 
 
 def test_hooks_are_removed_when_a_metric_fails(prompts):

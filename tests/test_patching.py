@@ -1,5 +1,8 @@
 """Exact patching against the naive loop: one full forward pass a cell."""
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 
@@ -7,7 +10,7 @@ from mechunlearn import Localization, MechunlearnError
 from mechunlearn.corruption import with_corruption
 from mechunlearn.decoder import Decoder
 from mechunlearn.hooked import load_model
-from mechunlearn.localize import activation_patching, attribution_patching, edge_attribution
+from mechunlearn.localize import activation_patching, attribution_patching, edge_attribution, path_patching
 from mechunlearn.metrics import answer_logprob, logit_diff
 from mechunlearn.prompts import ROLES
 from tests.conftest import random_hf, token_prompts
@@ -104,8 +107,54 @@ def test_neurons_in_blocks_share_a_score(prompts):
     found = activation_patching(model, prompts, kinds=["mlp.out"], neurons=20)
     scores = found.scores["L1.mlp.out"]
     assert len(scores) == 48 and len(scores.unique()) == 3
-    expected = naive(model, prompts, "L1.mlp.out", slice(40, 48), torch.ones(4, 7, dtype=torch.bool))
-    assert float(scores[47]) == pytest.approx(expected, abs=1e-5)
+    for block in (slice(0, 20), slice(20, 40), slice(40, 48)):
+        expected = naive(model, prompts, "L1.mlp.out", block, torch.ones(4, 7, dtype=torch.bool))
+        assert scores[block].tolist() == pytest.approx([expected] * len(scores[block]), abs=1e-5)
+
+
+def test_patching_under_a_hook_of_yours_patches_the_hooked_model(prompts):
+    """An intervention on any site is there once, in every run."""
+    model, everywhere = load_model((random_hf("llama"), None)), torch.ones(4, 7, dtype=torch.bool)
+    shift = torch.linspace(-1, 1, 32)
+    for site in ("L1.resid_pre", "L1.resid_mid", "L0.mlp_out", "L1.resid_post"):
+        calls = []
+
+        def move(x, calls=calls):
+            calls.append(x)
+            return x + shift
+
+        without = float(activation_patching(model, prompts, kinds=["attn.o"]).scores["L1.attn.o"][0])
+        with model.hooks({site: move}):
+            found = activation_patching(model, prompts, kinds=["attn.o"])
+            for layer in (0, 1, 2):
+                expected = naive(model, prompts, f"L{layer}.attn.o", 0, everywhere)
+                assert float(found.scores[f"L{layer}.attn.o"][0]) == pytest.approx(expected, abs=1e-5), (site, layer)
+        assert min(len(x) for x in calls) >= len(prompts), "a hook sees facts, nothing else"
+        assert abs(float(found.scores["L1.attn.o"][0]) - without) > 1e-5, "the intervention must matter"
+
+
+def test_facts_without_a_partner_are_counted(world, sport):
+    chosen = sport[0].select(range(8))
+    lengths = chosen.lengths.tolist()
+    alone = sum(lengths.count(length) == 1 for length in lengths)
+    found = activation_patching(
+        world,
+        chosen.select([lengths.index(max(lengths)), lengths.index(min(lengths))]),
+        kinds=["attn_out"],
+        corrupt="resample",
+    )
+    assert "clean and corrupt prompts are the same" in found.note
+    some = activation_patching(world, chosen, kinds=["attn_out"], corrupt="resample")
+    assert some.note.startswith(f"{alone} facts have no corrupt partner") if alone else not some.note
+    one = replace(chosen, corrupt=torch.cat([chosen.tokens[:1], chosen.corrupt[1:]]))
+    assert activation_patching(world, one, kinds=["attn_out"]).note.startswith("1 facts have no corrupt partner")
+
+
+def test_a_metric_needs_no_name(prompts):
+    model = load_model((random_hf("gpt2"), None))
+    unnamed = partial(logit_diff)
+    for method in (activation_patching, attribution_patching, edge_attribution, path_patching):
+        assert "logit_diff" in method(model, prompts, metric=unnamed).card.settings["metric"]
 
 
 def test_a_whole_layers_score_goes_to_each_of_its_units(prompts):
@@ -164,8 +213,6 @@ def test_corrupt_tokens_differ_only_where_they_should(world, sport):
 
 def test_several_answer_tokens_are_patched_too(world, sport):
     """Half of the answers get a second token: the patched log-probability equals that of whole forward passes."""
-    from dataclasses import replace
-
     chosen = sport[0].select(range(4))
     second = torch.tensor([[5], [-1], [7], [-1]])
     tokens = torch.zeros(4, chosen.tokens.shape[1] + 1, dtype=torch.long)
@@ -250,6 +297,9 @@ class TestBadInput:
             ({"by": "fact"}, "Cannot patch by 'fact'"),
             ({"corrupt": "zero", "denoise": True}, "no corrupt run to restore"),
             ({"neurons": 0}, "Cannot patch 0 neurons"),
+            ({"kinds": []}, "Expected some, such as"),
+            ({"kinds": ["attn.o", "attn.o"]}, "name one twice"),
+            ({"batch": 0}, "A batch of 0 facts is out of range"),
         ):
             with pytest.raises(MechunlearnError, match=message):
                 activation_patching(model, prompts, **wrong)
@@ -269,8 +319,6 @@ class TestBadInput:
             activation_patching(model, prompts)
 
     def test_no_difference_says_so(self, model, prompts):
-        from dataclasses import replace
-
         found = activation_patching(model, replace(prompts, corrupt=prompts.tokens), kinds=["attn.o"])
         assert "clean and corrupt prompts are the same" in found.note and len(found.above(0)) == 0
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from mechunlearn.components import SCORED, Localization
 from mechunlearn.hooked import HookedModel
-from mechunlearn.metrics import Metric, logit_diff
+from mechunlearn.metrics import Metric, logit_diff, name_of
 from mechunlearn.patching import effects
 from mechunlearn.prompts import Prompts
 from mechunlearn.runcard import RunCard, Stopwatch
@@ -33,7 +33,7 @@ def activation_patching(
     `neurons` of them together), `attn_out`, `mlp_out` (a whole layer's; every unit of it gets the score), `resid_pre`,
     `resid_mid`, `resid_post` (no unit's: only in `by_role`).
     `corrupt`: `prompts` (the paired subject), `random` (subjects of random tokens, as long), `resample` (another fact's
-    prompt), `noise` (Gaussian on the subject's embeddings, one draw a fact), `zero` or `mean` (over facts, by token role).
+    prompt of the same length), `noise` (Gaussian on the subject's embeddings, one draw a fact), `zero` or `mean` (over facts, by token role).
     `by="role"` or `by="position"` patches at each token role or position too: `found.by_role[site]` is `[row unit]` with
     rows named in `found.roles`, the first being all positions.
 
@@ -60,13 +60,13 @@ def activation_patching(
         batch=batch,
         progress=progress,
     )
-    settings = {"metric": metric.__name__, "kinds": list(kinds), "denoise": denoise, "corrupt": corrupt}
+    settings = {"metric": name_of(metric), "kinds": list(kinds), "denoise": denoise, "corrupt": corrupt}
     card = RunCard(
         "activation_patching",
         model=model.fingerprint,
         data=prompts.fingerprint,
         seed=seed,
-        settings={**settings, "neurons": neurons},
+        settings={**settings, "neurons": neurons, "by": by},
         device=str(model.device),
     )
     return from_effects(model, found, watch.stamp(card))

@@ -14,7 +14,7 @@ from mechunlearn.corruption import check_finite, check_prompts
 from mechunlearn.decoder import tapped
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.hooked import HookedModel, frozen
-from mechunlearn.metrics import Metric, logit_diff, per_fact, positions_read
+from mechunlearn.metrics import Metric, logit_diff, name_of, per_fact, positions_read
 from mechunlearn.patching import Effects, check_kinds, effects, rows_of
 from mechunlearn.prompts import Prompts
 from mechunlearn.relevance import relevance_rules
@@ -61,7 +61,7 @@ def attribution_patching(
     if steps < 0 or verify < 0:
         raise MechunlearnError(f"steps={steps} and verify={verify} must not be negative. Expected 0 for neither.")
     check_kinds(model, kinds)
-    check_prompts(model, prompts)
+    check_prompts(model, prompts, batch)
     sites = [f"L{layer}.{kind}" for layer in range(model.signature.layers) for kind in kinds]
     parts = in_batches(
         len(prompts),
@@ -79,7 +79,14 @@ def attribution_patching(
         "attribution_patching",
         model=model.fingerprint,
         data=prompts.fingerprint,
-        settings={"metric": metric.__name__, "kinds": list(kinds), "steps": steps, "rule": rule, "verify": verify},
+        settings={
+            "metric": name_of(metric),
+            "kinds": list(kinds),
+            "steps": steps,
+            "rule": rule,
+            "verify": verify,
+            "by": by,
+        },
         device=str(model.device),
     )
     return from_effects(model, found, watch.stamp(card), evidence)

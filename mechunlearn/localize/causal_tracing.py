@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
-from mechunlearn.components import SCORED, Localization
+from mechunlearn.components import Localization
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.hooked import HookedModel
-from mechunlearn.metrics import Metric, answer_probability
+from mechunlearn.layout import KINDS
+from mechunlearn.metrics import Metric, answer_probability, name_of
 from mechunlearn.patching import effects
 from mechunlearn.prompts import Prompts
 from mechunlearn.runcard import RunCard, Stopwatch
@@ -38,7 +39,8 @@ def causal_tracing(
     has the 95 % bootstrap interval of every site and row but single neurons'.
 
     It finds what carries the answer out as well as what looks it up: on its own it says little of where a fact is kept.
-    Raises `MechunlearnError` for an even or negative window, unknown kinds, or prompts without a subject to hide.
+    Where no subject is named, the tokens in which clean and corrupt differ are hidden.
+    Raises `MechunlearnError` for a window below 1 or of single units, and for unknown kinds.
 
     >>> from mechunlearn.toy import planted_facts
     >>> toy = planted_facts()
@@ -49,7 +51,7 @@ def causal_tracing(
     watch = Stopwatch()
     if window < 1:
         raise MechunlearnError(f"Cannot restore a window of {window} layers. Expected window=1 or more.")
-    if window > 1 and any(kind in SCORED for kind in kinds):
+    if window > 1 and any(kind in KINDS for kind in kinds):
         raise MechunlearnError(
             "A window restores whole layers. Use kinds such as 'mlp_out', 'attn_out' or 'resid_post'."
         )
@@ -82,7 +84,14 @@ def causal_tracing(
         model=model.fingerprint,
         data=prompts.fingerprint,
         seed=seed,
-        settings={"metric": metric.__name__, "kinds": list(kinds), "window": window, "sigma": float(sigma)},
+        settings={
+            "metric": name_of(metric),
+            "kinds": list(kinds),
+            "window": window,
+            "sigma": float(sigma),
+            "by": by,
+            "neurons": neurons,
+        },
         device=str(model.device),
     )
     evidence = {"total effect": float(total.mean()), "intervals": _listed(intervals)}

@@ -14,6 +14,7 @@ from mechunlearn.decoder import Run, tapped
 from mechunlearn.edges import (
     ATTENTION,
     attention_gradients,
+    check_streams,
     frozen_scales,
     mlp_gradient,
     rows_before,
@@ -22,7 +23,7 @@ from mechunlearn.edges import (
 )
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.hooked import HookedModel, frozen
-from mechunlearn.metrics import Metric, logit_diff, per_fact, positions_read
+from mechunlearn.metrics import Metric, logit_diff, name_of, per_fact, positions_read
 from mechunlearn.prompts import Prompts
 from mechunlearn.runcard import RunCard, Stopwatch
 from mechunlearn.scores import SAME, editable
@@ -61,16 +62,19 @@ def edge_attribution(
     watch = Stopwatch()
     points = _points(steps, both_ends)
     size = _facts_at_once(model, prompts, points, batch)
-    parts = in_batches(
-        len(prompts), size, lambda rows: _Batch(model, prompts.select(rows), metric).scores(points, by_fact=False)
-    )
+    total = torch.zeros(len(writers(model.signature)), len(readers(model.signature)))
+
+    def add(rows: Tensor) -> None:
+        total.add_(_Batch(model, prompts.select(rows), metric).scores(points, by_fact=False).cpu())
+
+    in_batches(len(prompts), size, add)
     chosen = edges(model.signature, model.layout.parallel)
-    scores = (torch.stack(parts).float().sum(0) / len(prompts)).cpu().masked_fill(~chosen, 0)
+    scores = (total / len(prompts)).masked_fill(~chosen, 0)
     card = RunCard(
         "edge_attribution",
         model=model.fingerprint,
         data=prompts.fingerprint,
-        settings={"metric": metric.__name__, "steps": steps, "both_ends": both_ends},
+        settings={"metric": name_of(metric), "steps": steps, "both_ends": both_ends},
         device=str(model.device),
     )
     weights, everything = editable(model)
@@ -107,7 +111,8 @@ def _points(steps: int, both_ends: bool) -> list[float]:
 
 def _facts_at_once(model: HookedModel, prompts: Prompts, points: list[float], batch: int) -> int:
     """As many facts at a time as keep contributions and reader gradients within bounds."""
-    check_prompts(model, prompts)
+    check_prompts(model, prompts, batch)
+    check_streams(model.decoder)
     rows, columns = len(writers(model.signature)), len(readers(model.signature))
     vectors = rows + (columns if points else -(-columns // model.signature.layers))
     size = 4 * vectors * prompts.tokens.shape[1] * model.signature.d_model

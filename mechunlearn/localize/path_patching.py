@@ -8,7 +8,7 @@ from mechunlearn.circuit import Circuit, edges, readers, writers
 from mechunlearn.components import Localization
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.hooked import HookedModel
-from mechunlearn.metrics import Metric, logit_diff
+from mechunlearn.metrics import Metric, logit_diff, name_of
 from mechunlearn.paths import edge_effects, path_effects, readers_named
 from mechunlearn.prompts import Prompts
 from mechunlearn.runcard import RunCard, Stopwatch
@@ -54,7 +54,7 @@ def path_patching(
         "path_patching",
         model=model.fingerprint,
         data=prompts.fingerprint,
-        settings={"metric": metric.__name__, "receivers": list(receivers), "through": through},
+        settings={"metric": name_of(metric), "receivers": list(receivers), "through": through},
         device=str(model.device),
     )
     evidence = {"clean": float(clean.mean()), "corrupt": float(corrupt.mean())}
@@ -102,7 +102,7 @@ def edge_patching(
         "edge_patching",
         model=model.fingerprint,
         data=prompts.fingerprint,
-        settings={"metric": metric.__name__, "edges": len(pairs)},
+        settings={"metric": name_of(metric), "edges": len(pairs)},
         device=str(model.device),
     )
     weights, everything = editable(model)
