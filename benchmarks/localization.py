@@ -5,7 +5,7 @@ EAP-IG's published passes; their package is not on the package index, so its pas
 TransformerLens (split inputs by head, results by head, three forward passes and a backward pass that also gives every
 parameter's gradient). TransformerLens's edge mode is not in the 3.x that installs beside sae-lens.
 
-The methods take turns in each round; a ratio is the median over rounds of that round's times. Memory is what a run adds to
+The methods take turns in each round; a ratio is the median over rounds of that round's times, with its range. Memory is what a run adds to
 the weights: peak allocation on CUDA, peak resident memory of a process of its own on CPU.
 
 Run: python benchmarks/localization.py [--device cuda] [--rounds 3] [--pairs 4 --length 15] [--quick]
@@ -31,6 +31,7 @@ from mechunlearn.localize import activation_patching, attribution_patching, edge
 from mechunlearn.prompts import Prompts
 
 EDGES = 64
+PUBLISHED = "EAP, published passes"
 
 
 def main() -> None:
@@ -40,7 +41,7 @@ def main() -> None:
     asked.add_argument("--rounds", type=int, default=3)
     asked.add_argument("--pairs", type=int, default=4)
     asked.add_argument("--length", type=int, default=15)
-    asked.add_argument("--quick", action="store_true", help="leave out the two slow loops of TransformerLens")
+    asked.add_argument("--quick", action="store_true", help="floors and attribution alone: no exact sweeps, no peers")
     asked.add_argument("--memory", metavar="METHOD", help="only print the memory that one method adds")
     options = asked.parse_args()
     torch.manual_seed(0)
@@ -48,7 +49,10 @@ def main() -> None:
     hf = transformers.GPT2LMHeadModel(transformers.GPT2Config()).eval().to(options.device)
     model = load_model((hf, None))
     prompts = random_prompts(options.pairs, options.length)
-    methods = {**floors(model, prompts), **ours(model, prompts), **peers(model, prompts, options.quick)}
+    methods = {**floors(model, prompts), **ours(model, prompts), **peers(model, prompts)}
+    if options.quick:
+        methods = {name: run for name, run in methods.items() if name in MEASURED}
+        del methods[PUBLISHED]
     if options.memory:
         before = resident("VmRSS")
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
@@ -61,18 +65,21 @@ def main() -> None:
         for name, run in methods.items():
             seconds[name].append(timed(run, options.device))
     plain = seconds["plain forward"]
-    print(f"{'method':<58}{'seconds':>9}{'forwards':>10}{'memory, MiB':>13}")
+    print(f"{'method':<58}{'seconds':>9}{'forwards':>22}{'memory, MiB':>13}")
     ratio = {}
     for name, run in methods.items():
-        ratio[name] = statistics.median(t / p for t, p in zip(seconds[name], plain, strict=True))
+        ratios = [t / p for t, p in zip(seconds[name], plain, strict=True)]
+        ratio[name] = statistics.median(ratios)
+        spread = f"{ratio[name]:.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
         memory = added_memory(name, run, options) if name in MEASURED else float("nan")
-        print(f"{name:<58}{statistics.median(seconds[name]):9.3f}{ratio[name]:10.2f}{memory:13.0f}")
+        print(f"{name:<58}{statistics.median(seconds[name]):9.3f}{spread:>22}{memory:13.0f}")
+    if options.quick:
+        return
     per_edge = ratio[f"ours: exact patching of {EDGES} edges"] / EDGES
     print(f"exact edge patching: {per_edge:.3f} forwards an edge")
     sweep, loop = "ours: layer x position sweep, exact", "TransformerLens: layer x position sweep, its loop"
-    if loop in ratio:
-        print(f"layer x position sweep, ours / TransformerLens: {ratio[sweep] / ratio[loop]:.3f}")
-    agreement(model, prompts, options.quick)
+    print(f"layer x position sweep, ours / TransformerLens: {ratio[sweep] / ratio[loop]:.3f}")
+    agreement(model, prompts)
 
 
 MEASURED = (
@@ -80,7 +87,7 @@ MEASURED = (
     "plain forward + backward, frozen",
     "ours: EAP",
     "ours: EAP-IG, 5 steps",
-    "EAP, published passes",
+    PUBLISHED,
 )
 
 
@@ -162,7 +169,7 @@ def sweep(model: BridgedModel, prompts: Prompts) -> torch.Tensor:
     return torch.stack(rows) + found.evidence["corrupt"]
 
 
-def peers(model: BridgedModel, prompts: Prompts, quick: bool) -> dict[str, Callable[[], object]]:
+def peers(model: BridgedModel, prompts: Prompts) -> dict[str, Callable[[], object]]:
     bridge, clean, corrupt = model.bridge, prompts.tokens.to(model.device), prompts.corrupt.to(model.device)
 
     def loop() -> torch.Tensor:
@@ -175,8 +182,8 @@ def peers(model: BridgedModel, prompts: Prompts, quick: bool) -> dict[str, Calla
             attribution_patch(bridge, clean[i : i + 1], corrupt[i : i + 1], logit_difference)
 
     published = published_eap(model, clean, corrupt)
-    made = {"TransformerLens: node attribution, one pair at a time": node, "EAP, published passes": published}
-    return made if quick else {**made, "TransformerLens: layer x position sweep, its loop": loop}
+    made = {"TransformerLens: node attribution, one pair at a time": node, PUBLISHED: published}
+    return {**made, "TransformerLens: layer x position sweep, its loop": loop}
 
 
 def published_eap(model: BridgedModel, clean: torch.Tensor, corrupt: torch.Tensor) -> Callable[[], torch.Tensor]:
@@ -242,14 +249,11 @@ def published_eap(model: BridgedModel, clean: torch.Tensor, corrupt: torch.Tenso
     return run
 
 
-def agreement(model: BridgedModel, prompts: Prompts, quick: bool) -> None:
+def agreement(model: BridgedModel, prompts: Prompts) -> None:
     """The largest difference between ours and theirs, beside the largest score."""
-    if not quick:
-        theirs = peers(model, prompts, False)["TransformerLens: layer x position sweep, its loop"]()
-        mine = sweep(model, prompts)
-        print(
-            f"sweep: largest difference {(mine - theirs.cpu()).abs().max():.1e}, largest effect {theirs.abs().max():.3f}"
-        )
+    theirs = peers(model, prompts)["TransformerLens: layer x position sweep, its loop"]()
+    mine = sweep(model, prompts)
+    print(f"sweep: largest difference {(mine - theirs.cpu()).abs().max():.1e}, largest effect {theirs.abs().max():.3f}")
     names = every_edge(model)
     chosen = [names[i] for i in torch.randperm(len(names), generator=torch.Generator().manual_seed(0))[:EDGES].tolist()]
     exact = edge_patching(model, prompts, chosen)

@@ -23,8 +23,8 @@ CORRUPTIONS = ("prompts", "random", "noise", "resample", "zero", "mean")
 class Paired:
     """A batch of facts, run clean and corrupt, with activations at sites.
 
-    `base` is the run that is patched, `source` what is put in, `other` the run it comes from (none for zero and mean), `differs` the positions from the first corrupt token on;
-    `clean` and `corrupt` are the metric of the two runs (the same where only activations are replaced).
+    `base` is the run that is patched, `source` what is put in, `other` the run it comes from (none for zero and mean),
+    `differs` the positions from the first corrupt token on; `clean` and `corrupt` are the metric of the two runs (the same where only activations are replaced).
     """
 
     prompts: Prompts
@@ -115,6 +115,14 @@ def with_corruption(prompts: Prompts, corrupt: str, seed: int, model: HookedMode
             source[order] = order.roll(1)
         return replace(prompts, corrupt=prompts.tokens[source])
     return prompts
+
+
+def unchanged(prompts: Prompts, corrupt: str) -> int:
+    """How many facts the corruption leaves as they are: same tokens, or no token to hide."""
+    if corrupt in ("zero", "mean"):
+        return 0
+    changed = subjects(prompts) if corrupt == "noise" else prompts.tokens != prompts.corrupt
+    return int((~changed.any(1)).sum())
 
 
 def subjects(prompts: Prompts) -> Bool[Tensor, "fact pos"]:

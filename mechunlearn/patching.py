@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from mechunlearn.batches import enough_memory
-from mechunlearn.corruption import Paired, check_prompts, paired, role_means, with_corruption
+from mechunlearn.corruption import Paired, check_prompts, paired, role_means, unchanged, with_corruption
 from mechunlearn.decoder import Decoder, Restart, Run
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.hooked import HookedModel
@@ -280,8 +280,14 @@ def effects(
         count = shape[0] * shape[1]
         by_site[site] = changes[offset : offset + count].view(shape).transpose(0, 1)
         offset += count
-    same = (prompts.tokens == prompts.corrupt).all(1).sum() if corrupt in ("prompts", "random", "resample") else 0
-    return Effects(by_site, names, torch.cat(clean).float().cpu(), torch.cat(other).float().cpu(), neurons, int(same))
+    return Effects(
+        by_site,
+        names,
+        torch.cat(clean).float().cpu(),
+        torch.cat(other).float().cpu(),
+        neurons,
+        unchanged(prompts, corrupt),
+    )
 
 
 def check_kinds(model: HookedModel, kinds: Sequence[str]) -> None:

@@ -48,11 +48,10 @@ def from_effects(model: HookedModel, found: Effects, card: RunCard, evidence: di
             scores[f"{layer}.{WHOLE.get(kind, kind)}"] = rows[0].expand(units)
         if len(found.rows) > 1 or kind not in KINDS:
             by_role[site] = rows
-    nothing = all(not change.any() for change in found.by_site.values())
     note = (
         f"{found.unchanged} facts have no corrupt partner that differs: they count as zero" if found.unchanged else ""
     )
-    note = SAME if nothing else note
+    note = SAME if found.unchanged == len(found.clean) else note
     numbers = {"clean": float(found.clean.mean()), "corrupt": float(found.corrupt.mean())}
     return localization(
         model,

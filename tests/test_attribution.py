@@ -1,5 +1,7 @@
 """Attribution with integrated gradients, RelP and exact verification; causal tracing; the two rules of fact look-up."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -104,6 +106,25 @@ def test_verified_units_have_their_exact_score(prompts):
             assert score == pytest.approx(float(other.scores[site][unit]), abs=1e-5)
     worst = max(abs(float(plain.scores[u.site][u.unit] - exact.scores[u.site][u.unit])) for u in plain.ranked()[:9])
     assert worst > 1e-4, "the estimates must have been off"
+
+
+def test_a_metric_that_nothing_moves_is_not_called_a_lack_of_difference(prompts):
+    model = load_model((random_hf("llama"), None))
+
+    def constant(logits, prompts):
+        return logits[:, 0].sum(-1)  # before the first corrupt token
+
+    for method in (activation_patching, attribution_patching, edge_attribution):
+        found = method(model, prompts, metric=constant)
+        assert found.note == ""
+        units = found if method is not edge_attribution else found.nodes()
+        assert max(scores.abs().max() for scores in units.scores.values()) < 1e-6
+
+
+def test_a_fact_without_a_partner_is_counted_by_the_estimate_too(prompts):
+    model = load_model((random_hf("llama"), None))
+    one = replace(prompts, corrupt=torch.cat([prompts.tokens[:1], prompts.corrupt[1:]]))
+    assert attribution_patching(model, one).note.startswith("1 facts have no corrupt partner")
 
 
 def test_bad_settings_are_refused(prompts):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mechunlearn.batches import in_batches
 from mechunlearn.components import SCORED, Localization
-from mechunlearn.corruption import check_finite, check_prompts
+from mechunlearn.corruption import check_finite, check_prompts, unchanged
 from mechunlearn.decoder import tapped
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.hooked import HookedModel, frozen
@@ -73,6 +73,7 @@ def attribution_patching(
         parts[0].rows,
         torch.cat([part.clean for part in parts]),
         torch.cat([part.corrupt for part in parts]),
+        unchanged=unchanged(prompts, "prompts"),
     )
     evidence = _verified(model, prompts, metric, found, verify, batch) if verify else {}
     card = RunCard(

@@ -13,6 +13,7 @@ from torch import Tensor
 from mechunlearn.components import SCORED, Localization
 from mechunlearn.corruption import check_prompts
 from mechunlearn.decoder import tapped
+from mechunlearn.edges import Norm
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.hooked import HookedModel
 from mechunlearn.prompts import Prompts
@@ -34,7 +35,7 @@ def direct_logit_attribution(
     LayerNorm). Norms on what attention or the MLP writes (Gemma 2 and 3) are held as well (Elhage et al. 2021, "A
     mathematical framework for transformer circuits"; Wang et al. 2022, arXiv 2211.00593).
     All heads, all neurons, `evidence["embedding"]` and `evidence["biases"]` (of outputs, final norm and unembedding) add
-    up to `evidence["logit_diff"]`, exactly; it is taken before a final softcap (Gemma 2). Corrupt prompts are not looked
+    up to `evidence["logit_diff"]`, exactly in float32; it is taken before a final softcap (Gemma 2). Corrupt prompts are not looked
     at. Cost: one forward pass, and a product with each output matrix at one position a fact.
 
     It sees no indirect effect: what a unit writes for later units to read, and anything at other positions (a look-up
@@ -56,7 +57,7 @@ def direct_logit_attribution(
             f"No direct effect of kind '{unknown[0]}'. Expected kinds among {', '.join(SCORED)}: only these write to the "
             "residual stream by unit. For other kinds use activation_patching."
         )
-    check_prompts(model, prompts)
+    check_prompts(model, prompts, batch)
     totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
     for rows in torch.arange(len(prompts)).split(batch):
         for name, part in _contributions(model, prompts.select(rows), kinds).items():
@@ -165,12 +166,8 @@ def _before(
     model: HookedModel, norm: Any, entered: Float[Tensor, "fact d_model"], direction: Float[Tensor, "fact d_model"]
 ) -> Float[Tensor, "fact d_model"]:
     """The direction before a norm, its scale held, that is `direction` behind it."""
-    direction = direction * (model.layout.modules.offset + norm.weight.float())
-    if model.layout.modules.centred:
-        direction = direction - direction.mean(-1, keepdim=True)
-        entered = entered - entered.mean(-1, keepdim=True)
-    epsilon = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
-    return direction * torch.rsqrt(entered.pow(2).mean(-1, keepdim=True) + epsilon)
+    parts = Norm.of(model.decoder, norm)
+    return parts.weigh(direction) / parts.spread(entered)
 
 
 def _by_unit(

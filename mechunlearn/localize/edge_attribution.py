@@ -78,7 +78,7 @@ def edge_attribution(
         device=str(model.device),
     )
     weights, everything = editable(model)
-    note = "" if scores.any() else SAME
+    note = SAME if torch.equal(prompts.tokens, prompts.corrupt) else ""
     return Circuit(scores, model.signature, model.layout.parallel, weights, everything, watch.stamp(card), chosen, note)
 
 
