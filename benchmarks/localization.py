@@ -65,14 +65,14 @@ def main() -> None:
         for name, run in methods.items():
             seconds[name].append(timed(run, options.device))
     plain = seconds["plain forward"]
-    print(f"{'method':<58}{'seconds':>9}{'forwards':>22}{'memory, MiB':>13}")
+    print(f"{'method':<58}{'seconds':>9}{'forwards':>24}{'memory, MiB':>13}")
     ratio = {}
     for name, run in methods.items():
         ratios = [t / p for t, p in zip(seconds[name], plain, strict=True)]
         ratio[name] = statistics.median(ratios)
         spread = f"{ratio[name]:.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
         memory = added_memory(name, run, options) if name in MEASURED else float("nan")
-        print(f"{name:<58}{statistics.median(seconds[name]):9.3f}{spread:>22}{memory:13.0f}")
+        print(f"{name:<58}{statistics.median(seconds[name]):9.3f}{spread:>24}{memory:13.0f}")
     if options.quick:
         return
     per_edge = ratio[f"ours: exact patching of {EDGES} edges"] / EDGES
@@ -85,6 +85,7 @@ def main() -> None:
 MEASURED = (
     "plain forward",
     "plain forward + backward, frozen",
+    "ours: node attribution, heads and neurons",
     "ours: EAP",
     "ours: EAP-IG, 5 steps",
     PUBLISHED,
