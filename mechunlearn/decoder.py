@@ -192,6 +192,21 @@ class Decoder:
             self.hf(input_ids=tokens.to(self.hf.device), use_cache=False)
         return found[0]
 
+    @torch.no_grad()
+    def observe(self, tokens: Int[Tensor, "row pos"], hooks: Mapping[str, Hook]) -> None:
+        """A forward pass under hooks that ends once each of their sites has been seen."""
+        waiting = set(hooks)
+
+        def seen(site: str, activation: Tensor) -> Tensor | None:
+            changed = hooks[site](activation)
+            waiting.discard(site)
+            if not waiting:
+                raise _Reached
+            return changed
+
+        with suppress(_Reached), self.hooks({site: partial(seen, site) for site in hooks}):
+            self.hf(input_ids=tokens.to(self.hf.device), use_cache=False)
+
     def restart(self, start: int, stop: int, before: Run | None = None) -> "Restart":
         """The means to call blocks on positions `start` to `stop`, with the keys and values that `before` has earlier."""
         signature, calls = self.layout.signature, []
