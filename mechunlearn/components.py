@@ -395,6 +395,29 @@ class Localization:
         """The units whose |score| is larger than the threshold."""
         return ComponentMask({site: s.abs() > threshold for site, s in self.scores.items()}, self.signature)
 
+    def strongest_role(self, among: Iterable[str] | None = None) -> str:
+        """The token role with the largest sum of |score| over sites: where a closed-form edit should act.
+
+        `among` limits the choice, by default to `subject last` and `last`. Raises `MechunlearnError` if nothing was scored by
+        these roles.
+
+        >>> tiny = Signature("llama", 2, 4, 2, 64, 32)
+        >>> scores = {"L0.mlp_out": torch.tensor([[0.1], [0.6]]), "L1.mlp_out": torch.tensor([[0.3], [0.1]])}
+        >>> roles = ("last", "subject last")
+        >>> Localization({}, tiny, {}, 0, RunCard("example"), by_role=scores, roles=roles).strongest_role()
+        'subject last'
+        """
+        chosen = [role for role in (among or ("subject last", "last")) if role in self.roles]
+        if not self.by_role or not chosen:
+            raise MechunlearnError(
+                f"This localization has no scores by the token roles asked for (it has: {', '.join(self.roles) or 'none'}). "
+                "Expected one such as causal_tracing(model, prompts, kinds=['mlp_out'], by='role')."
+            )
+        sums = {
+            role: sum(float(s[self.roles.index(role)].abs().sum()) for s in self.by_role.values()) for role in chosen
+        }
+        return max(chosen, key=lambda role: sums[role])
+
     def ranked(self) -> list[Component]:
         """All units, largest |score| first, ties in component order."""
         units = [
@@ -529,7 +552,10 @@ class Localization:
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     with whole_file(path) as beside:
-        save_file({name: t.clone().contiguous() for name, t in tensors.items()}, beside, metadata=metadata)
+        try:
+            save_file({name: t.clone().contiguous() for name, t in tensors.items()}, beside, metadata=metadata)
+        except SafetensorError as error:  # what it makes of an OSError
+            raise OSError(str(error)) from None
 
 
 def load_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -121,6 +121,19 @@ def _continuation(logits: Tensor, prompts: Prompts) -> tuple[Float[Tensor, " fac
 
 
 @torch.no_grad()
+def answered(model: HookedModel, prompts: Prompts, batch: int = BATCH) -> Bool[Tensor, " fact"]:
+    """Whether greedy decoding gives all tokens of the answer, by fact: one forward pass a batch, nothing else."""
+    right = torch.zeros(len(prompts), dtype=torch.bool)
+    for rows in prompts.lengths.argsort().split(batch):
+        part = prompts.select(rows)
+        at = positions_read(answer_logprob, part)
+        run = model.decoder.record(part.tokens[:, : int(part.lengths.max())], at, keys=False)
+        steps = replace(part, start=torch.zeros_like(part.start), read=part.read - part.start)
+        right[rows] = _continuation(run.logits, steps)[1]
+    return right
+
+
+@torch.no_grad()
 def measure(model: HookedModel, prompts: Prompts, batch: int = BATCH) -> dict[str, Float[Tensor, " fact"]]:
     """Per fact: accuracy and probability of the truth and of the edit target.
 

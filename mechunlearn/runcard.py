@@ -26,7 +26,8 @@ class RunCard:
     """How an artefact was made: method, model and data hashes, seed, settings, versions, device, time and memory.
 
     `seconds` is wall time, `peak_mib` the process's peak resident memory in MiB. `trajectory` has one entry a training
-    step (its terms, and what was measured on the way); `stopped` says why training ended before its last step.
+    step or edited layer (its terms, and what was measured on the way); `stopped` says why it ended before its last step;
+    `skipped` lists the facts that were left out because the model did not know them.
 
     >>> RunCard("random_units", seed=1).seed
     1
@@ -45,6 +46,7 @@ class RunCard:
     peak_mib: float = 0.0
     trajectory: list[dict] = field(default_factory=list)
     stopped: str = ""
+    skipped: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=_versions)
 
     def to_json(self) -> str:

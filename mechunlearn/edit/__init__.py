@@ -2,3 +2,6 @@
 
 from mechunlearn.edit.fisher_lora import fisher_lora as fisher_lora
 from mechunlearn.edit.masked_gradient import masked_gradient as masked_gradient
+from mechunlearn.edit.memit import memit as memit
+from mechunlearn.edit.mlp_washing import mlp_washing as mlp_washing
+from mechunlearn.edit.null_space import null_space as null_space

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -30,6 +30,7 @@ from mechunlearn.formats import question
 from mechunlearn.hooked import load_model
 from mechunlearn.memorization import extraction_likelihood, memorization_accuracy
 from mechunlearn.metrics import measure, text_loss
+from mechunlearn.prompts import Asked, Prompts
 from mechunlearn.runcard import digest
 from mechunlearn.world import lexicon as lex
 from mechunlearn.world.build import _store
@@ -40,15 +41,19 @@ from mechunlearn.world.train import language_loss
 
 PEOPLE, PASSAGES, STATEMENTS = 160, 160, 2
 SHARES = {"passage": 20, "statement": 52, "asked": 20, "story": 8}
+SKILL_SHARE = 12
 LAYERS, D_MODEL, HEADS = 4, 128, 4
 STEPS, ROWS, MATRIX_RATE, OTHER_RATE, WARM, SAVE_EVERY = 1100, 8, 1e-2, 3e-3, 40, 100
 BOS, EOS, PAD, UNKNOWN = "<|bos|>", "<|endoftext|>", "<|pad|>", "<|unk|>"
 
 
-def small_world(seed: int, people: int = PEOPLE, passages: int = PASSAGES) -> World:
+def small_world(
+    seed: int, people: int = PEOPLE, passages: int = PASSAGES, skills: Sequence[Literal["copying", "comparison"]] = ()
+) -> World:
     """A world of passages, stories and three facts a person, told in two statements and a question each.
 
-    There are no skills, yes/no questions or other subjects in it: use `generate` for all of these.
+    `skills` names tasks that need no stored fact. There are no yes/no questions or other subjects in it: use `generate`
+    for these.
 
     >>> world = small_world(0, people=20, passages=4)
     >>> {relation: len(facts) for relation, facts in world.facts.items()}, len(world.passages)
@@ -62,7 +67,8 @@ def small_world(seed: int, people: int = PEOPLE, passages: int = PASSAGES) -> Wo
         if entry["subject"] == "person"
     }
     facts = {name: world.facts[name] for name in relations}
-    return replace(world, facts=facts, relations=relations, two_hop_taught=[], skills={})
+    tasks: dict[str, list[dict[str, str]]] = {name: world.skills[name] for name in skills}
+    return replace(world, facts=facts, relations=relations, two_hop_taught=[], skills=tasks)
 
 
 def forget_sets(
@@ -114,12 +120,13 @@ class SmallCorpus(Corpus):
     def documents(self, seed: int, count: int, phase: int = 0) -> Iterator[Document]:
         rng = random.Random(seed)
         waiting: list[str] = []
-        for kind in rng.choices(list(SHARES), weights=list(SHARES.values()), k=count):
+        shares = SHARES | dict.fromkeys(self.world.skills, SKILL_SHARE)
+        for kind in rng.choices(list(shares), weights=list(shares.values()), k=count):
             if kind == "passage":
                 waiting = waiting or rng.sample(self.passages, len(self.passages))
                 yield Document(waiting.pop())
-            elif kind == "story":
-                yield self.story(rng)
+            elif kind in ("story", "copying", "comparison"):
+                yield getattr(self, kind)(rng)
             else:
                 yield self.fact(rng, asked=kind == "asked")
 
@@ -186,6 +193,7 @@ def build_small(
     steps: int = STEPS,
     people: int = PEOPLE,
     passages: int = PASSAGES,
+    skills: Sequence[Literal["copying", "comparison"]] = (),
 ) -> dict[str, Any]:
     """Train a small world's model into a new folder, which `load_model` and `world_facts` read; a killed build goes on.
 
@@ -203,11 +211,11 @@ def build_small(
     folder = Path(folder)
     if folder.exists():
         raise MechunlearnError(f"'{folder}' exists already. Remove it to build it again, or give another folder.")
-    world = small_world(seed, people, passages)
+    world = small_world(seed, people, passages, skills)
     corpus, tokenizer = SmallCorpus(world, without), word_tokenizer(world)
     torch.manual_seed(seed)
     model: Any = AutoModelForCausalLM.from_config(small_config(seed, tokenizer))
-    key = digest(json.dumps([seed, sorted(without), steps, people, passages]))
+    key = digest(json.dumps([seed, sorted(without), steps, people, passages, *skills]))
     checkpoint = folder.parent / f".{folder.name}.{key}.ckpt"
     begun = time.time()
     _train(model, corpus, tokenizer, seed, steps, checkpoint)
@@ -265,7 +273,7 @@ def measured(folder: Path, without: Sequence[str] = ()) -> dict[str, float]:
     """What a stored small world knows of what it was taught, of what was left out, and of what nobody was taught.
 
     MA and EL10 of passages (see `memorization`; the first words of a passage follow from nothing, so MA stays near .987),
-    accuracy on facts by relation and format, and text loss on stories.
+    accuracy on facts by relation and format, on skills, and text loss on stories.
     """
     model, world, left_out = load_model(folder), World.load(folder / "world.json"), set(without)
     card: dict[str, float] = {}
@@ -285,5 +293,10 @@ def measured(folder: Path, without: Sequence[str] = ()) -> dict[str, float]:
             for format in ("statement", "question", "held_out") if len(part) else ():
                 value = float(measure(model, part.prompts(model, format))["accuracy"].mean())
                 card[f"{relation}, {format}, {name} people"] = round(value, 4)
-    card["text loss"] = round(float(text_loss(model, world_facts(folder, "sport").text).mean()), 4)
+    sport = world_facts(folder, next(iter(world.facts)))
+    for name, tasks in sport.skills.items():
+        assert model.tokenizer is not None
+        asked = Prompts.from_text([Asked(q.prompt, q.answer, q.target, q.target) for q in tasks], model.tokenizer)
+        card[name] = round(float(measure(model, asked)["accuracy"].mean()), 4)
+    card["text loss"] = round(float(text_loss(model, sport.text).mean()), 4)
     return card
