@@ -26,7 +26,8 @@ def cholesky(matrix: Float[Tensor, "unit unit"]) -> tuple[Float[Tensor, "unit un
     """
     scale = float(matrix.diagonal().mean())
     for jitter in JITTERS:
-        lower, info = torch.linalg.cholesky_ex(matrix + jitter * scale * torch.eye(len(matrix)).to(matrix))
+        shifted = matrix + jitter * scale * torch.eye(len(matrix)).to(matrix) if jitter else matrix
+        lower, info = torch.linalg.cholesky_ex(shifted)
         if not info.any():
             return lower, jitter
     raise MechunlearnError(
@@ -122,7 +123,7 @@ class Spectrum:
         start = change @ self.lower @ self.rotation
         share = self.values / self.values.max().clamp_min(torch.finfo(self.values.dtype).tiny)
         grown = start * torch.exp((share - 1) * math.log(growth))
-        grown = grown * (start.norm() / grown.norm())
+        grown = grown * (start.norm() / grown.norm().clamp_min(torch.finfo(grown.dtype).tiny))
         return torch.linalg.solve_triangular(self.lower, grown @ self.rotation.T, upper=False, left=False)
 
 

@@ -36,6 +36,7 @@ class How:
     prefixes: int
     steps: int
     rate: float | int
+    reach: float | int
     batch: int
 
 
@@ -156,7 +157,7 @@ class Washing:
     def _before_norm(self, layer: int, residual: Tensor, keys: Tensor) -> Tensor:
         """The change of the MLP's raw output that its norm turns into `residual`, while the scale stays."""
         norm: Any = self.model.decoder.part(layer, "mlp_post")
-        gain = (self.model.layout.modules.offset + norm.weight).double()
+        gain = (self.model.layout.modules.offset + norm.weight.detach()).double()
         raw = keys.double() @ self.model.rows(site(layer)).double()
         slope = gain / (raw.square().mean(1, keepdim=True) + 1e-6).sqrt()
         damping = (POST_NORM_DAMPING * slope.abs().amax(1, keepdim=True)).square()
@@ -187,9 +188,10 @@ def washing(
     """
     layers = output_sites(model, mask)
     sites = [site(layer) for layer in layers]
-    if how.prefixes < 0 or how.steps < 1 or how.batch < 1:
+    if how.prefixes < 0 or how.steps < 1 or how.batch < 1 or how.reach <= 0:
         raise MechunlearnError(
-            f"Got {how.prefixes} prefixes, {how.steps} steps and batches of {how.batch}. Expected 0 or more, and 1 or more."
+            f"Got {how.prefixes} prefixes, {how.steps} steps, batches of {how.batch} and a reach of {how.reach:g}. Expected 0 or "
+            "more prefixes, 1 or more of the next two, and a reach above 0."
         )
     labels = aims(model, forget, how.towards)
     known, skipped = _known(model, forget)
@@ -235,7 +237,20 @@ def washing(
             batch=how.batch,
             progress=progress,
         )
+    if how.reach != 1:
+        values = _reaching(model, last, contexts, values, how)
     return Washing(model, layers, facts, contexts, values, covariance, retained if keep else None, how, skipped)
+
+
+def _reaching(
+    model: HookedModel, last: int, contexts: Contexts, values: Float[Tensor, "fact d_model"], how: How
+) -> Float[Tensor, "fact d_model"]:
+    """The values, `reach` times as far from the residual stream of the unedited model."""
+    name, moved = f"L{last}.resid_post", values.clone()
+    for facts, found in seen(model, contexts.bare, [name], how.batch):
+        home = found[name][:, 0].to(values)
+        moved[facts] = home + how.reach * (values[facts] - home)
+    return moved
 
 
 def _known(model: HookedModel, forget: Prompts) -> tuple[Int[Tensor, " _known"], list[str]]:

@@ -32,6 +32,7 @@ def memit(
     prefixes: int = 5,
     steps: int = 25,
     rate: float | int = 0.2,
+    reach: float | int = 1.0,
     batch: int = 64,
     seed: int = 0,
     progress: bool = False,
@@ -44,7 +45,9 @@ def memit(
     `role` of each forget fact (half the bare prompt, half the mean behind `prefixes` openings of `text`), h the residual
     stream leaving the mask's last layer there, z its target value, found by `steps` of Adam for many facts at a time
     (`"mean"`: the retain facts' average, no optimisation). C = E[k k^T] over `text` (by default the forget data set's
-    passages), or as given. A larger `strength` protects text more and edits less; the papers use 15,000 to 100,000.
+    passages), or as given. A larger `strength` protects text more and edits less; the papers use 15,000 to 100,000. `reach`
+    moves z that many times as far from h: a ridge falls short of its targets, and 1.5 with a larger strength can forget
+    more than 1 with a smaller one, for less damage to text.
     Retain facts matter only with `retain_weight`, which keeps the outputs for their keys.
 
     Layers are the mask's `mlp.out` sites, lowest first, h measured anew at each; of a partly selected site only the
@@ -78,7 +81,7 @@ def memit(
         mask,
         forget,
         retain,
-        How(towards, role, prefixes, steps, rate, batch),
+        How(towards, role, prefixes, steps, rate, reach, batch),
         covariance=covariance,
         text=text,
         values=values,

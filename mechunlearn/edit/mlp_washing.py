@@ -40,6 +40,7 @@ def mlp_washing(
     prefixes: int = 5,
     steps: int = 25,
     rate: float | int = 0.2,
+    reach: float | int = 1.0,
     batch: int = 64,
     seed: int = 0,
     progress: bool = False,
@@ -81,7 +82,7 @@ def mlp_washing(
         mask,
         forget,
         retain,
-        How(towards, role, prefixes, steps, rate, batch),
+        How(towards, role, prefixes, steps, rate, reach, batch),
         covariance=covariance,
         text=text,
         values=values,
@@ -146,7 +147,7 @@ def _ascended(
         for _ in range(ADAM_STEPS):
             found.grad = 2 * found @ gram
             optimiser.step()
-            found *= (size / _energy(found, moment)).sqrt()
+            found *= (size / _energy(found, moment).clamp_min(1e-300)).sqrt()
     return found.detach()
 
 
