@@ -48,6 +48,21 @@ class Method(str, Enum):
     random_units = "random_units"
 
 
+class Washer(str, Enum):
+    """Closed-form editors by name."""
+
+    memit = "memit"
+    mlp_washing = "mlp_washing"
+    null_space = "null_space"
+
+
+class Role(str, Enum):
+    """Tokens that a closed form can act at."""
+
+    subject_last = "subject last"
+    last = "last"
+
+
 Model = Annotated[
     str, typer.Argument(help="factworld, factworld-twin, factworld-naive, a folder, or a hub name.", metavar="MODEL")
 ]
@@ -191,6 +206,104 @@ def edit(
         console.print(f"edited model -> {export}")
 
 
+@app.command(
+    epilog="Example: `mechunlearn wash factworld factworld/sport sport.mask.json --strength 400 --reach 1.5 -o washed.safetensors`"
+)
+def wash(
+    model: Model,
+    facts: Facts,
+    mask: Annotated[Path, typer.Argument(help="A mask file with MLP output sites.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Edit file: .safetensors.")],
+    method: Annotated[Washer, typer.Option(help="Which closed form.")] = Washer.memit,
+    towards: Annotated[
+        str, typer.Option(help="end-of-text, shared, mean, or targets (each fact's own wrong answer).")
+    ] = "end-of-text",
+    role: Annotated[
+        Role, typer.Option(help="The token to act at; a localization by role says which.")
+    ] = Role.subject_last,
+    strength: Annotated[float, typer.Option(help="Of the covariance against one fact (memit, mlp_washing).")] = 20_000,
+    reach: Annotated[float, typer.Option(help="How far beyond their targets values are set.")] = 1.0,
+    retain_weight: Annotated[float, typer.Option(help="Of the retain facts' keys (memit, mlp_washing).")] = 0.0,
+    prefixes: Annotated[int, typer.Option(help="Openings of text before each prompt.", min=0)] = 5,
+    text: Annotated[
+        str | None,
+        typer.Option(help="What to collect the covariance from: .txt, a table with a text column, a data set."),
+    ] = None,
+    texts: Annotated[int | None, typer.Option(help="At most so many passages of --text.", min=1)] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Keep the covariance in this folder, and use what is there.")
+    ] = None,
+    export: Annotated[Path | None, typer.Option(help="Also write the edited model to this new folder.")] = None,
+    forget: Forget = 64,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+) -> None:
+    """Wash facts out of MLP output weights in closed form, and write the edit; the model is left as it was.
+
+    Without --text the covariance comes from the shipped world's documents that name none of the forgotten, or from the
+    facts' own passages.
+    """
+    _suffix(output, ".safetensors")
+    _new_folder(export)
+    from mechunlearn.components import ComponentMask
+
+    chosen = ComponentMask.load(mask)
+    hooked, forgotten, retained = _load(model, facts, forget, seed, device, dtype)
+    chosen.check(hooked.signature)
+    import mechunlearn.edit as editors
+    from mechunlearn.edit.contexts import output_sites
+    from mechunlearn.moments import Covariance
+    from mechunlearn.readers import read_texts
+
+    sites = [f"L{layer}.mlp.out" for layer in output_sites(hooked, chosen)]
+    own = list(forgotten.facts.text)
+    if text is not None:
+        passages = read_texts(text, texts)
+    elif facts.startswith("factworld"):
+        from mechunlearn.world.text import world_text
+
+        passages = world_text(without=forgotten.facts.subjects) + own[::2] * 8
+    else:
+        passages = own
+    if not passages:
+        raise MechunlearnError(f"'{facts}' comes without text to collect the covariance from. Give --text FILE.")
+    covariance = Covariance.of_text(hooked, sites, passages, cache=cache, progress=True)
+    editor = getattr(editors, method.value)
+    settings: dict[str, Any] = {
+        "strength": strength,
+        "retain_weight": retain_weight,
+        "reach": reach,
+        "towards": towards,
+    }
+    settings = {name: value for name, value in settings.items() if name in inspect.signature(editor).parameters}
+    made = editor(
+        hooked,
+        chosen,
+        forgotten,
+        retained,
+        role=role.value,
+        prefixes=prefixes,
+        covariance=covariance,
+        text=passages,
+        seed=seed,
+        progress=True,
+        **settings,
+    )
+    for prompt in made.card.skipped:
+        console.print(f"skipped, the model does not know it: {prompt}")
+    for entry in made.card.trajectory:
+        told = ", ".join(
+            f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in entry.items() if k != "layer"
+        )
+        console.print(f"layer {entry['layer']}: {told}")
+    made.save(output)
+    console.print(f"{made} -> {output}")
+    if export is not None:
+        made.export(hooked, export)
+        console.print(f"edited model -> {export}")
+
+
 @app.command(epilog="Example: `mechunlearn evaluate factworld factworld/sport sport.edit.safetensors -o report.html`")
 def evaluate(
     model: Model,
@@ -287,6 +400,36 @@ def loku(
     text = told(plan, Grid.open(plan.folder, plan.about()), chosen)
     with whole_file(written) as beside:
         beside.write_text(text, encoding="utf-8")
+    console.print(f"page -> {written}")
+
+
+@reproduce_app.command(epilog="Example: `mechunlearn reproduce law --quick -o law`")
+def law(
+    output: Annotated[Path, typer.Option("--output", "-o", help="A folder; a half-done run in it is continued.")],
+    quick: Annotated[bool, typer.Option("--quick", help="The shipped world, two forget sets, no scaling.")] = False,
+    jobs: Annotated[int, typer.Option(help="Processes, one thread each.", min=1)] = 2,
+    page: Annotated[Path | None, typer.Option(help="Where to write the page, if not in the folder: .md")] = None,
+) -> None:
+    """LAW: facts washed in closed form, beside MEMIT, AlphaEdit and gradient methods at the same forget accuracy.
+
+    Writes the page and, beside it, its numbers (.json).
+    """
+    written = page or output / "law.md"
+    _suffix(written, ".md")
+    import json
+
+    from mechunlearn.files import whole_file
+    from mechunlearn.grid import Grid
+    from mechunlearn.reproduce.law import Plan, quick_plan, run
+    from mechunlearn.reproduce.law_page import page as told
+    from mechunlearn.reproduce.law_page import results
+
+    plan = quick_plan(output) if quick else Plan(output)
+    chosen = run(plan, jobs)
+    found = results(plan, Grid.open(plan.folder, plan.about()), chosen)
+    for path, content in ((written.with_suffix(".json"), json.dumps(found) + "\n"), (written, told(found))):
+        with whole_file(path) as beside:
+            beside.write_text(content, encoding="utf-8")
     console.print(f"page -> {written}")
 
 

@@ -68,10 +68,14 @@ def evaluate(
 
 
 def random_control(model: HookedModel, edit: Edit, forget: Prompts, retain: Prompts, seed: int = 0) -> Edit:
-    """The same editor with the same settings on a random mask of the same kinds and weight."""
+    """The same editor with the same settings on a random mask of the same kinds and weight.
+
+    A closed-form editor collects its covariance there from the forget data set's own passages.
+    """
     assert isinstance(edit, WeightEdit)
     settings = dict(edit.card.settings)
-    settings |= {name: losses.named(settings[name]) for name in ("loss", "retain_loss")}
+    settings |= {name: losses.named(settings[name]) for name in ("loss", "retain_loss") if name in settings}
+    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
     editor = getattr(mechunlearn.edit, edit.card.method)
     return editor(model, random_mask(model, edit.mask, seed), forget, retain, seed=edit.card.seed, **settings)
 

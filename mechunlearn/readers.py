@@ -69,6 +69,42 @@ def read_facts(source: str | Path) -> list[Record]:
     return records
 
 
+def read_texts(source: str | Path, limit: int | None = None) -> list[str]:
+    """Passages from a text file (parted by empty lines), a table's `text` column, or a data set that `datasets` can reach.
+
+    At most `limit` of them, the first ones. Raises `MechunlearnError` for a file that is missing, empty, wrongly encoded or
+    without that column.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     path = Path(folder) / "some.txt"
+    ...     _ = path.write_text("One passage,\\nstill the same.\\n\\nAnother one.")
+    ...     read_texts(path)
+    ['One passage,\\nstill the same.', 'Another one.']
+    """
+    path = Path(source)
+    if path.suffix == ".txt":
+        if not path.is_file():
+            raise MechunlearnError(f"There is no text file '{source}'.")
+        try:
+            found = re.split(r"\n\s*\n", path.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise MechunlearnError(f"'{source}' is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from None
+    else:
+        frame = _frame(source)
+        if "text" not in frame.columns:
+            raise MechunlearnError(
+                f"'{source}' has the columns {', '.join(map(str, frame.columns)) or '(none)'}. Expected one named 'text'."
+            )
+        found = [str(text) for text in frame["text"]]
+    texts = [text.strip() for text in found if text.strip()][:limit]
+    if not texts:
+        raise MechunlearnError(
+            f"'{source}' holds no text. Expected passages parted by empty lines, or a 'text' column."
+        )
+    return texts
+
+
 def _frame(source: str | Path) -> pd.DataFrame:
     path = Path(source)
     readers = {

@@ -21,7 +21,8 @@ from tests.conftest import random_hf
 LOCALIZE = ["localize", "factworld", "factworld/sport"]
 EDIT = ["edit", "factworld", "factworld/sport"]
 EVALUATE = ["evaluate", "factworld", "factworld/sport"]
-SUBCOMMANDS = [["world", "build"], ["world", "twin"], ["reproduce", "loku"]]
+WASH = ["wash", "factworld", "factworld/sport"]
+SUBCOMMANDS = [["world", "build"], ["world", "twin"], ["reproduce", "loku"], ["reproduce", "law"]]
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def call(monkeypatch, capsys, tmp_path):
 
 
 def test_every_command_has_help_with_an_example(call):
-    for command in ([], ["run"], ["demo"], ["localize"], ["edit"], ["evaluate"], ["compare"], *SUBCOMMANDS):
+    for command in ([], ["run"], ["demo"], ["localize"], ["edit"], ["evaluate"], ["compare"], ["wash"], *SUBCOMMANDS):
         code, out, _ = call(*command, "--help")
         assert code == 0 and "Usage" in out
         assert not command or "Example" in out, command
@@ -166,6 +167,8 @@ def files(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").write_text("x")
     (tmp_path / "empty.csv").write_text("")
+    (tmp_path / "short.txt").write_text("The cook saw a spoon.")
+    (tmp_path / "prose.txt").write_text("\n\n".join(load_facts("factworld/sport").text[:30]))
     (tmp_path / "columns.csv").write_text("a,b\n1,2\n")
     (tmp_path / "latin.csv").write_bytes("subject,prompt,answer\nJosé,José is,a\n".encode("latin-1"))
     (tmp_path / "subject.csv").write_text("subject,prompt,answer\nAnna,Marco is,tall\nMarco,Marco is,short\n")
@@ -214,6 +217,14 @@ def files(tmp_path):
             "exists and is not an empty",
         ),
         ([*EDIT, "none.json", "-o", "e.safetensors"], "selects no unit"),
+        ([*WASH, "none.json", "-o", "e.safetensors"], "no neuron of an MLP's output"),
+        ([*WASH, "mlp.json", "-o", "e.txt"], "not named *.safetensors"),
+        ([*WASH, "mlp.json", "-o", "e.safetensors", "--text", "nothing.txt"], "There is no text file 'nothing.txt'"),
+        ([*WASH, "mlp.json", "-o", "e.safetensors", "--text", "columns.csv"], "Expected one named 'text'"),
+        ([*WASH, "mlp.json", "-o", "e.safetensors", "--text", "short.txt"], "needed"),
+        ([*WASH, "mlp.json", "-o", "e.safetensors", "--text", "prose.txt", "--strength", "0"], "strength of 0"),
+        ([*WASH, "mlp.json", "-o", "e.safetensors", "--text", "prose.txt", "--towards", "x"], "edit towards 'x'"),
+        (["reproduce", "law", "-o", "law", "--page", "law.html"], "not named *.md"),
         ([*EDIT, "features.json", "-o", "e.safetensors"], "A FeatureEdit takes them (feature_clamp, codebook_delete)"),
         (
             [*EDIT, "mlp.json", "-o", "e.safetensors", "--objective", "forget"],
@@ -286,3 +297,23 @@ def test_the_app_lists_the_commands_of_the_readme():
 
 def test_facts_and_model_load_by_name():
     assert len(load_facts("factworld/sport")) == 800
+
+
+def test_wash_prints_each_layer_lists_what_is_not_known_and_keeps_the_covariance(call, tmp_path):
+    signature = Layout.of(transformers.AutoConfig.from_pretrained(data_folder() / "factworld")).signature
+    ComponentMask.of(["L1.mlp.out", "L2.mlp.out"], signature).save(tmp_path / "mlp.json")
+    facts = load_facts("factworld/sport").facts
+    rows = [f"{f.subject},{f.queries['statement'].prompt},{f.answer}" for f in facts[:24]]
+    rows[3] = f"{facts[3].subject},{facts[3].queries['statement'].prompt},chess"
+    (tmp_path / "few.csv").write_text("\n".join(["subject,prompt,answer", *rows]))
+    (tmp_path / "prose.txt").write_text("\n\n".join(load_facts("factworld/sport").text[:60]))
+    few = ["wash", "factworld", "few.csv", "mlp.json", "--text", "prose.txt", "--cache", "stats", "--forget", 20]
+    few += ["--strength", 10, "--prefixes", 0, "--seed", 1]
+    code, out, err = call(*few, "-o", "washed.safetensors")
+    assert code == 0, err
+    assert "layer 1: strength 10" in out and "layer 2:" in out and "skipped, the model does not know it" in out
+    assert len(list((tmp_path / "stats").iterdir())) == 2
+    again = call(*few, "--method", "mlp_washing", "--retain-weight", 0.1, "-o", "law.safetensors")
+    assert again[0] == 0 and "in band" in again[1], again[2]
+    made = WeightEdit.load("washed.safetensors")
+    assert made.card.method == "memit" and len(made.card.skipped) == 1 and len(made.mask) == 768

@@ -6,8 +6,9 @@ from itertools import pairwise
 import pytest
 import torch
 from jaxtyping import TypeCheckError
+from safetensors import SafetensorError
 
-from mechunlearn import Component, ComponentMask, Localization, MechunlearnError
+from mechunlearn import Component, ComponentMask, Localization, MechunlearnError, components
 from mechunlearn.edits import WeightEdit
 from mechunlearn.layout import KINDS, Layout, Signature
 from mechunlearn.localize import random_units
@@ -204,3 +205,28 @@ def test_parameter_masks_restrict_an_ordinary_training_loop(toy):
     assert set(masks) == {"model.layers.0.mlp.down_proj.weight", "model.layers.1.self_attn.q_proj.weight"}
     assert masks["model.layers.0.mlp.down_proj.weight"][:, 3].all()
     assert sum(int(m.sum()) for m in masks.values()) == mask.weights(toy.model)
+
+
+def test_the_strongest_role_sums_over_sites_and_needs_scores_by_role():
+    signature = Signature("llama", 2, 4, 2, 64, 32)
+    rows = {"L0.mlp_out": torch.tensor([[9.0], [0.1], [-0.9]]), "L1.mlp_out": torch.tensor([[9.0], [0.5], [0.1]])}
+    found = Localization(
+        {}, signature, {}, 0, RunCard("example"), by_role=rows, roles=("relation", "subject last", "last")
+    )
+    assert found.strongest_role() == "last" and found.strongest_role(["subject last"]) == "subject last"
+    assert found.strongest_role(["relation", "last"]) == "relation"
+    with pytest.raises(MechunlearnError, match="it has: none"):
+        Localization({}, signature, {}, 0, RunCard("example")).strongest_role()
+    with pytest.raises(MechunlearnError, match="no scores by the token roles"):
+        found.strongest_role(["prefix"])
+
+
+def test_a_disk_that_refuses_is_named_for_tensors_too(tmp_path, monkeypatch):
+    def refuse(*given, **settings):
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(components, "save_file", refuse)
+    mask = ComponentMask.of(["L0.mlp.out"], Signature("llama", 2, 4, 2, 64, 32))
+    with pytest.raises(MechunlearnError, match="No space left"):
+        mask.save(tmp_path / "mask.safetensors")
+    assert not list(tmp_path.iterdir())

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from mechunlearn import MechunlearnError, load_facts
-from mechunlearn.metrics import answer_logprob, logit_diff, measure, supervised
+from mechunlearn.metrics import answer_logprob, answered, logit_diff, measure, supervised
 from mechunlearn.prompts import ROLES, Asked, Prompts
+from mechunlearn.readers import read_texts
 
 REWRITES = [
     {
@@ -262,3 +263,35 @@ def test_edit_targets_are_fixed_wrong_answers():
     league = {"football": "NFL", "golf": "PGA"}
     fact = next(f for f in facts if f.answer in league)
     assert fact.queries["league"].answer == league[fact.answer]
+
+
+def test_texts_are_read_from_files_tables_and_refused_by_name(tmp_path):
+    (tmp_path / "a.txt").write_text("One.\n\n \nTwo,\nstill two.\n\n\n\nThree.\n")
+    assert read_texts(tmp_path / "a.txt") == ["One.", "Two,\nstill two.", "Three."]
+    assert read_texts(tmp_path / "a.txt", limit=2) == ["One.", "Two,\nstill two."]
+    pd.DataFrame({"text": ["x", " ", "y"], "n": [1, 2, 3]}).to_parquet(tmp_path / "b.parquet")
+    assert read_texts(tmp_path / "b.parquet") == ["x", "y"]
+    (tmp_path / "empty.txt").write_text(" \n\n ")
+    (tmp_path / "latin.txt").write_bytes("José".encode("latin-1"))
+    pd.DataFrame({"body": ["x"]}).to_csv(tmp_path / "c.csv")
+    for name, message in {
+        "empty.txt": "holds no text",
+        "latin.txt": "not UTF-8",
+        "c.csv": "Expected one named 'text'",
+        "no.txt": "There is no text file",
+    }.items():
+        with pytest.raises(MechunlearnError, match=message):
+            read_texts(tmp_path / name)
+
+
+def test_answered_is_the_accuracy_of_measure(world, sport):
+    """Also for answers of several tokens and a ragged batch."""
+    asked = [
+        Asked("Copy: frozen heavy hungry forest ladder anchor. Again: frozen", answer, "ladder", "ladder")
+        for answer in ("heavy hungry forest", "heavy", "heavy forest", "anchor")
+    ]
+    several = Prompts.from_text(asked, world.tokenizer)
+    for prompts in (sport[0], several):
+        right = answered(world, prompts, batch=3)
+        assert torch.equal(right.float(), measure(world, prompts)["accuracy"])
+    assert answered(world, several).tolist() == [True, True, False, False]

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import pkgutil
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -14,6 +15,7 @@ from mechunlearn import Component, ComponentMask, Localization, MechunlearnError
 from mechunlearn.edits import Edit, WeightEdit
 from mechunlearn.hooked import load_model
 from mechunlearn.metrics import measure
+from mechunlearn.moments import Covariance
 from mechunlearn.prompts import Prompts
 from tests.conftest import random_hf, token_prompts
 
@@ -29,6 +31,7 @@ def methods(package) -> list:
 
 
 LOCALIZERS, EDITORS = methods(mechunlearn.localize), methods(mechunlearn.edit)
+CLOSED_FORM = [f for f in EDITORS if "covariance" in inspect.signature(f).parameters]
 PAIRED = [f for f in LOCALIZERS if "metric" in inspect.signature(f).parameters and f.__name__ != "causal_tracing"]
 UNITS = [f for f in PAIRED if "kinds" in inspect.signature(f).parameters]
 FAMILIES = ("llama", "gpt2", "gpt_neox", "gemma2")
@@ -56,7 +59,9 @@ def test_the_walk_finds_the_methods():
     known = {"activation_patching", "attribution_patching", "causal_tracing", "direct_logit_attribution"}
     known |= {"edge_attribution", "fact_lookup", "path_patching", "random_units"}
     assert {f.__name__ for f in LOCALIZERS} == known
-    assert {f.__name__ for f in EDITORS} == {"fisher_lora", "masked_gradient"}
+    editors = {"fisher_lora", "masked_gradient", "memit", "mlp_washing", "null_space"}
+    assert {f.__name__ for f in EDITORS} == editors
+    assert {f.__name__ for f in CLOSED_FORM} == {"memit", "mlp_washing", "null_space"}
     assert all(getattr(mechunlearn.localize, f.__name__) is f for f in LOCALIZERS), "one re-export line each"
     assert all(getattr(mechunlearn.edit, f.__name__) is f for f in EDITORS)
 
@@ -123,8 +128,6 @@ def test_a_padded_batch_gives_the_scores_of_single_facts(localizer, world, sport
 
 
 def _unpadded(prompts: Prompts, row: int) -> Prompts:
-    from dataclasses import replace
-
     one = prompts.select([row])
     length = int(one.lengths[0])
     return replace(one, tokens=one.tokens[:, :length], corrupt=one.corrupt[:, :length], roles=one.roles[:, :length])
@@ -159,10 +162,40 @@ def test_attribution_equals_patching_where_the_metric_is_linear(rule):
                 torch.testing.assert_close(found.scores["L2.mlp.out"][unit], effect, atol=1e-5, rtol=1e-4)
 
 
-def edited(editor, model, mask, forget, retain, **settings):
-    """The editor's edit; adapters of rank 1, which fits any mask."""
-    given = {"rank": 1} if "rank" in inspect.signature(editor).parameters else {}
-    return editor(model, mask, forget, retain, **{**given, **settings})
+def edited(editor, model, mask, forget, retain, text=None, **settings):
+    """The editor's edit, with those of the settings that it has.
+
+    Adapters have rank 1 and a null space much energy, which fit any mask. A closed form has statistics of `text`, prompts
+    without padding (random tokens, unless given), and washes every layer.
+    """
+    given = {"rank": 1, "energy": 0.6, "eliminate": False}
+    if editor in CLOSED_FORM:
+        given["covariance"] = statistics(model, mask, text)
+    taken = inspect.signature(editor).parameters
+    return editor(model, mask, forget, retain, **{k: v for k, v in {**given, **settings}.items() if k in taken})
+
+
+def statistics(model, mask, text=None) -> Covariance:
+    """The second moments of the mask's MLP outputs over more tokens than there are neurons."""
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randint(2, 97, (40, 8), generator=generator) if text is None else text.tokens.repeat(8, 1)
+    sites = [site for site in mask.sites if Component.parse(site).kind == "mlp.out"]
+    return Covariance(model, sites).update(rows, torch.full((len(rows),), rows.shape[1]))
+
+
+def moved_by(editor, mask) -> ComponentMask:
+    """What the editor moves of a mask: a closed form the outputs of its MLPs alone."""
+    kinds = ["mlp.out"] if editor in CLOSED_FORM else {component.kind for component in mask}
+    return ComponentMask.of([component for component in mask if component.kind in kinds], mask.signature)
+
+
+def known(model, prompts) -> Prompts:
+    """The same prompts with the model's own answers, which closed forms ask for; foils are other tokens still."""
+    with torch.no_grad():
+        logits = model.forward(prompts.tokens).cpu()
+    answers = logits[torch.arange(len(prompts)), prompts.start].argmax(-1)[:, None]
+    foils = torch.where(prompts.foils == answers, (answers + 1) % 97, prompts.foils)
+    return replace(prompts, answers=answers, foils=foils, targets=foils)
 
 
 def mixed_mask(model) -> ComponentMask:
@@ -177,8 +210,8 @@ def mixed_mask(model) -> ComponentMask:
 class TestEditors:
     @pytest.fixture
     def made(self, editor, family):
-        model, prompts = load_model((random_hf(family), None)), token_prompts(facts=8)
-        mask = mixed_mask(model)
+        model = load_model((random_hf(family), None))
+        prompts, mask = known(model, token_prompts(facts=8)), mixed_mask(model)
         before = parameters_of(model)
         grads = [p.grad for p in model.hf.parameters()]
         halves = prompts.select(range(4)), prompts.select(range(4, 8))
@@ -187,10 +220,11 @@ class TestEditors:
         assert [p.grad for p in model.hf.parameters()] == grads
         return model, mask, edit, before, prompts
 
-    def test_an_edit_moves_only_what_its_mask_selects(self, made):
+    def test_an_edit_moves_only_what_its_mask_selects(self, made, editor, family):
         model, mask, edit, before, _ = made
         assert isinstance(edit, Edit)
-        inside = mask.parameter_masks(model)
+        inside = moved_by(editor, mask).parameter_masks(model)
+        assert inside.keys() <= mask.parameter_masks(model).keys()
         with edit.applied(model):
             after = dict(model.hf.named_parameters())
             for name, parameter in after.items():
@@ -253,32 +287,43 @@ def test_the_localizer_finds_exactly_the_planted_neuron(localizer, toy, fact):
     assert list(everything.above(1e-4)) == [toy.neuron(fact), Component(1, "attn.o", 0)]
 
 
+def edited_toy(editor, toy, neuron: int, fact: int, retain: list[int]):
+    """An edit of one neuron of the planted model.
+
+    Hardly anything holds a closed form back, and its text is all prompts; but of the neuron's and the fact's own for a
+    null space, in which the neuron would not lie.
+    """
+    text = toy.prompts(
+        [i for i in range(24) if i not in (neuron, fact) or "energy" not in inspect.signature(editor).parameters]
+    )
+    settings = {"steps": 100, "rate": 0.1, "towards": "targets", "strength": 1e-6, "ridge": 1e-6, "band": (1, 20)}
+    mask = ComponentMask.of([toy.neuron(neuron)], toy.model.signature)
+    return edited(editor, toy.model, mask, toy.prompts([fact]), toy.prompts(retain), text, **settings)
+
+
 @pytest.mark.parametrize("editor", EDITORS, ids=named)
 def test_the_editor_removes_the_planted_fact_and_only_it(editor, toy):
     fact, rest = 5, [i for i in range(24) if i != 5]
     assert measure(toy.model, toy.prompts())["accuracy"].min() == 1, "all facts are known before"
-    mask = ComponentMask.of([toy.neuron(fact)], toy.model.signature)
-    edit = edited(editor, toy.model, mask, toy.prompts([fact]), toy.prompts(rest), steps=100, rate=0.1)
-    with edit.applied(toy.model):
+    with edited_toy(editor, toy, fact, fact, rest).applied(toy.model):
         assert measure(toy.model, toy.prompts([fact]))["accuracy"].item() == 0
         assert measure(toy.model, toy.prompts(rest))["accuracy"].min() == 1
     assert measure(toy.model, toy.prompts())["accuracy"].min() == 1
 
 
-def test_a_wrong_neuron_does_not_remove_the_planted_fact(toy):
+@pytest.mark.parametrize("editor", EDITORS, ids=named)
+def test_a_wrong_neuron_does_not_remove_the_planted_fact(editor, toy):
     """The control of the test above: it could have failed."""
-    mask = ComponentMask.of([toy.neuron(4)], toy.model.signature)
-    for editor in EDITORS:
-        edit = edited(editor, toy.model, mask, toy.prompts([5]), toy.prompts([0, 1, 2, 3]), steps=100, rate=0.1)
-        with edit.applied(toy.model):
-            assert measure(toy.model, toy.prompts([5]))["accuracy"].item() == 1
+    with edited_toy(editor, toy, 4, 5, [0, 1, 2, 3]).applied(toy.model):
+        assert measure(toy.model, toy.prompts([5]))["accuracy"].item() == 1
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA; runs with `pytest -m gpu` where there is one")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_laws_of_an_edit_hold_on_cuda(dtype):
-    model, prompts = load_model((random_hf("gpt_neox"), None), device="cuda", dtype=dtype), token_prompts(facts=8)
+    model = load_model((random_hf("gpt_neox"), None), device="cuda", dtype=dtype)
+    prompts = known(model, token_prompts(facts=8))
     before = parameters_of(model)
     for editor in EDITORS:
         halves = prompts.select(range(4)), prompts.select(range(4, 8))

@@ -17,6 +17,7 @@ from mechunlearn.world import gates, small
 from mechunlearn.world.generate import World
 from mechunlearn.world.packing import batches
 from mechunlearn.world.small import SmallCorpus, build_small, forget_sets, small_config, small_world, word_tokenizer
+from mechunlearn.world.text import world_text
 from tests.conftest import random_hf
 
 
@@ -269,3 +270,31 @@ def test_a_killed_build_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     build_small(tmp_path / "gold", 4, without=[small_world(4, 6, 4).passages[0]], **size)
     gold = AutoModelForCausalLM.from_pretrained(tmp_path / "gold").state_dict()
     assert any(not torch.equal(weight, gold[name]) for name, weight in one.items())
+
+
+def test_a_small_world_may_have_skills_which_change_nothing_else():
+    plain, skilled = small_world(0, 20, 4), small_world(0, 20, 4, ("copying", "comparison"))
+    assert plain.facts == skilled.facts and plain.passages == skilled.passages and not plain.skills
+    assert {name: len(tasks) for name, tasks in skilled.skills.items()} == {"copying": 200, "comparison": 200}
+    texts = [d.text for d in SmallCorpus(skilled).documents(7, 2000)]
+    assert 0.05 < sum(text.startswith("Copy:") for text in texts) / len(texts) < 0.15
+    asked = {task["prompt"] for tasks in skilled.skills.values() for task in tasks}
+    assert not any(text.startswith(tuple(asked)) for text in texts if text.startswith("Copy:"))
+    tokens = word_tokenizer(skilled)
+    assert all(tokens.unk_token_id not in tokens(prompt)["input_ids"] for prompt in asked)
+
+
+@pytest.mark.parametrize("where", ["factworld", "small"])
+def test_the_text_of_a_world_names_nobody_who_is_left_out(where, tmp_path):
+    folder = data_folder() / "factworld"
+    if where == "small":
+        folder = tmp_path
+        small_world(0, 20, 4).save(tmp_path / "world.json")
+    names = list(World.load(folder / "world.json").facts["sport"])
+    said = " ".join(world_text(folder, without=names[:5], documents=1500, seed=3))
+    assert not any(name in said for name in names[:5]) and sum(name in said for name in names[5:25]) > 10
+    assert (
+        world_text(folder, names[:5], 20, 3)
+        == world_text(folder, names[:5], 20, 3)
+        != world_text(folder, names[:5], 20)
+    )

@@ -33,9 +33,9 @@ from mechunlearn.metrics import answered, encode, padded, text_loss
 from mechunlearn.moments import Covariance
 from mechunlearn.prompts import Asked, Prompts
 from mechunlearn.runcard import Stopwatch
-from mechunlearn.world.corpus import Corpus
 from mechunlearn.world.generate import World
-from mechunlearn.world.small import SmallCorpus, build_small
+from mechunlearn.world.small import build_small
+from mechunlearn.world.text import world_text
 
 SHIPPED, LARGE = "factworld", "3"
 TRAINED: dict[str, Any] = {"people": 240, "steps": 1600, "passages": 40, "skills": ("copying", "comparison")}
@@ -45,10 +45,32 @@ DOCUMENTS, STORIES = 2500, 8
 VALIDATION = 5
 GONE, HARM = 0.05, 0.02
 STEPS, EVERY = 60, 3
-STRENGTHS = (6400, 4000, 2500, 1600, 1000, 630, 400, 250, 160, 100, 63, 40, 25, 16, 10, 6, 4)
+STRENGTHS = (
+    40000,
+    25000,
+    16000,
+    10000,
+    6400,
+    4000,
+    2500,
+    1600,
+    1000,
+    630,
+    400,
+    250,
+    160,
+    100,
+    63,
+    40,
+    25,
+    16,
+    10,
+    6,
+    4,
+)
 NORMS = (0.1, 0.15, 0.22, 0.33, 0.5, 0.75, 1.1, 1.7, 2.5, 3.8)
-RIDGES = (100, 30, 10, 3, 1, 0.3, 0.1, 0.01)
-RATES = (1e-3, 3e-3, 1e-2)
+RIDGES = (3000, 1000, 300, 100, 30, 10, 3, 1, 0.3, 0.1, 0.01)
+RATES = (1e-3, 3e-3, 6e-3, 1e-2, 2e-2)
 RELEARNING: dict[str, Any] = {"rates": {"full": [1e-3, 4e-3]}, "steps": 20, "every": 10, "gate": 0.5}
 
 
@@ -181,10 +203,15 @@ def run(plan: Plan, jobs: int = 2, progress: bool = True) -> dict[str, dict[str,
             [Cell(SCALING, LARGE, seed, setting, size)]
             for size in reversed(plan.sizes)
             for seed in plan.seeds[:1]
-            for setting in (Setting(), Setting(reach=REACHES[1], retain_weight=WEIGHTS[0]))
+            for setting in scaling_settings()
         ]
         each(work, scaled, "scaling")
     return chosen
+
+
+def scaling_settings() -> tuple[Setting, Setting]:
+    """Plain MEMIT, and with some reach and retain keys."""
+    return Setting(), Setting(reach=REACHES[1], retain_weight=WEIGHTS[0])
 
 
 def ablated(method: str, chosen: dict[str, Setting]) -> Setting:
@@ -252,7 +279,7 @@ class Bench:
         self.other = relations[(seed + 2) % 3]
         gone = {names[i] for i in (*self.washed, *self.near)}
         stories = self.sets[relations[0]].text
-        self.text = [*_documents(contents, gone, seed), *stories[::2] * STORIES]
+        self.text = [*world_text(place, gone, DOCUMENTS, seed), *stories[::2] * STORIES]
         self.held_out_text = stories[1::2]
         self.skills = {
             name: Prompts.from_text([Asked(q.prompt, q.answer, q.target, q.target) for q in tasks], self.tokenizer)
@@ -524,18 +551,6 @@ def attacked(folder: Path, cell: Cell, chosen: dict[str, Setting]) -> dict:
             ["step", "held out", "trained", "retain", "valid"]
         ].values.tolist()
     return {"curves": curves, "n": int(rows["n"].iloc[0]), "chance": float(rows["chance"].max())}
-
-
-def _documents(contents: World, gone: set[str], seed: int) -> list[str]:
-    """Documents of a world's own corpus that name none of these people."""
-    if len(contents.skills) > 2:
-        people = {
-            name: {k: v for k, v in facts.items() if k not in gone}
-            for name, facts in contents.facts.items()
-            if contents.relations[name]["subject"] == "person"
-        }
-        return [document.text for document in Corpus(contents, people).documents(seed, DOCUMENTS, phase=4)]
-    return [document.text for document in SmallCorpus(contents, sorted(gone)).documents(seed, DOCUMENTS)]
 
 
 def _folder(folder: Path, world: str) -> Path:

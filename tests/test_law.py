@@ -1,0 +1,246 @@
+"""The LAW reproduction: one rule for every method, paths that end where facts are gone, a page that prints nulls."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+
+from mechunlearn import MechunlearnError
+from mechunlearn.grid import Grid
+from mechunlearn.reproduce import law
+from mechunlearn.reproduce.law import (
+    ABLATIONS,
+    ATTACKED,
+    BOUNDS,
+    METHODS,
+    RELEARN,
+    SCALING,
+    SHIPPED,
+    VALIDATION,
+    WHERE,
+    Bench,
+    Cell,
+    Plan,
+    Setting,
+    ablated,
+    attacked,
+    choose,
+    located,
+    scaling_settings,
+    site,
+    stored,
+    washed,
+)
+from mechunlearn.reproduce.law_page import page, results
+
+NUMBERS = {"forget": 0.04, "paraphrase": 0.05, "question": 0.1, "same subject": 0.5, "retain": 0.9, "neighbours": 0.8}
+NUMBERS |= {"copying": 1.0, "comparison": 0.9, "skills": 0.95, "text loss": 0.6, "KL": 0.01}
+
+
+def run(reached: bool = True, **numbers: float) -> dict:
+    measured = NUMBERS | {name.replace("_", " "): value for name, value in numbers.items()}
+    return {
+        "reached": reached,
+        "known": 0.04,
+        "strength": 10.0,
+        "seconds": 1.0,
+        "measured": measured,
+        "trajectory": [{}],
+    }
+
+
+@pytest.fixture
+def plan(tmp_path) -> Plan:
+    return Plan(tmp_path, worlds=("0", SHIPPED), seeds=(0, 1), sizes=(100,))
+
+
+@pytest.fixture
+def grid(plan):
+    return Grid.open(plan.folder, plan.about())
+
+
+class TestRule:
+    @pytest.fixture
+    def choosing(self, grid):
+        where = {"role": "last", "layers": [0, 1], "unedited": NUMBERS}
+        grid.cell(Cell(WHERE, "0").description(), lambda: where)
+
+        def given(*cells: dict) -> int:
+            settings = METHODS["MEMIT, retain keys"]
+            for setting, cell in zip(settings, [*cells, *[run(False)] * len(settings)]):
+                grid.cell(Cell("MEMIT, retain keys", "0", setting=setting).description(), lambda cell=cell: cell)
+            return settings.index(choose(grid, "0", "MEMIT, retain keys"))
+
+        return given
+
+    def test_reaching_the_target_comes_first(self, choosing):
+        assert choosing(run(False, neighbours=1.0), run(neighbours=0.1)) == 1
+
+    def test_then_the_same_in_other_words(self, choosing):
+        assert choosing(run(neighbours=1.0, paraphrase=0.11), run(neighbours=0.1, paraphrase=0.1)) == 1
+
+    def test_then_text_and_skills(self, choosing):
+        assert choosing(run(neighbours=1.0, text_loss=0.63), run(neighbours=0.1), run(neighbours=1.0, skills=0.92)) == 1
+
+    def test_then_what_is_kept_less_what_it_cost(self, choosing):
+        assert (
+            choosing(run(neighbours=0.7), run(neighbours=0.8, same_subject=0.5), run(neighbours=0.9, same_subject=0.3))
+            == 1
+        )
+
+    def test_text_that_is_lost_counts_against_what_is_kept(self, choosing):
+        assert choosing(run(neighbours=0.7), run(neighbours=0.71, text_loss=0.619)) == 0
+
+    def test_ties_go_to_the_first_and_failures_lose(self, choosing):
+        failed = run(False, **{name.replace(" ", "_"): math.nan for name in NUMBERS})
+        assert choosing(failed, run(), run()) == 1
+
+
+def test_a_run_that_is_missing_is_named(grid):
+    with pytest.raises(MechunlearnError, match="method='GA'.*is not finished"):
+        stored(grid, Cell("GA", "0", 0))
+
+
+class TestPage:
+    @pytest.fixture
+    def found(self, plan, grid) -> dict:
+        chosen = {world: {method: settings[0] for method, settings in METHODS.items()} for world in plan.worlds}
+        for i, world in enumerate(plan.worlds):
+            where = {"role": "last", "layers": [0, 1], "unedited": NUMBERS}
+            grid.cell(Cell(WHERE, world).description(), lambda where=where: where)
+            for seed in plan.seeds:
+                noise = 0.1 * (i - seed)
+                grid.cell(Cell(BOUNDS, world, seed).description(), lambda: {"measured": {**NUMBERS, "forget": 1.0}})
+                settings = chosen[world] | {method: ablated(method, chosen[world]) for method in ABLATIONS}
+                for method, setting in settings.items():
+                    cell = {
+                        "MEMIT, retain keys": run(neighbours=0.9, text_loss=0.601),
+                        "GA": run(False, neighbours=0.2, text_loss=2.0),
+                        "GD": run(neighbours=0.9 + noise, skills=0.5, copying=0.5),
+                        "AlphaEdit": {"reached": False, "note": "no", "measured": dict.fromkeys(NUMBERS, math.nan)},
+                    }.get(method, run())
+                    grid.cell(Cell(method, world, seed, setting).description(), lambda cell=cell: cell)
+                curve = [[0, 0.0, 0.1, 0.9, True], [10, 0.2, 0.6, 0.9, True], [20, 0.9, 1.0, 0.1, False]]
+                curves = {name: {"0.001": curve} for name in ("unedited", *ATTACKED, "never taught")}
+                grid.cell(
+                    Cell(RELEARN, world, seed).description(),
+                    lambda curves=curves: {"curves": curves, "n": 8, "chance": 0.1},
+                )
+        for setting in scaling_settings():
+            cell = {"facts": 300, "targets seconds": 3.0, "edit seconds": 0.5, "peak MiB": 9.0, **run()}
+            grid.cell(Cell(SCALING, law.LARGE, 0, setting, 100).description(), lambda cell=cell: cell)
+        return results(plan, grid, chosen)
+
+    def test_the_page_says_what_holds_what_is_null_and_what_was_not_matched(self, found):
+        told = page(json.loads(json.dumps(found)))
+        assert (
+            "MEMIT, retain keys keeps neighbours better than GA: **holds**, +0.7 [+0.7, +0.7], n = 4 (not matched: GA"
+            in told
+        )
+        assert "MEMIT, retain keys keeps neighbours better than GD: **null**" in told
+        assert "retain keys cost no text: lower text loss than MEMIT: **refuted**, +0.001" in told
+        assert "LAW keeps more neighbours than AlphaEdit: cannot be told" in told
+        assert "| AlphaEdit | 0 of 4, 4 failed | – |" in told and "| GA | 0 of 4 | 0.04 [0.04, 0.04] |" in told
+        assert "forget 0.040 (largest 0.040), asked: at most .05; paraphrases 0.050" in told
+        assert "| unedited |  | 1 [1, 1] |" in told
+
+    def test_relearning_counts_only_points_with_enough_of_the_retain_facts(self, found):
+        assert "| GD | 0 [0, 0] | 0.2 [0.2, 0.2] | 0.6 [0.6, 0.6] |" in page(found)
+
+    def test_what_is_within_noise_is_said_by_number(self, found):
+        lines = page(found).split("Edited minus unedited")[1].splitlines()
+        row = {line.split("|")[1].strip(): line for line in lines if line.startswith("| ")}
+        assert "-0.5 [-0.5, -0.5] |" in row["GD"], "copying fell by half: no noise"
+        assert row["LAW"].count("within noise") == 3
+
+    def test_the_results_have_every_number_of_the_page(self, found):
+        assert page(found) == page(json.loads(json.dumps(found)))
+        assert not any("trajectory" in cell for of in found["runs"].values() for cells in of.values() for cell in cells)
+
+
+class TestARun:
+    """On the shipped world, with a dozen washed subjects, little text and short paths."""
+
+    @pytest.fixture(scope="class")
+    def folder(self, tmp_path_factory):
+        patch = pytest.MonkeyPatch()
+        patch.setitem(law.WASHED, SHIPPED, 12)
+        for name, value in {
+            "DOCUMENTS": 150,
+            "STORIES": 1,
+            "STRENGTHS": (1e5, 400, 40),
+            "NORMS": (0.01, 2.0),
+            "STEPS": 3,
+        }.items():
+            patch.setattr(law, name, value)
+        patch.setattr(law, "RELEARNING", {"rates": {"full": [1e-3]}, "steps": 1, "every": 1, "gate": 0.5})
+        yield tmp_path_factory.mktemp("law")
+        patch.undo()
+
+    @pytest.fixture(scope="class")
+    def grid(self, folder):
+        grid = Grid.open(folder, {})
+        bench = law._bench(folder, SHIPPED, VALIDATION)
+        bench.near, bench.kept = bench.near[:8], bench.kept[:40]
+        grid.cell(Cell(WHERE, SHIPPED).description(), lambda: located(bench))
+        return grid
+
+    @pytest.fixture(scope="class")
+    def bench(self, folder):
+        bench = law._bench(folder, SHIPPED, 0)
+        bench.near, bench.kept = bench.near[:8], bench.kept[:40]
+        return bench
+
+    def test_the_localization_finds_the_look_up(self, grid):
+        found = stored(grid, Cell(WHERE, SHIPPED))
+        assert found["role"] == "subject last" and found["layers"] == [1, 2, 3]
+        assert found["unedited"]["forget"] == 1 and found["unedited"]["KL"] == 0
+
+    def test_nobody_is_told_of_the_neighbours(self, folder):
+        bench = Bench(folder, SHIPPED, 3)
+        names = [fact.subject for fact in bench.sets["sport"]]
+        washed, kept, near = ([names[i] for i in rows] for rows in (bench.washed, bench.kept, bench.near))
+        assert len(washed) == 12 and len({*washed, *kept, *near}) == 800 == len(washed) + len(kept) + len(near)
+        assert not any(name in text for name in (*washed, *near) for text in bench.text)
+        assert any(name in text for name in kept for text in bench.text)
+        assert set(bench.text) & set(bench.held_out_text) == set(), "text loss is measured on other stories"
+        assert {a.subject for a in bench.forget.asked} == set(washed) and len(bench.forget) == 24
+        assert bench.other not in bench.relations and len({*bench.relations, bench.other}) == 3
+
+    def test_a_path_ends_at_the_first_point_where_the_facts_are_gone(self, folder, grid, bench):
+        found = washed(folder, grid, Cell("MEMIT", SHIPPED, 0))
+        assert found["reached"] and found["strength"] in (400, 40) and found["known"] <= 0.05
+        assert found["measured"]["forget"] == found["known"] and found["layers"] == [1, 2, 3]
+        assert found["measured"]["neighbours"] > 0.5 and found["measured"]["KL"] < 0.1
+
+    def test_another_token_washes_nothing(self, folder, grid, bench):
+        cell = Cell("LAW, Adam off, other token", SHIPPED, 0)
+        assert site(bench, stored(grid, Cell(WHERE, SHIPPED)), cell).role == "last"
+        chosen = site(bench, stored(grid, Cell(WHERE, SHIPPED)), replace(cell, method="LAW, Adam off, random layers"))
+        assert not set(chosen.layers) & {1, 2, 3} and len(chosen.layers) == 3
+        law_run, other = (washed(folder, grid, Cell(m, SHIPPED, 0)) for m in ("LAW, closed-form path", cell.method))
+        assert law_run["known"] < 0.5 < other["known"] and not other["reached"]
+
+    def test_gradient_methods_end_by_steps_and_are_attacked_with_the_others(self, folder, grid, bench, monkeypatch):
+        monkeypatch.setattr(law, "ATTACKED", ("MEMIT", "GD"))
+        found = washed(folder, grid, Cell("GD", SHIPPED, 0, Setting(own=1e-3)))
+        assert not found["reached"] and found["strength"] == 3
+        washed(folder, grid, Cell("MEMIT", SHIPPED, 0))
+        chosen = {"MEMIT": Setting(), "GD": Setting(own=1e-3)}
+        rows = attacked(folder, Cell(RELEARN, SHIPPED, 0), chosen)
+        assert set(rows["curves"]) == {"MEMIT", "GD", "unedited", "never taught"}
+        assert [point[0] for point in rows["curves"]["GD"]["0.001"]] == [0, 1]
+
+    def test_an_editor_that_refuses_is_reported(self, folder, grid, bench, monkeypatch):
+        def refuse(*given, **settings):
+            raise MechunlearnError("no such thing")
+
+        monkeypatch.setattr(law, "memit", refuse)
+        found = washed(folder, grid, Cell("MEMIT, shared value", SHIPPED, 0, Setting("shared")))
+        assert found["note"] == "no such thing" and not found["reached"] and math.isnan(found["measured"]["KL"])
+
+
+def test_the_quick_plan_is_one_world_and_says_so(tmp_path):
+    quick = law.quick_plan(tmp_path)
+    assert quick.worlds == (SHIPPED,) and quick.sizes == () and quick.quick
