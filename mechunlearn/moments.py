@@ -22,10 +22,9 @@ from mechunlearn.components import Component, load_tensors, save_tensors
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.hooked import HookedModel
 from mechunlearn.runcard import digest
+from mechunlearn.solve import add_products, symmetric
 
 CHUNK = 2**24  # entries of the weight gradients that are formed at a time
-TOKENS = 4096  # tokens whose products are added in the activations' precision before they join float64 sums
-STRIPS, SMALL = 8, 512  # strips of rows that a second moment is computed in, none of fewer rows than SMALL
 SAVE_EVERY = 30.0  # seconds between the saves of sums that are not finished
 
 
@@ -219,7 +218,7 @@ class Covariance:
     W_out moves the MLP's output on that text: closed-form editors keep it small. One pass, which ends at the last of the
     sites, collects them all. `skip_first` leaves out position 0, whose activations are far larger in many models.
 
-    Products of `TOKENS` tokens are formed in float32 (float64 if the model is), on and above the diagonal alone, and
+    Products of a few thousand tokens are formed in float32 (float64 if the model is), on and above the diagonal alone, and
     added in float64. Memory: d_mlp^2 float64 a site, and one batch; as much again for one site while it is written to a
     cache, and twice that while `matrix` makes it.
 
@@ -267,8 +266,7 @@ class Covariance:
                 f"No second moment of '{site}' after {self.count} tokens. Expected one of {', '.join(self.sites)}, "
                 "after an update."
             )
-        upper = self._sums[site].triu() / self.count
-        return upper + upper.triu(1).mT
+        return symmetric(self._sums[site] / self.count)
 
     def check(self, model: HookedModel, sites: Iterable[str]) -> None:
         """Raises `MechunlearnError` unless these are invertible statistics of this model at these sites."""
@@ -349,7 +347,7 @@ class Covariance:
 
         def add(site: str, activation: Tensor) -> None:
             total = self._sums[site]
-            _add_products(total, activation[counted.to(activation.device)].to(total.device))
+            add_products(total, activation[counted.to(activation.device)].to(total.device))
             if not total.diagonal().isfinite().all():
                 raise MechunlearnError(
                     f"Activations at '{site}' are not finite in {activation.dtype}. Load the model with "
@@ -358,15 +356,6 @@ class Covariance:
 
         self._model.decoder.observe(tokens, {site: partial(add, site) for site in sites})
         return int(counted.sum())
-
-
-def _add_products(total: Float[Tensor, "unit other"], k: Float[Tensor, "token unit"]) -> None:
-    """Add k^T k on and above the diagonal, in strips of rows that begin at the diagonal."""
-    size = max(SMALL, -(-len(total) // STRIPS))
-    for rows in k.split(TOKENS):
-        wide = rows.to(torch.promote_types(k.dtype, torch.float32))
-        for start in range(0, len(total), size):
-            total[start : start + size, start:] += wide[:, start : start + size].mT @ wide[:, start:]
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,31 @@ from mechunlearn.errors import MechunlearnError
 
 JITTERS = (0.0, 1e-12, 1e-11, 1e-10, 1e-9, 1e-8, 1e-7, 1e-6)
 REFINED, MOST_REFINEMENTS = 1e-13, 8
+STRIPS, SMALL = 8, 512  # strips of rows that a second moment is computed in, none of fewer rows than SMALL
+TOKENS = 4096  # rows of keys that are multiplied at a time
+
+
+def add_products(total: Float[Tensor, "unit other"], k: Float[Tensor, "token unit"]) -> None:
+    """Add k^T k on and above the diagonal, in strips of rows that begin at the diagonal; `symmetric` fills in the rest.
+
+    Products are of the dtype of k, and of float32 at least.
+    """
+    size = max(SMALL, -(-len(total) // STRIPS))
+    for rows in k.split(TOKENS):
+        wide = rows.to(torch.promote_types(k.dtype, torch.float32))
+        for start in range(0, len(total), size):
+            total[start : start + size, start:] += wide[:, start : start + size].mT @ wide[:, start:]
+
+
+def symmetric(upper: Float[Tensor, "unit other"]) -> Float[Tensor, "unit other"]:
+    """The symmetric matrix of which this is the part on and above the diagonal.
+
+    >>> total = torch.zeros(2, 2)
+    >>> add_products(total, torch.tensor([[1.0, 2.0], [0.0, 1.0]]))
+    >>> symmetric(total).tolist()
+    [[1.0, 2.0], [2.0, 5.0]]
+    """
+    return upper.triu() + upper.triu(1).mT
 
 
 def cholesky(matrix: Float[Tensor, "unit unit"]) -> tuple[Float[Tensor, "unit unit"], float]:

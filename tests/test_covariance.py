@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from mechunlearn import MechunlearnError, components, load_facts, load_model, moments
+from mechunlearn import MechunlearnError, components, load_facts, load_model, moments, solve
 from mechunlearn.components import ComponentMask
 from mechunlearn.decoder import Decoder
 from mechunlearn.hooked import BridgedModel
@@ -140,11 +140,11 @@ def test_the_forward_pass_ends_at_the_last_site(small):
 
 @pytest.mark.parametrize("units, small", [(48, 512), (512, 512), (1100, 512), (301, 16)])
 def test_strips_give_the_whole_product(units, small, monkeypatch):
-    monkeypatch.setattr(moments, "TOKENS", 30)
-    monkeypatch.setattr(moments, "SMALL", small)
+    monkeypatch.setattr(solve, "TOKENS", 30)
+    monkeypatch.setattr(solve, "SMALL", small)
     k = torch.randn(70, units, generator=torch.Generator().manual_seed(0))
     total = torch.zeros(units, units, dtype=torch.float64)
-    moments._add_products(total, k)
+    solve.add_products(total, k)
     torch.testing.assert_close(total.triu(), (k.double().T @ k.double()).triu(), rtol=0, atol=1e-4)
     strips = 1 if units <= small else min(8, -(-units // small))
     last = units - (strips - 1) * max(small, -(-units // 8))

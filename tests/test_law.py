@@ -5,8 +5,9 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
 
-from mechunlearn import MechunlearnError
+from mechunlearn import Localization, MechunlearnError
 from mechunlearn.grid import Grid
 from mechunlearn.reproduce import law
 from mechunlearn.reproduce.law import (
@@ -17,7 +18,6 @@ from mechunlearn.reproduce.law import (
     RELEARN,
     SCALING,
     SHIPPED,
-    VALIDATION,
     WHERE,
     Bench,
     Cell,
@@ -33,6 +33,7 @@ from mechunlearn.reproduce.law import (
     washed,
 )
 from mechunlearn.reproduce.law_page import page, results
+from mechunlearn.runcard import RunCard
 
 NUMBERS = {"forget": 0.04, "paraphrase": 0.05, "question": 0.1, "same subject": 0.5, "retain": 0.9, "neighbours": 0.8}
 NUMBERS |= {"copying": 1.0, "comparison": 0.9, "skills": 0.95, "text loss": 0.6, "KL": 0.01}
@@ -149,7 +150,7 @@ class TestPage:
         assert "| GD | 0 [0, 0] | 0.2 [0.2, 0.2] | 0.6 [0.6, 0.6] |" in page(found)
 
     def test_what_is_within_noise_is_said_by_number(self, found):
-        lines = page(found).split("Edited minus unedited")[1].splitlines()
+        lines = page(found).split("Edited minus unedited")[1].split("minus each gradient")[0].splitlines()
         row = {line.split("|")[1].strip(): line for line in lines if line.startswith("| ")}
         assert "-0.5 [-0.5, -0.5] |" in row["GD"], "copying fell by half: no noise"
         assert row["LAW"].count("within noise") == 3
@@ -181,9 +182,8 @@ class TestARun:
     @pytest.fixture(scope="class")
     def grid(self, folder):
         grid = Grid.open(folder, {})
-        bench = law._bench(folder, SHIPPED, VALIDATION)
-        bench.near, bench.kept = bench.near[:8], bench.kept[:40]
-        grid.cell(Cell(WHERE, SHIPPED).description(), lambda: located(bench))
+        where = {"role": "subject last", "layers": [1, 2, 3], "unedited": NUMBERS}
+        grid.cell(Cell(WHERE, SHIPPED).description(), lambda: where)
         return grid
 
     @pytest.fixture(scope="class")
@@ -192,10 +192,16 @@ class TestARun:
         bench.near, bench.kept = bench.near[:8], bench.kept[:40]
         return bench
 
-    def test_the_localization_finds_the_look_up(self, grid):
-        found = stored(grid, Cell(WHERE, SHIPPED))
-        assert found["role"] == "subject last" and found["layers"] == [1, 2, 3]
-        assert found["unedited"]["forget"] == 1 and found["unedited"]["KL"] == 0
+    def test_layers_are_those_below_the_strongest_with_a_quarter_of_its_effect_and_one_above(self, bench, monkeypatch):
+        scores = {
+            f"L{layer}.mlp_out": torch.tensor([[e]]) for layer, e in enumerate((0.5, 0.1, 0.3, 0.9, 0.2, 0.8, 0, 0))
+        }
+        model = bench.model
+        found = Localization({}, model.signature, {}, 0, RunCard("x"), by_role=scores, roles=("subject last",))
+        monkeypatch.setattr(law, "causal_tracing", lambda *given, **settings: found)
+        where = located(bench)
+        assert (where["role"], where["layers"]) == ("subject last", [2, 3, 4])
+        assert where["unedited"]["forget"] == 1 and where["unedited"]["KL"] == 0
 
     def test_nobody_is_told_of_the_neighbours(self, folder):
         bench = Bench(folder, SHIPPED, 3)

@@ -739,7 +739,7 @@ def test_adam_moves_a_change_by_a_little_and_the_path_by_more(llama):
     model, forget, retain, covariance, targets = llama
     mask, keys = ComponentMask.of(["L0.mlp.out"], model.signature), Naive(model).columns(forget, 0, 0)[0]
     moment = covariance.matrix("L0.mlp.out")
-    made, moved = {}, {}
+    made, moved, raw = {}, {}, {}
     for name, settings in {
         "off": {"ascent": "off"},
         "adam": {"ascent": "adam"},
@@ -748,9 +748,11 @@ def test_adam_moves_a_change_by_a_little_and_the_path_by_more(llama):
         "path 9": {"growth": 9},
     }.items():
         edit = mlp_washing(model, mask, forget, retain, covariance=covariance, values=targets, **settings)
-        change = change_of(edit, model)[0]
+        raw[name] = change = change_of(edit, model)[0]
         made[name] = change / ((change @ moment) * change).sum().sqrt()
         moved[name] = edit.card.trajectory[0]["moved"]
+    steps = (raw["adam"] - 1.1**0.5 * raw["off"]).abs().median()
+    assert 6e-5 < steps < 1.05e-4, "a thousand steps of at most 1e-7"
     away = {name: float((change - made["off"]).norm() / made["off"].norm()) for name, change in made.items()}
     heights = {name: float((change @ keys).norm()) for name, change in made.items()}
     assert away["path 1"] < 1e-9 < 1e-6 < away["adam"] < 1e-2 < away["path 2"] < away["path 9"]

@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,9 +22,11 @@ from mechunlearn.metrics import answered
 from mechunlearn.moments import Covariance
 from mechunlearn.prompts import Prompts
 from mechunlearn.runcard import RunCard, Stopwatch, digest
+from mechunlearn.solve import add_products, symmetric
 
 POST_NORM_DAMPING = 1e-2
 LISTED = 3
+GATHERED = 256
 
 
 @dataclass(frozen=True)
@@ -78,26 +80,31 @@ class Washing:
         """
         units = self.layers[layer].to(self.model.device)
         left = sum(other >= layer for other in self.layers)
-        gram = torch.zeros(len(units), len(units), dtype=torch.float64, device=self.model.device)
-        cross = gram.new_zeros(len(units), self.model.signature.d_model)
+        cross = torch.zeros(len(units), self.model.signature.d_model, dtype=torch.float64, device=self.model.device)
+        upper = cross.new_zeros(len(units), len(units))
         here, there = site(layer), f"L{self.last}.resid_post"
-        for facts, found in seen(self.model, self.contexts, [here, there], self.how.batch):
-            keys = self.contexts.mixed(found[here])[:, units]
-            residual = (self.values[facts].to(keys) - found[there][:, 0].double()) / left
-            if self.model.layout.modules.mlp_post:
-                residual = self._before_norm(layer, residual, found[here][:, 0])
-            gram.addmm_(keys.T, keys)
+
+        def pairs() -> Iterator[tuple[Tensor, Tensor]]:
+            for facts, found in seen(self.model, self.contexts, [here, there], self.how.batch):
+                keys = self.contexts.mixed(found[here])[:, units]
+                residual = (self.values[facts].to(keys) - found[there][:, 0].double()) / left
+                if self.model.layout.modules.mlp_post:
+                    residual = self._before_norm(layer, residual, found[here][:, 0])
+                yield keys, residual
+
+        for keys, residual in _gathered(pairs()):
+            add_products(upper, keys)
             cross.addmm_(keys.T, residual)
-        return Sums(gram, cross)
+        return Sums(symmetric(upper), cross)
 
     def gram(self, layer: int, contexts: Contexts) -> Float[Tensor, "unit unit"]:
         """K K^T of some contexts."""
         units = self.layers[layer].to(self.model.device)
-        total = torch.zeros(len(units), len(units), dtype=torch.float64, device=self.model.device)
-        for _, found in seen(self.model, contexts, [site(layer)], self.how.batch):
-            keys = contexts.mixed(found[site(layer)])[:, units]
-            total.addmm_(keys.T, keys)
-        return total
+        upper = torch.zeros(len(units), len(units), dtype=torch.float64, device=self.model.device)
+        batches = seen(self.model, contexts, [site(layer)], self.how.batch)
+        for (keys,) in _gathered((contexts.mixed(found[site(layer)])[:, units],) for _, found in batches):
+            add_products(upper, keys)
+        return symmetric(upper)
 
     def kept(self, layer: int, weight: float | int) -> Float[Tensor, "unit unit"] | float:
         """weight * K_r K_r^T of the retain facts, which the change then leaves as they are."""
@@ -162,6 +169,18 @@ class Washing:
         slope = gain / (raw.square().mean(1, keepdim=True) + 1e-6).sqrt()
         damping = (POST_NORM_DAMPING * slope.abs().amax(1, keepdim=True)).square()
         return residual * slope / (slope.square() + damping)
+
+
+def _gathered(batches: Iterable[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
+    """The same rows in batches of 256 or more: a product of few rows costs as much as the matrix it is added to."""
+    waiting: list[tuple[Tensor, ...]] = []
+    for batch in batches:
+        waiting.append(batch)
+        if sum(len(first) for first, *_ in waiting) >= GATHERED:
+            yield tuple(map(torch.cat, zip(*waiting)))
+            waiting = []
+    if waiting:
+        yield tuple(map(torch.cat, zip(*waiting)))
 
 
 def site(layer: int) -> str:

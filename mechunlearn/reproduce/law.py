@@ -417,11 +417,11 @@ def path(bench: Bench, at: Site, cell: Cell, begin: float = 0.0) -> Iterator[tup
     given = (model, at.mask, bench.forget, bench.retain)
     if cell.method.startswith("MEMIT"):
         for strength in STRENGTHS:
-            yield strength, memit(*given, strength=strength, retain_weight=setting.retain_weight, **shared)
+            yield float(strength), memit(*given, strength=strength, retain_weight=setting.retain_weight, **shared)
     elif cell.method == "AlphaEdit":
         scale = float(covariance.matrix(bench.sites(at.layers)[0]).diagonal().mean())
         for ridge in RIDGES:
-            yield ridge, null_space(*given, energy=setting.own, ridge=ridge * scale, **shared)
+            yield float(ridge), null_space(*given, energy=setting.own, ridge=ridge * scale, **shared)
     elif cell.method == "LAW as released":
         yield 0.0, mlp_washing(*given, ascent="adam", **shared)
     else:
@@ -430,7 +430,7 @@ def path(bench: Bench, at: Site, cell: Cell, begin: float = 0.0) -> Iterator[tup
         ascent = {"LAW": "adam", "LAW, closed-form path": "path", "LAW path, elimination off": "path"}
         shared |= {"ascent": ascent.get(cell.method, "off"), "eliminate": "elimination off" not in cell.method}
         for norm in [norm for norm in NORMS if norm >= begin]:
-            yield norm, mlp_washing(*given, band=(norm, norm), growth=setting.own or 1.0, **shared)
+            yield float(norm), mlp_washing(*given, band=(norm, norm), growth=setting.own or 1.0, **shared)
 
 
 def by_gradient(bench: Bench, at: Site, cell: Cell) -> tuple[float, WeightEdit]:
