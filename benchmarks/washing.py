@@ -46,14 +46,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.cache_utils import DynamicCache
 
-from mechunlearn.edit.closed_form import How, Washing, site
+from mechunlearn.edit.closed_form import GATHERED, How, Washing, site
 from mechunlearn.edit.contexts import Contexts, seen
 from mechunlearn.edit.values import DECAY, KL_WEIGHT, MOST, SETTLED, optimised_values
 from mechunlearn.hooked import BridgedModel, load_model
 from mechunlearn.metrics import answered
-from mechunlearn.moments import SMALL, STRIPS, Covariance
+from mechunlearn.moments import Covariance
 from mechunlearn.prompts import Prompts
-from mechunlearn.solve import Spectrum, solve, within_band
+from mechunlearn.solve import SMALL, STRIPS, Spectrum, add_products, solve, within_band
 
 EDITED = range(3, 8)
 TEXT, CONTEXT = 10, 128  # rows and tokens of the text behind the statistics
@@ -310,12 +310,11 @@ def published_solve(strength: float, gram: Tensor, moment: Tensor, k: Tensor, r:
 
 
 def streamed(keys: Tensor, residuals: Tensor) -> None:
-    """The sums of a layer, in the batches of facts that fit with their prefixes."""
+    """The sums of a layer, in the batches that `Washing.sums` gathers."""
     gram = keys.new_zeros(keys.shape[1], keys.shape[1])
     cross = keys.new_zeros(keys.shape[1], residuals.shape[1])
-    size = BATCH // (1 + PREFIXES)
-    for some, wanted in zip(keys.split(size), residuals.split(size), strict=True):
-        gram.addmm_(some.T, some)
+    for some, wanted in zip(keys.split(GATHERED), residuals.split(GATHERED), strict=True):
+        add_products(gram, some)
         cross.addmm_(some.T, wanted)
 
 
