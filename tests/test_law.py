@@ -189,7 +189,8 @@ class TestARun:
     @pytest.fixture(scope="class")
     def bench(self, folder):
         bench = law._bench(folder, SHIPPED, 0)
-        bench.near, bench.kept = bench.near[:8], bench.kept[:40]
+        bench.near, bench.kept, bench.held_out_text = bench.near[:8], bench.kept[:40], bench.held_out_text[:12]
+        bench.skills = {name: tasks.select(range(20)) for name, tasks in bench.skills.items()}
         return bench
 
     def test_layers_are_those_below_the_strongest_with_a_quarter_of_its_effect_and_one_above(self, bench, monkeypatch):
@@ -204,7 +205,7 @@ class TestARun:
         assert where["unedited"]["forget"] == 1 and where["unedited"]["KL"] == 0
 
     def test_nobody_is_told_of_the_neighbours(self, folder):
-        bench = Bench(folder, SHIPPED, 3)
+        bench = Bench(folder, SHIPPED, 3)  # not the one of the fixture, which is cut short
         names = [fact.subject for fact in bench.sets["sport"]]
         washed, kept, near = ([names[i] for i in rows] for rows in (bench.washed, bench.kept, bench.near))
         assert len(washed) == 12 and len({*washed, *kept, *near}) == 800 == len(washed) + len(kept) + len(near)
@@ -226,7 +227,7 @@ class TestARun:
         chosen = site(bench, stored(grid, Cell(WHERE, SHIPPED)), replace(cell, method="LAW, Adam off, random layers"))
         assert not set(chosen.layers) & {1, 2, 3} and len(chosen.layers) == 3
         law_run, other = (washed(folder, grid, Cell(m, SHIPPED, 0)) for m in ("LAW, closed-form path", cell.method))
-        assert law_run["known"] < 0.5 < other["known"] and not other["reached"]
+        assert law_run["known"] < 0.2 < other["known"] and not other["reached"]
 
     def test_gradient_methods_end_by_steps_and_are_attacked_with_the_others(self, folder, grid, bench, monkeypatch):
         monkeypatch.setattr(law, "ATTACKED", ("MEMIT", "GD"))
