@@ -142,6 +142,10 @@ class TestPage:
         assert "MEMIT, retain keys keeps neighbours better than GD: **null**" in told
         assert "retain keys cost no text: lower text loss than MEMIT: **refuted**, +0.001" in told
         assert "LAW keeps more neighbours than AlphaEdit: cannot be told" in told
+        assert (
+            "LAW: washed facts are gone (relearning half brings back no more of the rest than of facts never taught): **null**"
+            in told
+        )
         assert "| AlphaEdit | 0 of 4, 4 failed | – |" in told and "| GA | 0 of 4 | 0.04 [0.04, 0.04] |" in told
         assert "forget 0.040 (largest 0.040), asked: at most .05; paraphrases 0.050" in told
         assert "| unedited |  | 1 [1, 1] |" in told

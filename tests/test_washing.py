@@ -437,6 +437,8 @@ class TestContexts:
     @pytest.mark.parametrize("place", ["subject last", "last"])
     def test_prompts_behind_prefixes_and_followed_by_labels(self, llama, place):
         model, prompts, *_ = llama
+        behind = torch.arange(9) > prompts.start[:, None]  # what the prompts themselves are followed by
+        prompts = replace(prompts, tokens=torch.where(behind, 77, prompts.tokens))
         labels = torch.tensor([[5, 6, 7], [8, PAD, PAD], [9, 10, PAD], *[[4, PAD, PAD]] * 4])
         found = Contexts.of(model, prompts, place, PREFIXES, labels)
         assert found.weight.tolist() == [0.5, 0.25, 0.25] and len(found) == 7
@@ -584,7 +586,8 @@ class TestValues:
         assert not torch.allclose(found[0], alone[0]), "both facts' labels count"
         single = values.optimised_values(model, 1, contexts.select(torch.tensor([1])), None, **settings)
         torch.testing.assert_close(found[1], single[0], atol=1e-5, rtol=1e-5)
-        # both labels count the same: the mean of the two losses
+        twice = values.optimised_values(model, 1, contexts.select(torch.tensor([0, 0])), None, **settings)
+        torch.testing.assert_close(twice[0], alone[0], atol=1e-5, rtol=1e-5)  # a mean of losses, not their sum
         last = Contexts.of(model, twins, "last", labels=contexts.labels)
         assert values._owners(last).tolist() == [0, 1, 2, 3]
 
@@ -801,6 +804,9 @@ class TestBadInput:
             mask = ComponentMask.of(addresses, model.signature)
             with pytest.raises(MechunlearnError, match=rf"no neuron of an MLP's output .sites: {sites}.*'L3.mlp.out'"):
                 editor(model, mask, forget, retain, **self.settings(llama))
+        empty = ComponentMask({"L0.mlp.out": torch.zeros(48, dtype=torch.bool)}, model.signature)
+        with pytest.raises(MechunlearnError, match="no neuron of an MLP's output"):
+            editor(model, empty, forget, retain, **self.settings(llama))
 
     @pytest.mark.parametrize("editor", [memit, mlp_washing, null_space])
     def test_facts_that_the_model_does_not_know_are_skipped(self, llama, given, editor):
