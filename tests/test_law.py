@@ -143,7 +143,7 @@ class TestPage:
         assert "retain keys cost no text: lower text loss than MEMIT: **refuted**, +0.001" in told
         assert "LAW keeps more neighbours than AlphaEdit: cannot be told" in told
         assert (
-            "LAW: washed facts are gone (relearning half brings back no more of the rest than of facts never taught): **null**"
+            "LAW: washed facts are gone (relearning half brings back no more of the rest than of facts never taught): **holds**"
             in told
         )
         assert "| AlphaEdit | 0 of 4, 4 failed | – |" in told and "| GA | 0 of 4 | 0.04 [0.04, 0.04] |" in told

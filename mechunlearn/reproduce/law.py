@@ -514,6 +514,7 @@ def scaled(folder: Path, grid: Grid, cell: Cell) -> dict:
     bench = _bench(folder, cell.world, cell.seed, cell.size)
     at = site(bench, stored(grid, Cell(WHERE, cell.world)), cell)
     bench.covariance(at.layers)
+    _ = bench.reference
     _, seconds = bench.values(at.layers, at.role, cell.setting.towards)
     edit, strength, known = ended(bench, at, replace(cell, method="MEMIT"))
     with edit.applied(bench.model):
