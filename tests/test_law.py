@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -255,3 +256,12 @@ class TestARun:
 def test_the_quick_plan_is_one_world_and_says_so(tmp_path):
     quick = law.quick_plan(tmp_path)
     assert quick.worlds == (SHIPPED,) and quick.sizes == () and quick.quick
+
+
+def test_the_committed_page_is_that_of_the_committed_numbers():
+    folder = Path(__file__).parents[1] / "docs" / "reproductions"
+    found = json.loads((folder / "law.json").read_text())
+    assert page(found) == (folder / "law.md").read_text()
+    shipped = [run["measured"] for run in found["runs"]["MEMIT, retain keys"][SHIPPED]]
+    assert len(shipped) == 5 and max(run["forget"] for run in shipped) <= 0.05
+    assert sum(run["paraphrase"] for run in shipped) / 5 <= 0.1

@@ -57,11 +57,12 @@ def mlp_washing(
 
     `ascent="path"` follows the gradient flow in closed form until the strongest direction has grown `growth` times as much
     as one without keys; its limit has rank one, so more is not better. `"adam"` is the authors' schedule (1,000 steps, rate
-    1e-7, back onto the ellipsoid after each), which moves D by about a thousandth; `"off"` keeps the initialisation.
+    1e-7, back onto the ellipsoid after each), which beside the rescaling moves D by a thousandth; `"off"` keeps the initialisation.
     Everything else is as in `memit`; `retain_weight` adds the retain facts' keys to what is kept.
 
     Raises `MechunlearnError` as `memit` does, and for a band or growth that is none. Facts about the same subjects, and
-    neighbours, pay most: measure them. Where the band is out of reach (few facts), the card's `trajectory` says so.
+    neighbours, pay most: measure them, and compare `memit` with `reach` and retain keys (docs/reproductions/law.md). Where
+    the band is out of reach (few facts), the card's `trajectory` says so.
 
     >>> from mechunlearn.toy import planted_facts
     >>> toy = planted_facts()
