@@ -565,6 +565,7 @@ class TestValues:
         home = Naive(model).columns(prompts, 2, 2, "last")[2].T
         losses = torch.stack([cross_entropy(x, y) for x, y in labels_at(model, contexts, torch.zeros(7, 32), 2)])
         order = losses.argsort()
+        assert values.SETTLED == 0.05, "as in MEMIT's code"
         monkeypatch.setattr(values, "SETTLED", float(losses[order[3]] + losses[order[4]]) / 2)
         found = values.optimised_values(model, 2, contexts, None, steps=1, rate=0.1, batch=64)
         moved = (found.double() - home).norm(dim=1) > 1e-4
@@ -613,6 +614,9 @@ class TestValues:
                 return model.decoder.unembed(value[None]).log_softmax(-1)[0, 1]
 
         assert likelihood(found[0].double()) > likelihood(home) + 0.1
+        one, three = (facts.select(torch.tensor(rows)) for rows in ([0], [0, 0, 0]))
+        one, three = (values.shared_values(model, 2, x, others, **settings)[0] for x in (one, three))
+        torch.testing.assert_close(three, one, atol=1e-5, rtol=1e-5)  # a mean over facts, not their sum
 
     def test_what_a_subject_is_stays_as_it_is(self, world, sport):
         prompts = sport[0].select(range(3))
@@ -822,6 +826,10 @@ class TestBadInput:
         alone = editor(model, mask, forget.select(others), retain, **settings)
         assert all(torch.allclose(edit.rows[site], alone.rows[site], atol=1e-12) for site in LAYERS)
         assert alone.card.skipped == []
+        settings = {"covariance": llama[3], "towards": "targets", "steps": 2}
+        edit = editor(model, mask, partly, retain, **settings)
+        alone = editor(model, mask, forget.select(others), retain, **settings)
+        assert all(torch.allclose(edit.rows[site], alone.rows[site], atol=1e-6) for site in LAYERS)
         none = replace(forget, answers=forget.foils)
         with pytest.raises(
             MechunlearnError, match=r"answers none of the 7 forget facts .fact 0; fact 1; fact 2; \.\.\."
@@ -920,13 +928,16 @@ class TestBadInput:
 
 class TestOnTheShippedWorld:
     def test_the_whole_of_memit_with_its_own_prefixes_and_text(self, sport):
-        """In float64, with a tokenizer: half the key is that of the prompt behind openings of the passages."""
+        """In float64, with a tokenizer: half the key is that of the prompt behind openings of the passages.
+
+        Below layer 3 this model's heads look no further back than the subject, and its keys know of no prefix.
+        """
         world = load_model("factworld", dtype=torch.float64)
         forget, retain = (prompts.select(range(4)) for prompts in sport)
-        mask, layers = ComponentMask.of(["L1.mlp.out"], world.signature), {1: list(range(384))}
+        mask, layers = ComponentMask.of(["L3.mlp.out"], world.signature), {3: list(range(384))}
         text = forget.facts.text[::2][:40]
         prefixes = openings(world, text, 5, 3)
-        covariance = Covariance.of_text(world, ["L1.mlp.out"], text)
+        covariance = Covariance.of_text(world, ["L3.mlp.out"], text)
         targets = normal(4, 128)
 
         def formula(layer, units, keys, wanted, moment):
@@ -934,7 +945,7 @@ class TestOnTheShippedWorld:
 
         edit = memit(world, mask, forget, retain, values=targets, text=text, seed=3)
         wanted = Naive(world).wash(forget, layers, targets, covariance, formula, prefixes=prefixes, head=1)
-        assert_same(edit, world, wanted, rel=1e-7)  # its norms are float32
+        assert_same(edit, world, wanted, rel=1e-6)  # its norms are float32
         assert edit.card.model == world.fingerprint and json.loads(edit.card.to_json())["method"] == "memit"
 
     def test_washing_takes_facts_away_and_leaves_most_others(self, world, sport):
