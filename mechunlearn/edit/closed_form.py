@@ -166,7 +166,7 @@ class Washing:
         norm: Any = self.model.decoder.part(layer, "mlp_post")
         gain = (self.model.layout.modules.offset + norm.weight.detach()).double()
         raw = keys.double() @ self.model.rows(site(layer)).double()
-        slope = gain / (raw.square().mean(1, keepdim=True) + 1e-6).sqrt()
+        slope = gain / (raw.square().mean(1, keepdim=True) + getattr(norm, "eps", 1e-6)).sqrt()
         damping = (POST_NORM_DAMPING * slope.abs().amax(1, keepdim=True)).square()
         return residual * slope / (slope.square() + damping)
 
@@ -228,6 +228,12 @@ def washing(
     contexts = Contexts.of(model, facts, how.role, prefixes, labels)
     retained = Contexts.of(model, retain, how.role) if len(retain) else None
     last = max(layers)
+    if values is None and last == model.signature.layers - 1 and bool((contexts.at < contexts.start).all()):
+        warnings.warn(
+            f"Layer {last} is the model's last: nothing above it reads the token '{how.role}', so no value there changes what is "
+            "said. Choose lower layers, or role='last'.",
+            stacklevel=3,
+        )
     if values is not None:
         if values.shape != (len(forget), model.signature.d_model):
             raise MechunlearnError(

@@ -99,8 +99,10 @@ def optimised_values(
     z = h + argmin_delta  mean over contexts of -log p(labels) + .0625 KL(p(next | kept; delta) || p(next | kept))
     + .5 ||delta|| / ||h||,   ||delta|| <= .75 ||h||
 
-    (MEMIT, arXiv 2210.07229, section 4.2 and its code). `rate` is in units of the root mean square of h, so it means the same
-    whatever the scale of a model's residual stream; the code's is absolute (.5). A fact stays as it is once its loss is below .05. `kept` holds the
+    (MEMIT, arXiv 2210.07229, section 4.2, with the constants of its code, which divides the decay by ||h||^2.) Facts that the
+    edited token cannot tell apart (two relations, asked behind the subject) share one value, which serves the mean of
+    their losses. `rate` is in units of the root mean square of h, so it means the same whatever the scale of a model's
+    residual stream; the code's is absolute (.5). A fact stays as it is once its loss is below .05. `kept` holds the
     "{subject} is a" prompts, none for facts without a subject's name.
 
     The residual stream behind `layer` and the keys and values before the edited token are recorded once; each step runs the
@@ -235,5 +237,6 @@ def described(model: HookedModel, prompts: Prompts, place: str) -> Contexts | No
     subjects = [asked.subject for asked in prompts.asked]
     if model.tokenizer is None or not subjects or not all(subjects):
         return None
-    asked = [Asked(f"{subject} is a", "a", "b", "b", subject) for subject in subjects]
-    return Contexts.of(model, Prompts.from_text(asked, model.tokenizer), place)
+    asked = [Asked(f"{subject} is a", "a", subject, subject, subject) for subject in subjects]
+    made = Prompts.from_text(asked, model.tokenizer)
+    return Contexts.of(model, made, place, labels=made.answers[:, :1])
