@@ -221,7 +221,7 @@ def files(tmp_path):
         ([*WASH, "mlp.json", "-o", "e.txt"], "not named *.safetensors"),
         ([*WASH, "mlp.json", "-o", "e.safetensors", "--text", "nothing.txt"], "There is no text file 'nothing.txt'"),
         ([*WASH, "mlp.json", "-o", "e.safetensors", "--text", "columns.csv"], "Expected one named 'text'"),
-        ([*WASH, "mlp.json", "-o", "e.safetensors", "--text", "short.txt"], "needed"),
+        ([*WASH, "mlp.json", "-o", "e.safetensors", "--text", "short.txt"], "8 tokens were seen. Expected at least 384"),
         ([*WASH, "mlp.json", "-o", "e.safetensors", "--text", "prose.txt", "--strength", "0"], "strength of 0"),
         ([*WASH, "mlp.json", "-o", "e.safetensors", "--text", "prose.txt", "--towards", "x"], "edit towards 'x'"),
         (["reproduce", "law", "-o", "law", "--page", "law.html"], "not named *.md"),
