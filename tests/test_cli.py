@@ -290,6 +290,7 @@ def test_the_app_lists_the_commands_of_the_readme():
         "demo",
         "localize",
         "edit",
+        "wash",
         "evaluate",
         "compare",
     }
