@@ -55,8 +55,9 @@ def test_help_does_not_wait_for_torch():
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
 
 
-def test_localize_edit_and_evaluate_in_turn(call, tmp_path):
+def test_localize_edit_and_evaluate_in_turn(call, tmp_path, monkeypatch):
     """The steps of the whole job by hand, on few facts and few steps."""
+    monkeypatch.setattr("mechunlearn.evaluation.LIMIT", 20)
     few = ["--forget", 16, "--seed", 2]
     code, out, err = call(
         "localize", "factworld", "factworld/sport", "-o", "sport.mask.json", "--scores", "scores.json", *few
@@ -221,7 +222,10 @@ def files(tmp_path):
         ([*WASH, "mlp.json", "-o", "e.txt"], "not named *.safetensors"),
         ([*WASH, "mlp.json", "-o", "e.safetensors", "--text", "nothing.txt"], "There is no text file 'nothing.txt'"),
         ([*WASH, "mlp.json", "-o", "e.safetensors", "--text", "columns.csv"], "Expected one named 'text'"),
-        ([*WASH, "mlp.json", "-o", "e.safetensors", "--text", "short.txt"], "8 tokens were seen. Expected at least 384"),
+        (
+            [*WASH, "mlp.json", "-o", "e.safetensors", "--text", "short.txt"],
+            "8 tokens were seen. Expected at least 384",
+        ),
         ([*WASH, "mlp.json", "-o", "e.safetensors", "--text", "prose.txt", "--strength", "0"], "strength of 0"),
         ([*WASH, "mlp.json", "-o", "e.safetensors", "--text", "prose.txt", "--towards", "x"], "edit towards 'x'"),
         (["reproduce", "law", "-o", "law", "--page", "law.html"], "not named *.md"),
