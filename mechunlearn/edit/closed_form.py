@@ -4,7 +4,7 @@ import json
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -301,5 +301,4 @@ def _known(model: HookedModel, forget: Prompts) -> tuple[Int[Tensor, " _known"],
 
 def remaining(washing: Washing, facts: Int[Tensor, " _fact"]) -> Int[Tensor, " _left"]:
     """Of these facts, those that the model still gives: one forward pass over their answers."""
-    part = replace(washing.facts.select(facts), options=())
-    return facts[answered(washing.model, part)]
+    return facts[answered(washing.model, washing.facts.select(facts))]

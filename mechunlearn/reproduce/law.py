@@ -141,6 +141,11 @@ class Plan:
             "trained": {k: list(v) if isinstance(v, tuple) else v for k, v in TRAINED.items()},
             "steps": STEPS,
             "gone": GONE,
+            "washed": WASHED,
+            "documents": [DOCUMENTS, STORIES],
+            "paths": [list(STRENGTHS), list(NORMS), list(RIDGES)],
+            "settings": {method: [asdict(setting) for setting in settings] for method, settings in METHODS.items()},
+            "relearning": RELEARNING,
         }
 
 
@@ -224,9 +229,9 @@ def ablated(method: str, chosen: dict[str, Setting]) -> Setting:
 def choose(grid: Grid, world: str, method: str) -> Setting:
     """The setting of a method in a world, from its validation forget set: one rule for all.
 
-    Of the settings that reach forget accuracy .05, and .1 in other words: those that cost no more than .02 nats of text loss and .02 of skill
-    accuracy first, and among these (or all, if there are none) the highest mean of neighbours' and same subjects' accuracy, less
-    the text loss and skills lost. Ties go to the first of the grid.
+    Of the settings that reach forget accuracy .05, and .1 in other words: those that cost no more than .02 nats of text
+    loss and .02 of skill accuracy first, and among these (or all, if there are none) the highest mean of neighbours' and
+    same subjects' accuracy, less the text loss and skills lost. Ties go to the first of the grid.
     """
     before = stored(grid, Cell(WHERE, world))["unedited"]
 
@@ -258,8 +263,8 @@ class Bench:
     """One forget set of one world (or `size` subjects of it): what is washed and kept, and what is measured.
 
     Two of three relations of the washed subjects (all three, with a `size`) are washed as statements, and measured in
-    other words too; the third is theirs to keep. Of the other subjects two thirds are retained, and one third are neighbours that nothing is told of: neither the
-    editors nor the text that they are given.
+    other words too; the third is theirs to keep. Of the other subjects two thirds are retained, and one third are
+    neighbours, of whom neither the editors nor the text that they are given tell anything.
     """
 
     def __init__(self, folder: Path, world: str, seed: int, size: int = 0) -> None:
