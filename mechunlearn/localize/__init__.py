@@ -7,6 +7,7 @@ from mechunlearn.localize.direct_logit_attribution import direct_logit_attributi
 from mechunlearn.localize.direct_logit_attribution import logit_lens as logit_lens
 from mechunlearn.localize.edge_attribution import edge_attribution as edge_attribution
 from mechunlearn.localize.fact_lookup import fact_lookup as fact_lookup
+from mechunlearn.localize.feature_discovery import feature_discovery as feature_discovery
 from mechunlearn.localize.path_patching import edge_patching as edge_patching
 from mechunlearn.localize.path_patching import path_patching as path_patching
 from mechunlearn.localize.random_units import random_units as random_units

@@ -1,0 +1,61 @@
+"""Deletion of codes: a topic is unlearnt with no gradient step (CodeUnlearn)."""
+
+from typing import Literal
+
+from mechunlearn.activity import Texts
+from mechunlearn.components import ComponentMask
+from mechunlearn.dictionaries import Codebook, Model, fingerprint_of, signature_of
+from mechunlearn.errors import MechunlearnError
+from mechunlearn.feature_edits import FeatureEdit, FeaturePart, feature_units
+from mechunlearn.runcard import RunCard, Stopwatch
+
+
+def codebook_delete(
+    model: Model,
+    mask: ComponentMask,
+    forget: Texts | None = None,
+    retain: Texts | None = None,
+    *,
+    dictionary: Codebook,
+    how: Literal["reselect", "zero"] = "reselect",
+    seed: int = 0,
+) -> FeatureEdit:
+    """Delete a topic's codes from the bottleneck; nothing is trained (CodeUnlearn, arXiv 2410.10866).
+
+    `reselect`: the next nearest codes take the places of the deleted ones (their cosine counts as -inf); `zero`: the places
+    stay empty, which tends to suppress more than the topic. `forget` and `retain` are not looked at: the mask says it all.
+    The edit holds the whole bottleneck, so compare with the model *with* the codebook (`dictionaries.spliced`), and do not
+    put that beside it. Deletions of several topics combine with `|`. Nothing bypasses the bottleneck (there is no error
+    term), and whoever removes it has the topic back: not for weights that are given away.
+
+    Raises `MechunlearnError` for a mask of something else than this codebook, for one that selects nothing, and if fewer
+    codes are left than are used.
+
+    >>> from mechunlearn import load_model
+    >>> from mechunlearn.dictionaries import load_dictionary
+    >>> from mechunlearn.localize import feature_discovery
+    >>> model, codebook = load_model("factworld"), load_dictionary("factworld-codebook")
+    >>> topic, other = ["The knight fought the army."] * 8, ["The cook baked the soup."] * 8
+    >>> found = feature_discovery(model, topic, dictionary=codebook, against=other)
+    >>> edit = codebook_delete(model, found.above(1), dictionary=codebook)
+    >>> with edit.applied(model):
+    ...     _ = model.forward(model.tokenizer("The knight", return_tensors="pt").input_ids)
+    """
+    del forget, retain
+    watch = Stopwatch()
+    if not isinstance(dictionary, Codebook):
+        raise MechunlearnError(f"{dictionary} is no codebook: clamp its features with feature_clamp.")
+    units = feature_units(mask, dictionary, model)
+    left = dictionary.size - len(units)
+    if how == "reselect" and left < dictionary.used * dictionary.groups:
+        raise MechunlearnError(
+            f"Only {left} codes of {dictionary} would be left, fewer than are used at a time. Delete fewer, or how='zero'."
+        )
+    card = RunCard(
+        "codebook_delete",
+        model=fingerprint_of(model),
+        seed=seed,
+        settings={"how": how, "dictionary": dictionary.site},
+        mask=mask.fingerprint,
+    )
+    return FeatureEdit((FeaturePart(dictionary, units, how),), signature_of(model), watch.stamp(card))

@@ -1,0 +1,81 @@
+"""Clamped SAE features: a topic's features are set to zero or below while the model runs."""
+
+from typing import Literal
+
+import torch
+
+from mechunlearn.activity import Activity, Texts, observed, tokenized
+from mechunlearn.components import ComponentMask
+from mechunlearn.dictionaries import Codebook, Dictionary, Model, fingerprint_of, signature_of
+from mechunlearn.errors import MechunlearnError
+from mechunlearn.feature_edits import FeatureEdit, FeaturePart, feature_units
+from mechunlearn.interventions import shares
+from mechunlearn.runcard import RunCard, Stopwatch
+
+
+def feature_clamp(
+    model: Model,
+    mask: ComponentMask,
+    forget: Texts,
+    retain: Texts | None = None,
+    *,
+    dictionary: Dictionary,
+    strength: float | int = 1.0,
+    gate: Literal["token", "sequence"] = "token",
+    quantile: float | int = 0.95,
+    error: bool = True,
+    seed: int = 0,
+) -> FeatureEdit:
+    """Set a topic's SAE features to minus `strength` times their own maximum wherever they are active.
+
+    The maximum is over `forget`, so one strength serves features of any scale (Farrell et al., arXiv 2410.19278, set all to
+    one -c); strength 0 is zero-ablation, which is known to be weak. `error` adds back what the dictionary misses, so that
+    only the features change; what the topic has in the error term then stays. `gate="sequence"` clamps only once the
+    share of the sequence's tokens so far with one of the features exceeds the `quantile` of that share over the tokens of
+    `retain` (DSG, arXiv 2504.08192, made causal: the past alone decides).
+
+    A run-time intervention, which can be removed: see `FeatureEdit`, and `edit.dictionary_rows` for one in the weights.
+    Raises `MechunlearnError` for a codebook, a mask of another dictionary, one that selects nothing, a negative strength,
+    features that `forget` never activates, and a sequence gate without retain text.
+
+    >>> from mechunlearn import load_model
+    >>> from mechunlearn.dictionaries import load_dictionary
+    >>> from mechunlearn.localize import feature_discovery
+    >>> model, sae = load_model("factworld"), load_dictionary("factworld-sae")
+    >>> topic, other = ["The knight fought the army."] * 8, ["The cook baked the soup."] * 8
+    >>> found = feature_discovery(model, topic, dictionary=sae, against=other)
+    >>> feature_clamp(model, found.top(units=4), topic, dictionary=sae).card.settings["strength"]
+    1.0
+    """
+    watch = Stopwatch()
+    if isinstance(dictionary, Codebook):
+        raise MechunlearnError(f"{dictionary} has codes, which are used or not: delete them with codebook_delete.")
+    if strength < 0:
+        raise MechunlearnError(f"A strength of {strength} would amplify the features. Expected 0 (zero) or more.")
+    units = feature_units(mask, dictionary, model)
+    largest = Activity.of(model, dictionary, forget).largest.amax(0)[units]
+    if (largest <= 0).all():
+        raise MechunlearnError("The forget text activates none of the mask's features, so nothing would be clamped.")
+    share = 0.0
+    if gate == "sequence":
+        if retain is None:
+            raise MechunlearnError("A sequence gate is set by retain text: give retain, or gate='token'.")
+        share = _gate(model, dictionary, units, retain, float(quantile))
+    settings = {"strength": strength, "gate": gate, "quantile": quantile, "error": error, "dictionary": dictionary.site}
+    card = RunCard("feature_clamp", fingerprint_of(model), seed=seed, settings=settings, mask=mask.fingerprint)
+    part = FeaturePart(dictionary, units, "clamp", -float(strength) * largest, error, gate, share)
+    return FeatureEdit((part,), signature_of(model), watch.stamp(card))
+
+
+def _gate(model: Model, dictionary: Dictionary, units: torch.Tensor, retain: Texts, quantile: float) -> float:
+    """The quantile, over the tokens of retain text, of the share of tokens so far with one of the features."""
+    tokens, counted = tokenized(model, retain)
+    seen: list[torch.Tensor] = []
+    for rows in torch.arange(len(tokens)).split(64):
+
+        def see(h: torch.Tensor, rows: torch.Tensor = rows) -> None:
+            fired = (dictionary.encode(h)[..., units.to(h.device)] > 0).any(-1)
+            seen.append(shares(fired).cpu()[counted[rows]])
+
+        observed(model, dictionary, tokens[rows], see)
+    return float(torch.quantile(torch.cat(seen)[:1_000_000], quantile))

@@ -1,0 +1,165 @@
+"""Feature discovery: which features or codes of a dictionary belong to a topic or a set of facts."""
+
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from scipy.stats import false_discovery_control, hypergeom
+from torch import Tensor
+
+from mechunlearn.activity import Activity, Texts, tokenized
+from mechunlearn.components import Localization
+from mechunlearn.dictionaries import Codebook, Dictionary, Model, check, fingerprint_of, installed, signature_of
+from mechunlearn.errors import MechunlearnError
+from mechunlearn.hooked import HookedModel, frozen
+from mechunlearn.metrics import Metric, logit_diff, name_of, token_losses
+from mechunlearn.prompts import Prompts
+from mechunlearn.runcard import RunCard, Stopwatch
+from mechunlearn.scores import editable
+
+Rule = Literal["frequency", "squared", "attribution"]
+BATCH = 64
+
+
+def feature_discovery(
+    model: Model,
+    prompts: Texts | Activity,
+    *,
+    dictionary: Dictionary,
+    against: Texts | Activity | None = None,
+    by: Rule = "frequency",
+    least: float | int = 0.002,
+    false_discoveries: float | int = 0.05,
+    nearest: int | None = None,
+    metric: Metric = logit_diff,
+    seed: int = 0,
+) -> Localization:
+    """Find the features or codes that a topic has and other text has not.
+
+    `prompts` is text on the topic (or prompts, or tokens and lengths), `against` other text: the same sentences with the
+    topic's words swapped (`activity.swapped`), or text to retain; prompts have their corrupt partners. Either may be an
+    `Activity` that was seen before; then no forward pass is made, and `dictionary` must be the one it is of. Scores:
+
+    - `frequency`: log2 of the share of tokens with the unit active, here over there (half a token added to each count);
+      zero unless more frequent here by Fisher's exact test at a false discovery rate (Benjamini-Hochberg) of
+      `false_discoveries`, and active at a share of `least` of the tokens (CodeUnlearn, arXiv 2410.10866; a codebook counts
+      the `nearest` codes of each token, S'). Tokens are counted as independent, which those of one text are not.
+    - `squared`: log2 of the mean squared activation here over there, at least 0, of units active at a share of `least`
+      (the ratio of DSG, arXiv 2504.08192).
+    - `attribution`: -z dm/dz summed over tokens, the mean over texts, what m loses if the unit is set to zero, to first order.
+      m is `metric` of prompts, and the log-probability of texts; `against` is not looked at.
+
+    Returns scores at the dictionary's site; `.above(1)` are the units at least twice as frequent. If none is enriched the
+    note says so. Raises `MechunlearnError` for a dictionary of another model, for empty text, and if there is nothing to
+    compare with. Not a proof that the unit *does* anything: delete it and measure (`edit.codebook_delete`).
+
+    >>> from mechunlearn import load_model
+    >>> from mechunlearn.dictionaries import load_dictionary
+    >>> model, codebook = load_model("factworld"), load_dictionary("factworld-codebook")
+    >>> topic = ["The knight fought the army.", "The soldier defended the flag."] * 8
+    >>> other = ["The cook baked the soup.", "The baker tasted the onion."] * 8
+    >>> found = feature_discovery(model, topic, dictionary=codebook, against=other)
+    >>> 0 < len(found.above(1)) < 80
+    True
+    """
+    watch = Stopwatch()
+    check(dictionary, model)
+    settings: dict[str, Any] = {"by": by, "least": least, "false_discoveries": false_discoveries, "nearest": nearest}
+    if by == "attribution":
+        if not isinstance(model, HookedModel) or isinstance(prompts, Activity):
+            raise MechunlearnError(
+                "Attribution needs gradients: give a hooked model and texts or prompts to run it on."
+            )
+        scores, evidence = _attribution(model, prompts, dictionary, metric), {}
+        settings["metric"] = name_of(metric) if isinstance(prompts, Prompts) else "log-probability of the text"
+    else:
+        if against is None:
+            if not isinstance(prompts, Prompts):
+                raise MechunlearnError(
+                    "There is nothing to compare the topic with. Give against=: text with the topic's words swapped "
+                    "(activity.swapped), or text to retain."
+                )
+            against = (prompts.corrupt, prompts.lengths)
+        here, there = (
+            one if isinstance(one, Activity) else Activity.of(model, dictionary, one, nearest)
+            for one in (prompts, against)
+        )
+        if here.fired.shape[1] != dictionary.size or there.fired.shape[1] != dictionary.size:
+            raise MechunlearnError(
+                f"The activity is of {here.fired.shape[1]} and {there.fired.shape[1]} units, {dictionary} has others. "
+                "Give the dictionary that it was seen with."
+            )
+        rule = _frequency if by == "frequency" else _squared
+        scores = rule(here, there, least, false_discoveries)
+        evidence = {"tokens": [float(here.tokens.sum()), float(there.tokens.sum())]}
+    signature = signature_of(model)
+    if by != "attribution" and not scores.any():
+        note = (
+            f"no unit of {dictionary} is enriched: it has none of its own for this topic, or there is too little text"
+        )
+    else:
+        note = ""
+    weights, total = editable(model) if isinstance(model, HookedModel) else ({}, 1)
+    kind = dictionary.site.split(".", 1)[1]
+    card = RunCard("feature_discovery", model=fingerprint_of(model), seed=seed, settings=settings)
+    return Localization(
+        {dictionary.site: scores}, signature, {**weights, kind: 0}, total, watch.stamp(card), evidence, note
+    )
+
+
+def _frequency(here: Activity, there: Activity, least: float, false_discoveries: float) -> Float[Tensor, " feature"]:
+    mine, theirs = here.fired.sum(0).double(), there.fired.sum(0).double()
+    n, m = float(here.tokens.sum()), float(there.tokens.sum())
+    ratio = (((mine + 0.5) / n) / ((theirs + 0.5) / m)).log2()
+    chance = hypergeom.sf((mine - 1).numpy(), n + m, (mine + theirs).numpy(), n)
+    seen = ((mine + theirs) > 0).numpy()
+    enriched = torch.zeros(len(mine), dtype=torch.bool)
+    if seen.any():
+        adjusted = torch.ones(len(mine), dtype=torch.float64)
+        adjusted[torch.from_numpy(seen)] = torch.from_numpy(false_discovery_control(chance[seen]))
+        enriched = (adjusted < false_discoveries) & (mine >= least * n)
+    return torch.where(enriched, ratio.clamp(min=0), 0.0).float()
+
+
+def _squared(here: Activity, there: Activity, least: float, _: float) -> Float[Tensor, " feature"]:
+    mine, theirs = here.squared.sum(0) / here.tokens.sum(), there.squared.sum(0) / there.tokens.sum()
+    floor = 1e-3 * (mine + theirs).mean() + 1e-12
+    ratio = ((mine + floor) / (theirs + floor)).log2().clamp(min=0)
+    return torch.where(here.rates() >= least, ratio, 0.0)
+
+
+def _attribution(model: HookedModel, data: Any, dictionary: Dictionary, metric: Metric) -> Float[Tensor, " feature"]:
+    tokens, counted = tokenized(model, data)
+    total = torch.zeros(dictionary.size)
+    parameters = [
+        p
+        for d in (dictionary, getattr(dictionary, "sae", None))
+        if isinstance(d, torch.nn.Module)
+        for p in d.parameters()
+    ]
+    needing = [p for p in parameters if p.requires_grad]
+    for p in needing:
+        p.requires_grad_(False)
+    try:
+        for rows in torch.arange(len(tokens)).split(BATCH):
+            held: list[Tensor] = []
+
+            def splice(h: Tensor, held: list[Tensor] = held) -> Tensor:
+                z = dictionary.encode(h).detach().requires_grad_()
+                held.append(z)
+                new = dictionary.decode(z)
+                return (new if isinstance(dictionary, Codebook) else new + (h - new).detach()).to(h.dtype)
+
+            with torch.enable_grad(), frozen(model.hf), installed(model, dictionary.hook_name, splice):
+                logits = model.forward(tokens[rows])
+                if isinstance(data, Prompts):
+                    value = metric(logits, data.select(rows)).sum()
+                else:
+                    value = -(token_losses(logits, tokens[rows]) * counted[rows, 1:].to(logits.device)).sum()
+                (gradient,) = torch.autograd.grad(value, held[0])
+            effect = -(held[0].detach() * gradient) * counted[rows].to(gradient.device)[..., None]
+            total += effect.sum((0, 1)).float().cpu()
+    finally:
+        for p in needing:
+            p.requires_grad_(True)
+    return total / len(tokens)

@@ -1,0 +1,100 @@
+"""`mechunlearn world dictionaries`: the codebook and the SAE that ship with the world, and the texts they are trained on."""
+
+import random
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+from mechunlearn.activity import quality
+from mechunlearn.dictionaries import SAE, SHIPPED, Codebook
+from mechunlearn.dictionary_training import train_codebook, train_sae
+from mechunlearn.errors import MechunlearnError
+from mechunlearn.hooked import HookedModel, load_model
+from mechunlearn.world import lexicon as lex
+from mechunlearn.world.generate import story
+from mechunlearn.world.text import world_text
+
+SITE, SIZE, USED, TEXTS = "L3.resid_post", 512, 8, 1600
+HELD_OUT = 1_000_000  # seeds from here on draw text that no dictionary is trained on
+Say = Callable[[str], object]
+
+
+def topic_words(topic: str) -> list[str]:
+    """The things, actions and people of a topic.
+
+    >>> topic_words("war")[-3:]
+    ['soldier', 'general', 'knight']
+    """
+    return " ".join(lex.TOPICS[topic][1:]).split()
+
+
+def unrelated_words(topic: str) -> dict[str, list[str]]:
+    """For each word of a topic the words of other topics that can stand in its place: things for things, and so on.
+
+    Words that the topic shares with another are not among them.
+
+    >>> "cook" in unrelated_words("war")["knight"], "cook" in unrelated_words("war")["sword"]
+    (True, False)
+    """
+    mine = set(topic_words(topic))
+    pools: dict[str, list[str]] = {}
+    kinds = {
+        name: [words.split() for words in entry[1:] if isinstance(words, str)] for name, entry in lex.TOPICS.items()
+    }
+    for kind, words in enumerate(kinds[topic]):
+        others = sorted({word for name, entry in kinds.items() if name != topic for word in entry[kind]} - mine)
+        pools |= {word: others for word in words}
+    return pools
+
+
+def topic_stories(topic: str, count: int, seed: int) -> list[str]:
+    """Stories of one topic, drawn by a seed."""
+    rng = random.Random(f"{topic} {seed}")
+    return [story(rng, topic) for _ in range(count)]
+
+
+def dictionary_texts(count: int, seed: int, without: Collection[str] = ()) -> list[str]:
+    """What dictionaries of the world are trained and measured on: half documents of its corpus, half stories, each topic as
+    often as another. `without` leaves topics out of the stories.
+    """
+    topics = [topic for topic in lex.TOPICS if topic not in without]
+    rng = random.Random(seed)
+    stories = [story(rng, rng.choice(topics)) for _ in range(count - count // 2)]
+    return world_text(documents=count // 2, seed=seed) + stories
+
+
+def shipped_codebook(model: HookedModel, seed: int = 0, progress: bool = False, **settings) -> Codebook:
+    """A codebook of the shipped world as it ships; `settings` go to `train_codebook`."""
+    given = {"size": SIZE, "used": USED, "spliced_steps": 300, **settings}
+    made = train_codebook(
+        model, given.pop("site", SITE), dictionary_texts(TEXTS, seed), seed=seed, progress=progress, **given
+    )
+    made.quality = quality(model, made, dictionary_texts(200, HELD_OUT))
+    return made
+
+
+def shipped_sae(model: HookedModel, seed: int = 0, progress: bool = False, **settings) -> SAE:
+    """An SAE of the shipped world as it ships; `settings` go to `train_sae`."""
+    given = {"size": SIZE, "used": USED, "steps": 4000, **settings}
+    made = train_sae(
+        model, given.pop("site", SITE), dictionary_texts(TEXTS, seed), seed=seed, progress=progress, **given
+    )
+    made.quality = quality(model, made, dictionary_texts(200, HELD_OUT))
+    return made
+
+
+def build_dictionaries(folder: Path, seed: int = 0, say: Say = print) -> None:
+    """Train and write `factworld-codebook` and `factworld-sae` into a folder: about five minutes of one core.
+
+    Raises `MechunlearnError` if one of them exists.
+    """
+    folder = Path(folder)
+    for name in SHIPPED:
+        if (folder / name).exists():
+            raise MechunlearnError(
+                f"'{folder / name}' exists already. Remove it to build it again, or give another folder."
+            )
+    model = load_model("factworld")
+    for name in SHIPPED:
+        made = (shipped_codebook if name.endswith("codebook") else shipped_sae)(model, seed, progress=True)
+        made.save(folder / name)
+        say(f"{made} -> {folder / name}: {', '.join(f'{key} {value:g}' for key, value in made.quality.items())}")
