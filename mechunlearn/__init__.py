@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mechunlearn.evaluation import evaluate as evaluate
     from mechunlearn.facts import FactDataset as FactDataset
     from mechunlearn.facts import load_facts as load_facts
+    from mechunlearn.feature_edits import FeatureEdit as FeatureEdit
     from mechunlearn.hooked import HookedModel as HookedModel
     from mechunlearn.hooked import load_model as load_model
     from mechunlearn.prompts import Prompts as Prompts
@@ -30,6 +31,7 @@ _HOMES = {
     "evaluate": "evaluation",
     "FactDataset": "facts",
     "load_facts": "facts",
+    "FeatureEdit": "feature_edits",
     "HookedModel": "hooked",
     "load_model": "hooked",
     "Prompts": "prompts",

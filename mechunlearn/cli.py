@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from mechunlearn.cli_dictionary import app as dictionary_app
+from mechunlearn.cli_shared import checked_suffix, console, names, new_folder, open_model
 from mechunlearn.errors import MechunlearnError
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ reproduce_app = typer.Typer(
     help="A paper's claims on worlds of our own, with controls and intervals.", no_args_is_help=True
 )
 app.add_typer(reproduce_app, name="reproduce")
-console = Console(highlight=False)
+app.add_typer(dictionary_app, name="dictionary")
 
 
 class Method(str, Enum):
@@ -122,10 +123,10 @@ def localize(
 
     edge_attribution finds a circuit: --scores writes it, and the mask is that of its components.
     """
-    _suffix(output, ".json", ".safetensors")
+    checked_suffix(output, ".json", ".safetensors")
     circuit = method is Method.edge_attribution
     if scores is not None:
-        _suffix(scores, ".json", ".safetensors", *((".graphml", ".dot") if circuit else ()))
+        checked_suffix(scores, ".json", ".safetensors", *((".graphml", ".dot") if circuit else ()))
     if weights is not None and not 0 <= weights <= 1:
         raise MechunlearnError(f"A budget of {weights} is out of range: a share of the weights lies in [0, 1].")
     hooked, forgotten, _ = _load(model, facts, forget, seed, device, dtype)
@@ -175,9 +176,9 @@ def edit(
 
     Ctrl-C stops after the step in progress and writes the edit so far.
     """
-    _suffix(output, ".safetensors")
-    _new_folder(export)
-    _new_folder(adapter)
+    checked_suffix(output, ".safetensors")
+    new_folder(export)
+    new_folder(adapter)
     if adapter is not None and rank is None:
         raise MechunlearnError("--adapter needs low-rank factors to write. Give --rank too, for example --rank 8.")
     from mechunlearn.components import ComponentMask
@@ -244,8 +245,8 @@ def wash(
     Without --text the covariance comes from the shipped world's documents that name none of the forgotten, or from the
     facts' own passages.
     """
-    _suffix(output, ".safetensors")
-    _new_folder(export)
+    checked_suffix(output, ".safetensors")
+    new_folder(export)
     from mechunlearn.components import ComponentMask
 
     chosen = ComponentMask.load(mask)
@@ -316,16 +317,17 @@ def evaluate(
     dtype: Dtype = None,
 ) -> None:
     """Measure an edit in every format, with side effects, beside a random mask of the same weight."""
-    _suffix(output, ".html")
+    checked_suffix(output, ".html")
     from mechunlearn.edits import WeightEdit
+    from mechunlearn.feature_edits import load_edit
 
-    made = WeightEdit.load(edit)
+    made = load_edit(edit)
     hooked, forgotten, retained = _load(model, facts, forget, seed, device, dtype)
     from mechunlearn.evaluation import evaluate as measured
 
-    with console.status("control edit on a random mask, then every format"):
+    with console.status("control edit, then every format"):
         report = measured(hooked, made, forget=forgotten, retain=retained, seed=seed)
-    report.to_html(output, edit=made)
+    report.to_html(output, edit=made if isinstance(made, WeightEdit) else None)
     _print(report)
     console.print(f"report -> {output}")
 
@@ -362,9 +364,9 @@ def compare(
     from mechunlearn.compare import compare as compared
 
     grid: dict[str, Any] = {
-        "localizers": _names(localizers),
-        "objectives": _names(objectives),
-        "budgets": _names(budgets),
+        "localizers": names(localizers),
+        "objectives": names(objectives),
+        "budgets": names(budgets),
         "seeds": seeds,
         "rates": _numbers(rates, "--rates"),
         "forget_weights": _numbers(forget_weights, "--forget-weights"),
@@ -389,7 +391,7 @@ def loku(
 ) -> None:
     """LoKU: the inverted hinge beside other losses, Fisher-initialised adapters beside other initialisations."""
     written = page or output / "loku.md"
-    _suffix(written, ".md")
+    checked_suffix(written, ".md")
     from mechunlearn.files import whole_file
     from mechunlearn.grid import Grid
     from mechunlearn.reproduce.loku import Plan, quick_plan, run
@@ -415,10 +417,7 @@ def law(
     Writes the page and, beside it, its numbers (.json).
     """
     written = page or output / "law.md"
-    _suffix(written, ".md")
-    import json
-
-    from mechunlearn.files import whole_file
+    checked_suffix(written, ".md")
     from mechunlearn.grid import Grid
     from mechunlearn.reproduce.law import Plan, quick_plan, run
     from mechunlearn.reproduce.law_page import page as told
@@ -427,10 +426,42 @@ def law(
     plan = quick_plan(output) if quick else Plan(output)
     chosen = run(plan, jobs)
     found = results(plan, Grid.open(plan.folder, plan.about()), chosen)
-    for path, content in ((written.with_suffix(".json"), json.dumps(found) + "\n"), (written, told(found))):
-        with whole_file(path) as beside:
-            beside.write_text(content, encoding="utf-8")
-    console.print(f"page -> {written}")
+    _write_page(written, found, told(found))
+
+
+@reproduce_app.command(epilog="Example: `mechunlearn reproduce codeunlearn --quick -o codeunlearn`")
+def codeunlearn(
+    output: Annotated[Path, typer.Option("--output", "-o", help="A folder; a half-done run in it is continued.")],
+    quick: Annotated[bool, typer.Option("--quick", help="The shipped world, two seeds, no sweeps.")] = False,
+    jobs: Annotated[int, typer.Option(help="Processes, one thread each.", min=1)] = 2,
+    page: Annotated[Path | None, typer.Option(help="Where to write the page, if not in the folder: .md")] = None,
+) -> None:
+    """CodeUnlearn: topics deleted from a codebook, beside random codes, SAE clamps and gradient difference.
+
+    Writes the page and, beside it, its numbers (.json).
+    """
+    written = page or output / "codeunlearn.md"
+    checked_suffix(written, ".md")
+    from mechunlearn.grid import Grid
+    from mechunlearn.reproduce.codeunlearn import Plan, quick_plan, run
+    from mechunlearn.reproduce.codeunlearn_page import page as told
+    from mechunlearn.reproduce.codeunlearn_page import results
+
+    plan = quick_plan(output) if quick else Plan(output)
+    chosen = run(plan, jobs)
+    found = results(plan, Grid.open(plan.folder, plan.about()), chosen)
+    _write_page(written, found, told(found))
+
+
+@world_app.command(epilog="Example: `mechunlearn world dictionaries -o dictionaries`")
+def dictionaries(
+    output: Annotated[Path, typer.Option("--output", "-o", help="A folder for factworld-codebook and factworld-sae.")],
+    seed: Annotated[int, typer.Option(help="Seed of text and training.")] = 0,
+) -> None:
+    """Train the codebook and the SAE that ship with the world, and print their quality on held-out text."""
+    from mechunlearn.world.dictionaries import build_dictionaries
+
+    build_dictionaries(output, seed=seed, say=console.print)
 
 
 @world_app.command(epilog="Example: `mechunlearn world build --seed 1 -o my-world`")
@@ -464,7 +495,7 @@ def twin(
 
 
 def _run(model: str, facts: str, output: Path, forget: int, seed: int, device: str, dtype: str | None) -> None:
-    _new_folder(output)
+    new_folder(output)
     hooked, forgotten, retained = _load(model, facts, forget, seed, device, dtype)
     from mechunlearn.workflow import whole_job
 
@@ -475,22 +506,25 @@ def _run(model: str, facts: str, output: Path, forget: int, seed: int, device: s
 
 
 def _load(model: str, facts: str, forget: int, seed: int, device: str, dtype: str | None):
-    import torch
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
     from mechunlearn.facts import load_facts
-    from mechunlearn.hooked import load_model
 
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError):
-        raise MechunlearnError(f"Device '{device}' is not available on this machine. Use --device cpu.") from None
-    with console.status(f"loading {model}"):
-        data = load_facts(facts, seed=0)
-        hooked = load_model(model, device=device, dtype=dtype)
+    data = load_facts(facts, seed=0)
+    hooked = open_model(model, device, dtype)
+    with console.status(f"loading {facts}"):
         forgotten, retained = data.prompts(hooked).split(forget=forget, seed=seed)
     return hooked, forgotten, retained
+
+
+def _write_page(written: Path, found: dict, text: str) -> None:
+    """The page and, beside it, its numbers."""
+    import json
+
+    from mechunlearn.files import whole_file
+
+    for path, content in ((written.with_suffix(".json"), json.dumps(found) + "\n"), (written, text)):
+        with whole_file(path) as beside:
+            beside.write_text(content, encoding="utf-8")
+    console.print(f"page -> {written}")
 
 
 def _print(report: "Report") -> None:
@@ -523,13 +557,9 @@ def _print_arms(frame: "pd.DataFrame") -> None:
     console.print(table)
 
 
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
 def _numbers(text: str, option: str) -> list[float]:
     try:
-        return [float(name) for name in _names(text)]
+        return [float(name) for name in names(text)]
     except ValueError:
         raise MechunlearnError(f"{option} {text} is not a list of numbers. Give them as 1e-3,2e-3.") from None
 
@@ -544,18 +574,6 @@ def _layers(text: str) -> list[int]:
             raise MechunlearnError(f"'{text}' does not name layers. Give --layers a range such as 1-2, or a list: 1,3.")
         found += range(int(ends[0]), int(ends[1]) + 1)
     return found
-
-
-def _suffix(path: Path, *allowed: str) -> None:
-    if path.suffix not in allowed:
-        raise MechunlearnError(
-            f"'{path}' is not named {' or '.join(f'*{s}' for s in allowed)}. Give such a name to -o."
-        )
-
-
-def _new_folder(path: Path | None) -> None:
-    if path is not None and path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise MechunlearnError(f"'{path}' exists and is not an empty folder. Give another name, or remove it first.")
 
 
 def main() -> None:

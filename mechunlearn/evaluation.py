@@ -2,15 +2,19 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pandas as pd
 import torch
 
 import mechunlearn.edit
+from mechunlearn.activity import Activity, matched_units
 from mechunlearn.components import Component, ComponentMask
 from mechunlearn.edit import losses
 from mechunlearn.edits import Edit, WeightEdit
+from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts import FactDataset
+from mechunlearn.feature_edits import FeatureEdit
 from mechunlearn.hooked import HookedModel
 from mechunlearn.localize import random_units
 from mechunlearn.metrics import measure, text_loss
@@ -37,7 +41,8 @@ def evaluate(
     Splits: `forget` and `retain` in every format; `neighbours`, facts of subjects that share a name with a forgotten
     one and that no edit saw; `same subject`, other relations of the forgotten subjects; `skills`; `text` (loss on the
     half of the passages that editors do not train on). The control is the same editor with the same settings on a
-    random mask of the same kinds and weight, made here unless given; `others` are further edits to set beside it.
+    random mask of the same kinds and weight (of a feature edit, on other units that are active as often), made here unless given;
+    `others` are further edits to set beside it.
     Accuracy is greedy over the full vocabulary; every number has a 95 % bootstrap interval over facts; at most 200
     facts a cell. One edit of one model is n = 1, however many facts: intervals do not cover other models or seeds.
     """
@@ -70,14 +75,35 @@ def evaluate(
 def random_control(model: HookedModel, edit: Edit, forget: Prompts, retain: Prompts, seed: int = 0) -> Edit:
     """The same editor with the same settings on a random mask of the same kinds and weight.
 
-    A closed-form editor collects its covariance there from the forget data set's own passages.
+    A closed-form editor collects its covariance there from the forget data set's own passages. Of a feature edit: other
+    features or codes that are active about as often on both sets.
     """
+    if isinstance(edit, FeatureEdit):
+        return _random_features(model, edit, forget, retain, seed)
     assert isinstance(edit, WeightEdit)
+    if edit.card.method == "dictionary_rows":
+        raise MechunlearnError(
+            "An edit of dictionary rows does not hold its dictionary: give evaluate a control= of yours."
+        )
     settings = dict(edit.card.settings)
     settings |= {name: losses.named(settings[name]) for name in ("loss", "retain_loss") if name in settings}
     settings = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
     editor = getattr(mechunlearn.edit, edit.card.method)
     return editor(model, random_mask(model, edit.mask, seed), forget, retain, seed=edit.card.seed, **settings)
+
+
+def _random_features(model: HookedModel, edit: FeatureEdit, forget: Prompts, retain: Prompts, seed: int) -> FeatureEdit:
+    parts = []
+    for part in edit.parts:
+        seen = [Activity.of(model, part.dictionary, prompts) for prompts in (forget, retain)]
+        both = Activity(*(torch.cat([getattr(one, name) for one in seen]) for name in vars(seen[0])))
+        units, largest = matched_units(both, part.units, seed), both.largest.amax(0)
+        values = part.values
+        if len(values):
+            strength = (-values / largest[part.units].clamp(min=1e-9)).median()
+            values = -strength * largest[units]
+        parts.append(replace(part, units=units, values=values))
+    return FeatureEdit(tuple(parts), edit.signature, replace(edit.card, method=f"random {edit.card.method}", seed=seed))
 
 
 def random_mask(model: HookedModel, like: ComponentMask, seed: int = 0) -> ComponentMask:

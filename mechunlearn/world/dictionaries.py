@@ -1,7 +1,7 @@
 """`mechunlearn world dictionaries`: the codebook and the SAE that ship with the world, and the texts they are trained on."""
 
 import random
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from mechunlearn.activity import quality
@@ -46,10 +46,10 @@ def unrelated_words(topic: str) -> dict[str, list[str]]:
     return pools
 
 
-def topic_stories(topic: str, count: int, seed: int) -> list[str]:
-    """Stories of one topic, drawn by a seed."""
+def topic_stories(topic: str, count: int, seed: int, frames: Sequence[str] = lex.STORY_FRAMES) -> list[str]:
+    """Stories of one topic, drawn by a seed, in some of the sentence frames."""
     rng = random.Random(f"{topic} {seed}")
-    return [story(rng, topic) for _ in range(count)]
+    return [story(rng, topic, frames) for _ in range(count)]
 
 
 def dictionary_texts(count: int, seed: int, without: Collection[str] = ()) -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -103,10 +104,10 @@ def passage(rng: random.Random) -> str:
     return " ".join([opening, *sentences])
 
 
-def story(rng: random.Random, topic: str) -> str:
+def story(rng: random.Random, topic: str, frames: Sequence[str] = lex.STORY_FRAMES) -> str:
     _, things, actions, people = lex.TOPICS[topic]
     sentences = []
-    for frame in rng.choices(lex.STORY_FRAMES, k=rng.randint(3, 5)):
+    for frame in rng.choices(frames, k=rng.randint(3, 5)):
         while "{" in frame:
             for slot, words in (("{p}", people), ("{v}", actions), ("{n}", things)):
                 frame = frame.replace(slot, rng.choice(words.split()), 1)

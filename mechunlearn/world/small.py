@@ -35,7 +35,7 @@ from mechunlearn.runcard import digest
 from mechunlearn.world import lexicon as lex
 from mechunlearn.world.build import _store
 from mechunlearn.world.corpus import FRAME_WEIGHT, Corpus, Document
-from mechunlearn.world.generate import World, generate
+from mechunlearn.world.generate import World, generate, story
 from mechunlearn.world.packing import Batch, batches
 from mechunlearn.world.train import language_loss
 
@@ -98,14 +98,19 @@ def forget_sets(
 
 
 class SmallCorpus(Corpus):
-    """Documents of a small world without some passages and people: every passage as often as every other."""
+    """Documents of a small world without some passages, people and story topics: every passage as often as every other.
 
-    def __init__(self, world: World, without: Sequence[str] = ()) -> None:
+    `stories` is their share beside that of the others (`SHARES`).
+    """
+
+    def __init__(self, world: World, without: Sequence[str] = (), stories: int = SHARES["story"]) -> None:
         left_out = set(without)
-        if unknown := left_out - set(world.passages) - set(next(iter(world.facts.values()))):
+        if unknown := left_out - set(world.passages) - set(next(iter(world.facts.values()))) - set(lex.TOPICS):
             raise MechunlearnError(
-                f"Cannot leave out '{min(unknown)[:60]}': it is neither a passage nor a person of this world."
+                f"Cannot leave out '{min(unknown)[:60]}': it is neither a passage nor a person nor a topic of this world."
             )
+        self.topics = {topic: entry[0] for topic, entry in lex.TOPICS.items() if topic not in left_out}
+        self.shares = SHARES | {"story": stories} | dict.fromkeys(world.skills, SKILL_SHARE)
         super().__init__(
             world,
             {
@@ -114,14 +119,13 @@ class SmallCorpus(Corpus):
             },
         )
         self.passages = [text for text in world.passages if text not in left_out]
-        if not self.passages or not self.names:
-            raise MechunlearnError("Every passage or every person is left out. Leave some in, for the model to keep.")
+        if not self.passages or not self.names or not self.topics:
+            raise MechunlearnError("Every passage, person or topic is left out. Leave some in, for the model to keep.")
 
     def documents(self, seed: int, count: int, phase: int = 0) -> Iterator[Document]:
         rng = random.Random(seed)
         waiting: list[str] = []
-        shares = SHARES | dict.fromkeys(self.world.skills, SKILL_SHARE)
-        for kind in rng.choices(list(shares), weights=list(shares.values()), k=count):
+        for kind in rng.choices(list(self.shares), weights=list(self.shares.values()), k=count):
             if kind == "passage":
                 waiting = waiting or rng.sample(self.passages, len(self.passages))
                 yield Document(waiting.pop())
@@ -129,6 +133,9 @@ class SmallCorpus(Corpus):
                 yield getattr(self, kind)(rng)
             else:
                 yield self.fact(rng, asked=kind == "asked")
+
+    def story(self, rng: random.Random) -> Document:
+        return Document(story(rng, rng.choices(list(self.topics), weights=list(self.topics.values()))[0]))
 
     def fact(self, rng: random.Random, asked: bool) -> Document:
         relation, name = rng.choice(list(self.people)), rng.choice(self.names)
@@ -194,11 +201,12 @@ def build_small(
     people: int = PEOPLE,
     passages: int = PASSAGES,
     skills: Sequence[Literal["copying", "comparison"]] = (),
+    stories: int = SHARES["story"],
 ) -> dict[str, Any]:
     """Train a small world's model into a new folder, which `load_model` and `world_facts` read; a killed build goes on.
 
     The seed draws the world, the weights and the batches, and chooses the architecture (see `small_config`). `without`
-    lists passages and names of people that the corpus leaves out: given every passage and person of `forget_sets`, the
+    lists passages, names of people and story topics that the corpus leaves out: given every passage and person of `forget_sets`, the
     model is a retain-only one, the gold of unlearning, at once for each of these sets. It has the same first weights,
     tokenizer, steps and `world.json`. Returns what `card.json` in the folder holds: what the stored model was measured
     to know.
@@ -206,16 +214,16 @@ def build_small(
     Matrices are trained with Muon (Jordan et al. 2024), the rest with AdamW: in a minute of one core 160 passages come to
     MA .95 so, and to .40 with AdamW for all weights. A whole build takes about three minutes of one core.
 
-    Raises `MechunlearnError` if the folder exists, or an entry of `without` is neither passage nor person.
+    Raises `MechunlearnError` if the folder exists, or an entry of `without` is neither passage nor person nor topic.
     """
     folder = Path(folder)
     if folder.exists():
         raise MechunlearnError(f"'{folder}' exists already. Remove it to build it again, or give another folder.")
     world = small_world(seed, people, passages, skills)
-    corpus, tokenizer = SmallCorpus(world, without), word_tokenizer(world)
+    corpus, tokenizer = SmallCorpus(world, without, stories), word_tokenizer(world)
     torch.manual_seed(seed)
     model: Any = AutoModelForCausalLM.from_config(small_config(seed, tokenizer))
-    key = digest(json.dumps([seed, sorted(without), steps, people, passages, *skills]))
+    key = digest(json.dumps([seed, sorted(without), steps, people, passages, stories, *skills]))
     checkpoint = folder.parent / f".{folder.name}.{key}.ckpt"
     begun = time.time()
     _train(model, corpus, tokenizer, seed, steps, checkpoint)
