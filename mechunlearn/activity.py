@@ -35,7 +35,7 @@ def tokenized(model: Model, data: Texts) -> tuple[Int[Tensor, "text pos"], Bool[
     elif isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor):
         tokens, lengths = data
     else:
-        texts = tuple(str(text) for text in data)
+        texts = (data,) if isinstance(data, str) else tuple(str(text) for text in data)
         if not any(text.strip() for text in texts):
             raise MechunlearnError(
                 "The text is empty, so no feature can be told from it. Expected passages on the topic."
@@ -46,21 +46,39 @@ def tokenized(model: Model, data: Texts) -> tuple[Int[Tensor, "text pos"], Bool[
         tokens, lengths = padded(encoded)[0], torch.tensor([len(ids) for ids in encoded])
     special = torch.tensor(getattr(tokenizer, "all_special_ids", []), dtype=tokens.dtype)
     counted = (torch.arange(tokens.shape[1]) < lengths[:, None]) & ~torch.isin(tokens, special)
+    if not counted.any():
+        raise MechunlearnError(
+            "The text has no tokens that count, so no feature can be told from it. Expected passages."
+        )
     return tokens, counted
 
 
-def observed(model: Model, dictionary: Dictionary, tokens: Int[Tensor, "text pos"], see: Any) -> None:
-    """A forward pass that ends once the dictionary's hook point has been seen."""
+def observed(
+    model: Model,
+    dictionary: Dictionary,
+    tokens: Int[Tensor, "text pos"],
+    see: Any,
+    counted: Bool[Tensor, "text pos"] | None = None,
+) -> None:
+    """A forward pass that ends once the dictionary's hook point has been seen.
+
+    A module without a layout may look both ways: it attends to no padding if `counted` is given.
+    Raises `MechunlearnError` for a hook point outside the encoder of an encoder-decoder model.
+    """
     name = place(model, dictionary.hook_name)
     if isinstance(model, HookedModel):
         flat = (lambda z: see(z.flatten(-2))) if ".attn." in name else see
         model.decoder.observe(tokens, {name: flat})
         return
     part: Any = model
-    if name.startswith("encoder."):
+    module, device = model.get_submodule(name), next(model.parameters()).device
+    if getattr(part.config, "is_encoder_decoder", False):
         part = part.get_encoder()
-    with torch.no_grad(), tapped([(model.get_submodule(name), "out", see)]):
-        part(input_ids=tokens.to(next(model.parameters()).device))
+        if module not in part.modules():
+            raise MechunlearnError(f"'{name}' is not in the encoder. Expected a hook point such as 'encoder.block.2'.")
+    mask = None if counted is None else counted.long().to(device)
+    with torch.no_grad(), tapped([(module, "out", see)]):
+        part(input_ids=tokens.to(device), attention_mask=mask)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +93,7 @@ class Activity:
     >>> model, codebook = load_model("factworld"), load_dictionary("factworld-codebook")
     >>> seen = Activity.of(model, codebook, ["The cook baked the soup.", "The knight fought the army."])
     >>> seen.fired.shape, seen.select([0]).rates().sum().item()
-    (torch.Size([2, 512]), 8.0)
+    (torch.Size([2, 512]), 2.0)
     """
 
     fired: Float[Tensor, "text feature"]
@@ -90,9 +108,12 @@ class Activity:
         Raises `MechunlearnError` for a dictionary of another model, for empty text, and for more codes than there are.
         """
         check(dictionary, model)
-        if nearest is not None and not (isinstance(dictionary, Codebook) and 0 < nearest <= dictionary.size):
+        if nearest is not None and not (
+            isinstance(dictionary, Codebook) and 0 < nearest <= dictionary.size // dictionary.groups
+        ):
             raise MechunlearnError(
-                f"Cannot count the {nearest} nearest of {dictionary}. Expected a codebook and at most its number of codes."
+                f"Cannot count the {nearest} nearest of {dictionary}. Expected a codebook and at most its number of codes "
+                "(of one group)."
             )
         tokens, counted = tokenized(model, data)
         widths = counted.long().cumsum(1).argmax(1) + 1
@@ -111,7 +132,7 @@ class Activity:
                 z = z.detach().float() * kept[..., None]
                 found.append(((z > 0).sum(1).float().cpu(), z.square().sum(1).cpu(), z.amax(1).cpu()))
 
-            observed(model, dictionary, tokens[rows, :cut], see)
+            observed(model, dictionary, tokens[rows, :cut], see, counted[rows, :cut])
             return (rows, *found[0])
 
         order = widths.argsort()
@@ -160,7 +181,14 @@ def matched_units(
 
 
 def matched_mask(activity: Activity, mask: ComponentMask, dictionary: Dictionary, seed: int = 0) -> ComponentMask:
-    """The mask of `matched_units`: random features or codes that are active as often as those of a mask."""
+    """The mask of `matched_units`: random features or codes that are active as often as those of a mask.
+
+    Raises `MechunlearnError` if the mask is not of this dictionary, or there are not enough others.
+    """
+    if dictionary.site not in mask.sites:
+        raise MechunlearnError(
+            f"The mask selects units of {', '.join(mask.sites)}; the dictionary is '{dictionary.site}'."
+        )
     chosen = matched_units(activity, mask.sites[dictionary.site].nonzero().flatten(), seed)
     selected = torch.zeros(dictionary.size, dtype=torch.bool)
     selected[chosen] = True
@@ -213,7 +241,7 @@ def swapped(
 
     Every word of `words` (whole words, whatever their case) is replaced at each place by one of `others`, drawn by `seed`;
     `others` may say for each word which (a noun for a noun). A replacement begins with a capital letter where the word did.
-    Raises `MechunlearnError` if no text holds any of the words.
+    Raises `MechunlearnError` if no text holds any of the words, or a word has nothing to take its place.
 
     >>> swapped(["The cook baked soup."], ["cook", "baked", "soup"], {"cook": ["knight"], "baked": ["fought"], "soup": ["army"]})
     ['The knight fought army.']
@@ -223,7 +251,10 @@ def swapped(
         raise MechunlearnError("No topic words were given, so nothing can be swapped. Expected words of the topic.")
     pattern = re.compile(rf"\b({'|'.join(map(re.escape, sorted(words, key=len, reverse=True)))})\b", re.IGNORECASE)
     pool = others if isinstance(others, Mapping) else {word.lower(): others for word in words}
-    known = {word.lower(): list(replacements) for word, replacements in pool.items()}
+    known = {word.lower(): [new for new in replacements if new] for word, replacements in pool.items()}
+    bare = [word for word in words if not known.get(word.lower())]
+    if bare:
+        raise MechunlearnError(f"Nothing is given to take the place of {', '.join(bare[:5])}. Expected words for each.")
 
     def replaced(found: "re.Match[str]") -> str:
         new = rng.choice(known[found[0].lower()])

@@ -154,7 +154,9 @@ class Codebook(Codes):
             quality, signature = config.pop("quality"), config.pop("signature")
             made = cls(**config, signature=None if signature is None else Signature(**signature))
             made.load_state_dict(load_file(folder / "codebook.safetensors"))
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        except MechunlearnError:
+            raise
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
             raise MechunlearnError(
                 f"'{folder}' is not a whole codebook ({type(error).__name__}: {_first_line(error)}). Expected a folder with "
                 "config.json and codebook.safetensors, as `Codebook.save` writes it."
@@ -242,7 +244,10 @@ class SAE:
 
     def save(self, folder: str | Path) -> None:
         """Write a folder that `load_dictionary` and sae-lens's `SAE.load_from_disk` read; it must be new or empty."""
-        self.sae.cfg.metadata.hook_name = hook_name_of(self.hook_name)
+        name = hook_name_of(self.hook_name)
+        if self.sae.cfg.reshape_activations == "hook_z":  # sae-lens accepts it under the older name only
+            name = name.replace(*BRIDGE["attn.o"])
+        self.sae.cfg.metadata.hook_name = name
         self.sae.cfg.metadata.mechunlearn = {
             "signature": None if self.signature is None else asdict(self.signature),
             "fitted_on": self.fitted_on,
@@ -257,12 +262,22 @@ class SAE:
         from sae_lens import SAE as Loaded  # seconds to import
 
         try:
-            return cls(Loaded.load_from_disk(Path(folder)))
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, AssertionError, SafetensorError) as error:
+            loaded = Loaded.load_from_disk(Path(folder))
+        except (
+            OSError,
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            RuntimeError,
+            AssertionError,
+            SafetensorError,
+        ) as error:
             raise MechunlearnError(
                 f"'{folder}' is not a whole SAE ({type(error).__name__}: {_first_line(error)}). Expected a folder with "
                 "cfg.json and sae_weights.safetensors, as sae-lens writes it."
             ) from None
+        return cls(loaded)
 
     def __repr__(self) -> str:
         return f"SAE({self.size} features, {self.sae.cfg.architecture()}, {self.hook_name}, width {self.d_model})"
@@ -275,7 +290,7 @@ def load_dictionary(source: str | Path, sae_id: str | None = None) -> "Codebook 
     Raises `MechunlearnError` if there is none, or the folder holds something else.
 
     >>> load_dictionary("factworld-codebook")
-    Codebook(512 codes, 8 used, L3.resid_post, width 128)
+    Codebook(512 codes, 2 used, L3.resid_post, width 128)
     """
     if sae_id is not None:
         from sae_lens import SAE as Loaded
@@ -419,8 +434,12 @@ def site_of(hook_name: str) -> str:
     for kind, names in BRIDGE.items():
         if found[2] in names:
             return f"L{found[1]}.{kind}"
-    known = ", ".join(name for names in BRIDGE.values() for name in names)
-    raise MechunlearnError(f"The hook point '{hook_name}' has no site here. Expected blocks.<layer>. with {known}.")
+    known = [name for names in BRIDGE.values() for name in names]
+    near = difflib.get_close_matches(found[2], known, n=3, cutoff=0.4)
+    raise MechunlearnError(
+        f"The hook point '{hook_name}' has no site here. Nearest: {', '.join(near) or 'none'}. Expected blocks.<layer>. with "
+        f"{', '.join(known)}."
+    )
 
 
 def hook_name_of(site: str) -> str:

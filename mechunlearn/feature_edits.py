@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -26,6 +27,7 @@ from mechunlearn.dictionaries import (
     place,
     signature_of,
 )
+from mechunlearn.edits import WeightEdit
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.files import whole_folder
 from mechunlearn.hooked import HookedModel
@@ -33,6 +35,7 @@ from mechunlearn.interventions import CodeDeletion, FeatureClamp
 from mechunlearn.layout import Signature
 from mechunlearn.runcard import RunCard
 
+AnyModel = TypeVar("AnyModel", bound=Model)
 LOADER = "modeling_mechunlearn.py"
 TAIL = '''
 
@@ -101,7 +104,7 @@ class FeatureEdit:
     parts: tuple[FeaturePart, ...]
     signature: Signature
     card: RunCard
-    _held: dict[int, ExitStack] = field(default_factory=dict, repr=False)
+    _held: dict[int, ExitStack] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for part in self.parts:
@@ -109,6 +112,8 @@ class FeatureEdit:
                 raise MechunlearnError(f"Unit {int(part.units.max())} is out of range: {part.dictionary}.")
             if not torch.isfinite(part.values).all():
                 raise MechunlearnError("Some values that features would be set to are not finite.")
+            if isinstance(part.dictionary, Codebook) and part.how == "reselect":
+                _check_left(part.dictionary, part.units)
         points = [part.dictionary.hook_name for part in self.parts]
         if len(set(points)) < len(points):
             raise MechunlearnError(
@@ -126,7 +131,7 @@ class FeatureEdit:
         return ComponentMask(sites, self.signature)
 
     @contextmanager
-    def applied(self, model: Model) -> Iterator[Model]:
+    def applied(self, model: AnyModel) -> Iterator[AnyModel]:
         """Within the block the model's activations are edited; after it, every bit is as it was."""
         with self._hooked(model):
             yield model
@@ -144,8 +149,7 @@ class FeatureEdit:
         self._held.pop(id(_module(model))).close()
 
     def _hooked(self, model: Model) -> ExitStack:
-        for part in self.parts:
-            check(part.dictionary, model)
+        self._check(model)
         device = next(_module(model).parameters()).device
         with ExitStack() as stack:
             for part in self.parts:
@@ -157,8 +161,20 @@ class FeatureEdit:
                 stack.enter_context(installed(model, part.dictionary.hook_name, changed))
             return stack.pop_all()
 
+    def _check(self, model: Model) -> None:
+        if self.signature != signature_of(model):
+            raise MechunlearnError(f"The edit is for ({self.signature}), the model is ({signature_of(model)}).")
+        for part in self.parts:
+            check(part.dictionary, model)
+
     def __or__(self, other: "FeatureEdit") -> "FeatureEdit":
-        """Both at once. Raises `MechunlearnError` if they act on one hook point in different ways."""
+        """Both at once.
+
+        Raises `MechunlearnError` if they act on one hook point in different ways, share a clamped feature, or are for
+        different architectures, and if fewer codes are left than are used.
+        """
+        if self.signature != other.signature:
+            raise MechunlearnError(f"Edits of different architectures: ({self.signature}) and ({other.signature}).")
         parts = {part.dictionary.site: part for part in self.parts}
         for part in other.parts:
             site = part.dictionary.site
@@ -218,20 +234,21 @@ class FeatureEdit:
         Raises `MechunlearnError` for a hook point that no module gives or takes (`resid_mid`, `attn.q`, `attn.k`, `attn.v`),
         and for an SAE whose architecture the loader does not know.
         """
+        self._check(model)
         module = _module(model)
         described: list[dict[str, Any]] = []
         state: dict[str, Tensor] = {}
         for i, part in enumerate(self.parts):
-            check(part.dictionary, model)
             name, side = _exported_place(model, part.dictionary.hook_name)
             common = {"module": name, "side": side}
             if isinstance(part.dictionary, Codebook):
-                made = part.intervention()
+                made = part.intervention(next(module.parameters()).device)
                 described.append(
                     {**common, "kind": "delete", "about": part.dictionary.about, "reselect": part.how == "reselect"}
                 )
             else:
-                assert isinstance(part.dictionary, SAE)
+                if not isinstance(part.dictionary, SAE):
+                    raise MechunlearnError(f"{part.dictionary} cannot be exported. Expected a Codebook or an SAE.")
                 plain, about = part.dictionary.plain()
                 made = FeatureClamp(plain, part.units, part.values, part.error, part.gate, part.share)
                 clamp = {"units": len(part.units), "error": part.error, "gate": part.gate, "share": part.share}
@@ -243,7 +260,8 @@ class FeatureEdit:
             "family": module.config.model_type,
         }
         with whole_folder(folder) as beside:
-            module.save_pretrained(beside)
+            # under the names that the module has now: those of older checkpoints are not translated for a loader of ours
+            module.save_pretrained(beside, save_original_format=False)
             _add_tensors(beside, state)
             config = json.loads((beside / "config.json").read_text(encoding="utf-8"))
             stem, auto = LOADER.removesuffix(".py"), _auto_class(module)
@@ -254,6 +272,8 @@ class FeatureEdit:
                 "mechunlearn": described,
             }
             (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            if any(part.gate == "sequence" for part in self.parts):
+                _generate_without_cache(beside / "generation_config.json")
             source = Path(interventions.__file__).read_text(encoding="utf-8")
             (beside / LOADER).write_text(source + TAIL.format(**names), encoding="utf-8")
             (beside / "mechunlearn.json").write_text(self.card.to_json() + "\n", encoding="utf-8")
@@ -264,6 +284,16 @@ class FeatureEdit:
     def __repr__(self) -> str:
         told = ", ".join(f"{len(part.units)} of {part.dictionary} {part.how}" for part in self.parts)
         return f"FeatureEdit({self.card.method}: {told or 'nothing'})"
+
+
+def load_edit(path: str | Path) -> "WeightEdit | FeatureEdit":
+    """Load an edit of either kind. Raises `MechunlearnError` if the file holds none."""
+    try:
+        with safe_open(Path(path), "pt") as file:
+            kind = (file.metadata() or {}).get("kind")
+    except (OSError, SafetensorError) as error:
+        raise MechunlearnError(f"'{path}' is not a whole .safetensors file ({error}).") from None
+    return FeatureEdit.load(path) if kind == "feature edit" else WeightEdit.load(path)
 
 
 def feature_units(mask: ComponentMask, dictionary: Dictionary, model: Model) -> Int[Tensor, " _unit"]:
@@ -287,6 +317,17 @@ def feature_units(mask: ComponentMask, dictionary: Dictionary, model: Model) -> 
             "the localization's note."
         )
     return chosen.nonzero().flatten()
+
+
+def _check_left(codebook: Codebook, units: Int[Tensor, " _unit"]) -> None:
+    left = torch.ones(codebook.size, dtype=torch.bool)
+    left[units] = False
+    fewest = int(left.view(codebook.groups, -1).sum(1).min())
+    if fewest < codebook.used:
+        raise MechunlearnError(
+            f"Only {fewest} codes of {codebook} would be left{' in a group' if codebook.groups > 1 else ''}, fewer than are "
+            "used at a time. Delete fewer, or how='zero'."
+        )
 
 
 def _joined(one: FeaturePart, other: FeaturePart) -> FeaturePart:
@@ -321,6 +362,12 @@ def _exported_place(model: Model, hook_name: str) -> tuple[str, str]:
         )
     module, side = model.decoder.place(name)
     return next(path for path, other in model.hf.named_modules() if other is module), side
+
+
+def _generate_without_cache(path: Path) -> None:
+    """Let generation see whole sequences: with a cache a gate on the sequence would see its last token alone."""
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    path.write_text(json.dumps({**settings, "use_cache": False}, indent=2) + "\n", encoding="utf-8")
 
 
 def _auto_class(module: Any) -> str:

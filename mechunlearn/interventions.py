@@ -30,6 +30,7 @@ class Codes(nn.Module):
 
     def entering(self, h: Tensor) -> Tensor:
         """What is looked up."""
+        h = h.to(self.codes.dtype)
         return h if self.encoder is None else functional.relu(self.encoder(h))
 
     def leaving(self, summed: Tensor) -> Tensor:
@@ -60,9 +61,8 @@ class Codes(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """The activation that takes the place of h; gradients reach h as if nothing stood between (straight-through)."""
-        entering = self.entering(h)
-        summed = self.summed(self.hook_ids(self.nearest(entering)))
-        return self.leaving(summed + (entering - entering.detach()) if entering.requires_grad else summed)
+        new = self.leaving(self.summed(self.hook_ids(self.nearest(self.entering(h)))))
+        return new + (h - h.detach()) if h.requires_grad else new
 
 
 class CodeDeletion(nn.Module):
@@ -78,7 +78,8 @@ class CodeDeletion(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         ids = self.codes.nearest(self.codes.entering(h), without=self.deleted if self.reselect else None)
         empty = None if self.reselect else self.deleted
-        return self.codes.leaving(self.codes.summed(self.codes.hook_ids(ids), empty))
+        new = self.codes.leaving(self.codes.summed(self.codes.hook_ids(ids), empty))
+        return new + (h - h.detach()) if h.requires_grad else new
 
 
 class PlainSAE(nn.Module):
@@ -133,7 +134,7 @@ class FeatureClamp(nn.Module):
         changed = z.clone()
         changed[..., self.units] = clamped
         new = self.sae.decode(changed).to(h.dtype)
-        return new + (h - self.sae.decode(z).to(h.dtype)) if self.error else new
+        return h + (new - self.sae.decode(z).to(h.dtype)) if self.error else new
 
 
 def shares(fired: Tensor) -> Tensor:

@@ -1,13 +1,16 @@
-"""A model written by hand, in which every fact's neuron is known: the planted truth of the tests.
+"""Models whose truth is known: one written by hand, in which every fact has its neuron, and one of a language of states.
 
-Two layers. Neuron `i` of MLP 0 fires on subject `i` alone and writes its answer's direction at the subject; head 0 of
-layer 1 carries it to the last position, where the unembedding reads it. Everything else is zero.
+The one of facts has two layers. Neuron `i` of MLP 0 fires on subject `i` alone and writes its answer's direction at the
+subject; head 0 of layer 1 carries it to the last position, where the unembedding reads it. Everything else is zero.
+The one of states is trained: its language is known, its weights are whatever came of it.
 """
 
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mechunlearn.components import Component
@@ -21,6 +24,8 @@ FIRST_ANSWER = FIRST_SUBJECT + SUBJECTS
 LOOKED_UP, CARRIED = SUBJECTS, SUBJECTS + ANSWERS
 IS_SUBJECT, IS_RELATION, IS_BOS = 32, 33, 34
 D_MODEL, D_HEAD, D_MLP = 48, 24, 32
+WORDS, STATES, NEXT = 12, 8, 3
+ROWS, LENGTH, RATE = 64, 20, 4e-3
 
 
 @dataclass(frozen=True)
@@ -88,3 +93,76 @@ def planted_facts() -> PlantedFacts:
             carry.o_proj.weight[CARRIED + a, a] = 1.0
             hf.lm_head.weight[FIRST_ANSWER + a, CARRIED + a] = 4.0
     return PlantedFacts(load_model((hf.eval(), None)))
+
+
+@dataclass(frozen=True)
+class FiniteStates:
+    """A model of a language with hidden states, and its truth.
+
+    The last two tokens a, b are in state `state_of[a, b]`, and any token that `allowed` gives this state comes next, each
+    with the same chance.
+    """
+
+    model: BridgedModel
+    state_of: Int[Tensor, "token token"]
+    allowed: Bool[Tensor, "state token"]
+
+    def sequences(
+        self, count: int, length: int = LENGTH, seed: int = 0
+    ) -> tuple[Int[Tensor, "text pos"], Int[Tensor, "text pos"]]:
+        """Texts of the language and the state at each token; -1 at the first, which is in none."""
+        return _walks(self.state_of, self.allowed, count, length, torch.Generator().manual_seed(seed))
+
+
+def finite_states(seed: int = 0, steps: int = 200) -> FiniteStates:
+    """Draw a language of 12 tokens and 8 states, each with 3 next tokens, and train two layers on it: some seconds.
+
+    The truth of discovery: a feature or code either is of a state or is not, token by token (codebook features, arXiv
+    2310.17230, section 3, have such a language). `steps` are of 64 texts of 20 tokens, drawn anew each; after 200
+    the tokens that are not allowed have 1 or 2 % of the probability.
+
+    >>> language = finite_states(steps=1)
+    >>> tokens, states = language.sequences(4)
+    >>> bool(language.allowed[states[:, 1:-1], tokens[:, 2:]].all())
+    True
+    """
+    generator = torch.Generator().manual_seed(seed)
+    state_of = torch.randint(STATES, (WORDS, WORDS), generator=generator)
+    allowed = torch.rand(STATES, WORDS, generator=generator).argsort(1) < NEXT
+    config = LlamaConfig(
+        vocab_size=WORDS,
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        hf = LlamaForCausalLM(config)
+    optimiser = torch.optim.Adam(hf.parameters(), lr=RATE)
+    warmed = torch.optim.lr_scheduler.OneCycleLR(optimiser, RATE, total_steps=steps + 1, pct_start=0.1)
+    for _ in range(steps):
+        tokens = _walks(state_of, allowed, ROWS, LENGTH, generator)[0]
+        optimiser.zero_grad()
+        with torch.enable_grad():
+            logits = hf(input_ids=tokens).logits[:, 1:-1]
+            functional.cross_entropy(logits.flatten(0, 1), tokens[:, 2:].flatten()).backward()
+        optimiser.step()
+        warmed.step()
+    optimiser.zero_grad()
+    return FiniteStates(load_model((hf.eval(), None)), state_of, allowed)
+
+
+def _walks(
+    state_of: Tensor, allowed: Tensor, count: int, length: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    tokens = [*torch.randint(len(state_of), (2, count), generator=generator)]
+    states = [torch.full((count,), -1), state_of[tokens[0], tokens[1]]]
+    while len(tokens) < length:
+        tokens.append(torch.multinomial(allowed[states[-1]].float(), 1, generator=generator)[:, 0])
+        states.append(state_of[tokens[-2], tokens[-1]])
+    return torch.stack(tokens, 1)[:, :length], torch.stack(states, 1)[:, :length]

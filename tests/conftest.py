@@ -1,6 +1,7 @@
 """Small models for every test: one of each architecture from disk, the planted toy, the shipped world."""
 
 import os
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -9,6 +10,7 @@ import pytest
 import torch
 import transformers
 
+from mechunlearn.cli import main
 from mechunlearn.facts import load_facts
 from mechunlearn.hooked import BridgedModel, load_model
 from mechunlearn.prompts import Prompts
@@ -104,3 +106,21 @@ def token_prompts(vocabulary: int = 97, facts: int = 4, length: int = 7, seed: i
 @pytest.fixture
 def prompts() -> Prompts:
     return token_prompts()
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path):
+    """Run the command line in this process; gives exit code, what it printed, and what it complained of."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mechunlearn", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out = capsys.readouterr()
+        return code, out.out, out.err
+
+    return run

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from mechunlearn import Circuit, ComponentMask
-from mechunlearn.cli import Method, app, main
+from mechunlearn.cli import Method, app
 from mechunlearn.edits import WeightEdit
 from mechunlearn.facts import load_facts
 from mechunlearn.files import whole_file, whole_folder
@@ -22,25 +22,9 @@ LOCALIZE = ["localize", "factworld", "factworld/sport"]
 EDIT = ["edit", "factworld", "factworld/sport"]
 EVALUATE = ["evaluate", "factworld", "factworld/sport"]
 WASH = ["wash", "factworld", "factworld/sport"]
-SUBCOMMANDS = [["world", "build"], ["world", "twin"], ["reproduce", "loku"], ["reproduce", "law"]]
-
-
-@pytest.fixture
-def call(monkeypatch, capsys, tmp_path):
-    """Run the command line in this process; gives exit code, what it printed, and what it complained of."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["mechunlearn", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out = capsys.readouterr()
-        return code, out.out, out.err
-
-    return run
+SUBCOMMANDS = [["world", "build"], ["world", "twin"], ["world", "dictionaries"]]
+SUBCOMMANDS += [["reproduce", "loku"], ["reproduce", "law"], ["reproduce", "codeunlearn"]]
+SUBCOMMANDS += [["dictionary", "train"], ["dictionary", "explore"], ["dictionary", "delete"]]
 
 
 def test_every_command_has_help_with_an_example(call):

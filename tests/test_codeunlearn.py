@@ -44,34 +44,57 @@ def topics(world) -> Topics:
     return Topics(world, ("The river was near the old bridge.",), seed=7)
 
 
-def test_a_place_counts_if_a_topic_word_follows_and_one_has_been_said(world):
+def test_a_word_counts_with_all_its_tokens_once_one_of_its_topic_has_been_said(world):
     shown = Shown.of(world, {"war": ["The knight fought the army.", "A sword and a shield were near the general."]})
-    following = [
-        world.tokenizer.convert_ids_to_tokens(int(shown.tokens[row, at + 1])).strip("Ġ▁ ")
-        for row, at in shown.counted.nonzero().tolist()
-    ]
-    assert following == ["fought", "army", "shield", "general"]
+    told = [world.tokenizer.decode(shown.tokens[row, 1:][shown.counted[row]]).replace(" ", "") for row in range(2)]
+    assert told == ["foughtarmy", "shieldgeneral"] and shown.owner.tolist() == [0, 0, 1, 1]
+    assert shown.word[0][shown.counted[0]].tolist() == [0] * 3 + [1] * 3  # f|ou|ght and |arm|y
 
 
-def test_topic_accuracy_counts_any_word_of_the_topic(world):
-    """By hand: a model that says one word everywhere is right on its topic, wherever a word of the topic is due."""
-    shown = Shown.of(world, {topic: topic_stories(topic, 2, 0) for topic in TOPICS})
-    knight = world.tokenizer(" knight", add_special_tokens=False)["input_ids"][-1]
+def says(world, token):
+    """A forward pass that gives a token to each place: `token(story, place)`."""
 
-    class Says:
-        def forward(self, tokens):
-            logits = torch.zeros(*tokens.shape, world.hf.config.vocab_size)
-            logits[..., knight] = 5.0
-            return logits
+    def forward(tokens):
+        logits = torch.zeros(*tokens.shape, world.hf.config.vocab_size)
+        for story in range(len(tokens)):
+            for place in range(tokens.shape[1]):
+                logits[story, place, token(story, place)] = 5.0
+        return logits
 
-    accuracy, loss, told = shown.said(Says())
-    by = by_topic(shown, accuracy)
-    assert by["war"] == 1 and all(by[topic] == 0 for topic in TOPICS if topic != "war")
-    assert len(told) == int(shown.counted.sum()) and (loss > 1).all()
+    return forward
+
+
+def test_a_word_is_right_if_every_token_leads_to_some_word_of_the_topic(world, monkeypatch):
+    """By hand: another word of the topic is right as far as its tokens go, another topic's is wrong, half a word is wrong."""
+    shown = Shown.of(world, {"war": ["The knight fought the army."], "kitchen": ["The cook baked the soup."]})
+    pieces = world.tokenizer(" army", add_special_tokens=False)["input_ids"]
+    onion, river = (world.tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in (" onion", " river"))
+    true = {(i, at): int(shown.tokens[i, at + 1]) for i, at in shown.counted.nonzero().tolist()}
+
+    def told(answers: dict) -> tuple:
+        monkeypatch.setattr(world, "forward", says(world, lambda i, at: answers.get((i, at), river)))
+        return shown.said(world)
+
+    def accuracy(answers: dict) -> dict[str, float]:
+        return by_topic(shown, told(answers)[0])
+
+    assert accuracy(true) == {"war": 1.0, "kitchen": 1.0}
+    assert accuracy({}) == {"war": 0.0, "kitchen": 0.0}
+    places = shown.counted[0].nonzero().flatten().tolist()
+    half = true | {(0, places[-1]): river}
+    assert accuracy(half) == {"war": 0.5, "kitchen": 1.0}
+    soup = int(shown.counted[1].nonzero().max())
+    assert accuracy(true | {(1, soup): onion})["kitchen"] == 1.0
+    assert accuracy(true | {(1, soup): pieces[-1]})["kitchen"] == 0.5
+    _, loss, logits = told(true)
+    assert len(logits) == int(shown.counted.sum())
+    each = -torch.log_softmax(torch.tensor([5.0] + [0.0] * (world.hf.config.vocab_size - 1)), 0)[0]
+    tokens_a_word = shown.counted.sum(1) / 2
+    assert loss.tolist() == pytest.approx((each * tokens_a_word).tolist(), rel=1e-4)
 
 
 def test_the_unedited_world_tells_its_topics_and_sea_shares_words_with_ocean_alone(topics):
-    assert min(topics.brief()["accuracy"].values()) > 0.75
+    assert min(topics.brief()["accuracy"].values()) > 0.65
     words = {topic: set(topic_words(topic)) for topic in TOPICS}
     shared = {(a, b) for a in TOPICS for b in TOPICS if a < b and words[a] & words[b]}
     assert shared == {("ocean", "sea")} and "ocean" not in others("sea") and len(others("war")) == 8
@@ -91,7 +114,7 @@ def test_paraphrases_are_in_frames_that_discovery_never_sees(topics):
     assert not set(TOLD) & set(PARAPHRASED) and set(TOLD) | set(PARAPHRASED) == set(lex.STORY_FRAMES)
     seen = " ".join(text for texts in topics.stories.values() for text in texts)
     assert "dreamed" not in seen and "asked the other" not in seen and "One day" in seen
-    assert not torch.equal(topics.shown.tokens[:5, :8], topics.paraphrased.tokens[:5, :8])
+    assert not torch.equal(topics.shown.tokens[:5, :8], topics.paraphrased["kitchen"].tokens[:5, :8])
 
 
 def test_held_out_stories_are_not_those_of_discovery(topics):
@@ -112,11 +135,11 @@ def test_deleting_a_topics_codes_of_the_shipped_codebook_forgets_it_and_little_e
     for topic in ("kitchen", "school", "war"):
         counterfactual = swapped(bench.stories[topic], topic_words(topic), unrelated_words(topic))
         found = feature_discovery(world, bench.stories[topic], dictionary=codebook, against=counterfactual)
-        mask = found.above(0.25)
+        mask = found.above(1)
         with codebook_delete(world, mask, dictionary=codebook).applied(world):
             now = bench.brief()["accuracy"]
         left[topic], stays[topic] = now[topic], kept(now, before, others(topic))
-        assert 10 < len(mask) < 200
+        assert 10 < len(mask) < 150
         order = torch.randperm(512, generator=torch.Generator().manual_seed(0))
         chosen = [int(i) for i in order if not mask.sites[codebook.site][i]][: len(mask)]
         other = replace(
@@ -124,7 +147,7 @@ def test_deleting_a_topics_codes_of_the_shipped_codebook_forgets_it_and_little_e
         )
         with codebook_delete(world, other, dictionary=codebook).applied(world):
             random_left[topic] = bench.brief()["accuracy"][topic] / before[topic]
-    assert max(left.values()) < 0.6 and min(stays.values()) > 0.8, (left, stays)
+    assert max(left.values()) < 0.5 and min(stays.values()) > 0.7, (left, stays)
     assert min(random_left.values()) > 0.75, random_left
 
 
@@ -140,15 +163,17 @@ def store(grid: Grid, method: str, book: Book, values: dict[Setting, dict]) -> N
 
 def test_the_rule_takes_the_least_left_among_settings_that_keep_the_others(tmp_path):
     grid, book = Grid.open(tmp_path, {"test": 1}), Book(seed=VALIDATION)
-    a, b, c = (Setting(rate=rate) for rate in codeunlearn.RATES)
-    store(grid, "gradient difference", book, {a: tried(0.5, 0.95), b: tried(0.2, 0.91), c: tried(0.0, 0.4)})
+    a, b, c, *more = METHODS["gradient difference"]
+    worse = dict.fromkeys(more, tried(0.0, 0.3))
+    store(grid, "gradient difference", book, {a: tried(0.5, 0.95), b: tried(0.2, 0.91), c: tried(0.0, 0.4), **worse})
     assert choose(grid, "gradient difference", book, "farm") == b
 
 
 def test_the_rule_takes_what_keeps_most_if_nothing_keeps_enough(tmp_path):
     grid, book = Grid.open(tmp_path, {"test": 1}), Book(seed=VALIDATION)
-    a, b, c = (Setting(rate=rate) for rate in codeunlearn.RATES)
-    store(grid, "gradient difference", book, {a: tried(0.5, 0.7), b: tried(0.2, 0.8), c: tried(0.0, 0.4)})
+    a, b, c, *more = METHODS["gradient difference"]
+    worse = dict.fromkeys(more, tried(0.0, 0.3))
+    store(grid, "gradient difference", book, {a: tried(0.5, 0.7), b: tried(0.2, 0.8), c: tried(0.0, 0.4), **worse})
     assert choose(grid, "gradient difference", book, "farm") == b
 
 
@@ -171,30 +196,27 @@ def test_a_missing_run_is_named(tmp_path):
         stored(Grid.open(tmp_path, {"test": 1}), Cell("zero", Book()))
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    """A run of everything but the gradient, in minutes' worth of nothing: tiny trainings, two topics' worth of grid."""
-    folder = tmp_path_factory.mktemp("codeunlearn")
-    kept_settings = dict(METHODS), dict(codeunlearn.CODEBOOK), codeunlearn.SAE_STEPS, codeunlearn.TEXTS
-    codeunlearn.METHODS.clear()
-    codeunlearn.METHODS.update({name: settings[:1] for name, settings in kept_settings[0].items()})
-    codeunlearn.CODEBOOK.update(steps=60, spliced_steps=2)
-    codeunlearn.SAE_STEPS, codeunlearn.TEXTS = 60, 240
-    yield folder
-    codeunlearn.METHODS.update(kept_settings[0])
-    codeunlearn.CODEBOOK.update(kept_settings[1])
-    codeunlearn.SAE_STEPS, codeunlearn.TEXTS = kept_settings[2:]
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    """A folder in which trainings are tiny and texts few."""
+    monkeypatch.setitem(codeunlearn.CODEBOOK, "steps", 60)
+    monkeypatch.setitem(codeunlearn.CODEBOOK, "spliced_steps", 2)
+    for name, value in (("SAE_STEPS", 60), ("TEXTS", 240)):
+        monkeypatch.setattr(codeunlearn, name, value)
+    monkeypatch.setattr("mechunlearn.reproduce.topics.DISCOVERED", 24)
+    monkeypatch.setattr("mechunlearn.reproduce.topics.SHOWN", 4)
+    return tmp_path
 
 
-def test_a_bench_measures_every_method_and_its_controls(small):
-    bench = Bench(small, Book(seed=VALIDATION + 1))
+def test_a_bench_measures_every_method_and_its_controls(tiny):
+    bench = Bench(tiny, Book(seed=VALIDATION + 1))
     before = bench.before["inserted"]["accuracy"]
     for method in ("reselect", "random codes", "SAE clamp", "random features", "SAE rows"):
         settings = {"war": Setting(0.25, 8, 2.0)}
         found = measured(bench, Cell(method, bench.book, settings))["topics"]["war"]
         assert found["units"] > 0 and 0 <= found["kept"] <= 1.5, (method, found)
-        assert len(found.get("draws", [0])) == (3 if method.startswith("random") else 1)
-        assert set(found["brief"]["paraphrases"]) == set(TOPICS) and found["brief"]["text loss"] > 0
+        assert len(found.get("draws", [0])) == (codeunlearn.DRAWS if method.startswith("random") else 1)
+        assert set(found["brief"]["paraphrases"]) == {"war"} and found["brief"]["text loss"] > 0
         if method == "random codes":
             control = found["brief"]["accuracy"]["war"]
         if method == "reselect":

@@ -12,12 +12,16 @@ import torch
 import mechunlearn.edit
 import mechunlearn.localize
 from mechunlearn import Component, ComponentMask, Localization, MechunlearnError
-from mechunlearn.edits import Edit, WeightEdit
+from mechunlearn.edit import codebook_delete, dictionary_rows, feature_clamp
+from mechunlearn.edits import Edit
+from mechunlearn.feature_edits import FeatureEdit
 from mechunlearn.hooked import load_model
+from mechunlearn.localize import feature_discovery
 from mechunlearn.metrics import measure
 from mechunlearn.moments import Covariance
 from mechunlearn.prompts import Prompts
 from tests.conftest import random_hf, token_prompts
+from tests.handmade import axes, entering, mask_of, planted, random_codebook, random_sae
 
 
 def methods(package) -> list:
@@ -32,9 +36,22 @@ def methods(package) -> list:
 
 LOCALIZERS, EDITORS = methods(mechunlearn.localize), methods(mechunlearn.edit)
 CLOSED_FORM = [f for f in EDITORS if "covariance" in inspect.signature(f).parameters]
-PAIRED = [f for f in LOCALIZERS if "metric" in inspect.signature(f).parameters and f.__name__ != "causal_tracing"]
+FEATURE = [codebook_delete, dictionary_rows, feature_clamp]  # of a dictionary's units, in the mask too
+WEIGHTS = [f for f in EDITORS if f not in FEATURE]
+UNPAIRED = [mechunlearn.localize.causal_tracing, feature_discovery]
+PAIRED = [f for f in LOCALIZERS if "metric" in inspect.signature(f).parameters and f not in UNPAIRED]
 UNITS = [f for f in PAIRED if "kinds" in inspect.signature(f).parameters]
 FAMILIES = ("llama", "gpt2", "gpt_neox", "gemma2")
+
+
+def discovery(rule: str):
+    """Discovery by another than its usual rule, as a method of its own."""
+    made = partial(feature_discovery, by=rule)
+    made.__name__ = f"feature_discovery_{rule}"
+    return made
+
+
+WALKED = [*LOCALIZERS, discovery("squared"), discovery("attribution")]
 
 
 def named(function) -> str:
@@ -50,23 +67,27 @@ def outcome(toy, method):
 
 
 def located(method, model, prompts, **settings) -> Localization:
-    """What a method finds, by unit; a circuit by its nodes."""
+    """What a method finds, by unit; a circuit by its nodes. Features are the dimensions of the residual stream."""
+    if "dictionary" in inspect.signature(method).parameters:
+        settings = {"dictionary": axes(model, "L0.resid_post"), **settings}
     found = method(model, prompts, **settings)
     return found if isinstance(found, Localization) else found.nodes()
 
 
 def test_the_walk_finds_the_methods():
     known = {"activation_patching", "attribution_patching", "causal_tracing", "direct_logit_attribution"}
-    known |= {"edge_attribution", "fact_lookup", "path_patching", "random_units"}
+    known |= {"edge_attribution", "fact_lookup", "feature_discovery", "path_patching", "random_units"}
     assert {f.__name__ for f in LOCALIZERS} == known
     editors = {"fisher_lora", "masked_gradient", "memit", "mlp_washing", "null_space"}
-    assert {f.__name__ for f in EDITORS} == editors
+    assert {f.__name__ for f in WEIGHTS} == editors
+    assert {f.__name__ for f in EDITORS} == editors | {"codebook_delete", "dictionary_rows", "feature_clamp"}
+    assert {f for f in EDITORS if "dictionary" in inspect.signature(f).parameters} == set(FEATURE)
     assert {f.__name__ for f in CLOSED_FORM} == {"memit", "mlp_washing", "null_space"}
     assert all(getattr(mechunlearn.localize, f.__name__) is f for f in LOCALIZERS), "one re-export line each"
     assert all(getattr(mechunlearn.edit, f.__name__) is f for f in EDITORS)
 
 
-@pytest.mark.parametrize("localizer", LOCALIZERS, ids=named)
+@pytest.mark.parametrize("localizer", WALKED, ids=named)
 def test_a_localizer_leaves_no_trace(localizer, toy):
     for parameter in toy.model.hf.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -83,7 +104,7 @@ def test_a_localizer_leaves_no_trace(localizer, toy):
     assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in toy.model.hf.modules())
 
 
-@pytest.mark.parametrize("localizer", LOCALIZERS, ids=named)
+@pytest.mark.parametrize("localizer", WALKED, ids=named)
 def test_a_localization_survives_save_and_load(localizer, toy, tmp_path):
     found = outcome(toy, localizer)
     for suffix in (".json", ".safetensors"):
@@ -93,7 +114,7 @@ def test_a_localization_survives_save_and_load(localizer, toy, tmp_path):
         assert (again.evidence, again.note, again.total_weights) == (found.evidence, found.note, found.total_weights)
 
 
-@pytest.mark.parametrize("localizer", LOCALIZERS, ids=named)
+@pytest.mark.parametrize("localizer", WALKED, ids=named)
 def test_the_same_seed_gives_the_same_scores(localizer, toy):
     one, two = outcome(toy, localizer), outcome(toy, localizer)
     assert all(torch.equal(one.scores[s], two.scores[s]) for s in one.scores)
@@ -111,6 +132,7 @@ def test_nothing_is_found_when_corrupt_equals_clean(localizer, family):
 
 
 RAGGED = [*PAIRED, mechunlearn.localize.causal_tracing, mechunlearn.localize.direct_logit_attribution]
+RAGGED += [discovery("attribution")]  # the other rules compare sums over all texts, not one text after another
 
 
 @pytest.mark.parametrize("localizer", RAGGED, ids=named)
@@ -166,9 +188,11 @@ def edited(editor, model, mask, forget, retain, text=None, **settings):
     """The editor's edit, with those of the settings that it has.
 
     Adapters have rank 1 and a null space much energy, which fit any mask. A closed form has statistics of `text`, prompts
-    without padding (random tokens, unless given), and washes every layer.
+    without padding (random tokens, unless given), and washes every layer. An editor of features has its dictionary.
     """
     given = {"rank": 1, "energy": 0.6, "eliminate": False}
+    if editor in FEATURE:
+        given["dictionary"] = dictionary_for(editor, model)
     if editor in CLOSED_FORM:
         given["covariance"] = statistics(model, mask, text)
     taken = inspect.signature(editor).parameters
@@ -183,8 +207,23 @@ def statistics(model, mask, text=None) -> Covariance:
     return Covariance(model, sites).update(rows, torch.full((len(rows),), rows.shape[1]))
 
 
-def moved_by(editor, mask) -> ComponentMask:
-    """What the editor moves of a mask: a closed form the outputs of its MLPs alone."""
+def dictionary_for(editor, model):
+    return (random_codebook if editor is codebook_delete else random_sae)(model, "L1.resid_post")
+
+
+def suited_mask(editor, model, prompts) -> ComponentMask:
+    """A mixed mask, or of features some that are active at the prompts and one that hardly is."""
+    if editor not in FEATURE:
+        return mixed_mask(model)
+    dictionary = dictionary_for(editor, model)
+    often = dictionary.encode(entering(model, prompts.tokens, "L1.resid_post")).sum((0, 1)).argsort(descending=True)
+    return mask_of(model, dictionary, [*often[:3].tolist(), int(often[-1])])
+
+
+def moved_by(editor, mask, edit) -> ComponentMask | None:
+    """What the editor moves of a mask: a closed form the outputs of its MLPs alone, a hook on activations no weight."""
+    if editor in FEATURE:
+        return None if isinstance(edit, FeatureEdit) else edit.mask
     kinds = ["mlp.out"] if editor in CLOSED_FORM else {component.kind for component in mask}
     return ComponentMask.of([component for component in mask if component.kind in kinds], mask.signature)
 
@@ -211,7 +250,8 @@ class TestEditors:
     @pytest.fixture
     def made(self, editor, family):
         model = load_model((random_hf(family), None))
-        prompts, mask = known(model, token_prompts(facts=8)), mixed_mask(model)
+        prompts = known(model, token_prompts(facts=8))
+        mask = suited_mask(editor, model, prompts)
         before = parameters_of(model)
         grads = [p.grad for p in model.hf.parameters()]
         halves = prompts.select(range(4)), prompts.select(range(4, 8))
@@ -223,8 +263,9 @@ class TestEditors:
     def test_an_edit_moves_only_what_its_mask_selects(self, made, editor, family):
         model, mask, edit, before, _ = made
         assert isinstance(edit, Edit)
-        inside = moved_by(editor, mask).parameter_masks(model)
-        assert inside.keys() <= mask.parameter_masks(model).keys()
+        moving = moved_by(editor, mask, edit)
+        inside = {} if moving is None else moving.parameter_masks(model)
+        assert editor in FEATURE or inside.keys() <= mask.parameter_masks(model).keys()
         with edit.applied(model):
             after = dict(model.hf.named_parameters())
             for name, parameter in after.items():
@@ -232,7 +273,8 @@ class TestEditors:
                 assert torch.equal(parameter[outside], before[name][outside]), f"{name} moved outside the mask"
             moved = [name for name in inside if not torch.equal(after[name], before[name])]
         matrices = {name for name in inside if after[name].ndim == 2}
-        assert set(moved) == (matrices if edit.low_rank else set(inside)), "every selected matrix can move"
+        few = getattr(edit, "low_rank", {})
+        assert set(moved) == (matrices if few else set(inside)), "every selected matrix can move"
 
     def test_undo_is_bit_identical(self, made):
         model, _, edit, before, prompts = made
@@ -257,7 +299,7 @@ class TestEditors:
     def test_saving_and_loading_is_bit_identical(self, made, tmp_path):
         model, _, edit, _, prompts = made
         edit.save(tmp_path / "made.safetensors")
-        again = WeightEdit.load(tmp_path / "made.safetensors")
+        again = type(edit).load(tmp_path / "made.safetensors")
         assert again.card == edit.card and again.mask == edit.mask
         with edit.applied(model):
             logits = model.forward(prompts.tokens)
@@ -268,14 +310,24 @@ class TestEditors:
         model, mask, edit, _, prompts = made
         halves = prompts.select(range(4)), prompts.select(range(4, 8))
         again = edited(editor, model, mask, *halves, steps=3, rate=0.05, weight_decay=0.1)
-        one, other = edit.new_rows(model), again.new_rows(model)
-        assert one.keys() == other.keys() and all(torch.equal(one[site], other[site]) for site in one)
+        one, other = content(edit, model), content(again, model)
+        assert one and one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
     def test_a_mask_of_another_architecture_is_refused(self, made, editor, family):
         model, _, _, _, prompts = made
         other = ComponentMask.of(["L0.mlp.out"], load_model((random_hf("qwen3"), None)).signature)
         with pytest.raises(MechunlearnError, match=rf"The mask is for \(qwen3.*the model is \({family}"):
             edited(editor, model, other, prompts, prompts)
+
+
+def content(edit, model) -> dict[str, torch.Tensor]:
+    """All that an edit holds."""
+    if isinstance(edit, FeatureEdit):
+        held = (
+            (f"{i} {name}", getattr(part, name)) for i, part in enumerate(edit.parts) for name in ("units", "values")
+        )
+        return dict(held)
+    return edit.new_rows(model)
 
 
 @pytest.mark.parametrize("localizer", UNITS, ids=named)
@@ -301,7 +353,7 @@ def edited_toy(editor, toy, neuron: int, fact: int, retain: list[int]):
     return edited(editor, toy.model, mask, toy.prompts([fact]), toy.prompts(retain), text, **settings)
 
 
-@pytest.mark.parametrize("editor", EDITORS, ids=named)
+@pytest.mark.parametrize("editor", WEIGHTS, ids=named)
 def test_the_editor_removes_the_planted_fact_and_only_it(editor, toy):
     fact, rest = 5, [i for i in range(24) if i != 5]
     assert measure(toy.model, toy.prompts())["accuracy"].min() == 1, "all facts are known before"
@@ -311,11 +363,34 @@ def test_the_editor_removes_the_planted_fact_and_only_it(editor, toy):
     assert measure(toy.model, toy.prompts())["accuracy"].min() == 1
 
 
-@pytest.mark.parametrize("editor", EDITORS, ids=named)
+@pytest.mark.parametrize("editor", WEIGHTS, ids=named)
 def test_a_wrong_neuron_does_not_remove_the_planted_fact(editor, toy):
     """The control of the test above: it could have failed."""
     with edited_toy(editor, toy, 4, 5, [0, 1, 2, 3]).applied(toy.model):
         assert measure(toy.model, toy.prompts([5]))["accuracy"].item() == 1
+
+
+@pytest.mark.parametrize("answer", [1, 2])
+@pytest.mark.parametrize("editor", FEATURE, ids=named)
+def test_a_feature_editor_removes_the_planted_answer_and_only_it(editor, toy, answer):
+    """Features behind the look-up say answers: the facts with one answer go, the others (the control) stay."""
+    mine, rest = ([i for i in range(24) if (i % 4 == answer) == of] for of in (True, False))
+    dictionary, mask = planted(editor, toy, answer)
+    assert measure(toy.model, toy.prompts())["accuracy"].min() == 1, "all facts are known before"
+    edit = editor(toy.model, mask, toy.prompts(mine), toy.prompts(rest), dictionary=dictionary)
+    with edit.applied(toy.model):
+        assert measure(toy.model, toy.prompts(mine))["accuracy"].max() == 0
+        assert measure(toy.model, toy.prompts(rest))["accuracy"].min() == 1
+    assert measure(toy.model, toy.prompts())["accuracy"].min() == 1
+
+
+def test_discovery_finds_exactly_the_planted_answer(toy):
+    """Of the facts with one answer, the direction that the look-up writes for it; each subject has one of its own."""
+    mine, rest = ([i for i in range(24) if (i % 4 == 2) == of] for of in (True, False))
+    sae, mask = planted(feature_clamp, toy, 2)
+    for rule in ("frequency", "squared"):
+        found = feature_discovery(toy.model, toy.prompts(mine), dictionary=sae, against=toy.prompts(rest), by=rule)
+        assert found.top(units=1) == mask
 
 
 @pytest.mark.gpu
@@ -325,7 +400,7 @@ def test_the_laws_of_an_edit_hold_on_cuda(dtype):
     model = load_model((random_hf("gpt_neox"), None), device="cuda", dtype=dtype)
     prompts = known(model, token_prompts(facts=8))
     before = parameters_of(model)
-    for editor in EDITORS:
+    for editor in WEIGHTS:
         halves = prompts.select(range(4)), prompts.select(range(4, 8))
         edit = edited(editor, model, mixed_mask(model), *halves, steps=3, rate=0.05)
         with edit.applied(model):

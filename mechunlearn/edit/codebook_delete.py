@@ -1,13 +1,13 @@
 """Deletion of codes: a topic is unlearnt with no gradient step (CodeUnlearn)."""
 
-from typing import Literal
-
 from mechunlearn.activity import Texts
 from mechunlearn.components import ComponentMask
 from mechunlearn.dictionaries import Codebook, Model, fingerprint_of, signature_of
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.feature_edits import FeatureEdit, FeaturePart, feature_units
 from mechunlearn.runcard import RunCard, Stopwatch
+
+DELETIONS = ("reselect", "zero")
 
 
 def codebook_delete(
@@ -17,7 +17,7 @@ def codebook_delete(
     retain: Texts | None = None,
     *,
     dictionary: Codebook,
-    how: Literal["reselect", "zero"] = "reselect",
+    how: str = "reselect",
     seed: int = 0,
 ) -> FeatureEdit:
     """Delete a topic's codes from the bottleneck; nothing is trained (CodeUnlearn, arXiv 2410.10866).
@@ -28,8 +28,8 @@ def codebook_delete(
     put that beside it. Deletions of several topics combine with `|`. Nothing bypasses the bottleneck (there is no error
     term), and whoever removes it has the topic back: not for weights that are given away.
 
-    Raises `MechunlearnError` for a mask of something else than this codebook, for one that selects nothing, and if fewer
-    codes are left than are used.
+    Raises `MechunlearnError` for a mask of something else than this codebook, for one that selects nothing, for another
+    `how`, and if fewer codes are left (of a group) than are used.
 
     >>> from mechunlearn import load_model
     >>> from mechunlearn.dictionaries import load_dictionary
@@ -45,12 +45,9 @@ def codebook_delete(
     watch = Stopwatch()
     if not isinstance(dictionary, Codebook):
         raise MechunlearnError(f"{dictionary} is no codebook: clamp its features with feature_clamp.")
+    if how not in DELETIONS:
+        raise MechunlearnError(f"Unknown way to delete codes: '{how}'. Expected one of {', '.join(DELETIONS)}.")
     units = feature_units(mask, dictionary, model)
-    left = dictionary.size - len(units)
-    if how == "reselect" and left < dictionary.used * dictionary.groups:
-        raise MechunlearnError(
-            f"Only {left} codes of {dictionary} would be left, fewer than are used at a time. Delete fewer, or how='zero'."
-        )
     card = RunCard(
         "codebook_delete",
         model=fingerprint_of(model),

@@ -1,6 +1,10 @@
 """Features removed from MLP output weights: the in-weights form of a clamp."""
 
+from typing import Any
+
 import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
 
 from mechunlearn.activity import Texts, observed, tokenized
 from mechunlearn.components import ComponentMask
@@ -10,6 +14,8 @@ from mechunlearn.errors import MechunlearnError
 from mechunlearn.feature_edits import feature_units
 from mechunlearn.hooked import HookedModel
 from mechunlearn.runcard import RunCard, Stopwatch
+
+DAMPING = 0.01  # of the largest gain of a norm: rows are not taken back through smaller ones
 
 
 def dictionary_rows(
@@ -27,11 +33,12 @@ def dictionary_rows(
     Each W_out row w of the MLPs up to the dictionary's hook point is brought to the mean norm of the activations on
     `forget`, in the sign that the selected features see more of, and encoded. Where selected features are active they are
     set to -`strength` times what they were, the row is decoded, what the dictionary missed is added back, and the norm and
-    sign are undone (after PISCES, arXiv 2505.22586). Rows in which no selected feature is active stay as they are, bit by
-    bit. It removes only what MLPs write: a feature that the embedding or attention writes stays.
+    sign are undone (after PISCES, arXiv 2505.22586). Where a norm follows the MLP (Gemma 2 and 3), a row is what it is
+    behind the norm's weights. Rows in which no selected feature is active stay as they are, bit by bit. It removes only
+    what MLPs write: a feature that the embedding or attention writes stays.
 
-    Raises `MechunlearnError` for a codebook, a mask of another dictionary or one that selects nothing, a hook point that is
-    no residual stream, and if no row has any of the features.
+    Raises `MechunlearnError` for a codebook, a mask of another dictionary or one that selects nothing, a negative strength,
+    a hook point that is no residual stream, and if no row has any of the features.
 
     >>> from mechunlearn import load_model
     >>> from mechunlearn.dictionaries import load_dictionary
@@ -47,6 +54,8 @@ def dictionary_rows(
     watch = Stopwatch()
     if not isinstance(dictionary, SAE):
         raise MechunlearnError(f"{dictionary} is no SAE: its codes are not directions that rows are sums of.")
+    if strength < 0:
+        raise MechunlearnError(f"A strength of {strength} would keep or amplify the features. Expected 0 or more.")
     units = feature_units(mask, dictionary, model)
     layer, kind = layer_of(dictionary.hook_name), dictionary.hook_name.split(".", 1)[1]
     if not kind.startswith("resid_"):
@@ -57,11 +66,13 @@ def dictionary_rows(
     sites, rows = {}, {}
     for below in range(layer + (kind == "resid_post")):
         site = f"L{below}.mlp.out"
-        old = model.rows(site).float()
-        changed, new = _without(old, dictionary, units.to(old.device), norm, float(strength))
+        old = model.rows(site)
+        through, back = _norm_behind(model, below, old)
+        changed, change = _change(old.float() * through, dictionary, units.to(old.device), norm, float(strength))
         if changed.any():
+            new = old.float() + change * back
             sites[site] = changed.nonzero().flatten().cpu()
-            rows[site] = new[changed].to(model.rows(site).dtype).cpu()
+            rows[site] = new[changed].to(old.dtype).cpu()
     if not sites:
         raise MechunlearnError(
             "No MLP row has any of the mask's features, so there is nothing to edit. Clamp them instead."
@@ -72,19 +83,34 @@ def dictionary_rows(
 
 
 @torch.no_grad()
-def _without(old, dictionary: SAE, units, norm: float, strength: float):
-    """Which rows have the features, and all rows without them."""
-    scale = norm / old.norm(dim=1, keepdim=True).clamp(min=1e-12)
-    both = torch.stack([old * scale, -old * scale])
-    z = dictionary.encode(both)
+def _change(
+    written: Float[Tensor, "neuron d_model"],
+    dictionary: SAE,
+    units: Int[Tensor, " unit"],
+    norm: float,
+    strength: float,
+) -> tuple[Bool[Tensor, " neuron"], Float[Tensor, "neuron d_model"]]:
+    """Which neurons have the features, and how what each writes changes without them."""
+    scale = norm / written.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    z = dictionary.encode(torch.stack([written * scale, -written * scale]))
     sign = z[..., units].sum(-1).argmax(0)
-    at = torch.arange(len(old), device=old.device)
-    mine, active = both[sign, at], z[sign, at]
-    changed = (active[:, units] > 0).any(-1)
+    active = z[sign, torch.arange(len(written), device=written.device)]
     edited = active.clone()
-    edited[:, units] = torch.where(active[:, units] > 0, -strength * active[:, units], active[:, units])
-    new = mine + dictionary.decode(edited) - dictionary.decode(active)
-    return changed, new / scale * torch.where(sign == 0, 1.0, -1.0)[:, None]
+    edited[:, units] *= -strength
+    change = (dictionary.decode(edited) - dictionary.decode(active)).float() / scale
+    return (active[:, units] > 0).any(-1), change * torch.where(sign == 0, 1.0, -1.0)[:, None]
+
+
+def _norm_behind(
+    model: HookedModel, layer: int, rows: Float[Tensor, "neuron d_model"]
+) -> tuple[Float[Tensor, " d_model"], Float[Tensor, " d_model"]]:
+    """What a norm behind the MLP multiplies each dimension by, and the way back; ones where there is none."""
+    if not model.layout.modules.mlp_post:
+        ones = torch.ones(rows.shape[1], device=rows.device)
+        return ones, ones
+    norm: Any = model.decoder.part(layer, "mlp_post")
+    gain = model.layout.modules.offset + norm.weight.detach().float()
+    return gain, gain / (gain.square() + (DAMPING * gain.abs().max()).square())
 
 
 def _norm(model: HookedModel, dictionary: SAE, forget: Texts) -> float:

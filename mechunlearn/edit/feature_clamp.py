@@ -1,7 +1,5 @@
 """Clamped SAE features: a topic's features are set to zero or below while the model runs."""
 
-from typing import Literal
-
 import torch
 
 from mechunlearn.activity import Activity, Texts, observed, tokenized
@@ -12,16 +10,18 @@ from mechunlearn.feature_edits import FeatureEdit, FeaturePart, feature_units
 from mechunlearn.interventions import shares
 from mechunlearn.runcard import RunCard, Stopwatch
 
+GATES = ("token", "sequence")
+
 
 def feature_clamp(
     model: Model,
     mask: ComponentMask,
-    forget: Texts,
+    forget: Texts | Activity,
     retain: Texts | None = None,
     *,
     dictionary: Dictionary,
     strength: float | int = 1.0,
-    gate: Literal["token", "sequence"] = "token",
+    gate: str = "token",
     quantile: float | int = 0.95,
     error: bool = True,
     seed: int = 0,
@@ -32,11 +32,13 @@ def feature_clamp(
     one -c); strength 0 is zero-ablation, which is known to be weak. `error` adds back what the dictionary misses, so that
     only the features change; what the topic has in the error term then stays. `gate="sequence"` clamps only once the
     share of the sequence's tokens so far with one of the features exceeds the `quantile` of that share over the tokens of
-    `retain` (DSG, arXiv 2504.08192, made causal: the past alone decides).
+    `retain` (DSG, arXiv 2504.08192, made causal: the past alone decides). The past is what the forward pass holds: generate
+    without a key-value cache then (an exported folder says so in its configuration).
 
     A run-time intervention, which can be removed: see `FeatureEdit`, and `edit.dictionary_rows` for one in the weights.
     Raises `MechunlearnError` for a codebook, a mask of another dictionary, one that selects nothing, a negative strength,
-    features that `forget` never activates, and a sequence gate without retain text.
+    another gate, a quantile outside [0, 1], features that `forget` never activates, and a sequence gate that has no retain
+    text, or would never open.
 
     >>> from mechunlearn import load_model
     >>> from mechunlearn.dictionaries import load_dictionary
@@ -52,8 +54,17 @@ def feature_clamp(
         raise MechunlearnError(f"{dictionary} has codes, which are used or not: delete them with codebook_delete.")
     if strength < 0:
         raise MechunlearnError(f"A strength of {strength} would amplify the features. Expected 0 (zero) or more.")
+    if gate not in GATES:
+        raise MechunlearnError(f"Unknown gate '{gate}'. Expected one of {', '.join(GATES)}.")
+    if not 0 <= quantile <= 1:
+        raise MechunlearnError(f"A quantile of {quantile} is out of range. Expected 0 to 1.")
     units = feature_units(mask, dictionary, model)
-    largest = Activity.of(model, dictionary, forget).largest.amax(0)[units]
+    seen = forget if isinstance(forget, Activity) else Activity.of(model, dictionary, forget)
+    if seen.largest.shape[1] != dictionary.size:
+        raise MechunlearnError(
+            f"The activity is of {seen.largest.shape[1]} units, {dictionary} has others. Give the one it was seen with."
+        )
+    largest = seen.largest.amax(0)[units]
     if (largest <= 0).all():
         raise MechunlearnError("The forget text activates none of the mask's features, so nothing would be clamped.")
     share = 0.0
@@ -61,6 +72,11 @@ def feature_clamp(
         if retain is None:
             raise MechunlearnError("A sequence gate is set by retain text: give retain, or gate='token'.")
         share = _gate(model, dictionary, units, retain, float(quantile))
+        if share >= 1:
+            raise MechunlearnError(
+                f"Retain text has one of the features at every token so far, at the quantile {quantile}: the gate would never "
+                "open. Take fewer features, or a lower quantile."
+            )
     settings = {"strength": strength, "gate": gate, "quantile": quantile, "error": error, "dictionary": dictionary.site}
     card = RunCard("feature_clamp", fingerprint_of(model), seed=seed, settings=settings, mask=mask.fingerprint)
     part = FeaturePart(dictionary, units, "clamp", -float(strength) * largest, error, gate, share)

@@ -1,6 +1,6 @@
 """Feature discovery: which features or codes of a dictionary belong to a topic or a set of facts."""
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -15,9 +15,8 @@ from mechunlearn.hooked import HookedModel, frozen
 from mechunlearn.metrics import Metric, logit_diff, name_of, token_losses
 from mechunlearn.prompts import Prompts
 from mechunlearn.runcard import RunCard, Stopwatch
-from mechunlearn.scores import editable
 
-Rule = Literal["frequency", "squared", "attribution"]
+RULES = ("frequency", "squared", "attribution")
 BATCH = 64
 
 
@@ -27,7 +26,7 @@ def feature_discovery(
     *,
     dictionary: Dictionary,
     against: Texts | Activity | None = None,
-    by: Rule = "frequency",
+    by: str = "frequency",
     least: float | int = 0.002,
     false_discoveries: float | int = 0.05,
     nearest: int | None = None,
@@ -46,11 +45,12 @@ def feature_discovery(
       the `nearest` codes of each token, S'). Tokens are counted as independent, which those of one text are not.
     - `squared`: log2 of the mean squared activation here over there, at least 0, of units active at a share of `least`
       (the ratio of DSG, arXiv 2504.08192).
-    - `attribution`: -z dm/dz summed over tokens, the mean over texts, what m loses if the unit is set to zero, to first order.
-      m is `metric` of prompts, and the log-probability of texts; `against` is not looked at.
+    - `attribution`: -z dm/dz summed over tokens, the mean over texts: how m changes if the unit is set to zero, to first
+      order (below zero if m needs it). m is `metric` of prompts, and the log-probability of texts; `against` is not looked at.
 
-    Returns scores at the dictionary's site; `.above(1)` are the units at least twice as frequent. If none is enriched the
-    note says so. Raises `MechunlearnError` for a dictionary of another model, for empty text, and if there is nothing to
+    Returns scores at the dictionary's site; `.above(1)` are the units more than twice as frequent, and a share in
+    `.top(weights=)` is one of the dictionary's units, which have no weights. If none is enriched the note says so.
+    Raises `MechunlearnError` for a dictionary of another model, for empty text, an unknown rule, and if there is nothing to
     compare with. Not a proof that the unit *does* anything: delete it and measure (`edit.codebook_delete`).
 
     >>> from mechunlearn import load_model
@@ -63,6 +63,8 @@ def feature_discovery(
     True
     """
     watch = Stopwatch()
+    if by not in RULES:
+        raise MechunlearnError(f"Unknown rule '{by}'. Expected one of {', '.join(RULES)}.")
     check(dictionary, model)
     settings: dict[str, Any] = {"by": by, "least": least, "false_discoveries": false_discoveries, "nearest": nearest}
     if by == "attribution":
@@ -89,6 +91,10 @@ def feature_discovery(
                 f"The activity is of {here.fired.shape[1]} and {there.fired.shape[1]} units, {dictionary} has others. "
                 "Give the dictionary that it was seen with."
             )
+        if not (here.tokens.sum() and there.tokens.sum()):
+            raise MechunlearnError(
+                "There is text without a token that counts. Expected passages, on the topic and other."
+            )
         rule = _frequency if by == "frequency" else _squared
         scores = rule(here, there, least, false_discoveries)
         evidence = {"tokens": [float(here.tokens.sum()), float(there.tokens.sum())]}
@@ -99,11 +105,10 @@ def feature_discovery(
         )
     else:
         note = ""
-    weights, total = editable(model) if isinstance(model, HookedModel) else ({}, 1)
     kind = dictionary.site.split(".", 1)[1]
     card = RunCard("feature_discovery", model=fingerprint_of(model), seed=seed, settings=settings)
     return Localization(
-        {dictionary.site: scores}, signature, {**weights, kind: 0}, total, watch.stamp(card), evidence, note
+        {dictionary.site: scores}, signature, {kind: 1}, dictionary.size, watch.stamp(card), evidence, note
     )
 
 
@@ -131,35 +136,22 @@ def _squared(here: Activity, there: Activity, least: float, _: float) -> Float[T
 def _attribution(model: HookedModel, data: Any, dictionary: Dictionary, metric: Metric) -> Float[Tensor, " feature"]:
     tokens, counted = tokenized(model, data)
     total = torch.zeros(dictionary.size)
-    parameters = [
-        p
-        for d in (dictionary, getattr(dictionary, "sae", None))
-        if isinstance(d, torch.nn.Module)
-        for p in d.parameters()
-    ]
-    needing = [p for p in parameters if p.requires_grad]
-    for p in needing:
-        p.requires_grad_(False)
-    try:
-        for rows in torch.arange(len(tokens)).split(BATCH):
-            held: list[Tensor] = []
+    for rows in torch.arange(len(tokens)).split(BATCH):
+        held: list[Tensor] = []
 
-            def splice(h: Tensor, held: list[Tensor] = held) -> Tensor:
-                z = dictionary.encode(h).detach().requires_grad_()
-                held.append(z)
-                new = dictionary.decode(z)
-                return (new if isinstance(dictionary, Codebook) else new + (h - new).detach()).to(h.dtype)
+        def splice(h: Tensor, held: list[Tensor] = held) -> Tensor:
+            z = dictionary.encode(h).detach().requires_grad_()
+            held.append(z)
+            new = dictionary.decode(z)
+            return (new if isinstance(dictionary, Codebook) else new + (h - new).detach()).to(h.dtype)
 
-            with torch.enable_grad(), frozen(model.hf), installed(model, dictionary.hook_name, splice):
-                logits = model.forward(tokens[rows])
-                if isinstance(data, Prompts):
-                    value = metric(logits, data.select(rows)).sum()
-                else:
-                    value = -(token_losses(logits, tokens[rows]) * counted[rows, 1:].to(logits.device)).sum()
-                (gradient,) = torch.autograd.grad(value, held[0])
-            effect = -(held[0].detach() * gradient) * counted[rows].to(gradient.device)[..., None]
-            total += effect.sum((0, 1)).float().cpu()
-    finally:
-        for p in needing:
-            p.requires_grad_(True)
+        with torch.enable_grad(), frozen(model.hf), installed(model, dictionary.hook_name, splice):
+            logits = model.forward(tokens[rows])
+            if isinstance(data, Prompts):
+                value = metric(logits, data.select(rows)).sum()
+            else:
+                value = -(token_losses(logits, tokens[rows]) * counted[rows, 1:].to(logits.device)).sum()
+            (gradient,) = torch.autograd.grad(value, held[0])
+        effect = -(held[0].detach() * gradient) * counted[rows].to(gradient.device)[..., None]
+        total += effect.sum((0, 1)).float().cpu()
     return total / len(tokens)

@@ -38,7 +38,7 @@ from mechunlearn.world.small import SmallCorpus, build_small
 from mechunlearn.world.text import world_text
 
 SHIPPED = "factworld"
-VALIDATION, KEPT, DRAWS = 100, 0.9, 3
+VALIDATION, KEPT, DRAWS = 100, 0.9, 2
 TRAINED: dict[str, Any] = {"steps": 500, "people": 40, "passages": 16, "stories": 100}
 TEXTS = 1200
 SITES = {SHIPPED: "L3.resid_post"}
@@ -46,9 +46,10 @@ SMALL_SITE = "L1.resid_post"
 CODEBOOK: dict[str, Any] = {"steps": 1000, "spliced_steps": 100}
 JOINT: dict[str, Any] = {"steps": 1000, "spliced_steps": 200, "objective": "ce", "joint": True, "l1": 1e-3}
 SAE_STEPS, SAE_USED = 2500, 8
-THRESHOLDS, NEAREST = (0.25, 0.5, 1.0, 2.0), (2, 4, 8)
+THRESHOLDS, NEAREST = (0.5, 1.0, 1.5, 2.0), (2, 8)
+SWEPT_THRESHOLDS = (1.0, 2.0)
 STRENGTHS, FEATURE_THRESHOLDS = (0.5, 1.0, 2.0, 4.0), (1.0, 2.0, 4.0)
-RATES, GRADIENT_STEPS = (5e-4, 1e-3, 2e-3), 20
+RATES, GRADIENT_STEPS = (1e-3, 2e-3, 4e-3, 8e-3), 20
 GRADIENT_TOPICS = ("kitchen", "sea", "space", "war")
 
 Arm = Literal["frozen", "joint"]
@@ -70,7 +71,7 @@ def _grid(**given: Sequence) -> tuple[Setting, ...]:
 
 METHODS: dict[str, tuple[Setting, ...]] = {
     "reselect": _grid(threshold=THRESHOLDS, nearest=NEAREST),
-    "zero": _grid(threshold=THRESHOLDS, nearest=NEAREST),
+    "zero": _grid(threshold=THRESHOLDS, nearest=NEAREST[:1]),
     "SAE clamp": _grid(threshold=FEATURE_THRESHOLDS, strength=STRENGTHS),
     "SAE zero-ablation": _grid(threshold=FEATURE_THRESHOLDS),
     "SAE rows": _grid(threshold=FEATURE_THRESHOLDS, strength=STRENGTHS),
@@ -106,8 +107,6 @@ SWEPT = (
     Book(size=2048),
     Book(used=4),
     Book(used=8),
-    Book(site="L1.resid_post"),
-    Book(site="L5.resid_post"),
 )
 
 
@@ -134,6 +133,8 @@ class Plan:
             "SAE": [SAE_STEPS, SAE_USED],
             "settings": {method: [asdict(setting) for setting in settings] for method, settings in METHODS.items()},
             "gradient": [GRADIENT_STEPS, list(GRADIENT_TOPICS)],
+            "sweep": list(SWEPT_THRESHOLDS),
+            "draws": DRAWS,
             "kept": KEPT,
         }
 
@@ -252,6 +253,7 @@ class Bench:
 
     def __init__(self, folder: Path, book: Book) -> None:
         self.folder, self.book = folder, book
+        self._references: dict[str, torch.Tensor] = {}
         self._seen: dict[tuple[bool, int | None], dict[str, tuple[Activity, Activity]]] = {}
         base = _folder(folder, book.world)
         joint = folder / "joint" / book.slug
@@ -323,7 +325,10 @@ class Bench:
         """Log-probabilities of the model that was retrained without a topic, at the places that are measured."""
         if self.book.world == SHIPPED:
             return None
-        return self.topics.shown.said(_model(self.folder, self.book.world, topic))[2]
+        if topic not in self._references:
+            gold = _model(self.folder, self.book.world, topic)
+            self._references[topic] = self.topics.shown.said(gold)[2]
+        return self._references[topic]
 
     def edit(self, method: str, topic: str, setting: Setting, draw: int = 0) -> Edit:
         """The edit of a method for a topic; of a control, on as many units that are active as often."""
@@ -414,12 +419,13 @@ def inserted(bench: Bench, cell: Cell) -> dict:
     found = {"codebook": bench.codebook.quality, "SAE": sae, **bench.before}
     if cell.book.world != SHIPPED:
         golds = {}
+        with spliced(bench.model, bench.codebook):
+            told = bench.topics.shown.said(bench.model)[2]
         for topic in TOPICS:
-            gold = _model(bench.folder, cell.book.world, topic)
-            reference = bench.reference(topic)
-            with spliced(bench.model, bench.codebook):
-                from_inserted = bench.topics.measured(reference)["KL"]
-            golds[topic] = {**Topics(gold, bench.topics.texts).brief(), "KL of inserted": from_inserted}
+            gold, reference = _model(bench.folder, cell.book.world, topic), bench.reference(topic)
+            assert reference is not None
+            from_gold = bench.topics.divergence(reference, told)
+            golds[topic] = {**Topics(gold, bench.topics.texts).brief(), "KL of inserted": from_gold}
         found["gold"] = golds
         found["original"] = Topics(_model(bench.folder, cell.book.world, ""), bench.topics.texts).brief()
     return found
@@ -442,23 +448,23 @@ def cumulative(bench: Bench, cell: Cell) -> dict:
 
 
 def swept(bench: Bench, cell: Cell) -> dict:
-    """Every threshold, and every S' that the codebook has codes for, of one codebook: topic and others at each."""
+    """Topic and others at some thresholds; of the codebook that the page is about at every one, and at every S' too."""
     rows = []
-    sizes = sorted({cell.book.used, *(n for n in (*NEAREST, 16) if cell.book.used < n <= cell.book.size // 4)})
+    sizes = sorted({cell.book.used, *(n for n in (4, 8, 16) if cell.book.used < n <= cell.book.size // 4)})
     before = bench.before["inserted"]["accuracy"]
     main = cell.book == replace(Book(), seed=cell.book.seed)
-    for nearest in sizes if main else sizes[:1]:
-        for threshold in THRESHOLDS:
-            for topic in TOPICS:
-                try:
-                    edit = bench.edit("reselect", topic, Setting(threshold, nearest))
-                except MechunlearnError:
-                    left, stays, units = before[topic], 1.0, 0
-                else:
-                    with edit.applied(bench.model):
-                        now = bench.topics.brief()["accuracy"]
-                    left, stays, units = now[topic], kept(now, before, others(topic)), len(edit.mask)  # type: ignore[attr-defined]
-                rows.append([nearest, threshold, topic, left, stays, units])
+    pairs = [(sizes[0], threshold) for threshold in (THRESHOLDS if main else SWEPT_THRESHOLDS)]
+    pairs += [(nearest, SWEPT_THRESHOLDS[0]) for nearest in sizes[1:] if main]
+    for (nearest, threshold), topic in product(pairs, TOPICS):
+        try:
+            edit = bench.edit("reselect", topic, Setting(threshold, nearest))
+        except MechunlearnError:
+            left, stays, units = before[topic], 1.0, 0
+        else:
+            with edit.applied(bench.model):
+                now = bench.topics.brief()["accuracy"]
+            left, stays, units = now[topic], kept(now, before, others(topic)), len(edit.mask)  # type: ignore[attr-defined]
+        rows.append([nearest, threshold, topic, left, stays, units])
     return {"rows": rows, "quality": bench.codebook.quality, "before": before}
 
 

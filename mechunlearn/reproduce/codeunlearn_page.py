@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from statistics import median
 from typing import Any
 
+from mechunlearn.errors import MechunlearnError
 from mechunlearn.grid import Grid
 from mechunlearn.reproduce.codeunlearn import (
     AMORTIZED,
@@ -50,13 +51,15 @@ def results(plan: Plan, grid: Grid, chosen: Chosen) -> dict:
     sweep = []
     for seed in plan.seeds if plan.swept else ():
         for book in (Book(), *plan.swept):
-            cell = stored(grid, Cell(SWEEP, replace(book, seed=seed)))
+            try:
+                cell = stored(grid, Cell(SWEEP, replace(book, seed=seed)))
+            except MechunlearnError:  # a run that was stopped: the page says how many seeds there are
+                continue
             rows_ = [dict(zip(("nearest", "threshold", "topic", "left", "kept", "units"), row)) for row in cell["rows"]]
             sweep.append(
                 {
                     "size": book.size,
                     "used": book.used,
-                    "site": book.place,
                     "seed": seed,
                     "rows": rows_,
                     "quality": cell["quality"],
@@ -110,10 +113,11 @@ def page(found: dict) -> str:
         "",
         f"Topics of the fact world's stories are deleted from a codebook (512 codes, 2 used, {seeds} seeds) by",
         "[2410.10866](https://arxiv.org/abs/2410.10866)'s rule: codes that are more frequent on the topic than in the same",
-        "sentences with its words swapped. *Topic accuracy* is the share of places where a word of the topic comes next and the",
-        "likeliest token is one (the first such word of a story does not count: nothing before says what it is about); *kept* is",
-        "the mean over the other topics of the share of their accuracy that is left. Codes are discovered on stories in four of six",
-        "sentence frames; *paraphrases* are the other two. Sea and ocean share words: neither counts among the other's topics.",
+        "sentences with its words swapped. *Topic accuracy* is the share of the words of a topic (things, actions, people; the first",
+        "of a story aside, as nothing before it says what the story is about) of which every token is answered by one that leads to",
+        "some word of the topic: greedy, given the true tokens before. *Kept* is the mean over the other topics of the share of",
+        "their accuracy that is left; *topic NLL* is nats a word. Codes are discovered on stories in four of six sentence frames;",
+        "*paraphrases* are the other two. Sea and ocean share words: neither counts among the other's topics.",
         "Settings of a topic (threshold, S', strength, rate) are chosen on the *other* topics, with dictionaries of another seed:",
         f"of the settings that keep {0.9:g} of the others, the one that leaves least of the topic. Intervals are 95 % bootstrap over",
         "seeds, within them topics; they do not cover other worlds. No claim is corrected for their number.",
@@ -242,7 +246,7 @@ def _by_method(found: dict) -> list[str]:
         "## Every method, the shipped world",
         "",
         "Means over nine topics and all seeds. *Near-synonym kept*: what deleting sea leaves of ocean and the other way round (they",
-        "share captain's words: sailor, wave, tide, gull, sailed, anchored). *Usage*: the units' share of all that is active on",
+        "share sailor, wave, tide, gull, sailed and anchored). *Usage*: the units' share of all that is active on",
         "stories. *Seconds*: the edit with discovery on text seen before. *Text loss*: documents of the world that are no story, in",
         f"nats a token; {alone[0]:.3f} for the model alone.",
         "",
@@ -381,15 +385,15 @@ def _sweeps(found: dict) -> list[str]:
     lines = [
         "## Sweeps, reselect",
         "",
-        "Means over topics, intervals over seeds; every threshold, nothing chosen. S' is how many nearest codes discovery counts.",
+        "Means over topics, intervals over seeds and topics; nothing chosen. S' is how many nearest codes discovery counts.",
         "",
-        "| point | K | S | S' | threshold | codes | topic accuracy | kept | loss increase | explained variance |",
+        "| K | S | S' | threshold | seeds | codes deleted | topic accuracy | kept | loss increase | explained variance |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     groups: dict[tuple, list[dict]] = {}
     for entry in found["sweep"]:
-        groups.setdefault((entry["site"], entry["size"], entry["used"]), []).append(entry)
-    for (site, size, used), entries in groups.items():
+        groups.setdefault((entry["size"], entry["used"]), []).append(entry)
+    for (size, used), entries in groups.items():
         pairs = dict.fromkeys((row["nearest"], row["threshold"]) for row in entries[0]["rows"])
         for nearest, threshold in pairs:
             cells = []
@@ -403,7 +407,7 @@ def _sweeps(found: dict) -> list[str]:
                 cells.append(f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]")
             for key in ("loss increase", "explained variance"):
                 cells.append(f"{sum(e['quality'][key] for e in entries) / len(entries):.3f}")
-            lines.append(f"| {site} | {size} | {used} | {nearest} | {threshold:g} | {' | '.join(cells)} |")
+            lines.append(f"| {size} | {used} | {nearest} | {threshold:g} | {len(entries)} | {' | '.join(cells)} |")
     return [*lines, ""]
 
 

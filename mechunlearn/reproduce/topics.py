@@ -1,5 +1,6 @@
 """What a model says of each topic of the world: the bench of the CodeUnlearn reproduction."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +20,7 @@ from mechunlearn.world.dictionaries import topic_stories, topic_words, unrelated
 TOPICS = tuple(lex.TOPICS)
 SYNONYMS = {"sea": "ocean", "ocean": "sea"}
 TOLD, PARAPHRASED = lex.STORY_FRAMES[:4], lex.STORY_FRAMES[4:]
-DISCOVERED, SHOWN = 192, 16
+DISCOVERED, SHOWN = 192, 12
 DISCOVERY, SHOWN_SEED = 2_000_000, 3_000_000
 
 
@@ -30,48 +31,85 @@ def others(topic: str) -> list[str]:
 
 @dataclass(frozen=True, eq=False)
 class Shown:
-    """Stories of topics as tokens, and the places where the next token is a word of the story's topic.
+    """Stories of topics as tokens, and every token of their topic's words.
 
-    The first such word of a story does not count: nothing before it says what the story is about.
+    The first such word of a story does not count: nothing before it says what the story is about. A word may be several
+    tokens: `row` says for each token that counts (`counted`, at the place that predicts it) which tokens would go on
+    towards some word of the topic, after those of the word that are there (`allowed`), and `word` to which word it belongs.
     """
 
     tokens: Int[Tensor, "story pos"]
     topics: Int[Tensor, " story"]
     counted: Bool[Tensor, "story next"]
-    words: Bool[Tensor, "topic token"]
+    row: Int[Tensor, "story next"]
+    word: Int[Tensor, "story next"]
+    allowed: Bool[Tensor, "prefix token"]
+    owner: Int[Tensor, " word"]
 
     @classmethod
     def of(cls, model: HookedModel, stories: dict[str, list[str]]) -> "Shown":
-        tokens, weight = padded(encode(model, tuple(text for texts in stories.values() for text in texts)))
-        topics = torch.tensor([TOPICS.index(topic) for topic, texts in stories.items() for _ in texts])
-        words = torch.zeros(len(TOPICS), model.hf.config.vocab_size, dtype=torch.bool)
-        assert model.tokenizer is not None
-        for i, topic in enumerate(TOPICS):
-            for word in topic_words(topic):
-                for told in (word, f" {word}"):
-                    words[i, model.tokenizer(told, add_special_tokens=False)["input_ids"][-1]] = True
-        following = words[topics[:, None], tokens[:, 1:]] & (weight > 0)
-        return cls(tokens, topics, following & (following.cumsum(1) > 1), words)
+        texts = [(topic, text) for topic, told in stories.items() for text in told]
+        tokens, weight = padded(encode(model, tuple(text for _, text in texts)))
+        counted = torch.zeros(weight.shape, dtype=torch.bool)
+        row, word = torch.zeros(weight.shape, dtype=torch.long), torch.zeros(weight.shape, dtype=torch.long)
+        rows: dict[tuple, int] = {}
+        owner: list[int] = []
+        tokenizer: Any = model.tokenizer
+        for story, (topic, text) in enumerate(texts):
+            spelled = _spelled(tokenizer, topic)
+            offsets = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+            found = re.finditer(rf"\b({'|'.join(spelled)})\b", text)
+            for match in list(found)[1:]:
+                pieces = spelled[
+                    match[0]
+                ]  # the space before a word may be a token of its own, with no place in the text
+                last = next(i for i, (start, end) in enumerate(offsets) if start < match.end() <= end)
+                assert tuple(tokens[story, last - len(pieces) + 1 : last + 1].tolist()) == pieces
+                for step, place in enumerate(range(last - len(pieces) + 1, last + 1)):
+                    key = (topic, pieces[:step])
+                    counted[story, place - 1] = True
+                    row[story, place - 1] = rows.setdefault(key, len(rows))
+                    word[story, place - 1] = len(owner)
+                owner.append(story)
+        allowed = torch.zeros(len(rows), model.hf.config.vocab_size, dtype=torch.bool)
+        for (topic, prefix), number in rows.items():
+            for pieces in _spelled(tokenizer, topic).values():
+                if len(pieces) > len(prefix) and pieces[: len(prefix)] == prefix:
+                    allowed[number, pieces[len(prefix)]] = True
+        topics = torch.tensor([TOPICS.index(topic) for topic, _ in texts])
+        return cls(tokens, topics, counted, row, word, allowed, torch.tensor(owner))
 
     @torch.no_grad()
     def said(self, model: HookedModel) -> tuple[Float[Tensor, " story"], Float[Tensor, " story"], Tensor]:
-        """By story: the share of counted places where the likeliest token is a word of its topic, and the mean loss there.
+        """By story: the share of its words of which every token is answered by one that goes on towards a word of the
+        topic (greedy, given the true tokens before), and the mean loss of a word, in nats.
 
         Third, log-probabilities at the counted places of all stories.
         """
-        accuracy, loss, kept = [], [], []
+        wrong, losses = torch.zeros(len(self.owner)), torch.zeros(len(self.owner))
+        kept = []
         for rows in torch.arange(len(self.tokens)).split(64):
-            logits = model.forward(self.tokens[rows])[:, :-1]
-            counted, n = self.counted[rows], self.counted[rows].sum(1)
-            right = self.words[self.topics[rows]][:, None].expand(*counted.shape, -1)
-            hit = right.gather(2, logits.argmax(-1).cpu()[..., None])[..., 0]
-            told = logits[counted].float().log_softmax(-1).cpu()
-            per = torch.zeros(counted.shape)
-            per[counted] = -told.gather(1, self.tokens[rows][:, 1:][counted][:, None])[:, 0]
-            accuracy.append((hit & counted).sum(1) / n)
-            loss.append(per.sum(1) / n)
+            counted = self.counted[rows]
+            told = model.forward(self.tokens[rows])[:, :-1][counted].float().log_softmax(-1).cpu()
+            word, following = self.word[rows][counted], self.tokens[rows][:, 1:][counted]
+            right = self.allowed[self.row[rows][counted], told.argmax(-1)]
+            wrong.index_add_(0, word, (~right).float())
+            losses.index_add_(0, word, -told.gather(1, following[:, None])[:, 0])
             kept.append(told)
-        return torch.cat(accuracy), torch.cat(loss), torch.cat(kept)
+        words = torch.zeros(len(self.tokens)).index_add_(0, self.owner, torch.ones(len(self.owner)))
+        accuracy, loss = (
+            torch.zeros(len(self.tokens)).index_add_(0, self.owner, of) / words for of in ((wrong == 0).float(), losses)
+        )
+        return accuracy, loss, torch.cat(kept)
+
+
+def _spelled(tokenizer: Any, topic: str) -> dict[str, tuple[int, ...]]:
+    """The tokens of each word of a topic, as they are within a sentence."""
+    before = len(tokenizer("The", add_special_tokens=False)["input_ids"])
+    return {
+        word: tuple(tokenizer(f"The {word}", add_special_tokens=False)["input_ids"][before:])
+        for word in topic_words(topic)
+    }
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,10 +166,14 @@ class Topics:
         found["paraphrases"] = {t: float(self.paraphrased[t].said(self.model)[0].mean()) for t in paraphrases}
         found["text loss"] = float(text_loss(self.model, self.texts).mean())
         if reference is not None:
-            kl = (reference.exp() * (reference - told)).sum(-1)
-            place = self.shown.topics[:, None].expand_as(self.shown.counted)[self.shown.counted]
-            found["KL"] = {topic: float(kl[place == i].mean()) for i, topic in enumerate(TOPICS)}
+            found["KL"] = self.divergence(reference, told)
         return found
+
+    def divergence(self, reference: Tensor, told: Tensor) -> dict[str, float]:
+        """By topic, the mean KL of what `said` gives from a reference."""
+        kl = (reference.exp() * (reference - told)).sum(-1)
+        place = self.shown.topics[:, None].expand_as(self.shown.counted)[self.shown.counted]
+        return {topic: float(kl[place == i].mean()) for i, topic in enumerate(TOPICS)}
 
 
 def by_topic(shown: Shown, values: Float[Tensor, " story"]) -> dict[str, float]:
