@@ -20,7 +20,7 @@ DELETE = ["dictionary", "delete", "factworld", "factworld-codebook"]
 @pytest.fixture
 def stories(tmp_path):
     for topic in ("war", "kitchen"):
-        (tmp_path / f"{topic}.txt").write_text("\n".join(topic_stories(topic, 24, 0)) + "\n")
+        (tmp_path / f"{topic}.txt").write_text("\n\n".join(topic_stories(topic, 24, 0)) + "\n")
     (tmp_path / "empty.txt").write_text("\n")
     return tmp_path
 

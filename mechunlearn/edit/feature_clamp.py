@@ -93,5 +93,5 @@ def _gate(model: Model, dictionary: Dictionary, units: torch.Tensor, retain: Tex
             fired = (dictionary.encode(h)[..., units.to(h.device)] > 0).any(-1)
             seen.append(shares(fired).cpu()[counted[rows]])
 
-        observed(model, dictionary, tokens[rows], see)
+        observed(model, dictionary, tokens[rows], see, counted[rows])
     return float(torch.quantile(torch.cat(seen)[:1_000_000], quantile))
