@@ -568,7 +568,7 @@ class TestFeatureClamp:
     def test_against_a_slow_loop(self, model, sae, tokens, error, gate):
         units, retain = seldom(model, sae, 3), rows_of_tokens(texts=20, seed=5)
         edit = clamping(model, sae, units, strength=2, error=error, gate=gate, retain=retain, quantile=0.6)
-        part = replace(edit.parts[0], share=0.5)  # which some tokens have exactly, and it takes more
+        part = replace(edit.parts[0], share=0.5)
         h = entering(model, tokens, sae.hook_name)
         with torch.no_grad():
             out = part.intervention()(h)
@@ -610,6 +610,17 @@ class TestFeatureClamp:
                 torch.testing.assert_close(do(h[:, :cut]), whole[:, :cut], atol=1e-6, rtol=0)
             by_token = replace(edit.parts[0], gate="token").intervention()(h)
         assert not torch.equal(by_token, whole) and not torch.equal(whole, h), "a gate that is shut at times"
+
+    def test_the_gate_on_the_sequence_opens_above_its_share(self, model):
+        """Active at every other token from the second on: shares of 0, 1/2, 1/3, 1/2."""
+        sae = axes(model, "L1.resid_post")
+        part = clamping(model, sae, [4], strength=2).parts[0]
+        h = torch.ones(1, 4, 32)
+        h[0, [0, 2], 4] = 0
+        for share, opened in ((0.5, []), (0.49, [1, 3]), (0.0, [1, 3])):
+            out = replace(part, gate="sequence", share=share).intervention()(h)
+            assert (out != h).any(-1)[0].nonzero().flatten().tolist() == opened
+            assert (out[0, opened, 4] == part.values[0]).all()
 
     def test_strength_0_ablates(self, model, tokens):
         sae = axes(model, "L1.resid_post")
