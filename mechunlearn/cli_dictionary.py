@@ -30,7 +30,9 @@ class How(str, Enum):
 
 Model = Annotated[str, typer.Argument(help="A shipped world, a folder, or a hub name.", metavar="MODEL")]
 Source = Annotated[str, typer.Argument(help="factworld-codebook, factworld-sae, or a folder.", metavar="DICTIONARY")]
-Text = Annotated[str, typer.Argument(help=".txt with blank lines between passages, a table with a text column, or a data set.")]
+Text = Annotated[
+    str, typer.Argument(help=".txt with blank lines between passages, a table with a text column, or a data set.")
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16; by default as stored.")]
 

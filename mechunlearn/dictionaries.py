@@ -313,7 +313,10 @@ def load_dictionary(source: str | Path, sae_id: str | None = None) -> "Codebook 
 
 
 def check(dictionary: Dictionary, model: Model) -> None:
-    """Raises `MechunlearnError` unless the dictionary belongs to a model of this architecture, width and hook points."""
+    """Bring a dictionary to the model's device.
+
+    Raises `MechunlearnError` unless it belongs to a model of this architecture, width and hook points.
+    """
     there = signature_of(model)
     if dictionary.signature is not None and dictionary.signature != there:
         raise MechunlearnError(
@@ -321,6 +324,9 @@ def check(dictionary: Dictionary, model: Model) -> None:
             "A dictionary fits one architecture only: train another on this model."
         )
     name = place(model, dictionary.hook_name)
+    module = getattr(dictionary, "sae", dictionary)
+    if isinstance(module, nn.Module):
+        module.to(model.device if isinstance(model, HookedModel) else next(model.parameters()).device)
     wide = width(model, name)
     if wide is not None and wide != dictionary.d_model:
         raise MechunlearnError(
