@@ -195,6 +195,15 @@ def _verdict(found: dict) -> list[str]:
             mean, low, high = hierarchical_paired(mine, theirs)
             null = " **(null)**" if low <= 0 <= high else ""
             lines.append(f"- Reselect minus {other}, {what}: {mean:+.2f} [{low:+.2f}, {high:+.2f}]{null}.")
+    ones = [found["inserted"][f"{MAIN} {seed}"] for seed in found["seeds"]]
+    cost = _interval([[one["inserted"]["text loss"] - one["alone"]["text loss"]] for one in ones])
+    lines.append(f"- The bottleneck alone, nothing deleted, costs other text {cost} nats a token.")
+    for count in (1, 4, 8):
+        _, left, stays, *_ = _after(found, count)
+        lines.append(
+            f"- {count} topic{'s' * (count > 1)} deleted from one codebook: accuracy of the deleted {_interval(left)}, share kept of "
+            f"the others {_interval(stays)}."
+        )
     return [*lines, ""]
 
 
@@ -374,25 +383,31 @@ def _cumulative(found: dict) -> list[str]:
         "| after deleting | codes gone | accuracy of deleted topics | share kept of the others | text loss | seconds |",
         "|---|---|---|---|---|---|",
     ]
-    runs = [(found["cumulative"][f"{MAIN} {seed}"], found["inserted"][f"{MAIN} {seed}"]) for seed in found["seeds"]]
-    for i, topic in enumerate(TOPICS):
-        gone, left = TOPICS[: i + 1], [t for t in TOPICS[i + 1 :] if SYNONYMS.get(t) not in TOPICS[: i + 1]]
-        columns: list[list[float]] = [[], [], [], [], []]
-        for steps, before in runs:
-            now, start = steps[i], before["inserted"]["accuracy"]
-            columns[0].append(now["units"])
-            columns[1].append(sum(now["accuracy"][t] for t in gone) / len(gone))
-            columns[2].append(sum(now["accuracy"][t] / start[t] for t in left) / len(left) if left else math.nan)
-            columns[3].append(now["text loss"])
-            columns[4].append(now["seconds"])
-        cells = []
-        for column, digits in zip(columns, (0, 2, 2, 3, 3)):
-            if _nan(column[0]):
-                cells.append("")
-                continue
-            cells.append(_interval([[value] for value in column], digits))
+    for count, topic in enumerate(TOPICS, 1):
+        cells = [
+            "" if _nan(column[0][0]) else _interval(column, digits)
+            for column, digits in zip(_after(found, count), (0, 2, 2, 3, 3))
+        ]
         lines.append(f"| {topic} | {' | '.join(cells)} |")
     return [*lines, ""]
+
+
+def _after(found: dict, count: int) -> list[list[list[float]]]:
+    """By seed, once so many topics are deleted: codes gone, accuracy of these topics, share kept of the others, text loss,
+    and the seconds of the last deletion."""
+    gone = TOPICS[:count]
+    left = [topic for topic in TOPICS[count:] if SYNONYMS.get(topic) not in gone]
+    rows = []
+    for seed in found["seeds"]:
+        now, start = (
+            found["cumulative"][f"{MAIN} {seed}"][count - 1],
+            found["inserted"][f"{MAIN} {seed}"]["inserted"]["accuracy"],
+        )
+        stays = sum(now["accuracy"][t] / start[t] for t in left) / len(left) if left else math.nan
+        rows.append(
+            (now["units"], sum(now["accuracy"][t] for t in gone) / count, stays, now["text loss"], now["seconds"])
+        )
+    return [[[value] for value in column] for column in zip(*rows)]
 
 
 def _sweeps(found: dict) -> list[str]:
