@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -211,10 +210,12 @@ class SAE:
     def decode(self, z: Float[Tensor, "*pos feature"]) -> Float[Tensor, "*pos d_model"]:
         return self.sae.decode(z)
 
-    @cached_property
+    @property
     def directions(self) -> Float[Tensor, "feature d_model"]:
         """What one unit of each feature writes."""
-        return self.sae.W_dec.detach()
+        written = self.sae.W_dec.detach()
+        folds = getattr(self.sae.cfg, "rescale_acts_by_decoder_norm", False)
+        return written / written.norm(dim=-1, keepdim=True) if folds else written
 
     def plain(self) -> tuple[PlainSAE, dict[str, Any]]:
         """The same arithmetic without sae-lens, and its shape. Raises `MechunlearnError` for a kind that has none."""
