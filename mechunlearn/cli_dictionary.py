@@ -3,7 +3,7 @@
 from enum import Enum
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -47,12 +47,16 @@ def train(
     size: Annotated[int, typer.Option(help="Codes, or features.", min=1)] = 512,
     used: Annotated[int, typer.Option(help="How many are used at a token.", min=1)] = 8,
     steps: Annotated[int, typer.Option(help="Steps of reconstruction.", min=1)] = 1500,
+    spliced_steps: Annotated[
+        int, typer.Option(help="Of a codebook: steps in which it stands in the model.", min=0)
+    ] = 200,
     seed: Annotated[int, typer.Option(help="Seed of start and order.")] = 0,
     device: Device = "cpu",
     dtype: Dtype = None,
 ) -> None:
     """Train a dictionary on nine tenths of some text, and print its quality on the last tenth."""
     from mechunlearn.activity import quality
+    from mechunlearn.dictionaries import SAE, Codebook
     from mechunlearn.dictionary_training import train_codebook, train_sae
     from mechunlearn.readers import read_texts
 
@@ -61,9 +65,13 @@ def train(
     if len(passages) < 10:
         raise MechunlearnError(f"'{text}' holds {len(passages)} passages. Expected ten or more: a tenth is held out.")
     hooked = open_model(model, device, dtype)
-    make = train_codebook if kind is Kind.codebook else train_sae
     shown = [passage for i, passage in enumerate(passages) if i % 10 != 9]
-    made = make(hooked, hook, shown, size=size, used=used, steps=steps, seed=seed, progress=True)
+    settings: dict[str, Any] = {"size": size, "used": used, "steps": steps, "seed": seed, "progress": True}
+    made: Codebook | SAE
+    if kind is Kind.codebook:
+        made = train_codebook(hooked, hook, shown, spliced_steps=spliced_steps, **settings)
+    else:
+        made = train_sae(hooked, hook, shown, **settings)
     made.quality = quality(hooked, made, passages[9::10])
     made.save(output)
     console.print(", ".join(f"{name} {value:g}" for name, value in made.quality.items()))

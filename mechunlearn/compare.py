@@ -32,7 +32,8 @@ from mechunlearn.prompts import Prompts
 from mechunlearn.runcard import RunCard, digest
 from mechunlearn.stats import bootstrap_interval, paired_interval
 
-LOCALIZERS = tuple(module.name for module in pkgutil.iter_modules(mechunlearn.localize.__path__))
+OF_FEATURES = "feature_discovery"  # its units have no weights to compare at one budget
+LOCALIZERS = tuple(m.name for m in pkgutil.iter_modules(mechunlearn.localize.__path__) if m.name != OF_FEATURES)
 WINDOW = "window"
 FIRST_VALIDATION, MOST_VALIDATION = 101, 6
 STRENGTH, TRUTH = 0.99, 0.05

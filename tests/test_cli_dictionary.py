@@ -26,7 +26,7 @@ def stories(tmp_path):
 
 
 def test_a_codebook_is_trained_and_its_quality_printed(call, stories):
-    few = ["--size", 32, "--used", 2, "--steps", 20]
+    few = ["--size", 32, "--used", 2, "--steps", 20, "--spliced-steps", 2]
     code, out, err = call("dictionary", "train", "factworld", "L1.resid_post", "war.txt", "-o", "book", *few)
     assert code == 0, err
     assert "explained variance" in out and "Codebook(32 codes, 2 used, L1.resid_post, width 128)" in out

@@ -28,7 +28,6 @@ from mechunlearn.stats import hierarchical_interval, hierarchical_paired
 MAIN = f"{SHIPPED} frozen"
 EIGHT = tuple(topic for topic in TOPICS if topic != "ocean")
 GONE, STAYS, UNTOUCHED = 0.3, 0.85, 0.85
-Value = Callable[[dict, str], float]
 
 
 def results(plan: Plan, grid: Grid, chosen: Chosen) -> dict:
@@ -80,7 +79,7 @@ def results(plan: Plan, grid: Grid, chosen: Chosen) -> dict:
     }
 
 
-def _told(run: dict, topic: str, start: dict) -> dict[str, float]:
+def _told(run: dict, topic: str, start: dict) -> dict[str, float | int]:
     """What the page needs of one run on one topic."""
     now = run["brief"]
     near = SYNONYMS.get(topic)
@@ -134,9 +133,11 @@ def page(found: dict) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _select(found: dict, method: str, key: str, arm: str = MAIN, topics: Sequence[str] = TOPICS) -> list[list[float]]:
+def _select(
+    found: dict, method: str, key: str, arm: str = MAIN, topics: Sequence[str] = TOPICS
+) -> list[list[float | int]]:
     """Seeds of topics."""
-    by: dict[int, list[float]] = {}
+    by: dict[int, list[float | int]] = {}
     for row in found["rows"]:
         if row["arm"] == arm and row["method"] == method and row["topic"] in topics and not _nan(row.get(key)):
             by.setdefault(row["seed"], []).append(row[key])
@@ -150,12 +151,12 @@ def _mean(found: dict, method: str, key: str, arm: str = MAIN, topics: Sequence[
     return _interval(values, digits)
 
 
-def _interval(values: list[list[float]], digits: int = 2) -> str:
+def _interval(values: Sequence[Sequence[float | int]], digits: int = 2) -> str:
     mean, low, high = hierarchical_interval(values)
     return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
-def _median(found: dict, method: str, key: str, topic: str) -> float:
+def _median(found: dict, method: str, key: str, topic: str) -> float | int:
     return median(values[0] for values in _select(found, method, key, topics=(topic,)))
 
 
@@ -392,7 +393,7 @@ def _cumulative(found: dict) -> list[str]:
     return [*lines, ""]
 
 
-def _after(found: dict, count: int) -> list[list[list[float]]]:
+def _after(found: dict, count: int) -> list[list[list[float | int]]]:
     """By seed, once so many topics are deleted: codes gone, accuracy of these topics, share kept of the others, text loss,
     and the seconds of the last deletion."""
     gone = TOPICS[:count]
