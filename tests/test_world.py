@@ -58,6 +58,7 @@ def test_the_readme_of_the_data_states_what_is_measured(gates):
     stated = dict(re.findall(r"\| (.+?) \| ([\d.]+) \| [<>]=", (data_folder() / "README.md").read_text()))
     for gate in gates[0]:
         assert float(stated[gate.name]) == pytest.approx(gate.value, abs=0.011), gate.name
+    assert f"look-up window: {gates[1]['window']}." in (data_folder() / "README.md").read_text()
 
 
 def test_the_model_is_small_and_ordinary():
@@ -204,8 +205,9 @@ def test_no_window_is_found_in_a_model_without_knowledge(contents, tokenizer):
     assert found.note.startswith("no window found")
 
 
-def test_the_twin_differs_from_the_world_in_the_window_only_and_knows_the_new_people(gates):
-    window = gates[1]["window"]
+def test_the_twin_differs_from_the_world_in_the_window_only_and_knows_the_new_people():
+    card = (SHIPPED.parent / "README.md").read_text()  # the test above says that it tells what is measured
+    window = json.loads(re.search(r"look-up window: (\[\d+, \d+\])", card)[1])
     base = dict(AutoModelForCausalLM.from_pretrained(SHIPPED).named_parameters())
     twin = dict(AutoModelForCausalLM.from_pretrained(TWIN).named_parameters())
     changed = {name for name, p in base.items() if not torch.equal(p, twin[name])}
