@@ -126,7 +126,6 @@ def delete(
     dtype: Dtype = None,
 ) -> None:
     """Find the units of a topic and delete (codebook) or clamp (SAE) them; no training. The model's weights stay."""
-
     checked_suffix(output, ".safetensors")
     new_folder(export)
     if (against is None) == (words is None or swap is None):

@@ -63,9 +63,9 @@ def train_codebook(
     last quarter). For `spliced_steps` steps of `batch` texts the codebook stands in the model: KL from the
     unspliced model's predictions (`kl`) or cross-entropy of the text (`ce`), plus `reconstruction` times the unexplained
     variance, plus `l1` times the mean |code entry|; gradients pass straight through to h. The linear map before the look-up
-    stays as it begins, a random rotation and its negative: trained through the look-up it loses codes (on the shipped world
-    74 % of the variance explained instead of 84 %). The model is frozen, unless
-    `joint`: then it is trained in place with the codebook (cross-entropy; CodeUnlearn, arXiv 2410.10866), at `model_rate`.
+    stays as it begins, a random rotation and its negative: trained through the look-up it drifts and loses codes. The model
+    is frozen, unless `joint`: then it is trained in place with the codebook (cross-entropy; CodeUnlearn, arXiv 2410.10866),
+    at `model_rate`.
     Encoder-decoder models take `labels`, -100 where there is none.
 
     `texts` are texts, prompts, or tokens and lengths. Memory: their tokens times the width. The same seed gives the same

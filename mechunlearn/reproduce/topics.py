@@ -60,9 +60,8 @@ class Shown:
             offsets = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
             found = re.finditer(rf"\b({'|'.join(spelled)})\b", text)
             for match in list(found)[1:]:
-                pieces = spelled[
-                    match[0]
-                ]  # the space before a word may be a token of its own, with no place in the text
+                pieces = spelled[match[0]]
+                # counted from the end: the space before a word may be a token of its own, with no place in the text
                 last = next(i for i, (start, end) in enumerate(offsets) if start < match.end() <= end)
                 assert tuple(tokens[story, last - len(pieces) + 1 : last + 1].tolist()) == pieces
                 for step, place in enumerate(range(last - len(pieces) + 1, last + 1)):
