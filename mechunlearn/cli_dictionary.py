@@ -145,6 +145,8 @@ def delete(
     mask = found.above(threshold)
     if not len(mask):
         raise MechunlearnError(found.note or f"No unit is enriched by more than {threshold:g}: nothing is deleted.")
+    if found.note:
+        console.print(found.note)
     edit: FeatureEdit
     if isinstance(book, Codebook):
         edit = codebook_delete(hooked, mask, dictionary=book, how=how.value)

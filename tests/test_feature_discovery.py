@@ -11,7 +11,7 @@ from scipy.stats import false_discovery_control, fisher_exact
 from mechunlearn import Localization, MechunlearnError
 from mechunlearn.activity import Activity, matched_units, swapped
 from mechunlearn.agreement import overlap, rank_correlation
-from mechunlearn.dictionaries import installed, signature_of, spliced
+from mechunlearn.dictionaries import installed, load_dictionary, signature_of, spliced
 from mechunlearn.dictionary_training import train_codebook
 from mechunlearn.edit import codebook_delete
 from mechunlearn.hooked import load_model
@@ -522,3 +522,11 @@ def test_dimensions_as_features_say_which_tokens_they_are_of(toy):
         toy.model, toy.prompts(mine), dictionary=sae, against=toy.prompts(others), false_discoveries=0.01
     )
     assert [component.unit for component in found.above(0)] == [25]
+
+
+def test_a_dictionary_of_a_model_with_other_weights_is_named_in_the_note(world):
+    codebook = load_dictionary("factworld-codebook")
+    texts = {"prompts": ["The knight fought the army."] * 16, "against": ["The cook baked the soup."] * 16}
+    assert feature_discovery(world, **texts, dictionary=codebook).note == ""
+    twin = load_model("factworld-twin")
+    assert "fitted on a model with other weights" in feature_discovery(twin, **texts, dictionary=codebook).note

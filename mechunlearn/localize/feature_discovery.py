@@ -105,6 +105,9 @@ def feature_discovery(
         )
     else:
         note = ""
+    if dictionary.fitted_on not in ("", fingerprint_of(model)):
+        other = f"{dictionary} was fitted on a model with other weights ({dictionary.fitted_on})"
+        note = f"{note}; {other}" if note else other
     kind = dictionary.site.split(".", 1)[1]
     card = RunCard("feature_discovery", model=fingerprint_of(model), seed=seed, settings=settings)
     return Localization(
