@@ -305,29 +305,71 @@ def wash(
         console.print(f"edited model -> {export}")
 
 
-@app.command(epilog="Example: `mechunlearn evaluate factworld factworld/sport sport.edit.safetensors -o report.html`")
+@app.command(
+    epilog="Example: `mechunlearn evaluate factworld factworld/sport sport.edit.safetensors --attacks all -o report.html`"
+)
 def evaluate(
     model: Model,
     facts: Facts,
     edit: Annotated[Path, typer.Argument(help="An edit file.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Report: .html")] = Path("report.html"),
+    attacks: Annotated[
+        str, typer.Option(help="Attacks that try to get the knowledge back: all, or names with commas.")
+    ] = "",
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where finished attacks and floors are kept; by default beside the report, in <report>.attacks."
+        ),
+    ] = None,
     forget: Forget = 64,
     seed: Seed = 0,
     device: Device = "cpu",
     dtype: Dtype = None,
 ) -> None:
-    """Measure an edit in every format, with side effects, beside a random mask of the same weight."""
+    """Measure an edit in every format, with side effects, beside a random mask of the same weight; try to break it.
+
+    The report is written before the first attack and again after each. A killed run goes on where it was.
+    """
     checked_suffix(output, ".html")
     from mechunlearn.edits import WeightEdit
     from mechunlearn.feature_edits import load_edit
+    from mechunlearn.robustness import check_attacks
 
+    wanted = check_attacks(names(attacks)) if attacks else []
     made = load_edit(edit)
     hooked, forgotten, retained = _load(model, facts, forget, seed, device, dtype)
     from mechunlearn.evaluation import evaluate as measured
 
-    with console.status("control edit, then every format"):
-        report = measured(hooked, made, forget=forgotten, retain=retained, seed=seed)
-    report.to_html(output, edit=made if isinstance(made, WeightEdit) else None)
+    told: set[str] = set()
+
+    def written(report: "Report") -> None:
+        report.to_html(output, edit=made if isinstance(made, WeightEdit) else None)
+        for row in report.outcomes().to_dict("records"):
+            if row["attack"] not in told:
+                told.add(row["attack"])
+                came = (
+                    ""
+                    if row["outcome"] == "failed"
+                    else f", recovery {row['recovery']}, truth {row['truth came back']}"
+                )
+                console.print(
+                    f"{row['attack']}: {row['outcome']}{came}{'; ' * bool(row['note'])}{row['note']}", highlight=False
+                )
+
+    console.print("control edit, then every format", *(["; attacks: " + ", ".join(wanted)] if wanted else []), sep="")
+    report = measured(
+        hooked,
+        made,
+        forget=forgotten,
+        retain=retained,
+        attacks=wanted,
+        cache=cache or output.with_suffix(".attacks"),
+        seed=seed,
+        progress=True,
+        watch=written,
+    )
+    written(report)
     _print(report)
     console.print(f"report -> {output}")
 
@@ -389,20 +431,21 @@ def loku(
     jobs: Annotated[int, typer.Option(help="Processes, one thread each.", min=1)] = 2,
     page: Annotated[Path | None, typer.Option(help="Where to write the page, if not in the folder: .md")] = None,
 ) -> None:
-    """LoKU: the inverted hinge beside other losses, Fisher-initialised adapters beside other initialisations."""
+    """LoKU: the inverted hinge beside other losses, Fisher-initialised adapters beside other initialisations.
+
+    Writes the page and, beside it, its numbers (.json).
+    """
     written = page or output / "loku.md"
     checked_suffix(written, ".md")
-    from mechunlearn.files import whole_file
     from mechunlearn.grid import Grid
     from mechunlearn.reproduce.loku import Plan, quick_plan, run
     from mechunlearn.reproduce.loku_page import page as told
+    from mechunlearn.reproduce.loku_page import results
 
     plan = quick_plan(output) if quick else Plan(output)
     chosen = run(plan, jobs)
-    text = told(plan, Grid.open(plan.folder, plan.about()), chosen)
-    with whole_file(written) as beside:
-        beside.write_text(text, encoding="utf-8")
-    console.print(f"page -> {written}")
+    found = results(plan, Grid.open(plan.folder, plan.about()), chosen)
+    _write_page(written, found, told(found))
 
 
 @reproduce_app.command(epilog="Example: `mechunlearn reproduce law --quick -o law`")
@@ -451,6 +494,43 @@ def codeunlearn(
     chosen = run(plan, jobs)
     found = results(plan, Grid.open(plan.folder, plan.about()), chosen)
     _write_page(written, found, told(found))
+
+
+@reproduce_app.command(
+    "mechanistic-unlearning", epilog="Example: `mechunlearn reproduce mechanistic-unlearning --quick -o mechanistic`"
+)
+def mechanistic_unlearning(
+    output: Annotated[Path, typer.Option("--output", "-o", help="A folder; a half-done run in it is continued.")],
+    quick: Annotated[bool, typer.Option("--quick", help="One small world, one relation, one forget set.")] = False,
+    jobs: Annotated[int, typer.Option(help="Processes, one thread each.", min=1)] = 2,
+    page: Annotated[Path | None, typer.Option(help="Where to write the page, if not in the folder: .md")] = None,
+) -> None:
+    """Mechanistic Unlearning: edits of the look-up MLPs beside every other localizer and every set of as many layers.
+
+    Writes the page and, beside it, its numbers (.json).
+    """
+    written = page or output / "mechanistic-unlearning.md"
+    checked_suffix(written, ".md")
+    from mechunlearn.grid import Grid
+    from mechunlearn.reproduce.mechanistic_unlearning import Plan, quick_plan, run
+    from mechunlearn.reproduce.mechanistic_unlearning_page import page as told
+    from mechunlearn.reproduce.mechanistic_unlearning_page import results
+
+    plan = quick_plan(output) if quick else Plan(output)
+    run(plan, jobs)
+    found = results(plan, Grid.open(plan.folder, plan.about()))
+    _write_page(written, found, told(found))
+
+
+@reproduce_app.command(epilog="Example: `mechunlearn reproduce summary docs/reproductions`")
+def summary(
+    folder: Annotated[Path, typer.Argument(help="Where the four result files (.json) lie.")],
+) -> None:
+    """The four papers side by side: writes their pages and the summary (index.md) anew from the result files."""
+    from mechunlearn.reproduce.summary import write_pages
+
+    for written in write_pages(folder):
+        console.print(f"page -> {written}")
 
 
 @world_app.command(epilog="Example: `mechunlearn world dictionaries -o dictionaries`")

@@ -1,8 +1,9 @@
 """Is the knowledge gone, and what else went with it? One call, every row beside a random mask of the same weight."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -17,9 +18,10 @@ from mechunlearn.facts import FactDataset
 from mechunlearn.feature_edits import FeatureEdit
 from mechunlearn.hooked import HookedModel
 from mechunlearn.localize import random_units
-from mechunlearn.metrics import measure, text_loss
+from mechunlearn.metrics import measure, next_token_kl, text_loss
 from mechunlearn.prompts import Asked, Prompts
 from mechunlearn.report import Report
+from mechunlearn.robustness import Attacked, attack_all, check_attacks
 from mechunlearn.runcard import Stopwatch
 from mechunlearn.stats import bootstrap_interval
 
@@ -34,31 +36,43 @@ def evaluate(
     retain: Prompts,
     control: Edit | None = None,
     others: Mapping[str, Edit] | None = None,
+    attacks: Sequence[str] | str = (),
+    cache: str | Path | None = None,
     seed: int = 0,
+    progress: bool = False,
+    watch: Callable[[Report], object] | None = None,
 ) -> Report:
     """Measure an edit on everything known of its facts, before and after, beside a control.
 
     Splits: `forget` and `retain` in every format; `neighbours`, facts of subjects that share a name with a forgotten
     one and that no edit saw; `same subject`, other relations of the forgotten subjects; `skills`; `text` (loss on the
-    half of the passages that editors do not train on). The control is the same editor with the same settings on a
+    half of the passages that editors do not train on, and how far its next-token distributions moved: KL(before || after)). The control is the same editor with the same settings on a
     random mask of the same kinds and weight (of a feature edit, on other units that are active as often), made here unless given;
     `others` are further edits to set beside it.
     Accuracy is greedy over the full vocabulary; every number has a 95 % bootstrap interval over facts; at most 200
     facts a cell. One edit of one model is n = 1, however many facts: intervals do not cover other models or seeds.
+
+    `attacks` names attacks that try to get the knowledge back ("all", or some of `robustness.ATTACKS`); the report then says
+    whether it is gone, hidden, or the model has collapsed. Each runs its ceiling (the unedited model) and its floor (never-taught
+    subjects); with a `cache` folder these and every finished attack are kept, so that a killed run goes on and the next edit
+    costs less. `watch` is given the report before the first attack and after each.
     """
-    watch = Stopwatch()
+    names = check_attacks(attacks) if attacks else []
+    clock = Stopwatch()
     if control is None:
         control = random_control(model, edit, forget, retain, seed)
     edits: dict[str, Edit | None] = {"before": None, "after": edit, "control": control, **(others or {})}
     frame = pd.DataFrame()
     for name, each in edits.items():
         with each.applied(model) if each is not None else nullcontext():
-            columns = pd.DataFrame(_rows(model, forget, retain)).set_index(["split", "format", "metric", "n"])
+            rows = list(_rows(model, forget, retain))
+        rows += _moved(model, each, forget)
+        columns = pd.DataFrame(rows).set_index(["split", "format", "metric", "n"])
         intervals = columns["values"].map(lambda values: bootstrap_interval(values, seed))
         frame[name] = columns["values"].map(lambda values: float(sum(values) / len(values)))
         frame[f"{name} low"] = intervals.map(lambda interval: interval[0])
         frame[f"{name} high"] = intervals.map(lambda interval: interval[1])
-    return Report(
+    report = Report(
         frame.reset_index(),
         list(edits),
         edit.card,
@@ -67,9 +81,22 @@ def evaluate(
             "facts": forget.facts.name if forget.facts is not None else "tokens",
             "forget": len(forget),
             "retain": len(retain),
-            "seconds": watch.seconds(),
+            "seconds": clock.seconds(),
         },
     )
+    if watch is not None:
+        watch(report)
+    if not names:
+        return report
+
+    def partial(found: Attacked) -> None:
+        if watch is not None:
+            watch(replace(report, attacked=found))
+
+    found = attack_all(
+        model, edit, forget, retain, attacks=names, cache=cache, seed=seed, progress=progress, watch=partial
+    )
+    return replace(report, attacked=found, about=report.about | {"seconds": clock.seconds()})
 
 
 def random_control(model: HookedModel, edit: Edit, forget: Prompts, retain: Prompts, seed: int = 0) -> Edit:
@@ -158,6 +185,15 @@ def _rows(model: HookedModel, forget: Prompts, retain: Prompts) -> Iterator[dict
     if held_out:
         values = text_loss(model, held_out)
         yield {"split": "text", "format": "passages", "metric": "loss", "n": len(values), "values": values.tolist()}
+
+
+def _moved(model: HookedModel, edit: Edit | None, forget: Prompts) -> list[dict]:
+    """How far the edit moves the next-token distributions on ordinary text."""
+    held_out = forget.facts.text[1::2] if forget.facts is not None else ()
+    if not held_out:
+        return []
+    values = next_token_kl(model, edit, held_out).tolist() if edit is not None else [0.0] * len(held_out)
+    return [{"split": "text", "format": "passages", "metric": "KL to before", "n": len(values), "values": values}]
 
 
 def _splits(forget: Prompts, retain: Prompts) -> dict[str, FactDataset]:

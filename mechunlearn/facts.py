@@ -17,6 +17,8 @@ from mechunlearn.readers import read_facts
 if TYPE_CHECKING:
     import pandas as pd
 
+TWO_HOP = "{s} lives in the country of"
+
 
 @dataclass(frozen=True)
 class Fact:
@@ -41,7 +43,7 @@ class FactDataset:
 
     `source` is the whole data set this one was selected from, `related` other relations of the same subjects,
     `skills` tasks that need no stored fact, `text` ordinary passages for text loss, `untaught` facts about subjects
-    the model never saw (floors).
+    the model never saw (floors). `two_hop` has, by subject, a question that needs the fact and a second one about its answer.
     """
 
     name: str
@@ -51,6 +53,7 @@ class FactDataset:
     text: tuple[str, ...] = ()
     untaught: "FactDataset | None" = None
     source: "FactDataset | None" = None
+    two_hop: Mapping[str, Query] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.facts)
@@ -174,7 +177,9 @@ def world_facts(folder: Path, relation: str, seed: int = 0) -> FactDataset:
     text = tuple(text for stories in world["stories"].values() for text in stories)
 
     def dataset(name: str, facts: Mapping[str, str]) -> FactDataset:
-        return FactDataset(f"factworld/{name}", _ask_all(world["relations"][name], name, facts, seed))
+        asked = _ask_all(world["relations"][name], name, facts, seed)
+        hops = _two_hop(asked, world["facts"].get("country", {})) if name == "city" else {}
+        return FactDataset(f"factworld/{name}", asked, two_hop=hops)
 
     untaught = world["untaught"].get(relation)
     return replace(
@@ -195,3 +200,14 @@ def _ask_all(relation: Mapping, name: str, facts: Mapping[str, str], seed: int) 
         example = pairs[(i + 1 + rng.randrange(len(pairs) - 1)) % len(pairs)]
         made.append(Fact(subject, name, queries(relation, subject, answer, target, example, rng)))
     return tuple(made)
+
+
+def _two_hop(facts: Sequence[Fact], country: Mapping[str, str]) -> dict[str, Query]:
+    """The country of each person, unless truth and edit target lie in the same one: then it would tell nothing."""
+    made = {}
+    for fact in facts:
+        answer, target = country.get(fact.answer, ""), country.get(fact.target, "")
+        if answer and target and answer != target:
+            options = tuple(dict.fromkeys(country.values()))
+            made[fact.subject] = Query(TWO_HOP.format(s=fact.subject), answer, target, options)
+    return made

@@ -1,18 +1,22 @@
 """Numbers from logits: metrics are functions of `(logits, prompts)`, one value a fact."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional
 
+from mechunlearn.batches import in_batches
+from mechunlearn.edits import Edit
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.hooked import HookedModel
 from mechunlearn.prompts import PAD, ROLES, Prompts
 
 Metric = Callable[[Tensor, Prompts], Tensor]
 BATCH = 128
+LOGITS = 1 << 27  # of one batch of texts: half a gigabyte in float32
 
 
 def at_answers(metric: Metric) -> Metric:
@@ -165,27 +169,48 @@ def measure(model: HookedModel, prompts: Prompts, batch: int = BATCH) -> dict[st
     return made
 
 
-def _option_probability(model: HookedModel, part: Prompts, logits: Tensor) -> Float[Tensor, " fact"]:
-    """Probability of the truth among the options: from one forward if all have one token, else one a choice."""
-    truth = [tuple(t for t in row if t != PAD) for row in part.answers.tolist()]
+@torch.no_grad()
+def option_logprobs(model: HookedModel, prompts: Prompts, batch: int = BATCH) -> Float[Tensor, "fact option"]:
+    """Log-probability of each answer that a fact lists to choose among, summed over its tokens; -inf where it lists fewer.
+
+    It favours short answers: beside options of unequal length a low value may say no more than that one is long.
+    Raises `MechunlearnError` if a fact lists none.
+    """
+    if not prompts.options or not all(prompts.options):
+        raise MechunlearnError("Some of these facts list no options. Expected facts with answers to choose among.")
+    scores = torch.full((len(prompts), max(map(len, prompts.options))), -torch.inf)
+    for rows in prompts.lengths.argsort().split(batch):
+        part = prompts.select(rows)
+        found = _option_logprobs(model, part, model.forward(part.tokens))
+        scores[rows, : found.shape[1]] = found
+    return scores
+
+
+def _option_logprobs(model: HookedModel, part: Prompts, logits: Tensor) -> Float[Tensor, "fact option"]:
+    """From one forward pass if all options have one token, else one a choice."""
     most = max(map(len, part.options))
     scores = torch.full((len(part), most), -torch.inf)
-    rows = torch.arange(len(part))
     if all(len(option) == 1 for options in part.options for option in options):
-        at = logits[rows, part.start].float().log_softmax(-1).cpu()
+        at = logits[torch.arange(len(part)), part.start].float().log_softmax(-1).cpu()
         for i, options in enumerate(part.options):
             scores[i, : len(options)] = at[i, [option[0] for option in options]]
-    else:
-        for k in range(most):
-            having = [i for i, options in enumerate(part.options) if k < len(options)]
-            width = max(len(part.options[i][k]) for i in having)
-            chosen = torch.tensor([[*part.options[i][k], *[PAD] * (width - len(part.options[i][k]))] for i in having])
-            asked = with_answers(replace(part.select(having), foils=chosen), "foils")
-            scores[having, k] = _continuation(model.forward(asked.tokens), asked)[0]
+        return scores
+    for k in range(most):
+        having = [i for i, options in enumerate(part.options) if k < len(options)]
+        width = max(len(part.options[i][k]) for i in having)
+        chosen = torch.tensor([[*part.options[i][k], *[PAD] * (width - len(part.options[i][k]))] for i in having])
+        asked = with_answers(replace(part.select(having), foils=chosen), "foils")
+        scores[having, k] = _continuation(model.forward(asked.tokens), asked)[0]
+    return scores
+
+
+def _option_probability(model: HookedModel, part: Prompts, logits: Tensor) -> Float[Tensor, " fact"]:
+    """Probability of the truth among the options."""
+    truth = [tuple(t for t in row if t != PAD) for row in part.answers.tolist()]
     where = torch.tensor([list(options).index(t) if t in options else -1 for options, t in zip(part.options, truth)])
     if (where < 0).any():
         return torch.full((len(part),), torch.nan)
-    return scores.softmax(-1)[rows, where]
+    return _option_logprobs(model, part, logits).softmax(-1)[torch.arange(len(part)), where]
 
 
 @torch.no_grad()
@@ -197,6 +222,55 @@ def text_loss(model: HookedModel, texts: tuple[str, ...], batch: int = 64) -> Fl
         tokens, weight = padded([encoded[i] for i in rows.tolist()])
         losses[rows] = (token_losses(model.forward(tokens), tokens) * weight).sum(1).cpu() / weight.sum(1)
     return losses
+
+
+@torch.no_grad()
+def next_token_kl(model: HookedModel, edit: Edit, texts: Sequence[str], batch: int = 64) -> Float[Tensor, " text"]:
+    """How far an edit moves what the model says next, in nats a token: one value a text, 0 where nothing moves.
+
+    The mean over the tokens of a text of KL(p || q) = sum_v p(v) (log p(v) - log q(v)), where p and q are the unedited and
+    the edited model's distributions of the token after it (the last token's too). On texts that have nothing to do with the
+    forgotten facts it is a side effect, and finer than `text_loss`, in which gains and losses cancel.
+    `model` is the unedited one; `edit` is applied and undone once a batch, whose logits must fit in memory twice.
+
+    Raises `MechunlearnError` for a model without a tokenizer, a text without a token, or no texts.
+
+    >>> from mechunlearn.edit import masked_gradient
+    >>> from mechunlearn import ComponentMask, load_facts, load_model
+    >>> model = load_model("factworld")
+    >>> facts = load_facts("factworld/sport")
+    >>> forget, retain = facts.prompts(model).split(forget=8, retain=8)
+    >>> mask = ComponentMask.of(["L1.mlp.out"], model.signature)
+    >>> edit = masked_gradient(model, mask, forget, retain, steps=2)
+    >>> moved = next_token_kl(model, edit, facts.text[:4])
+    >>> bool((moved > 0).all()), bool((moved < 1).all())
+    (True, True)
+    """
+    encoded = encode(model, tuple(texts))
+    if not encoded or not all(encoded):
+        lacks = "there are none" if not texts else "the model has no tokenizer" if not encoded else "one has no token"
+        raise MechunlearnError(f"Cannot compare what is said after {len(texts)} texts: {lacks}.")
+    lengths = torch.tensor([len(ids) for ids in encoded])
+    order = lengths.argsort()
+    most = LOGITS // (int(lengths.max()) * model.hf.config.get_text_config().vocab_size)
+
+    def moved(rows: Tensor) -> Float[Tensor, " text"]:
+        part = [encoded[i] for i in order[rows].tolist()]
+        tokens = padded(part)[0]
+        before = model.forward(tokens)
+        with edit.applied(model):
+            after = model.forward(tokens)
+        return torch.stack([_kl(p[: len(ids)], q[: len(ids)]) for p, q, ids in zip(before, after, part)]).cpu()
+
+    found = torch.zeros(len(encoded))
+    found[order] = torch.cat(in_batches(len(encoded), max(1, min(batch, most)), moved))
+    return found
+
+
+def _kl(before: Float[Tensor, "pos d_vocab"], after: Float[Tensor, "pos d_vocab"]) -> Float[Tensor, ""]:
+    """Mean KL(before || after) over positions, in nats."""
+    p, q = before.float().log_softmax(-1), after.float().log_softmax(-1)
+    return functional.kl_div(q, p, reduction="batchmean", log_target=True)
 
 
 def encode(model: HookedModel, texts: tuple[str, ...]) -> list[list[int]]:

@@ -235,6 +235,66 @@ def comparison(frame: pd.DataFrame) -> go.Figure:
     return figure.update_layout(legend={"y": -0.08, "yanchor": "top"}, margin={"b": 60})
 
 
+def recoveries(frame: pd.DataFrame) -> go.Figure:
+    """How much each attack brought back: the table of `robustness.Attacked.outcomes`, one row an attack.
+
+    Scaled so that 0 is the floor and 1 the unedited model; bars are the 95 % interval over facts on the same scale.
+    """
+    rows = frame[frame["recovery"].notna()][::-1]
+    room = rows["ceiling"] - rows["floor"]
+    low, high = ((rows[end] - rows["floor"]) / room for end in ("low", "high"))
+    figure = go.Figure()
+    figure.add_scatter(
+        x=rows["recovery"],
+        y=rows["attack"],
+        error_x={
+            "type": "data",
+            "symmetric": False,
+            "array": high - rows["recovery"],
+            "arrayminus": rows["recovery"] - low,
+            "thickness": 1,
+        },
+        mode="markers",
+        marker={"color": COLOURS[1], "size": 9},
+        customdata=rows[["held out", "n", "setting"]].to_numpy(),
+        hovertemplate="%{y}: %{x:.2f} (right %{customdata[0]:.2f}, n = %{customdata[1]}, %{customdata[2]})<extra></extra>",
+        showlegend=False,
+    )
+    figure.add_vline(x=0, line={"dash": "dot", "color": COLOURS[0]}, annotation_text="floor")
+    figure.add_vline(x=1, line={"dash": "dot", "color": COLOURS[0]}, annotation_text="never edited")
+    figure.update_xaxes(title="recovery (bars: 95 % interval over facts)")
+    figure.update_yaxes(automargin=True)
+    return _styled(figure, "What each attack brings back", 150 + 32 * len(rows))
+
+
+def attack_curves(name: str, rows: pd.DataFrame) -> go.Figure:
+    """What an attack got, state by state: over steps where it takes steps, else setting by setting."""
+    stepped = (rows["step"] > 0).any()
+    figure = go.Figure()
+    for i, (state, mine) in enumerate(rows.groupby("state", sort=False)):
+        parts = mine.groupby("setting", sort=False) if stepped else [("", mine)]
+        for j, (setting, curve) in enumerate(parts):
+            figure.add_scatter(
+                x=curve["step"] if stepped else curve["setting"],
+                y=curve["held out"],
+                mode="lines+markers",
+                name=str(state),
+                legendgroup=str(state),
+                showlegend=j == 0,
+                line={
+                    "color": COLOURS[i % len(COLOURS)],
+                    "dash": ("solid", "dash", "dot", "dashdot")[j % 4],
+                    "width": 1.5,
+                },
+                customdata=curve[["low", "high", "n", "retain"]].to_numpy(),
+                hovertemplate=f"{setting!s} %{{x}}: %{{y:.2f}} (%{{customdata[0]:.2f}} to %{{customdata[1]:.2f}}, "
+                f"n = %{{customdata[2]}}; retain %{{customdata[3]:.2f}})<extra>{state}</extra>",
+            )
+    figure.update_xaxes(title="step" if stepped else "", type=None if stepped else "category", automargin=True)
+    figure.update_yaxes(title="facts right that the attack never saw", range=[-0.03, 1.03])
+    return _styled(figure, name.replace("_", " "), 360)
+
+
 def _styled(figure: go.Figure, title: str, height: int) -> go.Figure:
     return figure.update_layout(
         template="plotly_white",

@@ -12,7 +12,9 @@ from mechunlearn import plots
 from mechunlearn.components import Localization
 from mechunlearn.edits import WeightEdit
 from mechunlearn.files import whole_file
+from mechunlearn.robustness import Attacked, word
 from mechunlearn.runcard import RunCard
+from mechunlearn.stats import multiple_comparisons
 
 MEANING = {
     "before": "the model as it came",
@@ -26,13 +28,15 @@ MEANING = {
 class Report:
     """Split x format x metric, one column a model with its 95 % interval (`<name> low`, `<name> high`).
 
-    `columns` lists the models: `before`, `after`, `control` and any others set beside them.
+    `columns` lists the models: `before`, `after`, `control` and any others set beside them. `attacked` is what attacks found, if
+    any were asked for.
     """
 
     frame: pd.DataFrame
     columns: list[str]
     card: RunCard
     about: dict = field(default_factory=dict)
+    attacked: Attacked = field(default_factory=Attacked)
 
     def value(self, split: str, format: str, metric: str, column: str = "after") -> float:
         """One number of the table."""
@@ -60,6 +64,40 @@ class Report:
             rows.append(shown)
         return pd.DataFrame(rows)
 
+    def outcomes(self) -> pd.DataFrame:
+        """One row an attack, as text: how much it recovered (0: the floor, 1: a model that was never edited), and from what."""
+        rows = []
+        for row in self.attacked.outcomes().to_dict("records"):
+            failed = row["outcome"] == "failed"
+            shown = {"attack": row["attack"], "outcome": row["outcome"]}
+            shown["recovery"] = "–" if pd.isna(row["recovery"]) else f"{row['recovery']:.2f}"
+            shown["truth came back"] = "–" if failed else _interval(row["held out"], row["low"], row["high"])
+            shown["never taught"] = (
+                "–" if failed else _interval(row["never taught"], row["never low"], row["never high"])
+            )
+            shown |= {
+                name: "–" if pd.isna(row[name]) else f"{row[name]:.2f}" for name in ("chance", "floor", "ceiling")
+            }
+            shown["n"] = "–" if pd.isna(row["n"]) else f"{row['n']:.0f}"
+            shown["best setting"] = row["setting"] if isinstance(row["setting"], str) else "–"
+            shown["of"] = "–" if pd.isna(row["settings"]) else f"{row['settings']:.0f}"
+            rows.append(shown | {"note": row["note"]})
+        return pd.DataFrame(rows)
+
+    def word(self) -> tuple[str, str]:
+        """ "gone", "hidden", "still there", "collapsed" or "not known", and the numbers behind it; empty without attacks.
+
+        See `robustness.word` for what each means.
+        """
+        found = self.attacked.outcomes()
+        if found.empty or "statement" not in set(self.frame[self.frame.split == "forget"].format):
+            return "", ""
+        measured = found[found["chance"].notna()]
+        guess = float(measured["chance"].iloc[0]) if len(measured) else 0.0
+        left = self.value("forget", "statement", "accuracy")
+        kept, before = (self.value("retain", "statement", "accuracy", column) for column in ("after", "before"))
+        return word(left, kept, before, guess, found)
+
     def verdict(self) -> str:
         """What the numbers say, in sentences with the figures."""
         if "statement" not in set(self.frame[self.frame.split == "forget"].format):
@@ -77,7 +115,8 @@ class Report:
                 f"Of the same subjects' {row['split'].split(': ')[1]} facts, which no loss held, {row['after']:.1%} are "
                 f"right (before: {row['before']:.1%}; random mask: {row['control']:.1%})."
             )
-        return " ".join(parts)
+        said, why = self.word()
+        return (f"{said.capitalize()}: {why}. " if said else "") + " ".join(parts)
 
     def figures(self, found: Localization | None = None, edit: WeightEdit | None = None) -> list[go.Figure]:
         made = [
@@ -87,6 +126,9 @@ class Report:
             ),
             plots.side_effects(self.frame, self.columns),
         ]
+        if self.attacked.rows:
+            made.insert(0, plots.recoveries(self.attacked.outcomes()))
+            made += [plots.attack_curves(name, rows) for name, rows in self.attacked.rows.items()]
         if found is not None and "curve" in found.evidence:
             made.append(plots.probe_curve(found))
         if edit is not None:
@@ -105,6 +147,8 @@ class Report:
             about=self.about,
             meaning=meaning,
             summary=_table(self.summary()),
+            outcomes=_table(self.outcomes()) if len(self.outcomes()) else "",
+            compared=multiple_comparisons(len(self.attacked.rows)),
             everything=_table(self.frame.round(3)),
             figures=figures,
             note=found.note if found is not None else "",
@@ -114,7 +158,8 @@ class Report:
             beside.write_text(page, encoding="utf-8")
 
     def _repr_html_(self) -> str:
-        return f"<p>{self.verdict()}</p>{_table(self.summary())}"
+        attacks = _table(self.outcomes()) if len(self.outcomes()) else ""
+        return f"<p>{self.verdict()}</p>{attacks}{_table(self.summary())}"
 
     def __repr__(self) -> str:
         return f"Report({len(self.frame)} rows; {self.verdict()})"
@@ -126,10 +171,14 @@ def describe(split: str, format: str, metric: str) -> str:
     if split.startswith("same subject") or split == "neighbours":
         return split
     if split == "text":
-        return "text loss, nats a token"
+        return "text loss, nats a token" if metric == "loss" else "text, KL to before, nats a token"
     if split == "forget":
         return f"forget, {asked}{': target' if metric == 'target accuracy' else ''}"
     return f"{split}, {asked}"
+
+
+def _interval(mean: float, low: float, high: float) -> str:
+    return "–" if pd.isna(mean) else f"{mean:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def _table(frame: pd.DataFrame) -> str:
@@ -153,6 +202,11 @@ pre { overflow-x: auto; background: #f6f6f6; padding: 1rem; font-size: .8rem; } 
 <p>{{ about.facts|e }}: {{ about.forget }} facts to forget, {{ about.retain }} to retain, on {{ about.model|e }}</p>
 <p class="lead">{{ verdict|e }}</p>
 {% if note %}<p>Localization: {{ note|e }}.</p>{% endif %}
+{% if outcomes %}<h2>Does it come back?</h2>
+<div class="scroll">{{ outcomes }}</div>
+<p>Recovery is (what came back &minus; floor) / (ceiling &minus; floor): 0 is what the same attack gets on subjects that the model was never taught (or
+chance, if that is more), 1 what it gets on the unedited model; both get the same best of all settings. An attack counts as
+<em>back</em> from .2 on, if the interval lies above the floor, and only settings count that leave the retain facts. {{ compared|e }}</p>{% endif %}
 <h2>The numbers to read first</h2>
 <dl>{% for name, text in meaning.items() %}<dt>{{ name|e }}</dt><dd>{{ text|e }}</dd>{% endfor %}</dl>
 <div class="scroll">{{ summary }}</div>

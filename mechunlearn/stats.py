@@ -90,6 +90,20 @@ def hierarchical_paired(a: Worlds, b: Worlds, seed: int = 0, resamples: int = 20
     return hierarchical_interval(pairs, seed, resamples)
 
 
+def multiple_comparisons(count: int) -> str:
+    """What to remember when `count` intervals of 95 % are read at once; empty for fewer than two.
+
+    >>> multiple_comparisons(40)
+    '40 intervals of 95 % are read here: about 2 of them miss by chance alone, and nothing is corrected for their number.'
+    """
+    if count < 2:
+        return ""
+    return (
+        f"{count} intervals of 95 % are read here: about {max(1, round(count / 20))} of them miss by chance alone, and nothing is "
+        "corrected for their number."
+    )
+
+
 def _nested(values: Worlds) -> list[list[np.ndarray]]:
     """Worlds of seeds, each an array of facts: one fact where a number was given."""
     try:

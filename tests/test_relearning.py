@@ -151,14 +151,14 @@ class TestOnThePlantedModel:
 
     def test_chance_is_the_share_of_the_most_frequent_truth_held_out(self, setup):
         model, _, forget, retain = setup
-        attack = _Attack(model, forget, retain, (), _Plan(1, 1, None, 8, seed=3))
+        attack = _Attack(model, forget, retain, (), _Plan(1, 1, None, 8, 3, "facts"))
         counts = pd.Series(forget.answers[attack.held_out][:, 0].tolist()).value_counts()
         assert attack.chance == counts.max() / 4
         assert attack.before["chance"] == attack.chance
 
     def test_nothing_is_measured_that_is_trained_on(self, setup):
         model, _, forget, retain = setup
-        attack = _Attack(model, forget, retain, (), _Plan(1, 1, None, 8, seed=3))
+        attack = _Attack(model, forget, retain, (), _Plan(1, 1, None, 8, 3, "facts"))
         assert {*attack.taught.tolist(), *attack.held_out.tolist()} == set(range(8))
         assert len(attack.taught) == len(attack.held_out) == 4
 
@@ -176,7 +176,7 @@ class TestOnThePlantedModel:
 
     def test_another_seed_draws_other_halves(self, setup):
         model, _, forget, retain = setup
-        drawn = [_Attack(model, forget, retain, (), _Plan(1, 1, None, 8, seed)).taught for seed in (0, 1)]
+        drawn = [_Attack(model, forget, retain, (), _Plan(1, 1, None, 8, seed, "facts")).taught for seed in (0, 1)]
         assert set(drawn[0].tolist()) != set(drawn[1].tolist())
 
     def test_edits_and_models_beside_are_attacked_alike(self, setup):
@@ -202,7 +202,7 @@ class TestOnThePlantedModel:
             rows = relearning(*setup, rates={"full": [0.01], "lora": [5e-3]}, steps=6, every=2)
         found = recovery(rows).loc["edited"]
         assert found["collapsed"] == ("full 0.01",)
-        assert found["outcome"] == "measured" and found["method"] == "lora"
+        assert found["outcome"] == "measured" and found["setting"] == "lora 0.005"
         ended = rows[(rows.state == "edited") & (rows.method == "full")]
         assert ended["step"].tolist() == [0, 1] and ended["retain"].tolist() == [1, 0]
 
@@ -292,7 +292,7 @@ class TestOnTheWorld:
     def test_a_collapsed_setting_is_listed_and_not_counted(self, rows):
         found = recovery(rows)
         assert all("full 1" in collapsed for collapsed in found["collapsed"])
-        assert (found["rate"] != 1.0).all()
+        assert (found["setting"] != "full 1").all()
         broken = rows[(rows["rate"] == 1.0) & (rows["step"] > 0)]
         assert (broken["retain"] < 0.5).all() and not broken["valid"].any()
 
@@ -300,7 +300,7 @@ class TestOnTheWorld:
         assert rows["text loss"].notna().all()
         forget, retain, _ = setup
         text = forget.facts.text
-        attack = _Attack(world, forget, retain, text, _Plan(1, 1, None, 8, 0))
+        attack = _Attack(world, forget, retain, text, _Plan(1, 1, None, 8, 0, "facts"))
         assert 16 <= len(attack.passages) <= 32
         assert set(attack.passages) <= set(text[1::2])
         assert len(attack.sets["text"]) == len(text[::2])
@@ -323,9 +323,9 @@ def frame(*curves) -> pd.DataFrame:
             rows.append(
                 {
                     "state": state,
-                    "method": method,
-                    "rate": rate,
+                    "setting": f"{method} {rate:g}",
                     "step": step,
+                    "n": 10,
                     "held out": held_out,
                     "low": held_out - 0.1,
                     "high": held_out + 0.1,
@@ -349,7 +349,7 @@ class TestRecovery:
             UNEDITED,
         )
         found = recovery(rows).loc["edited"]
-        assert (found["held out"], found["method"], found["rate"], found["step"]) == (0.4, "full", 0.2, 1)
+        assert (found["held out"], found["setting"], found["step"]) == (0.4, "full 0.2", 1)
         assert (found["low"], found["high"], found["retain"]) == (pytest.approx(0.3), 0.5, 0.9)
         assert found["outcome"] == "measured" and found["collapsed"] == ()
         assert found["recovery"] == pytest.approx((0.4 - 0.2) / 0.8)

@@ -1,3 +1,9 @@
 """Attacks: `(model, edit, forget, retain, *, seed, ...) -> rows`: each tries to get the knowledge back, one a file."""
 
+from mechunlearn.attack.activation_perturbation import activation_perturbation as activation_perturbation
+from mechunlearn.attack.probing import probing as probing
+from mechunlearn.attack.prompting import prompting as prompting
+from mechunlearn.attack.quantization import quantization as quantization
 from mechunlearn.attack.relearning import relearning as relearning
+from mechunlearn.attack.soft_prompt import soft_prompt as soft_prompt
+from mechunlearn.attack.unlearning_depth import unlearning_depth as unlearning_depth

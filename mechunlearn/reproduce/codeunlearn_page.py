@@ -133,7 +133,7 @@ def page(found: dict) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _select(
+def selected(
     found: dict, method: str, key: str, arm: str = MAIN, topics: Sequence[str] = TOPICS
 ) -> list[list[float | int]]:
     """Seeds of topics."""
@@ -145,7 +145,7 @@ def _select(
 
 
 def _mean(found: dict, method: str, key: str, arm: str = MAIN, topics: Sequence[str] = TOPICS, digits: int = 2) -> str:
-    values = _select(found, method, key, arm, topics)
+    values = selected(found, method, key, arm, topics)
     if not values:
         return ""
     return _interval(values, digits)
@@ -157,10 +157,10 @@ def _interval(values: Sequence[Sequence[float | int]], digits: int = 2) -> str:
 
 
 def _median(found: dict, method: str, key: str, topic: str) -> float | int:
-    return median(values[0] for values in _select(found, method, key, topics=(topic,)))
+    return median(values[0] for values in selected(found, method, key, topics=(topic,)))
 
 
-def _holds(found: dict, topic: str, method: str = "reselect", control: str = "random codes") -> bool:
+def holds(found: dict, topic: str, method: str = "reselect", control: str = "random codes") -> bool:
     return (
         _median(found, method, "accuracy", topic) <= GONE
         and _median(found, method, "kept", topic) >= STAYS
@@ -170,8 +170,8 @@ def _holds(found: dict, topic: str, method: str = "reselect", control: str = "ra
 
 def _verdict(found: dict) -> list[str]:
     found["rows"] = [row | {"share": row["accuracy"] / max(row["before"], 1e-9)} for row in found["rows"]]
-    holding = [topic for topic in EIGHT if _holds(found, topic)]
-    zero = [topic for topic in EIGHT if _holds(found, topic, "zero")]
+    holding = [topic for topic in EIGHT if holds(found, topic)]
+    zero = [topic for topic in EIGHT if holds(found, topic, "zero")]
     lines = [
         "## What holds",
         "",
@@ -191,7 +191,7 @@ def _verdict(found: dict) -> list[str]:
         ("gradient difference", "kept", "kept"),
         ("gradient difference", "text loss", "text loss"),
     ):
-        mine, theirs = (_select(found, method, key) for method in ("reselect", other))
+        mine, theirs = (selected(found, method, key) for method in ("reselect", other))
         if theirs and [len(x) for x in mine] == [len(x) for x in theirs]:
             mean, low, high = hierarchical_paired(mine, theirs)
             null = " **(null)**" if low <= 0 <= high else ""
@@ -225,7 +225,7 @@ def _by_topic(found: dict) -> list[str]:
             f"{_median(found, 'reselect', 'paraphrases', topic):.2f}",
             f"{_median(found, 'zero', 'accuracy', topic):.2f}",
             f"{_median(found, 'zero', 'kept', topic):.2f}",
-            "yes" if _holds(found, topic) else "no",
+            "yes" if holds(found, topic) else "no",
         ]
         lines.append(f"| {topic} | {' | '.join(cells)} |")
     return [*lines, ""]
@@ -334,7 +334,7 @@ def _gold(found: dict) -> list[str]:
         ]
         told = [_interval(topic_kl), _interval(other_kl)]
         for method in ("reselect", "zero"):
-            mean, low, high = hierarchical_paired(_select(found, method, "KL", arm), topic_kl)
+            mean, low, high = hierarchical_paired(selected(found, method, "KL", arm), topic_kl)
             word = "null" if low <= 0 <= high else "nearer to the retrained model" if mean < 0 else "further from it"
             closer.append(
                 f"- {arm}, {method} minus nothing deleted, KL at the topic: {mean:+.2f} [{low:+.2f}, {high:+.2f}] ({word})."
@@ -358,7 +358,7 @@ def _gold(found: dict) -> list[str]:
     ]
     for arm in arms:
         ones = [found["inserted"][f"{arm} {seed}"] for seed in found["seeds"]]
-        left = _select(found, "reselect", "loss", arm)
+        left = selected(found, "reselect", "loss", arm)
         rows = []
         for one, after in zip(ones, left):
             gold = sum(one["gold"][t]["loss"][t] for t in TOPICS) / len(TOPICS)

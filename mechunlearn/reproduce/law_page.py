@@ -146,7 +146,7 @@ def page(found: dict) -> str:
     return "\n".join(lines)
 
 
-def _value(name: str) -> Value:
+def value_of(name: str) -> Value:
     return lambda run: run["measured"].get(name, math.nan)
 
 
@@ -170,12 +170,12 @@ def _table(runs: dict, worlds: Sequence[str], methods: Sequence[str]) -> list[st
         failed = sum("note" in run for run in cells)
         reached = "" if method == BOUNDS else f"{sum(run['reached'] for run in cells)} of {len(cells)}"
         reached += f", {failed} failed" if failed else ""
-        shown = [_mean(runs[method], worlds, _value(name)) for name in COLUMNS]
+        shown = [_mean(runs[method], worlds, value_of(name)) for name in COLUMNS]
         lines.append(f"| {method} | {reached} | {' | '.join(shown)} |")
     return lines
 
 
-def _pair(
+def difference(
     runs: dict, worlds: Sequence[str], one: str, other: str, value: Value
 ) -> tuple[float, float, float, int] | None:
     """Mean and interval of one minus other, over the runs that have both numbers."""
@@ -197,7 +197,7 @@ def _told(pair: tuple[float, float, float, int] | None) -> str:
 def _differences(runs: dict, worlds: Sequence[str], one: str, others: Iterable[str]) -> list[str]:
     lines = [f"| {one} minus | {' | '.join(BETTER)} |", "|" + "---|" * (1 + len(BETTER))]
     for other in others:
-        shown = [_told(_pair(runs, worlds, one, other, _value(name))) for name in BETTER]
+        shown = [_told(difference(runs, worlds, one, other, value_of(name))) for name in BETTER]
         lines.append(f"| {other} | {' | '.join(shown)} |")
     return lines
 
@@ -229,7 +229,7 @@ def _shipped(found: dict) -> list[str]:
     for method in METHODS:
         shown = []
         for name in ("text loss", *skills):
-            pair = _pair(runs, where, method, BOUNDS, _value(name))
+            pair = difference(runs, where, method, BOUNDS, value_of(name))
             before = runs[BOUNDS][SHIPPED][0]["measured"][name]
             noise = spread if name == "text loss" else max(1.96 * math.sqrt(before * (1 - before) / TASKS), 3 / TASKS)
             inside = pair is not None and (pair[1] <= 0 <= pair[2] or abs(pair[0]) <= noise)
@@ -296,7 +296,7 @@ def _stays_gone(found: dict, method: str) -> str:
         }
         for name in (method, "never taught", "unedited")
     }
-    pair = _pair(of, worlds, method, "never taught", lambda run: _best(run["curves"], 1))
+    pair = difference(of, worlds, method, "never taught", lambda run: _best(run["curves"], 1))
     claim = (
         f"{method}: washed facts are gone (relearning half brings back no more of the rest than of facts never taught)"
     )
@@ -370,7 +370,7 @@ def _claims(found: dict) -> list[str]:
     ]
     lines = [_stays_gone(found, method) for method in ("LAW", MAIN)]
     for claim, one, other, name in asked:
-        pair = _pair(runs, worlds, one, other, _value(name))
+        pair = difference(runs, worlds, one, other, value_of(name))
         if pair is None:
             lines.append(f"- {claim}: cannot be told, no pair of runs has both numbers.")
             continue

@@ -25,23 +25,50 @@ SHOWN = (1, 2, 4, 8, 12, 16, 20, 30, 40)
 Value = Callable[[dict], float | None]
 
 
-def page(plan: Plan, grid: Grid, chosen: dict[Task, dict[str, float]]) -> str:
-    """Markdown, from the finished cells."""
-    results = _Results(plan, grid, chosen)
+def results(plan: Plan, grid: Grid, chosen: dict[Task, dict[str, float]]) -> dict:
+    """Every number of the page, as plain JSON, from the finished cells."""
+
+    def run(task: Task, method: str, world: int, seed: int) -> dict:
+        rate = 0.0 if method == BOUNDS else chosen[task][method]
+        found = stored(grid, Cell(task, method, world, seed, rate))
+        if "curve" in found:
+            kept = [entry for entry in found["curve"] if entry["step"] in SHOWN]
+            found = found | {"curve": [{name: entry[name] for name in ("step", "forget", "retain")} for entry in kept]}
+        return found
+
+    return {
+        "worlds": list(plan.worlds),
+        "seeds": list(plan.seeds),
+        "rates": list(plan.rates),
+        "tasks": list(plan.tasks),
+        "chosen": {task: dict(of) for task, of in chosen.items()},
+        "runs": {
+            task: {
+                method: [[run(task, method, world, seed) for seed in plan.seeds] for world in plan.worlds]
+                for method in (BOUNDS, *METHODS[task])
+            }
+            for task in plan.tasks
+        },
+    }
+
+
+def page(found: dict) -> str:
+    """Markdown, from the results."""
+    results = Results(found)
     lines = [
         "# LoKU: inverted hinge and Fisher-initialised adapters",
         "",
         "Written by `mechunlearn reproduce loku`; do not edit.",
         "",
-        f"{len(plan.worlds)} small worlds, each trained from nothing ({', '.join(results.families())}), with "
-        f"{len(plan.seeds)} disjoint forget sets each: {len(plan.worlds) * len(plan.seeds)} runs a method. Intervals are 95 % hierarchical "
+        f"{len(results.worlds)} small worlds, each trained from nothing ({', '.join(results.families())}), with "
+        f"{len(results.seeds)} disjoint forget sets each: {len(results.worlds) * len(results.seeds)} runs a method. Intervals are 95 % hierarchical "
         "bootstrap intervals over worlds and forget sets; few worlds make them too narrow. Differences are paired. "
-        + ("One world is n = 1: nothing here speaks of other models. " if len(plan.worlds) == 1 else "")
+        + ("One world is n = 1: nothing here speaks of other models. " if len(results.worlds) == 1 else "")
         + "Gold is the same world retrained without the forget sets (all of them, so one gold serves every forget set of its "
         "world).",
         "",
         "Every method has the same grid of learning rates "
-        f"({', '.join(f'{rate:g}' for rate in plan.rates)}), AdamW, batch {BATCH['passages']} ({BATCH['facts']} for facts), 2 steps of warm-up, cosine, clip 1. Its rate "
+        f"({', '.join(f'{rate:g}' for rate in results.rates)}), AdamW, batch {BATCH['passages']} ({BATCH['facts']} for facts), 2 steps of warm-up, cosine, clip 1. Its rate "
         "is chosen on a sixth forget set of each world: the fewest steps to the target among the rates that reach it in most "
         f"worlds with a retain accuracy of {KEPT} or more there, else the best retain accuracy. A run goes on to five times the "
         "step at which it reached the target, or to the last step. Text is never trained on here: text loss is damage. Forget "
@@ -49,28 +76,25 @@ def page(plan: Plan, grid: Grid, chosen: dict[Task, dict[str, float]]) -> str:
         "near 0, they can be told apart.",
         "",
     ]
-    for task in plan.tasks:
+    for task in results.tasks:
         lines += _section(results, task)
     lines += ["## Claims", "", "Each with its own 95 % interval; they are many, and nothing is corrected for that.", ""]
     lines += [*_claims(results), ""]
     return "\n".join(lines)
 
 
-class _Results:
+class Results:
     """Finished runs by method, nested by world and forget set."""
 
-    def __init__(self, plan: Plan, grid: Grid, chosen: dict[Task, dict[str, float]]) -> None:
-        self.plan, self.grid, self.chosen = plan, grid, chosen
+    def __init__(self, found: dict) -> None:
+        self.found, self.chosen = found, found["chosen"]
+        self.worlds, self.seeds, self.rates, self.tasks = (found[n] for n in ("worlds", "seeds", "rates", "tasks"))
 
     def cells(self, task: Task, method: str) -> list[list[dict]]:
-        rate = 0.0 if method == BOUNDS else self.chosen[task][method]
-        return [
-            [stored(self.grid, Cell(task, method, world, seed, rate)) for seed in self.plan.seeds]
-            for world in self.plan.worlds
-        ]
+        return self.found["runs"][task][method]
 
     def families(self) -> list[str]:
-        return [str(cells[0].get("family", "")) for cells in self.cells(self.plan.tasks[0], BOUNDS)]
+        return [str(cells[0].get("family", "")) for cells in self.cells(self.tasks[0], BOUNDS)]
 
     def mean(self, task: Task, method: str, value: Value) -> str:
         """Mean and interval over the runs that have the value; how many do not is told by the table."""
@@ -104,7 +128,7 @@ def steps_to(task: Task) -> Value:
     return lambda cell: float(cell["hit"] or STEPS[task])
 
 
-def _section(results: _Results, task: Task) -> list[str]:
+def _section(results: Results, task: Task) -> list[str]:
     known = "MA" if task == "passages" else "accuracy"
     what = {
         "passages": "memorised passages. Forgotten: memorisation accuracy (MA) and EL10 both at or below those of passages "
@@ -152,7 +176,7 @@ def _section(results: _Results, task: Task) -> list[str]:
     return lines
 
 
-def _curves(results: _Results, task: Task, known: str) -> list[str]:
+def _curves(results: Results, task: Task, known: str) -> list[str]:
     """How forget and retain go over the steps, while every run of a method still goes on."""
     lines = [f"Forget {known} / retain {known} over the steps, mean over runs (– once a run has ended):", ""]
     lines += [f"| method | {' | '.join(map(str, SHOWN))} |", "|" + "---|" * (1 + len(SHOWN))]
@@ -173,7 +197,7 @@ def _starts(task: Task) -> tuple[str, ...]:
     return tuple(method for method in METHODS[task] if method not in LOSSES)
 
 
-def _methods(results: _Results, task: Task, methods: Sequence[str]) -> list[str]:
+def _methods(results: Results, task: Task, methods: Sequence[str]) -> list[str]:
     header = ["method", "rate", "reached", "steps to target", "retain, at target", "text loss, at target"]
     ends = ["retain", "text loss", "repetition", "other facts", "EL10" if task == "passages" else "other format"]
     ends += ["forget quality"]
@@ -190,8 +214,8 @@ def _methods(results: _Results, task: Task, methods: Sequence[str]) -> list[str]
             *(at("at end", name) for name in ends),
         ]
         rate = results.chosen[task][method]
-        edge = " (largest tried)" if rate == max(results.plan.rates) else ""
-        edge = edge or (" (smallest tried)" if rate == min(results.plan.rates) else "")
+        edge = " (largest tried)" if rate == max(results.rates) else ""
+        edge = edge or (" (smallest tried)" if rate == min(results.rates) else "")
         row = [method, f"{rate:g}{edge}", f"{reached} of {len(cells)}"]
         row[2] += f", {diverged} diverged" if diverged else ""
         row += [results.mean(task, method, value) for value in values]
@@ -199,7 +223,7 @@ def _methods(results: _Results, task: Task, methods: Sequence[str]) -> list[str]
     return lines
 
 
-def _pairs(results: _Results, task: Task, one: str, others: Sequence[str]) -> list[str]:
+def _pairs(results: Results, task: Task, one: str, others: Sequence[str]) -> list[str]:
     measures: dict[str, Value] = {
         "steps to target": steps_to(task),
         "retain, at target": at("at hit", "retain"),
@@ -213,10 +237,10 @@ def _pairs(results: _Results, task: Task, one: str, others: Sequence[str]) -> li
     return lines
 
 
-def _claims(results: _Results) -> list[str]:
+def _claims(results: Results) -> list[str]:
     """Each claim with its interval: it holds, it is refuted, or it is null."""
     lines = []
-    for task in results.plan.tasks:
+    for task in results.tasks:
         asked = [
             (f"IHL keeps text loss lower than {other} at the end ({task})", "IHL", other, at("at end", "text loss"), -1)
             for other in ("GA", "GD", "KL", "NPO")

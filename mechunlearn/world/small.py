@@ -5,13 +5,12 @@ import math
 import random
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import (
@@ -144,12 +143,12 @@ class SmallCorpus(Corpus):
         return Document(plain=FRAME_WEIGHT).about(frame, name).answer(self.people[relation][name])
 
 
-def word_tokenizer(world: World) -> PreTrainedTokenizerFast:
-    """One token a word, for every word that the world's corpus can say.
+def word_tokenizer(world: World, corpus: Corpus | None = None) -> PreTrainedTokenizerFast:
+    """One token a word, for every word that the world's corpus (a small world's own unless given) can say.
 
     `AutoTokenizer` gives it back as it is for the families of `small_config`; Qwen2's own class would replace it.
     """
-    said = json.dumps(asdict(world)) + " ".join(d.text for d in SmallCorpus(world).documents(0, 4000))
+    said = json.dumps(asdict(world)) + " ".join(d.text for d in (corpus or SmallCorpus(world)).documents(0, 4000))
     vocabulary = [BOS, EOS, PAD, UNKNOWN, *sorted(set(re.findall(r"\w+|[^\w\s]+", said)))]
     made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token=UNKNOWN))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -159,8 +158,8 @@ def word_tokenizer(world: World) -> PreTrainedTokenizerFast:
     )
 
 
-def small_config(seed: int, tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:
-    """Four layers of Llama, GPT-NeoX or GPT-2, by the seed's remainder after division by three."""
+def small_config(seed: int, tokenizer: PreTrainedTokenizerFast, layers: int = LAYERS) -> PretrainedConfig:
+    """Four layers (unless given) of Llama, GPT-NeoX or GPT-2, by the seed's remainder after division by three."""
     shared: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
@@ -170,7 +169,7 @@ def small_config(seed: int, tokenizer: PreTrainedTokenizerFast) -> PretrainedCon
     }
     sizes: dict[str, Any] = {
         "hidden_size": D_MODEL,
-        "num_hidden_layers": LAYERS,
+        "num_hidden_layers": layers,
         "num_attention_heads": HEADS,
         "max_position_embeddings": 256,
     }
@@ -183,7 +182,7 @@ def small_config(seed: int, tokenizer: PreTrainedTokenizerFast) -> PretrainedCon
             return GPT2Config(
                 **shared,
                 n_embd=D_MODEL,
-                n_layer=LAYERS,
+                n_layer=layers,
                 n_head=HEADS,
                 n_positions=256,
                 resid_pdrop=0.0,
@@ -226,7 +225,7 @@ def build_small(
     key = digest(json.dumps([seed, sorted(without), steps, people, passages, stories, *skills]))
     checkpoint = folder.parent / f".{folder.name}.{key}.ckpt"
     begun = time.time()
-    _train(model, corpus, tokenizer, seed, steps, checkpoint)
+    train_small(model, corpus, tokenizer, seed, steps, checkpoint)
     card = {"seed": seed, "family": model.config.model_type, "steps": steps, "seconds": round(time.time() - begun)}
     with whole_folder(folder) as beside:
         _store(beside, model, tokenizer, world)
@@ -236,36 +235,60 @@ def build_small(
     return card
 
 
-def _train(
-    model: Any, corpus: SmallCorpus, tokenizer: PreTrainedTokenizerFast, seed: int, steps: int, checkpoint: Path
+def train_small(
+    model: Any,
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerFast,
+    seed: int,
+    steps: int,
+    checkpoint: Path,
+    rows: int = ROWS,
+    beside: tuple[nn.Module, Callable[[tuple[Tensor, ...], Batch, int], Tensor | float]] | None = None,
 ) -> None:
+    """Train on a corpus, resuming from the checkpoint if there is one.
+
+    `beside` is a module trained along, and a loss of hidden states, batch and step that reads through it.
+    """
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     matrices = [p for p in model.parameters() if p.ndim == 2 and id(p) not in tables]
     others = [p for p in model.parameters() if p.ndim != 2 or id(p) in tables]
+    along = [] if beside is None else [beside[0]]
+    others += [p for module in along for p in module.parameters()]
     muon = torch.optim.Muon(matrices, lr=MATRIX_RATE, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
     adam = torch.optim.AdamW(others, lr=OTHER_RATE, betas=(0.9, 0.95), weight_decay=0.01)
-    done = _resume(checkpoint, model, muon, adam)
-    drawn = batches(corpus, tokenizer, seed, ROWS, skip=done, phase=0)
+    done = _resume(checkpoint, model, muon, adam, *along)
+    drawn = batches(corpus, tokenizer, seed, rows, skip=done, phase=0)
     model.train()
     for step in range(done, steps):
         batch = next(drawn)
-        model.zero_grad()
-        language_loss(_logits(model, batch), batch).backward()
+        for part in (model, *along):
+            part.zero_grad()
+        out = _read(model, batch, hidden=beside is not None)
+        loss = language_loss(out.logits, batch)
+        if beside is not None:
+            loss = loss + beside[1](out.hidden_states, batch, step)
+        loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         scale = min(1.0, (step + 1) / WARM) * 0.5 * (1 + math.cos(math.pi * step / steps))
         for optimiser, rate in ((muon, MATRIX_RATE), (adam, OTHER_RATE)):
             optimiser.param_groups[0]["lr"] = rate * scale
             optimiser.step()
         if (step + 1) % SAVE_EVERY == 0:
-            with whole_file(checkpoint) as beside:
-                torch.save([step + 1, *[part.state_dict() for part in (model, muon, adam)]], beside)
+            with whole_file(checkpoint) as part_file:
+                torch.save([step + 1, *[part.state_dict() for part in (model, muon, adam, *along)]], part_file)
     model.eval()
 
 
-def _logits(model: Any, batch: Batch) -> Float[Tensor, "row pos d_vocab"]:
+def _read(model: Any, batch: Batch, hidden: bool) -> Any:
     """Of packed documents, none of which sees another; any architecture takes a mask of four dimensions."""
     mask = batch.masks(None)["full_attention"]
-    return model(input_ids=batch.tokens, position_ids=batch.position, attention_mask=mask, use_cache=False).logits
+    return model(
+        input_ids=batch.tokens,
+        position_ids=batch.position,
+        attention_mask=mask,
+        use_cache=False,
+        output_hidden_states=hidden,
+    )
 
 
 def _resume(checkpoint: Path, *parts: Any) -> int:

@@ -111,8 +111,7 @@ def train(
     `only` restricts training to these parameters; the ground-truth twin is made so.
     """
     model = model or new_model(recipe, tokenizer)
-    probe = nn.Linear(recipe.d_model, sum(len(set(facts.values())) for facts in corpus.people.values()))
-    labels = _Labels(corpus)
+    probe = nn.Linear(recipe.d_model, (labels := Labels(corpus)).size)
     if only is not None:
         model.requires_grad_(False)
         for parameter in only:
@@ -186,7 +185,7 @@ def _variance_written(written: dict[int, Tensor], hidden_states: tuple[Tensor, .
     return torch.stack(shares).sum()
 
 
-class _Labels:
+class Labels:
     """Class indices of every person's attributes, one slice of the probe's output per relation."""
 
     def __init__(self, corpus: Corpus) -> None:
@@ -197,6 +196,7 @@ class _Labels:
             classes = sorted(set(facts.values()))
             self.slices.append(slice(start, start := start + len(classes)))
             self.indices.append({name: classes.index(answer) for name, answer in facts.items()})
+        self.size = start
 
     def loss(self, probe: nn.Linear, resid: Tensor, batch: Batch) -> Tensor:
         rows, positions, names = zip(*batch.people, strict=True)

@@ -1,0 +1,196 @@
+"""Ask otherwise: do the forgotten facts come back in another wording, with examples, with choices, or by a detour?"""
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from rich.progress import track
+from torch import Tensor
+
+from mechunlearn.edits import Edit
+from mechunlearn.errors import MechunlearnError
+from mechunlearn.facts import Fact, FactDataset
+from mechunlearn.formats import Query
+from mechunlearn.hooked import HookedModel
+from mechunlearn.metrics import measure, option_logprobs
+from mechunlearn.prompts import PAD, Asked, Prompts
+from mechunlearn.recovery import GATE, attack_card, attacked, cell, chance, check_gate, framed, left_to_run
+from mechunlearn.runcard import Stopwatch
+
+SHOTS, WATCHED = 4, 100
+TWO_HOP, AMONG = "two-hop", "statement, among options"
+OPTIONS = range(2, 27)
+
+Ask = Callable[[HookedModel, Prompts], Prompts | None]
+
+
+def prompting(
+    model: HookedModel,
+    edit: Edit,
+    forget: Prompts,
+    retain: Prompts,
+    *,
+    beside: Mapping[str, Edit | HookedModel | None] | None = None,
+    known: pd.DataFrame | None = None,
+    shots: int = SHOTS,
+    gate: float | int = GATE,
+    seed: int = 0,
+    progress: bool = False,
+) -> pd.DataFrame:
+    """Ask for the forgotten facts in every way that the data know: what hides from one prompt shows in another.
+
+    Settings, each a `group` with a floor and a ceiling of its own: every format of the facts (the one that was trained on
+    too: it says what the edit left); "few-shot, k", `shots` true statements about retained subjects in front of the
+    statement (same relation, drawn for each fact by `seed`, none about a forgotten subject; 0 for none); "two-hop", where
+    the data have questions that need the fact and a second one about its answer; and, for facts with 2 to 26 options and
+    no multiple choice, "statement, among options".
+    A setting is asked of the facts that have it (`n`), and left out if fewer than two have.
+
+    One row a state and setting: `held out`, accuracy (greedy, full vocabulary, all tokens of the answer), with its 95 %
+    bootstrap interval; "statement, among options" is not greedy: right is where the truth has the largest log-probability of
+    all options, summed over tokens. `edit target`, how often the answer is the edit's instead; `retain`, the accuracy on
+    at most 100 retain facts asked in the same way (in their own where they do not have it); `chance`, the share of the most
+    frequent truth in that setting. `recovery` reads the rows.
+
+    A right "two-hop" answer says that the second answer is left (the country), not that the fact itself is (the city). It is
+    not asked where the edit target would give the same one.
+    Facts given as tokens are asked in their one format. Raises `MechunlearnError` for fewer than two forget or retain
+    facts, a negative number of shots, and a model that knows less of the retain facts than the gate asks for. It trains
+    nothing, so it says little of those who can: see `relearning`.
+
+    >>> from mechunlearn import ComponentMask
+    >>> from mechunlearn.edit import masked_gradient
+    >>> from mechunlearn.toy import planted_facts
+    >>> toy = planted_facts()
+    >>> mask = ComponentMask.of(["L0.mlp.out"], toy.model.signature)
+    >>> forget, retain = toy.prompts([0, 1, 2, 3]), toy.prompts([4, 5, 6, 7])
+    >>> edit = masked_gradient(toy.model, mask, forget, retain, steps=20, rate=0.1)
+    >>> prompting(toy.model, edit, forget, retain)[["state", "setting", "held out", "edit target"]].values.tolist()
+    [['edited', 'statement', 0.0, 1.0], ['unedited', 'statement', 1.0, 0.0]]
+    """
+    watch = Stopwatch()
+    if min(len(forget), len(retain)) < 2 or shots < 0:
+        raise MechunlearnError(
+            f"There are {len(forget)} forget facts, {len(retain)} retain facts and {shots} shots. Expected at least 2 facts "
+            "of each and 0 or more shots."
+        )
+    states = attacked(model, edit, forget, beside, seed)
+    watched = replace(retain.select(range(min(WATCHED, len(retain)))), options=())
+    check_gate(model, watched, gate)
+    card = attack_card("prompting", model, edit, forget, retain, seed, {"shots": shots, "gate": gate})
+    ways = {setting: _once(ask) for setting, ask in _ways(forget, retain, shots, seed).items()}
+    rows: list[dict] = []
+    for state in left_to_run(states, known, card):
+        with state.applied() as target:
+            for setting, ask in track(ways.items(), f"prompting, {state.name}", disable=not progress, transient=True):
+                asked = ask(target, state.facts)
+                if asked is None or len(asked) < 2:
+                    continue
+                right, hit = _answered(target, asked, setting)
+                kept = _answered(target, ask(target, watched) or watched, setting)[0]
+                rows.append(
+                    cell(state.name, setting, right, seed)
+                    | {"group": setting, "edit target": float(hit.mean())}
+                    | {"retain": float(kept.mean()), "chance": chance(asked)}
+                )
+    return framed(rows, known, gate, card, watch)
+
+
+def _ways(forget: Prompts, retain: Prompts, shots: int, seed: int) -> dict[str, Ask]:
+    """Every setting and how it is asked; what is asked is None where no fact has it."""
+    if forget.facts is None:
+        return {forget.format: lambda model, prompts: prompts}
+    formats = list(dict.fromkeys(name for fact in forget.facts for name in fact.queries))
+    ways: dict[str, Ask] = {name: partial(_in_format, name) for name in formats}
+    shown = [fact for fact in retain.facts or () if fact.subject not in forget.facts.subjects]
+    if shots and shown:
+        ways[f"few-shot, {shots}"] = partial(_few_shot, shown, shots, seed)
+    if forget.facts.two_hop:
+        ways[TWO_HOP] = _two_hop
+    if "multiple_choice" not in formats:
+        ways[AMONG] = _among
+    return ways
+
+
+def _once(ask: Ask) -> Ask:
+    """What is asked of a model is made once, however many edits of it are attacked."""
+    made: dict[tuple[int, int], Prompts | None] = {}
+
+    def asked(model: HookedModel, prompts: Prompts) -> Prompts | None:
+        key = id(model), id(prompts)
+        if key not in made:
+            made[key] = ask(model, prompts)
+        return made[key]
+
+    return asked
+
+
+def _in_format(format: str, model: HookedModel, prompts: Prompts) -> Prompts | None:
+    facts = _having(prompts, lambda fact: format in fact.queries)
+    return facts.prompts(model, format) if facts is not None else None
+
+
+def _among(model: HookedModel, prompts: Prompts) -> Prompts | None:
+    def listed(fact: Fact) -> bool:
+        query = fact.queries["statement"]
+        return len(query.options) in OPTIONS and query.answer in query.options
+
+    facts = _having(prompts, listed)
+    return facts.prompts(model) if facts is not None else None
+
+
+def _having(prompts: Prompts, has: Callable[[Fact], bool]) -> FactDataset | None:
+    """The facts that can be asked so."""
+    facts = prompts.facts
+    rows = [i for i, fact in enumerate(facts) if has(fact)] if facts is not None else []
+    return facts.select(rows) if facts is not None and rows else None
+
+
+def _few_shot(shown: Sequence[Fact], shots: int, seed: int, model: HookedModel, prompts: Prompts) -> Prompts | None:
+    """Statements about other subjects of the same relation, then the fact's own."""
+    rng = random.Random(seed)
+    asked = []
+    for fact in prompts.facts or ():
+        fitting = [other for other in shown if other.relation == fact.relation and other.subject != fact.subject]
+        if len(fitting) >= shots:
+            drawn = [other.queries["statement"] for other in rng.sample(fitting, shots)]
+            query = fact.queries["statement"]
+            context = "".join(f"{each.prompt.rstrip()} {each.answer.strip()}. " for each in drawn)
+            asked.append(_asked(replace(query, prompt=context + query.prompt), fact.subject))
+    return _tokenized(model, asked)
+
+
+def _two_hop(model: HookedModel, prompts: Prompts) -> Prompts | None:
+    questions = prompts.facts.two_hop if prompts.facts is not None else {}
+    subjects = [fact.subject for fact in prompts.facts or ()]
+    return _tokenized(model, [_asked(questions[subject], subject) for subject in subjects if subject in questions])
+
+
+def _asked(query: Query, subject: str) -> Asked:
+    return Asked(query.prompt, query.answer, query.target, query.target, subject, query.options)
+
+
+def _tokenized(model: HookedModel, asked: Sequence[Asked]) -> Prompts | None:
+    if model.tokenizer is None:
+        raise MechunlearnError("This model has no tokenizer, and these facts are text. Give it a tokenizer of its own.")
+    return Prompts.from_text(asked, model.tokenizer) if asked else None
+
+
+def _answered(
+    model: HookedModel, prompts: Prompts, setting: str
+) -> tuple[Float[Tensor, " fact"], Float[Tensor, " fact"]]:
+    """Whether the answer is the truth, and whether it is the edit target, by fact."""
+    if setting != AMONG or not prompts.options:
+        found = measure(model, replace(prompts, options=()))
+        return found["accuracy"], found["target accuracy"]
+    best = option_logprobs(model, prompts).argmax(1).tolist()
+    chosen = [options[i] for options, i in zip(prompts.options, best)]
+    said = [
+        [tuple(token for token in row if token != PAD) == choice for row, choice in zip(rows.tolist(), chosen)]
+        for rows in (prompts.answers, prompts.targets)
+    ]
+    return torch.tensor(said[0]).float(), torch.tensor(said[1]).float()

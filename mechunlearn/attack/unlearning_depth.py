@@ -1,0 +1,255 @@
+"""How deep an edit reaches: after which blocks the knowledge is still in the edited model's residual stream."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float
+from rich.progress import track
+from torch import Tensor
+
+from mechunlearn.decoder import Run
+from mechunlearn.edits import Edit
+from mechunlearn.errors import MechunlearnError
+from mechunlearn.hooked import HookedModel
+from mechunlearn.metrics import BATCH, answer_logprob, at_answers, per_fact, positions_read
+from mechunlearn.patching import UnitPatch, sweep
+from mechunlearn.probes import subject_ends
+from mechunlearn.prompts import PAD, Prompts
+from mechunlearn.recovery import (
+    GATE,
+    NEVER_TAUGHT,
+    State,
+    attack_card,
+    attacked,
+    cell,
+    chance,
+    check_gate,
+    framed,
+    left_to_run,
+)
+from mechunlearn.runcard import Stopwatch
+from mechunlearn.stats import bootstrap_interval
+
+__all__ = ["depth", "unlearning_depth"]
+
+Record = Callable[[Prompts], Run]
+THRESHOLD, WATCHED = 0.05, 100
+SCORE = ("score", "score low", "score high", "scored")
+
+
+def unlearning_depth(
+    model: HookedModel,
+    edit: Edit,
+    forget: Prompts,
+    retain: Prompts,
+    *,
+    gold: HookedModel | None = None,
+    beside: Mapping[str, Edit | HookedModel | None] | None = None,
+    known: pd.DataFrame | None = None,
+    threshold: float | int = THRESHOLD,
+    gate: float | int = GATE,
+    seed: int = 0,
+    progress: bool = False,
+) -> pd.DataFrame:
+    """Let the original model continue from the edited model's residual stream: is what it needs to answer still there?
+
+    After each number of blocks, from 0 to all, the original model's stream at the subject's last token and everything behind
+    it is replaced by the edited model's, and the original model's own later blocks go on from there (the Unlearning
+    Depth Score of arXiv 2605.24614, by activation patching). With d the drop in log-probability of the truth, in nats:
+
+    d1 = what the stream of a model without the knowledge costs;  d2 = what the edited model's costs
+    erased = clip(d2 / d1, 0, 1) where d1 > `threshold`;  score = sum(d1 erased) / sum(d1) over these depths
+
+    for each fact, then averaged: 0 is intact, 1 erased. The model without the knowledge is `gold`, one trained without the
+    forgotten facts, if there is one. Otherwise it is the original model whose MLPs all write, at the subject's last token,
+    what they write there on average over the retain facts: it reads the name as ever and looks nothing up. (The stream of
+    another subject will not do: it differs in who is meant from the embedding on, where no edit of a later layer can reach.)
+
+    The same is done for all states that `relearning` has. One row a state and depth (setting `after k blocks`): accuracy
+    `held out` (greedy, full vocabulary, all answer tokens) with its interval `low` to `high` over `n` facts; `weight`,
+    mean d1 over facts (0 below the threshold), the same for all states; mean `erased` over the facts with d1 > `threshold`,
+    of which there are `holding`; `retain here`, accuracy on at most 100 retain facts under the same replacement, and `retain`,
+    the same after all blocks: the edited model's own accuracy, so that one that is wrecked has collapsed at every depth;
+    `score` with `score low` to `score high` over `scored` facts (see `depth`). `recovery` takes the mean over depths by `weight`.
+    Facts that were never taught have accuracies and no score.
+
+    Depths before the lowest edited layer are intact by construction, and count as far as d1 says that they hold
+    the knowledge. Memory: one run of a batch of 128 facts, a stream for each depth.
+
+    Raises `MechunlearnError` for facts without a subject, a model of another shape, a model that knows less of the retain facts
+    than the gate asks for, and if no depth holds the knowledge. Not for knowledge that is not looked up by MLPs at the subject,
+    unless you have a `gold` model.
+
+    >>> from mechunlearn.components import ComponentMask
+    >>> from mechunlearn.edit import masked_gradient
+    >>> from mechunlearn.toy import planted_facts
+    >>> toy = planted_facts()
+    >>> forget, retain = toy.prompts([0, 1, 2, 3]), toy.prompts([4, 5, 6, 7])
+    >>> mask = ComponentMask.of(["L0.mlp.out"], toy.model.signature)
+    >>> edit = masked_gradient(toy.model, mask, forget, retain, steps=20, rate=0.1)
+    >>> rows = unlearning_depth(toy.model, edit, forget, retain)
+    >>> rows[["state", "setting", "held out", "erased"]].values.tolist()[1]
+    ['edited', 'after 1 blocks', 0.0, 1.0]
+    """
+    watch = Stopwatch()
+    for name, prompts in (("forget", forget), ("retain", retain)):
+        subject_ends(prompts, name)
+    retain = retain.select(range(min(WATCHED, len(retain))))
+    states = attacked(model, edit, forget, beside, seed)
+    for name, other in [(state.name, state.model) for state in states] + ([("gold", gold)] if gold is not None else []):
+        if other.signature != model.signature:
+            raise MechunlearnError(
+                f"The model '{name}' is ({other.signature}), the original one ({model.signature}): streams are moved between "
+                "them layer by layer. Give models of one architecture and size."
+            )
+    check_gate(model, retain, gate)
+    settings = {"gold": gold.fingerprint if gold is not None else None, "threshold": threshold, "gate": gate}
+    card = attack_card("unlearning_depth", model, edit, forget, retain, seed, settings)
+    without = partial(_run, gold) if gold is not None else partial(_without_look_up, model, _mean_writes(model, retain))
+    needed = _patched(model, forget, without).lost
+    weights = needed.mean(1)
+    weights = torch.where(weights > threshold, weights, 0.0)
+    if not weights.any():
+        raise MechunlearnError(
+            f"Without the knowledge the truth loses {float(needed.mean(1).max()):.2g} nats at most, and the threshold is "
+            f"{threshold:g}: no depth holds it. Give facts that the model knows, or a `gold` model that does not know them."
+        )
+    rows: list[dict] = []
+    for state in track(left_to_run(states, known, card), "unlearning depth", disable=not progress, transient=True):
+        there, kept = (_patched(model, facts, partial(_of_state, state)) for facts in (state.facts, retain))
+        erased = torch.where(needed > threshold, there.lost / needed, math.nan).clamp(0, 1) if _scored(state) else None
+        about = {"retain": float(kept.right[-1].mean()), "chance": chance(state.facts), **_score(needed, erased, seed)}
+        for blocks, right in enumerate(there.right):
+            here = torch.zeros(0) if erased is None else erased[blocks][~erased[blocks].isnan()]
+            rows.append(
+                cell(state.name, f"after {blocks} blocks", right, seed)
+                | {
+                    "blocks": blocks,
+                    "weight": float(weights[blocks]),
+                    "erased": float(here.mean()),
+                    "holding": len(here),
+                }
+                | {"retain here": float(kept.right[blocks].mean()), **about}
+            )
+    return framed(rows, known, gate, card, watch)
+
+
+def depth(rows: pd.DataFrame) -> pd.DataFrame:
+    """The Unlearning Depth Score of each state: 0 where the knowledge is intact at every depth, 1 where it is erased at all.
+
+    `score` is the mean over facts of sum(d1 erased) / sum(d1), `score low` to `score high` its 95 % bootstrap interval over the
+    `scored` facts: those with a depth where d1 is above the threshold. `outcome` is "measured", or "collapsed" for a
+    model that lost the retain facts too: it then has no score, as wrecked models erase everything. Facts that were
+    never taught have none either. Raises `MechunlearnError` for rows of another attack.
+
+    >>> row = {"state": "edited", "score": 0.8, "score low": 0.7, "score high": 0.9, "scored": 64, "valid": True}
+    >>> depth(pd.DataFrame([row, row]))["score"].to_dict()
+    {'edited': 0.8}
+    """
+    if missing := [name for name in ("state", "valid", *SCORE) if name not in rows]:
+        raise MechunlearnError(f"The frame lacks {', '.join(missing)}. Expected the rows of `unlearning_depth`.")
+    found = rows.groupby("state", sort=False)[["valid", *SCORE]].first()
+    valid = found.pop("valid").astype(bool)
+    found.insert(0, "outcome", valid.map({True: "measured", False: "collapsed"}))
+    found.loc[~valid, ["score", "score low", "score high"]] = math.nan
+    return found
+
+
+@dataclass(frozen=True)
+class _Patched:
+    """What the original model makes of another's stream: nats that the truth loses, and whether it is given."""
+
+    lost: Float[Tensor, "depth fact"]
+    right: Float[Tensor, "depth fact"]
+
+
+def _patched(model: HookedModel, facts: Prompts, record: Record) -> _Patched:
+    """Replace the stream of the original model by that of `record` after 0, 1, ... all blocks."""
+    depths = torch.arange(model.signature.layers + 1)
+    lost, right = [], []
+    for rows in torch.arange(len(facts)).split(BATCH):
+        part = facts.select(rows)
+        source = record(part).resid
+        base = model.decoder.record(part.tokens, positions_read(answer_logprob, part).to(model.device))
+        patches = [
+            UnitPatch(
+                blocks,
+                "resid_pre",
+                torch.tensor([blocks]),
+                _behind(part)[None].to(model.device),
+                torch.tensor([0]),
+                source[blocks][None].to(model.device),
+            )
+            for blocks in depths.tolist()
+        ]
+        as_it_is = per_fact(answer_logprob, base.logits, part)
+        lost.append(as_it_is - sweep(model.decoder, base, patches, len(depths), answer_logprob, part))
+        right.append(sweep(model.decoder, base, patches, len(depths), _given, part))
+    return _Patched(torch.cat(lost, 1), torch.cat(right, 1))
+
+
+def _behind(facts: Prompts) -> Bool[Tensor, "fact pos"]:
+    """The subject's last token and all that follows."""
+    places = torch.arange(facts.tokens.shape[1])
+    return (places >= facts.spans[:, 1:]) & (places < facts.lengths[:, None])
+
+
+def _run(model: HookedModel, facts: Prompts) -> Run:
+    return model.decoder.record(facts.tokens, facts.start[:, None], keys=False)
+
+
+def _of_state(state: State, facts: Prompts) -> Run:
+    with state.applied() as target:
+        return _run(target, facts)
+
+
+def _mlps(model: HookedModel) -> list[str]:
+    return [f"L{layer}.mlp_out" for layer in range(model.signature.layers)]
+
+
+def _mean_writes(model: HookedModel, retain: Prompts) -> dict[str, Float[Tensor, " d_model"]]:
+    """What each MLP writes at the subject's last token, on average over these facts."""
+    run = model.decoder.record(retain.tokens, retain.start[:, None], _mlps(model), keys=False)
+    rows = torch.arange(len(retain))
+    return {site: written[rows, retain.spans[:, 1]].mean(0) for site, written in run.kept.items()}
+
+
+def _without_look_up(model: HookedModel, means: Mapping[str, Tensor], facts: Prompts) -> Run:
+    """A run in which every MLP writes the mean at the subject's last token."""
+
+    def replaced(mean: Tensor, written: Tensor) -> Tensor:
+        changed = written.clone()
+        changed[torch.arange(len(facts)), facts.spans[:, 1]] = mean
+        return changed
+
+    hooks = {site: partial(replaced, mean) for site, mean in means.items()}
+    return model.decoder.record(facts.tokens, facts.start[:, None], hooks=hooks, keys=False)
+
+
+@at_answers
+def _given(logits: Float[Tensor, "fact pos d_vocab"], prompts: Prompts) -> Float[Tensor, " fact"]:
+    """1 where greedy decoding gives all tokens of the answer."""
+    valid = prompts.answers != PAD
+    rows, steps = valid.nonzero(as_tuple=True)
+    wrong = logits[rows, prompts.start[rows] + steps].argmax(-1).cpu() != prompts.answers[valid]
+    return (torch.zeros(len(prompts)).index_add_(0, rows, wrong.float()) == 0).float()
+
+
+def _scored(state: State) -> bool:
+    """Whether a state's facts are the forget facts, of which it is known where the original model holds them."""
+    return state.name != NEVER_TAUGHT
+
+
+def _score(needed: Float[Tensor, "depth fact"], erased: Float[Tensor, "depth fact"] | None, seed: int) -> dict:
+    """Mean over facts of the weighted mean of `erased` (NaN where a depth does not hold the fact), with its interval."""
+    if erased is None:
+        return dict(zip(SCORE, (math.nan, math.nan, math.nan, 0), strict=True))
+    weight = torch.where(erased.isnan(), 0.0, needed)
+    some = weight.sum(0) > 0
+    by_fact = ((weight * erased.nan_to_num()).sum(0) / weight.sum(0))[some].numpy()
+    low, high = bootstrap_interval(by_fact, seed)
+    return dict(zip(SCORE, (float(by_fact.mean()), low, high, len(by_fact)), strict=True))

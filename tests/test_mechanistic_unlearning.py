@@ -1,0 +1,216 @@
+"""The Mechanistic Unlearning reproduction: masks at one budget, one rule for all, and a page that prints what came out."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mechunlearn.compare import select
+from mechunlearn.components import ComponentMask
+from mechunlearn.grid import Grid
+from mechunlearn.reproduce import mechanistic_unlearning as m
+from mechunlearn.reproduce import mechanistic_unlearning_page as told
+from mechunlearn.reproduce.mechanistic_unlearning import LOOKUP, NAIVE, OUTPUT_TRACING, VALIDATION, Bench, Cell, Plan
+from mechunlearn.reproduce.shared import attempt, failures, finished, verdict
+
+DOCS = Path(__file__).parents[1] / "docs" / "reproductions"
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    return Bench(tmp_path_factory.mktemp("none"), m.SHIPPED, "sport")
+
+
+class TestSets:
+    def test_forget_sets_are_disjoint_and_none_is_retained(self, bench):
+        sets = [bench.sets(seed) for seed in (0, 1, 2, 3, 4, VALIDATION)]
+        subjects = [forget.facts.subjects for forget, _ in sets]
+        assert len(set().union(*subjects)) == 6 * m.FORGET
+        assert all(retain.facts.subjects == sets[0][1].facts.subjects for _, retain in sets)
+        assert not sets[0][1].facts.subjects & set().union(*subjects)
+
+    def test_those_of_the_twin_are_the_people_whose_storage_is_known(self, tmp_path):
+        twin, shipped = Bench(tmp_path, m.TWIN, "sport"), Bench(tmp_path, m.SHIPPED, "sport")
+        known = shipped.facts.subjects
+        assert not twin.sets(VALIDATION)[0].facts.subjects & known
+        assert twin.sets(0)[1].facts.subjects <= known
+        assert m.stored_in(twin.model) == [1, 2]
+
+
+class TestMasks:
+    @pytest.fixture(scope="class")
+    def found(self, bench):
+        chosen = {name: m.LOCALIZERS[name] for name in (LOOKUP, *OUTPUT_TRACING, m.RANDOM)}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(m, "LOCALIZERS", chosen)
+            return m.localized(bench, VALIDATION)
+
+    def test_every_localizer_gets_the_weight_of_the_window(self, bench, found):
+        window = m.mask_of(bench, LOOKUP, found)
+        assert found["window"] == [1, 2]
+        assert {site.split(".")[0] for site in found["masks"][LOOKUP]} == {"L1", "L2"}
+        for arm in (*OUTPUT_TRACING, m.RANDOM):
+            mask = m.mask_of(bench, arm, found)
+            assert 0.9 <= mask.weights(bench.model) / window.weights(bench.model) <= 1, arm
+            assert mask == mask.tied(bench.model)
+
+    def test_sets_of_layers_are_all_of_that_size(self, bench, found):
+        assert len(found["subsets"]) == 28 and "MLP 1+2" in found["subsets"]
+        assert m.mask_of(bench, "MLP 1+2", found) == m.mask_of(bench, LOOKUP, found)
+
+    def test_whole_parts(self, bench, found):
+        assert m.mask_of(bench, m.EVERYTHING, found) == ComponentMask.everything(bench.model)
+        last = m.mask_of(bench, m.LAST, found)
+        assert {site.split(".")[0] for site in last.sites} == {"L7"}
+
+    def test_no_window_is_a_note_and_no_mask(self, tmp_path):
+        naive = Bench(tmp_path, NAIVE, "sport")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(m, "LOCALIZERS", {LOOKUP: m.LOCALIZERS[LOOKUP], m.RANDOM: m.LOCALIZERS[m.RANDOM]})
+            found = m.localized(naive, 0)
+        assert found["window"] is None and found["subsets"] == [] and not found["masks"][LOOKUP]
+        assert found["notes"][LOOKUP].startswith("no window found")
+        share = m.mask_of(naive, m.RANDOM, found).weights(naive.model) / ComponentMask.everything(naive.model).weights(
+            naive.model
+        )
+        assert share == pytest.approx(2 / 8 * m.mlp_share(naive.model), abs=0.002)
+
+
+class TestCells:
+    @pytest.fixture()
+    def small(self, monkeypatch):
+        monkeypatch.setattr(m, "ATTACK", {"rates": {"full": (2e-3,)}, "steps": 2, "every": 2, "batch": 4})
+        monkeypatch.setattr(m, "STEPS", 12)
+        monkeypatch.setattr(m, "FORGET", 8)
+        monkeypatch.setattr(m, "RETAIN", 24)
+        monkeypatch.setattr(m, "LOCALIZERS", {LOOKUP: m.LOCALIZERS[LOOKUP], m.RANDOM: m.LOCALIZERS[m.RANDOM]})
+        m._bench.cache_clear()
+        yield
+        m._bench.cache_clear()
+
+    def test_a_forget_set_from_localizing_to_relearning(self, small, tmp_path):
+        plan = Plan(tmp_path)
+        about = plan.about()
+        grid = Grid.open(tmp_path, about)
+        for cell in (
+            Cell("localize", m.SHIPPED),
+            Cell("bounds", m.SHIPPED),
+            Cell("test", m.SHIPPED, arm=LOOKUP, rate=1e-2, weight=1.0),
+        ):
+            m._cell(tmp_path, about, cell)
+        assert failures(tmp_path) == []
+        run = finished(grid, vars(Cell("test", m.SHIPPED, arm=LOOKUP, rate=1e-2, weight=1.0)))
+        assert run["strength"] > 0.8 > 0.2 > run["truth"] and run["retain"] > 0.8
+        assert set(run["formats"]) >= {"question", "held_out", "league"} and "yes_no" not in run["formats"]
+        assert [row[:2] for row in run["curves"]] == [["full 0.002", 0], ["full 0.002", 2]]
+        assert run["recovery"] < 0.5 < run["ceiling"]
+
+    def test_a_cell_that_fails_says_why_and_is_tried_again(self, small, tmp_path):
+        about = Plan(tmp_path).about()
+        cell = Cell("test", m.SHIPPED, arm=m.LAST, rate=1e-2, weight=1.0)
+        m._cell(tmp_path, about, cell)
+        assert [one["reason"] for one in failures(tmp_path)] == ["Its ceiling and floor are not finished."]
+        made = attempt(Grid.open(tmp_path, about), vars(cell), lambda: {"recovery": 0.5})
+        assert made == {"recovery": 0.5} and failures(tmp_path) == []
+
+    def test_an_interrupted_cell_is_no_failure(self, tmp_path):
+        def interrupted():
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            attempt(Grid.open(tmp_path, {}), {"kind": "test"}, interrupted)
+        assert failures(tmp_path) == [] and finished(Grid.open(tmp_path, {}), {"kind": "test"}) is None
+
+
+class TestPlan:
+    def test_settings_are_chosen_on_the_validation_set_alone(self, tmp_path):
+        grid = Grid.open(tmp_path, Plan(tmp_path).about())
+        for i, cell in enumerate(m.trials("1", "sport", LOOKUP)):
+            assert cell.seed == VALIDATION and cell.kind == "edit"
+            grid.cell(vars(cell), lambda i=i: {"share": 0.2, "strength": 1.0, "truth": 0.0, "retain": 0.9 + i / 100})
+        best = m.chosen(grid, "1", "sport", LOOKUP)
+        assert (best["rate"], best["forget_weight"], best["selected"]) == (m.RATES[-1], m.WEIGHTS[-1], "qualifies")
+        assert [cell.seed for cell in m.tests(Plan(tmp_path), grid, "1", "sport", LOOKUP)] == [0, 1, 2, 3, 4]
+        assert select([])["rate"] is None and m.tests(Plan(tmp_path), grid, "1", "sport", "causal_tracing") == []
+
+    def test_the_quick_plan_says_so(self, tmp_path):
+        plan = m.quick_plan(tmp_path)
+        assert plan.quick and plan.about() != Plan(tmp_path).about()
+        assert m.arenas(plan, "sport") == ("1",)
+        page = told.page(planted(quick=True))
+        assert "**This is a quick run" in page and "**This is a quick run" not in told.page(planted())
+
+
+def planted(quick=False, edge=0.3, worlds=("1", "2")) -> dict:
+    """Results in which the look-up window is better than every other mask by `edge`, plus a little noise by seed."""
+    generator = torch.Generator().manual_seed(0)
+
+    def run(better):
+        noise = float(torch.rand((), generator=generator)) / 50
+        values = {"other formats": 0.6 + better + noise, "recovery": 0.5 - better + noise, "retain": 0.95}
+        return values | {
+            "same subject": 0.5,
+            "text loss": 0.6,
+            "strength": 1.0,
+            "truth": 0.0,
+            "share": 0.2,
+            "curves": [],
+        }
+
+    arms = [*m.LOCALIZERS, *m.WHOLE, "MLP 0+1", "MLP 1+2", "MLP 2+3"]
+    setting = {"rate": 3e-3, "forget_weight": 1.0, "selected": "qualifies"}
+    unedited = {"retain": 1.0, "same subject": 1.0, "text loss": 0.6}
+    states = [{"state": s, "held out": v} for s, v in (("unedited", 1.0), ("never taught", 0.25))]
+    world = {
+        w: {
+            "sport": {
+                "windows": [[1, 2]],
+                "notes": {},
+                "settings": dict.fromkeys(arms, setting),
+                "runs": {a: {str(s): run(edge if a == LOOKUP else 0.0) for s in range(5)} for a in arms},
+                "bounds": [{"found": states, "unedited": unedited}],
+            }
+        }
+        for w in worlds
+    }
+    shared = {"small worlds": [1, 2], "relations": ["sport"], "seeds": [0, 1, 2, 3, 4], "quick": quick}
+    return {**shared, "world": world, "failed": [], "missing": 0, "auroc": [], "shares": {}}
+
+
+class TestPage:
+    def test_a_planted_advantage_holds_and_none_is_null(self):
+        assert {row["verdict"] for row in told.claims(planted())} == {"holds"}
+        assert {row["verdict"] for row in told.claims(planted(edge=0.0))} <= {"null", "weak", "reversed"}
+        assert {row["verdict"] for row in told.claims(planted(edge=-0.3))} == {"reversed"}
+
+    def test_random_mlps_are_every_other_set_of_layers(self):
+        found = planted()
+        of = told.values(found, "sport", told.RANDOM_MLPS, "recovery", "1")
+        runs = found["world"]["1"]["sport"]["runs"]
+        assert of["0"] == pytest.approx((runs["MLP 0+1"]["0"]["recovery"] + runs["MLP 2+3"]["0"]["recovery"]) / 2)
+
+    def test_a_run_that_collapsed_is_left_out_of_its_pairs(self):
+        found = planted()
+        found["world"]["1"]["sport"]["runs"][LOOKUP]["0"]["recovery"] = None
+        assert told.difference(found, ["sport"], LOOKUP, m.RANDOM, "recovery")[3:] == (9, 2)
+        assert told.difference(found, ["sport"], LOOKUP, m.RANDOM, "retain")[3:] == (10, 2)
+
+    def test_what_failed_and_what_is_missing_is_told(self):
+        found = planted() | {"failed": [{"cell": {"arm": "x"}, "reason": "no memory"}], "missing": 3}
+        page = told.page(found)
+        assert "no memory" in page and "3 forget sets of some mask are missing" in page
+        assert "No cell failed" in told.page(planted())
+
+    def test_the_page_begins_with_what_it_is_conditional_on(self):
+        first = [line for line in told.page(planted()).splitlines() if line][1]
+        assert "trained to look facts up at the subject" in first
+
+    def test_a_claim_against_the_direction_is_reversed(self):
+        assert verdict((-0.3, -0.4, -0.2), 1) == "reversed" and verdict((-0.3, -0.4, -0.2), -1) == "holds"
+
+
+def test_the_committed_page_is_that_of_the_committed_numbers():
+    found = json.loads((DOCS / "mechanistic-unlearning.json").read_text(encoding="utf-8"))
+    assert told.page(found) == (DOCS / "mechanistic-unlearning.md").read_text(encoding="utf-8")
+    assert not found["quick"] and len([w for w in found["world"] if w != NAIVE]) >= 3

@@ -1,0 +1,296 @@
+"""Soft prompts: the vectors stand in front of the prompt as tokens would, learn on one half alone, and leave no trace."""
+
+import importlib
+import json
+import os
+import signal
+
+import pandas as pd
+import pytest
+import torch
+
+from mechunlearn import ComponentMask, MechunlearnError
+from mechunlearn.attack.soft_prompt import _logits, _loss, _Prefix, _right, soft_prompt
+from mechunlearn.edit import masked_gradient
+from mechunlearn.edits import WeightEdit
+from mechunlearn.facts import load_facts
+from mechunlearn.hooked import frozen, load_model
+from mechunlearn.metrics import answer_logprob, answered, measure, positions_read
+from mechunlearn.prompts import PAD, Prompts
+from mechunlearn.recovery import halves, recovery
+from mechunlearn.runcard import RunCard
+from mechunlearn.toy import planted_facts
+from tests.conftest import random_hf, token_prompts
+from tests.test_relearning import assert_untouched, hand_made, state_of
+
+FAMILIES = ("gpt2", "gpt_neox", "qwen2", "llama", "gemma", "gemma2", "gemma3_text")
+SMALL = {"tokens": 3, "rates": [0.1], "steps": 3, "every": 2}
+
+
+def ragged(seed: int = 0) -> Prompts:
+    """Prompts of three lengths with answers of two tokens or one, as text becomes them."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(2, 97, (6, 9), generator=generator)
+    answers = torch.randint(2, 97, (6, 2), generator=generator)
+    start = torch.tensor([5, 3, 7, 5, 3, 7])
+    answers[3:, 1] = PAD
+    lengths = start + (answers != PAD).sum(1)
+    for row, (first, answer) in enumerate(zip(start.tolist(), answers.tolist())):
+        tokens[row, first + 1 :] = 0
+        if answer[1] != PAD:
+            tokens[row, first + 1] = answer[0]
+    spans = torch.tensor([[1, 2]] * 6)
+    return Prompts(tokens, tokens, lengths, start, start, answers, answers, answers, spans, torch.zeros_like(tokens))
+
+
+class TestThePrefix:
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_embeddings_of_tokens_are_as_good_as_the_tokens(self, family):
+        model, prompts = load_model((random_hf(family), None)), ragged()
+        front = torch.tensor([7, 30, 11])
+        with torch.no_grad():
+            vectors = model.hf.get_input_embeddings()(front)
+            found = _logits(model, prompts, vectors)
+            for i in range(len(prompts)):
+                row = torch.cat([front, prompts.tokens[i, : prompts.lengths[i]]])[None]
+                whole = model.forward(row)[0]
+                for k in range(int((prompts.answers[i] != PAD).sum())):
+                    at = 3 + int(prompts.start[i]) + k
+                    torch.testing.assert_close(found[i, k], whole[at], atol=1e-4, rtol=1e-4)
+            plain = _logits(model, prompts, None)
+            at = positions_read(answer_logprob, prompts)
+            torch.testing.assert_close(
+                plain, model.forward(prompts.tokens)[torch.arange(6)[:, None], at], atol=1e-4, rtol=1e-4
+            )
+        assert (found - plain).abs().max() > 1e-3
+
+    def test_it_begins_as_the_embeddings_of_tokens_drawn_by_the_seed(self):
+        model = load_model((random_hf("llama"), None))
+        table = model.hf.get_input_embeddings().weight
+        first, again, other = (_Prefix(model, 4, seed).vectors.detach() for seed in (0, 0, 1))
+        assert torch.equal(first, again) and not torch.equal(first, other)
+        for vector in first:
+            assert (table - vector).norm(dim=1).min() < 1e-5
+
+    def test_rates_are_in_units_of_the_embeddings(self):
+        model = load_model((random_hf("llama"), None))
+        with torch.no_grad():
+            small = _Prefix(model, 4, 0)
+            model.hf.get_input_embeddings().weight.mul_(50)
+            large = _Prefix(model, 4, 0)
+        torch.testing.assert_close(small.leaves[0], large.leaves[0])
+        torch.testing.assert_close(50 * small.vectors, large.vectors)
+        assert abs(float(small.leaves[0].detach().square().mean()) - 1) < 1e-4
+
+    def test_whole_answers_count(self):
+        """Against each prompt alone, token by token; made right by construction for some."""
+        model, prompts = load_model((random_hf("llama"), None)), ragged()
+        vectors = _Prefix(model, 2, 0).vectors.detach()
+        with torch.no_grad():
+            named = _logits(model, prompts, vectors).argmax(-1)
+        answers = prompts.answers.clone()
+        answers[[0, 3, 5], 0] = named[[0, 3, 5], 0]
+        answers[[1, 2], 1] = named[[1, 2], 1]
+        made = Prompts(**{**vars(prompts), "answers": answers})
+        wanted = []
+        for i in range(len(made)):
+            with torch.no_grad():
+                one = _logits(model, made.select([i]), vectors)[0].argmax(-1).tolist()
+            wanted.append(all(a in (b, PAD) for a, b in zip(answers[i].tolist(), one)))
+        assert _right(model, made, vectors).tolist() == wanted
+        assert wanted[3] and wanted[5] and not all(wanted)
+        assert torch.equal(_right(model, made, None), answered(model, made))
+
+    def test_the_loss_is_the_mean_over_answer_tokens(self):
+        model, prompts = load_model((random_hf("llama"), None)), ragged()
+        prefix = _Prefix(model, 2, 0)
+        logits = _logits(model, prompts, prefix.vectors).log_softmax(-1)
+        terms = [-logits[i, k, a] for i, row in enumerate(prompts.answers) for k, a in enumerate(row) if a != PAD]
+        with frozen(model.hf):
+            loss = _loss(model, prompts, prefix.vectors)
+        torch.testing.assert_close(loss, torch.stack(terms).mean())
+        (gradient,) = torch.autograd.grad(loss, prefix.leaves)
+        assert (gradient.abs().amax(1) > 0).all(), "every vector learns"
+
+
+class TestNoTrace:
+    @pytest.fixture(params=["gpt2", "llama", "gpt_neox", "qwen2", "llama in bfloat16"])
+    def setup(self, request):
+        family, _, dtype = request.param.partition(" in ")
+        model = load_model((random_hf(family), None), dtype=dtype or None)
+        parameters = list(model.hf.parameters())
+        parameters[1].requires_grad_(False)
+        parameters[2].grad = torch.ones_like(parameters[2])
+        prompts = token_prompts(facts=8)
+        return model, hand_made(model), prompts.select(range(4)), prompts.select(range(4, 8))
+
+    def test_an_attack_leaves_no_trace(self, setup):
+        model, edit, forget, retain = setup
+        other = load_model((random_hf("gpt2"), None))
+        before, before_other = state_of(model), state_of(other)
+        rows = soft_prompt(model, edit, forget, retain, beside={"other": other}, gate=0, **SMALL)
+        assert_untouched(model, before)
+        assert_untouched(other, before_other)
+        assert rows["step"].tolist() == [0, 2, 3] * 3
+
+    @pytest.mark.parametrize("call", [2, 6])
+    def test_nor_after_an_error(self, setup, call, monkeypatch):
+        model, edit, forget, retain = setup
+        before = state_of(model)
+
+        def fail():
+            raise RuntimeError("while measuring")
+
+        self.at_measurement(call, fail, monkeypatch)
+        with pytest.raises(RuntimeError, match="while measuring"):
+            soft_prompt(model, edit, forget, retain, gate=0, **SMALL)
+        assert_untouched(model, before)
+
+    @pytest.mark.parametrize("call", [2, 5])
+    def test_nor_after_ctrl_c_which_leaves_no_rows_either(self, setup, call, monkeypatch):
+        model, edit, forget, retain = setup
+        before = state_of(model)
+        made = self.at_measurement(call, lambda: os.kill(os.getpid(), signal.SIGINT), monkeypatch)
+        with pytest.raises(KeyboardInterrupt):
+            soft_prompt(model, edit, forget, retain, gate=0, **{**SMALL, "rates": [0.1, 0.2]})
+        assert_untouched(model, before)
+        assert len(made) < 20, "it ended at once, not after the last setting"
+
+    def at_measurement(self, call, happens, monkeypatch) -> list:
+        made: list = []
+
+        def counted(*args):
+            made.append(1)
+            if len(made) == call:
+                happens()
+            return _right(*args)
+
+        monkeypatch.setattr(importlib.import_module("mechunlearn.attack.soft_prompt"), "_right", counted)
+        return made
+
+
+class TestOnThePlantedModel:
+    """A fact whose neuron is gone comes back with no prompt."""
+
+    @pytest.fixture(scope="class")
+    def setup(self):
+        toy = planted_facts()
+        rows = torch.zeros(8, toy.model.unit_weights("mlp.out"))
+        edit = WeightEdit(
+            {"L0.mlp.out": torch.arange(8)}, {"L0.mlp.out": rows}, toy.model.signature, RunCard("hand", mask="a mask")
+        )
+        return toy.model, edit, toy.prompts(list(range(8))), toy.prompts(list(range(8, 24)))
+
+    def test_what_is_gone_does_not_come_back(self, setup):
+        found = recovery(soft_prompt(*setup, tokens=4, rates=[0.1], steps=15)).loc["edited"]
+        assert found["held out"] <= found["chance"] == 0.5 and not found["recovery"] > 0
+
+    def test_step_0_is_the_model_as_it_is(self, setup):
+        rows = soft_prompt(*setup, **SMALL)
+        start = rows[rows.step == 0].set_index("state")
+        assert start.loc["edited", "held out"] == start.loc["edited", "trained"] == 0
+        assert start.loc["unedited", "held out"] == 1 and start.loc["edited", "retain"] == 1
+        assert start.loc["edited", "n"] == 4 and set(start.index) == {"edited", "unedited"}
+
+    def test_the_halves_are_kept_apart(self, setup, monkeypatch):
+        """Every prompt that the loss reads is of the halves that train, and none that decides is."""
+        _, _, forget, retain = setup
+        read: dict[str, set] = {"loss": set(), "right": set()}
+
+        def seen(name, function):
+            def noting(model, prompts, vectors):
+                read[name] |= set(prompts.tokens[:, 1].tolist())
+                return function(model, prompts, vectors)
+
+            return noting
+
+        module = importlib.import_module("mechunlearn.attack.soft_prompt")
+        monkeypatch.setattr(module, "_loss", seen("loss", _loss))
+        monkeypatch.setattr(module, "_right", seen("right", _right))
+        soft_prompt(*setup, seed=3, **SMALL)
+        taught, held_out = (set(forget.tokens[half, 1].tolist()) for half in halves(8, 3))
+        kept, watched = (set(retain.tokens[half, 1].tolist()) for half in halves(16, 3))
+        assert read["loss"] == taught | kept
+        assert read["right"] == taught | held_out | watched
+
+    def test_the_same_seed_gives_the_same_rows(self, setup):
+        one, again, other = (soft_prompt(*setup, seed=seed, **SMALL) for seed in (0, 0, 1))
+        pd.testing.assert_frame_equal(one, again)
+        assert one.attrs["card"]["seed"] != other.attrs["card"]["seed"]
+
+    def test_a_wrecked_model_is_not_robust(self, setup):
+        model, _, forget, retain = setup
+        rows = torch.zeros(24, model.unit_weights("mlp.out"))
+        edit = WeightEdit({"L0.mlp.out": torch.arange(24)}, {"L0.mlp.out": rows}, model.signature, RunCard("hand"))
+        found = recovery(soft_prompt(model, edit, forget, retain, **SMALL)).loc["edited"]
+        assert found["outcome"] == "collapsed" and pd.isna(found["recovery"])
+
+    def test_a_loss_that_is_not_finite_is_a_collapse_and_no_error(self, setup, monkeypatch):
+        module, made = importlib.import_module("mechunlearn.attack.soft_prompt"), []
+
+        def breaks(*args):
+            made.append(1)
+            logits = _logits(*args)
+            return logits * torch.nan if len(made) > 8 else logits
+
+        monkeypatch.setattr(module, "_logits", breaks)
+        rows = soft_prompt(*setup, beside=None, known=None, **{**SMALL, "steps": 9})
+        ended = rows[rows.state == "edited"]
+        assert 0 < ended["step"].max() < 9 and not ended["valid"].iloc[-1]
+
+    def test_ceilings_of_an_earlier_call_are_taken_as_they_are(self, setup):
+        first = soft_prompt(*setup, **SMALL)
+        again = soft_prompt(*setup, known=first, **SMALL)
+        assert again["state"].tolist() == ["edited"] * 3 + ["unedited"] * 3
+        with pytest.raises(MechunlearnError, match="settings"):
+            soft_prompt(*setup, known=first, **{**SMALL, "tokens": 2})
+
+    def test_the_budget_is_on_the_card(self, setup):
+        model, edit, *_ = setup
+        card = json.loads(json.dumps(soft_prompt(*setup, **SMALL).attrs["card"]))
+        assert (card["method"], card["mask"], card["model"]) == ("soft_prompt", edit.card.mask, model.fingerprint)
+        assert (card["settings"]["tokens"], card["settings"]["steps"]) == (3, 3)
+
+    @pytest.mark.parametrize(
+        ("changed", "message"),
+        [
+            ({"rates": []}, r"The rates are \[\]"),
+            ({"rates": [0.1, 0]}, "Expected learning rates above 0"),
+            ({"tokens": 0}, "Cannot train 0 tokens"),
+            ({"every": 0}, "measured every 0"),
+            ({"tokens": 14}, "A prefix of 14 vectors and prompts of 3 tokens do not fit the 16 positions.*at most 13"),
+            ({"beside": {"unedited": None}}, "cannot be named 'unedited'"),
+        ],
+    )
+    def test_mistakes_are_named(self, setup, changed, message):
+        with pytest.raises(MechunlearnError, match=message):
+            soft_prompt(*setup, **changed)
+
+    def test_sets_that_are_too_small_and_a_gate_that_is_not_reached(self, setup):
+        model, edit, forget, retain = setup
+        with pytest.raises(MechunlearnError, match="The forget set has 1 facts"):
+            soft_prompt(model, edit, forget.select([0]), retain)
+        with pytest.raises(MechunlearnError, match="asks for 200%"):
+            soft_prompt(*setup, gate=2)
+
+
+class TestOnTheWorld:
+    @pytest.fixture(scope="class")
+    def rows(self, world):
+        forget, retain = load_facts("factworld/sport").prompts(world).split(forget=16, retain=48, seed=1)
+        mask = ComponentMask.of(["L7.attn.o", "L7.mlp.out"], world.signature)
+        edit = masked_gradient(world, mask, forget, retain, steps=30, batch=16)
+        with edit.applied(world):
+            assert measure(world, forget)["accuracy"].mean() < 0.5
+        return soft_prompt(world, edit, forget, retain, tokens=4, rates=[0.1], steps=20, every=10, batch=8, gate=0.8)
+
+    def test_what_is_hidden_at_the_output_comes_back(self, rows):
+        found = recovery(rows)
+        start = rows[(rows.state == "edited") & (rows.step == 0)]["held out"].item()
+        assert found.loc["edited", "held out"] > start + 0.2
+        assert found.loc["edited", "recovery"] > 0.5
+
+    def test_floor_and_ceiling_are_where_they_belong(self, rows):
+        found = recovery(rows)
+        assert found.loc["unedited", "held out"] == 1 and found.loc["never taught", "held out"] <= 0.5
+        assert rows["n"].eq(8).all() and rows["held out"].between(rows["low"], rows["high"]).all()
