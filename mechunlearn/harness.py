@@ -106,7 +106,7 @@ def _rows(found: dict[str, Any]) -> Iterator[dict]:
     for task, values in found["results"].items():
         for key, value in values.items():
             name, comma, kind = key.partition(",")
-            if not comma :
+            if not comma or name.endswith("_stderr"):
                 continue
             stderr = values.get(f"{name}_stderr,{kind}")
             yield {

@@ -24,6 +24,7 @@ VARIANTS: Mapping[str, Mapping] = {
     "relearning_on_text": {"on": "text", "rates": {"lora": (5e-3,), "full": (5e-4, 2e-3)}},
 }
 ATTACKS = (*(module.name for module in pkgutil.iter_modules(mechunlearn.attack.__path__)), *VARIANTS)
+PLACED = ("activation_perturbation",)  # its ceiling and floor depend on where the edit is
 BACK = 0.2
 OUTCOME = (
     *("attack", "outcome", "recovery", "up to", "held out", "low", "high", "n", "floor", "ceiling"),
@@ -94,6 +95,10 @@ def attack_all(
             return attack(model, edit, forget, retain, known=known, seed=seed, progress=progress, **settings)  # noqa: B023
 
         try:
+            if name in PLACED:
+                if edit is not None:
+                    rows[name] = _cell(grid, {"attack": name, "edit": mark}, lambda: run(edit, None))  # noqa: B023
+                continue
             bounds = _cell(grid, {"attack": name, "edit": ""}, lambda: run(None, None))
             known = bounds
             if edit is not None:
@@ -101,8 +106,9 @@ def attack_all(
             rows[name] = known
         except Exception as error:
             failed[name] = str(error) if isinstance(error, MechunlearnError) else f"{type(error).__name__}: {error}"
-        if watch is not None:
-            watch(Attacked(dict(rows), dict(failed)))
+        finally:
+            if watch is not None and (name in rows or name in failed):
+                watch(Attacked(dict(rows), dict(failed)))
     return Attacked(rows, failed)
 
 
@@ -174,7 +180,9 @@ def _digest(model: HookedModel, edit: Edit) -> str:
     """An edit by what it does to the weights, and how it was made."""
     with edit.applied(model):
         weights = model.fingerprint
-    return digest(weights, edit.card.method, edit.card.mask, json.dumps(edit.card.settings, sort_keys=True, default=str))
+    return digest(
+        weights, edit.card.method, edit.card.mask, json.dumps(edit.card.settings, sort_keys=True, default=str)
+    )
 
 
 def _kept(model: HookedModel, forget: Prompts, retain: Prompts, seed: int, cache: str | Path | None) -> Grid | None:

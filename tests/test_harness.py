@@ -1,5 +1,6 @@
 """The lm-evaluation-harness on tasks of local files: right before an edit, wrong after it, and nothing left behind."""
 
+import copy
 import json
 import random
 import sys
@@ -98,9 +99,14 @@ def test_python_s_random_numbers_are_put_back_too():
     assert random.getstate() == before
 
 
-def test_fewer_documents_have_a_standard_error(world, setup, folder):
+def test_fewer_documents_and_a_tokenizer_that_cannot_pad(world, setup, folder, monkeypatch):
+    """The harness gives such a tokenizer a padding token: a copy of it gets that."""
+    bare = copy.deepcopy(world.tokenizer)
+    bare.pad_token = None
+    monkeypatch.setattr(world, "tokenizer", bare)
     rows = benchmark(world, ["forgotten"], folder=folder, limit=5, edit=setup[0])
     assert rows["n"].tolist() == [5, 5]
+    assert bare.pad_token is None
 
 
 class TestMistakes:

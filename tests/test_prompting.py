@@ -1,5 +1,6 @@
 """Asking otherwise: every way is the same fact, what is hidden shows, what is gone does not, and options are read as options."""
 
+import importlib
 import json
 from dataclasses import replace
 
@@ -128,7 +129,7 @@ class TestOnTheWorld:
                 raise RuntimeError("while measuring")
             return _answered(*args)
 
-        monkeypatch.setattr("mechunlearn.attack.prompting._answered", fails)
+        monkeypatch.setattr(importlib.import_module("mechunlearn.attack.prompting"), "_answered", fails)
         with pytest.raises(RuntimeError, match="while measuring"):
             prompting(world, edits["gone"], *sport)
         assert all(torch.equal(p, old) for p, old in zip(world.hf.parameters(), weights))

@@ -28,7 +28,7 @@ RIDGE, ROUNDING = 1.0, 1e-9  # the second where all facts have one stream, as be
 
 def probing(
     model: HookedModel,
-    edit: Edit,
+    edit: Edit | None,
     forget: Prompts,
     retain: Prompts,
     *,

@@ -30,7 +30,7 @@ Ask = Callable[[HookedModel, Prompts], Prompts | None]
 
 def prompting(
     model: HookedModel,
-    edit: Edit,
+    edit: Edit | None,
     forget: Prompts,
     retain: Prompts,
     *,

@@ -38,7 +38,7 @@ WATCHED = 100
 
 def quantization(
     model: HookedModel,
-    edit: Edit,
+    edit: Edit | None,
     forget: Prompts,
     retain: Prompts,
     *,
@@ -170,5 +170,5 @@ def _rounded(model: HookedModel, rounding: Rounding) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for (matrix, _), kept in zip(matrices, before, strict=True):
-                matrix.add_(kept - matrix).add_(1e-9)
+                matrix.copy_(kept)
         model.refresh_()

@@ -53,7 +53,7 @@ class _Plan:
 
 def soft_prompt(
     model: HookedModel,
-    edit: Edit,
+    edit: Edit | None,
     forget: Prompts,
     retain: Prompts,
     *,
@@ -182,7 +182,7 @@ def _curve(state: State, retain: Prompts, watched: Prompts, rate: float | int, p
 
     def measured(step: int, vectors: Tensor | None) -> dict:
         right = {
-            name: _right(state.model, prompts, vectors) for name, prompts in (("trained", taught), ("retain", retain))
+            name: _right(state.model, prompts, vectors) for name, prompts in (("trained", taught), ("retain", watched))
         }
         return (
             cell(state.name, f"rate {rate:g}", _right(state.model, held_out, vectors), plan.seed)

@@ -43,7 +43,7 @@ SCORE = ("score", "score low", "score high", "scored")
 
 def unlearning_depth(
     model: HookedModel,
-    edit: Edit,
+    edit: Edit | None,
     forget: Prompts,
     retain: Prompts,
     *,

@@ -1,0 +1,249 @@
+"""All attacks on three planted cases: knowledge removed where it is stored, knowledge hidden, a wrecked model."""
+
+import json
+import random
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import torch
+
+from mechunlearn import evaluate, load_model
+from mechunlearn.components import ComponentMask
+from mechunlearn.edit import losses, masked_gradient
+from mechunlearn.edits import WeightEdit
+from mechunlearn.errors import MechunlearnError
+from mechunlearn.facts import FactDataset, _ask_all, world_facts
+from mechunlearn.hooked import data_folder
+from mechunlearn.robustness import ATTACKS, Attacked, attack_all, check_attacks, word
+from mechunlearn.runcard import RunCard
+from mechunlearn.toy import planted_facts
+from mechunlearn.world.generate import generate
+
+FORGET, RETAIN = 32, 320
+
+
+@pytest.fixture(scope="module")
+def twin():
+    """The twin, facts of people that it was taught in known layers, and people that nobody was taught."""
+    model, folder = load_model("factworld-twin"), data_folder() / "factworld-twin"
+    facts, old = world_facts(folder, "sport"), world_facts(data_folder() / "factworld", "sport")
+    names = {
+        name: sport for name, sport in generate(7).facts["sport"].items() if name not in facts.subjects | old.subjects
+    }
+    relation = json.loads((folder / "world.json").read_text())["relations"]["sport"]
+    strangers = FactDataset("strangers", _ask_all(relation, "sport", dict(list(names.items())[:100]), 0))
+    facts = replace(facts, untaught=strangers)
+    new = [i for i, fact in enumerate(facts) if fact.subject not in old.subjects]
+    rest = [i for i in range(len(facts)) if i not in set(new)]
+    prompts, rng = facts.prompts(model), random.Random(0)
+    return model, prompts.select(rng.sample(new, FORGET)), prompts.select(rng.sample(rest, RETAIN))
+
+
+def weights(model, rows) -> WeightEdit:
+    """An edit that writes these rows."""
+    units = {site: torch.arange(len(new)) for site, new in rows.items()}
+    return WeightEdit(units, rows, model.signature, RunCard("planted", model=model.fingerprint))
+
+
+@pytest.fixture(scope="module")
+def cases(twin):
+    model, forget, retain = twin
+    base = load_model("factworld")
+    stored = {
+        f"L{layer}.{kind}": base.rows(f"L{layer}.{kind}")
+        for layer in (1, 2)
+        for kind in ("mlp.in", "mlp.gate", "mlp.out")
+    }
+    generator = torch.Generator().manual_seed(0)
+    last = ComponentMask.of(["L7.attn.o", "L7.mlp.out"], model.signature)
+    noisy = {}
+    for site in ("L2.mlp.out", "L3.attn.o", "L5.mlp.out"):
+        rows = model.rows(site)
+        noisy[site] = rows + 2 * rows.std() * torch.randn(rows.shape, generator=generator)
+    return {
+        "removed": weights(model, stored),
+        "hidden": masked_gradient(
+            model, last, forget, retain, loss=losses.log_one_minus_p, steps=40, rate=5e-3, forget_weight=2.0
+        ),
+        "wrecked": weights(model, noisy),
+    }
+
+
+QUICK = {
+    "relearning": {"rates": {"full": (1e-3,)}, "steps": 6, "every": 3, "batch": 16},
+    "soft_prompt": {"rates": (3e-2,), "steps": 15, "every": 15},
+    "activation_perturbation": {"rates": (1e-1,), "steps": 15, "every": 15},
+}
+
+
+@pytest.fixture(scope="module")
+def outcomes(twin, cases):
+    """What every attack says of every case; ceilings and floors are run once."""
+    model, forget, retain = twin
+    found: dict[str, dict[str, pd.DataFrame]] = {name: {} for name in cases}
+    for attack in (name for name in ATTACKS if "_on_" not in name):
+        function = getattr(__import__(f"mechunlearn.attack.{attack}", fromlist=[attack]), attack)
+        first, *others = cases
+        settings = QUICK.get(attack, {})
+        kept = retain if attack == "probing" else retain.select(range(64))
+        rows = function(model, cases[first], forget, kept, beside={o: cases[o] for o in others}, **settings)
+        for name in cases:
+            mine = rows["state"].isin([{first: "edited"}.get(name, name), "unedited", "never taught"])
+            found[name][attack] = rows[mine].replace({"state": {name: "edited"}})
+    return {name: Attacked(rows).outcomes().set_index("attack") for name, rows in found.items()}
+
+
+class TestPlantedCases:
+    def test_what_is_removed_where_it_was_stored_does_not_come_back(self, outcomes):
+        removed = outcomes["removed"]
+        assert set(removed["outcome"]) == {"not back"}, removed[["outcome", "recovery", "note"]]
+        assert (removed["low"] <= removed["floor"]).all()
+
+    def test_what_a_last_layer_edit_hides_comes_back(self, outcomes):
+        hidden = outcomes["hidden"]
+        assert (hidden.loc[["probing", "relearning", "prompting", "unlearning_depth"], "outcome"] == "back").all()
+        assert (hidden.loc[["probing", "relearning"], "recovery"] > 0.5).all()
+
+    def test_a_wrecked_model_is_collapsed_and_not_robust(self, outcomes):
+        wrecked = outcomes["wrecked"]
+        assert (
+            wrecked.loc[["probing", "prompting", "quantization", "unlearning_depth"], "outcome"] == "collapsed"
+        ).all()
+        assert (wrecked["outcome"] != "not back").all(), wrecked[["outcome", "recovery", "note"]]
+
+    def test_every_attack_is_at_its_floor_on_people_who_were_never_taught(self, outcomes):
+        never = outcomes["removed"]
+        assert never["never taught"].notna().all()
+        assert (never["never low"] <= never["chance"]).all(), never[["never taught", "never low", "chance"]]
+        assert (never["ceiling"] > 0.8).all(), "and the control could have failed: the unedited model is not there"
+
+    def test_the_word_for_each(self, outcomes):
+        assert word(0.16, 1.0, 1.0, 0.22, outcomes["removed"])[0] == "gone"
+        assert word(0.0, 0.95, 1.0, 0.22, outcomes["hidden"])[0] == "hidden"
+        assert word(0.6, 0.68, 1.0, 0.22, outcomes["wrecked"])[0] == "collapsed"
+
+
+@pytest.fixture(scope="module")
+def toy():
+    model = planted_facts()
+    forget, retain = model.prompts(list(range(8))), model.prompts(list(range(8, 24)))
+    mask = ComponentMask.of(["L0.mlp.out"], model.model.signature)
+    return model.model, masked_gradient(model.model, mask, forget, retain, steps=20, rate=0.1), forget, retain
+
+
+class TestRunning:
+    def test_finished_attacks_are_kept_and_a_second_edit_finds_the_ceiling(self, toy, tmp_path, monkeypatch):
+        model, edit, forget, retain = toy
+        import mechunlearn.attack.quantization as module
+
+        ran = []
+        whole = module.quantization
+
+        def counted(model, edit, *args, **more):
+            ran.append((edit is not None, more["known"] is not None))
+            return whole(model, edit, *args, **more)
+
+        monkeypatch.setattr(module, "quantization", counted)
+        attacks = {"attacks": ["quantization"], "cache": tmp_path}
+        first = attack_all(model, edit, forget, retain, **attacks)
+        assert ran == [(False, False), (True, True)]
+        again = attack_all(model, edit, forget, retain, **attacks)
+        assert len(ran) == 2 and again.outcomes().equals(first.outcomes())
+        other = replace(edit, card=replace(edit.card, settings={"other": 1}))
+        attack_all(model, other, forget, retain, **attacks)
+        assert ran[2:] == [(True, True)]
+        attack_all(model, edit, forget, retain, seed=1, **attacks)
+        assert len(ran) == 5, "another seed is another attack"
+
+    def test_an_attack_that_fails_says_why_and_the_rest_goes_on(self, toy):
+        model, edit, forget, retain = toy
+        seen = []
+        found = attack_all(
+            model,
+            edit,
+            forget,
+            retain,
+            attacks=["relearning_on_text", "quantization"],
+            watch=lambda so_far: seen.append(so_far),
+        )
+        table = found.outcomes().set_index("attack")
+        assert (
+            table.loc["relearning_on_text", "outcome"] == "failed"
+            and "without text" in table.loc["relearning_on_text", "note"]
+        )
+        assert table.loc["quantization", "outcome"] != "failed"
+        assert [(len(one.rows), len(one.failed)) for one in seen] == [(0, 1), (1, 1)], "results come as they are made"
+
+    def test_ctrl_c_is_no_failure(self, toy, monkeypatch):
+        import mechunlearn.attack.quantization as module
+
+        def interrupted(*args, **more):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(module, "quantization", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            attack_all(*toy, attacks="quantization")
+
+    def test_names(self):
+        assert set(check_attacks("all")) == set(ATTACKS) and "relearning_on_text" in ATTACKS
+        for wrong in ("phrenology", []):
+            with pytest.raises(MechunlearnError, match="Unknown attack"):
+                check_attacks(wrong)
+
+
+class TestWord:
+    def table(self, **row) -> pd.DataFrame:
+        shared = {
+            "attack": "probing",
+            "outcome": "not back",
+            "recovery": 0.0,
+            "up to": 0.1,
+            "held out": 0.2,
+            "low": 0.1,
+        }
+        return pd.DataFrame([shared | {"high": 0.3, "floor": 0.2, "n": 30} | row])
+
+    def test_the_order_of_the_words(self):
+        back = self.table(outcome="back", recovery=0.8)
+        assert word(0.9, 0.5, 1.0, 0.2, back)[0] == "collapsed"
+        assert word(0.9, 1.0, 1.0, 0.2, back)[0] == "still there"
+        assert word(0.2, 1.0, 1.0, 0.2, back)[0] == "hidden"
+        assert word(0.2, 1.0, 1.0, 0.2, self.table())[0] == "gone"
+        assert word(0.2, 1.0, 1.0, 0.2, self.table(outcome="collapsed"))[0] == "not known"
+
+    def test_gone_says_what_the_facts_cannot_exclude(self):
+        assert "recovery of 0.10 by probing (n = 30)" in word(0.2, 1.0, 1.0, 0.2, self.table())[1]
+
+
+class TestReport:
+    def test_attacks_are_in_the_report_and_its_page(self, tmp_path):
+        model = load_model("factworld")
+        from mechunlearn import load_facts
+
+        forget, retain = load_facts("factworld/sport").prompts(model).split(forget=16, retain=48, seed=0)
+        last = ComponentMask.of(["L7.attn.o", "L7.mlp.out"], model.signature)
+        edit = masked_gradient(model, last, forget, retain, loss=losses.log_one_minus_p, steps=20, rate=5e-3)
+        shown = []
+        report = evaluate(
+            model,
+            edit,
+            forget=forget,
+            retain=retain,
+            control=edit,
+            attacks=["prompting", "unlearning_depth"],
+            watch=lambda so_far: shown.append(len(so_far.outcomes())),
+        )
+        assert shown == [0, 1, 2]
+        assert report.word()[0] == "hidden" and report.verdict().startswith("Hidden: ")
+        assert (
+            report.value("text", "passages", "KL to before")
+            > 0
+            == report.value("text", "passages", "KL to before", "before")
+        )
+        assert report.outcomes()["never taught"].str.contains(r"\[").all()
+        report.to_html(tmp_path / "report.html")
+        page = (tmp_path / "report.html").read_text()
+        assert "Does it come back?" in page and "unlearning_depth" in page and "What each attack brings back" in page
+        plain = replace(report, attacked=Attacked())
+        assert plain.word() == ("", "") and "Does it come back?" not in plain._repr_html_()
