@@ -21,7 +21,7 @@ from tests.test_laws import methods, named, parameters_of
 ATTACKS = methods(mechunlearn.attack)
 SHORT = {
     "relearning": {"rates": {"full": [1e-3]}, "steps": 2, "every": 1},
-    "soft_prompt": {"rates": [1e-2], "steps": 2, "every": 1},
+    "soft_prompt": {"rates": [1e-4], "steps": 2, "every": 1},
     "activation_perturbation": {"rates": [1e-2], "steps": 2, "every": 1},
 }
 
@@ -91,7 +91,10 @@ class TestEveryAttack:
         rows = attack(model, nothing, forget, retain, **SHORT.get(attack.__name__, {}))
         states = {state: part.drop(columns="state").reset_index(drop=True) for state, part in rows.groupby("state")}
         assert states["edited"].equals(states["unedited"])
-        assert recovery(rows).loc["edited", "recovery"] == pytest.approx(1.0)
+        found = recovery(rows)["recovery"]
+        assert found["edited"] == pytest.approx(found["unedited"], nan_ok=True)
+        if attack.__name__ != "soft_prompt":  # the hand-made model takes no prefix at all
+            assert found["edited"] == pytest.approx(1.0)
 
     def test_known_rows_stand_for_ceiling_and_floor(self, attack, setup):
         first = attacked(attack, setup)
@@ -114,7 +117,7 @@ class TestEveryAttack:
         model, _, forget, retain = setup
         dictionary = axes(model, "L0.resid_post")
         mask = mask_of(model, dictionary, range(LOOKED_UP, LOOKED_UP + 4))
-        edit = feature_clamp(model, mask, forget, retain, dictionary=dictionary, scale=0.0)
+        edit = feature_clamp(model, mask, forget, retain, dictionary=dictionary, strength=0.0)
         assert isinstance(edit, FeatureEdit)
         rows = attack(model, edit, forget, retain, **SHORT.get(attack.__name__, {}))
         start = rows[(rows.state == "edited") & (rows["step"] == 0)]

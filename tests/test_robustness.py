@@ -2,6 +2,7 @@
 
 import json
 import random
+import sys
 from dataclasses import replace
 
 import pandas as pd
@@ -135,8 +136,7 @@ def toy():
 class TestRunning:
     def test_finished_attacks_are_kept_and_a_second_edit_finds_the_ceiling(self, toy, tmp_path, monkeypatch):
         model, edit, forget, retain = toy
-        import mechunlearn.attack.quantization as module
-
+        module = sys.modules["mechunlearn.attack.quantization"]
         ran = []
         whole = module.quantization
 
@@ -176,7 +176,7 @@ class TestRunning:
         assert [(len(one.rows), len(one.failed)) for one in seen] == [(0, 1), (1, 1)], "results come as they are made"
 
     def test_ctrl_c_is_no_failure(self, toy, monkeypatch):
-        import mechunlearn.attack.quantization as module
+        module = sys.modules["mechunlearn.attack.quantization"]
 
         def interrupted(*args, **more):
             raise KeyboardInterrupt

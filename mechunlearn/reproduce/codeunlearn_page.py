@@ -110,6 +110,11 @@ def page(found: dict) -> str:
         "",
         "Written by `mechunlearn reproduce codeunlearn`; do not edit. Its numbers are in `codeunlearn.json`.",
         "",
+        *(
+            ["**This is a quick run: two seeds, the shipped world alone, no gradient difference, no sweeps.**", ""]
+            if found["quick"]
+            else []
+        ),
         f"Topics of the fact world's stories are deleted from a codebook (512 codes, 2 used, {seeds} seeds) by",
         "[2410.10866](https://arxiv.org/abs/2410.10866)'s rule: codes that are more frequent on the topic than in the same",
         "sentences with its words swapped. *Topic accuracy* is the share of the words of a topic (things, actions, people; the first",

@@ -287,8 +287,8 @@ def _relearning(found: dict) -> list[str]:
     return [*lines, ""]
 
 
-def _stays_gone(found: dict, method: str) -> str:
-    """Whether relearning half of the washed facts brings back no more of the others than of facts never taught."""
+def relearned(found: dict, method: str) -> tuple[float, float, float, int] | None:
+    """How much more relearning half brings back of the rest of what a method washed than of facts never taught."""
     worlds = found["worlds"]
     of = {
         name: {
@@ -296,7 +296,11 @@ def _stays_gone(found: dict, method: str) -> str:
         }
         for name in (method, "never taught", "unedited")
     }
-    pair = difference(of, worlds, method, "never taught", lambda run: _best(run["curves"], 1))
+    return difference(of, worlds, method, "never taught", lambda run: _best(run["curves"], 1))
+
+
+def _stays_gone(found: dict, method: str) -> str:
+    pair = relearned(found, method)
     claim = (
         f"{method}: washed facts are gone (relearning half brings back no more of the rest than of facts never taught)"
     )

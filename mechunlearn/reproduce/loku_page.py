@@ -17,6 +17,7 @@ from mechunlearn.reproduce.loku import (
     Cell,
     Plan,
     Task,
+    quick_plan,
     stored,
 )
 from mechunlearn.stats import hierarchical_interval, hierarchical_paired
@@ -41,6 +42,7 @@ def results(plan: Plan, grid: Grid, chosen: dict[Task, dict[str, float]]) -> dic
         "seeds": list(plan.seeds),
         "rates": list(plan.rates),
         "tasks": list(plan.tasks),
+        "quick": plan == quick_plan(plan.folder),
         "chosen": {task: dict(of) for task, of in chosen.items()},
         "runs": {
             task: {
@@ -60,6 +62,7 @@ def page(found: dict) -> str:
         "",
         "Written by `mechunlearn reproduce loku`; do not edit.",
         "",
+        *(["**This is a quick run: one world, two forget sets, passages only.**", ""] if found["quick"] else []),
         f"{len(results.worlds)} small worlds, each trained from nothing ({', '.join(results.families())}), with "
         f"{len(results.seeds)} disjoint forget sets each: {len(results.worlds) * len(results.seeds)} runs a method. Intervals are 95 % hierarchical "
         "bootstrap intervals over worlds and forget sets; few worlds make them too narrow. Differences are paired. "

@@ -160,7 +160,11 @@ def of_law(found: dict) -> list[Headline]:
             )
         )
         paper = "not compared there"
-    return made
+    back = law_page.relearned(found, "LAW")
+    text = "washed facts are gone: relearned by training on the other half, above facts never taught"
+    n = f"{back[3]} pairs, {len(worlds)} worlds" if back else "0"
+    said = verdict(back[:3], -1) if back else "not measured"
+    return [*made, Headline(text, back[:3] if back else None, n, said, "not attacked there")]
 
 
 def of_loku(found: dict) -> list[Headline]:
