@@ -24,6 +24,7 @@ EVALUATE = ["evaluate", "factworld", "factworld/sport"]
 WASH = ["wash", "factworld", "factworld/sport"]
 SUBCOMMANDS = [["world", "build"], ["world", "twin"], ["world", "dictionaries"]]
 SUBCOMMANDS += [["reproduce", "loku"], ["reproduce", "law"], ["reproduce", "codeunlearn"]]
+SUBCOMMANDS += [["reproduce", "mechanistic-unlearning"], ["reproduce", "summary"]]
 SUBCOMMANDS += [["dictionary", "train"], ["dictionary", "explore"], ["dictionary", "delete"]]
 
 
@@ -71,8 +72,9 @@ def test_localize_edit_and_evaluate_in_turn(call, tmp_path, monkeypatch):
     with edit.applied(model), torch.no_grad():
         torch.testing.assert_close(again(tokens).logits, model.forward(tokens), atol=1e-5, rtol=1e-5)
     assert json.loads(Path("edited/mechunlearn.json").read_text())["method"] == "masked_gradient"
-    code, out, err = call(*EVALUATE, "e.safetensors", "-o", "report.html", *few)
+    code, out, err = call(*EVALUATE, "e.safetensors", "-o", "report.html", "--attacks", "quantization", *few)
     assert code == 0, err
+    assert "quantization: " in out and "recovery" in out and "Does it come back?" in Path("report.html").read_text()
     page = Path("report.html").read_text()
     assert (
         "Is the knowledge gone?" in page and "http" not in page.replace("http://www.w3.org", "").split("plotly", 1)[0]
@@ -80,6 +82,7 @@ def test_localize_edit_and_evaluate_in_turn(call, tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "e.safetensors",
         "edited",
+        "report.attacks",
         "report.html",
         "scores.json",
         "sport.mask.json",
@@ -222,6 +225,9 @@ def files(tmp_path):
         ([*EDIT, "mlp.json", "-o", "e.safetensors", "--adapter", "a"], "Give --rank too"),
         ([*EDIT, "mlp.json", "-o", "e.safetensors", "--rate", "1e38"], "A rate of 1e+38 is out of range"),
         (["reproduce", "loku", "-o", "out", "--page", "page.html"], "not named *.md"),
+        (["reproduce", "mechanistic-unlearning", "-o", "out", "--page", "page.html"], "not named *.md"),
+        (["reproduce", "summary", "nowhere"], "mechanistic-unlearning.json' cannot be read"),
+        ([*EVALUATE, "broken.json", "--attacks", "phrenology"], "Unknown attack 'phrenology'. Expected 'all', or one"),
         (["evaluate", "factworld", "factworld/sport", "broken.json"], "not a whole .safetensors file"),
         (["run", "factworld", "factworld/sport", "-o", "full"], "exists and is not an empty folder"),
         (["demo", "-o", "full"], "exists and is not an empty folder"),

@@ -120,9 +120,9 @@ class TestPlantedCases:
         assert (never["ceiling"] > 0.8).all(), "and the control could have failed: the unedited model is not there"
 
     def test_the_word_for_each(self, outcomes):
-        assert word(0.16, 1.0, 1.0, 0.22, outcomes["removed"])[0] == "gone"
-        assert word(0.0, 0.95, 1.0, 0.22, outcomes["hidden"])[0] == "hidden"
-        assert word(0.6, 0.68, 1.0, 0.22, outcomes["wrecked"])[0] == "collapsed"
+        assert word(0.16, 1.0, 1.0, 0.22, outcomes["removed"].reset_index())[0] == "gone"
+        assert word(0.0, 0.95, 1.0, 0.22, outcomes["hidden"].reset_index())[0] == "hidden"
+        assert word(0.6, 0.68, 1.0, 0.22, outcomes["wrecked"].reset_index())[0] == "collapsed"
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +217,8 @@ class TestWord:
 
 
 class TestReport:
-    def test_attacks_are_in_the_report_and_its_page(self, tmp_path):
+    def test_attacks_are_in_the_report_and_its_page(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("mechunlearn.evaluation.LIMIT", 8)
         model = load_model("factworld")
         from mechunlearn import load_facts
 
@@ -231,7 +232,7 @@ class TestReport:
             forget=forget,
             retain=retain,
             control=edit,
-            attacks=["prompting", "unlearning_depth"],
+            attacks=["quantization", "unlearning_depth"],
             watch=lambda so_far: shown.append(len(so_far.outcomes())),
         )
         assert shown == [0, 1, 2]
