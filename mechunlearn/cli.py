@@ -445,7 +445,7 @@ def loku(
     plan = quick_plan(output) if quick else Plan(output)
     chosen = run(plan, jobs)
     found = results(plan, Grid.open(plan.folder, plan.about()), chosen)
-    _write_page(written, found, told(found))
+    _write_page(written, found, told(found), "of_loku")
 
 
 @reproduce_app.command(epilog="Example: `mechunlearn reproduce law --quick -o law`")
@@ -469,7 +469,7 @@ def law(
     plan = quick_plan(output) if quick else Plan(output)
     chosen = run(plan, jobs)
     found = results(plan, Grid.open(plan.folder, plan.about()), chosen)
-    _write_page(written, found, told(found))
+    _write_page(written, found, told(found), "of_law")
 
 
 @reproduce_app.command(epilog="Example: `mechunlearn reproduce codeunlearn --quick -o codeunlearn`")
@@ -493,7 +493,7 @@ def codeunlearn(
     plan = quick_plan(output) if quick else Plan(output)
     chosen = run(plan, jobs)
     found = results(plan, Grid.open(plan.folder, plan.about()), chosen)
-    _write_page(written, found, told(found))
+    _write_page(written, found, told(found), "of_codeunlearn")
 
 
 @reproduce_app.command(
@@ -519,7 +519,7 @@ def mechanistic_unlearning(
     plan = quick_plan(output) if quick else Plan(output)
     run(plan, jobs)
     found = results(plan, Grid.open(plan.folder, plan.about()))
-    _write_page(written, found, told(found))
+    _write_page(written, found, told(found), "of_mechanistic_unlearning")
 
 
 @reproduce_app.command(epilog="Example: `mechunlearn reproduce summary docs/reproductions`")
@@ -595,15 +595,18 @@ def _load(model: str, facts: str, forget: int, seed: int, device: str, dtype: st
     return hooked, forgotten, retained
 
 
-def _write_page(written: Path, found: dict, text: str) -> None:
-    """The page and, beside it, its numbers."""
+def _write_page(written: Path, found: dict, text: str, headlines: str) -> None:
+    """The page and, beside it, its numbers; the headline comparisons on the console."""
     import json
 
     from mechunlearn.files import whole_file
+    from mechunlearn.reproduce import summary
 
     for path, content in ((written.with_suffix(".json"), json.dumps(found) + "\n"), (written, text)):
         with whole_file(path) as beside:
             beside.write_text(content, encoding="utf-8")
+    for row in getattr(summary, headlines)(found):
+        console.print(f"{row.claim}: {row.shown}, n = {row.n}: [bold]{row.verdict}[/bold]")
     console.print(f"page -> {written}")
 
 

@@ -97,7 +97,7 @@ def attack_all(
         try:
             if name in PLACED:
                 if edit is not None:
-                    rows[name] = _cell(grid, {"attack": name, "edit": mark}, lambda: run(edit, None))  # noqa: B023
+                    rows[name] = _cell(grid, {"attack": name, "edit": mark}, lambda: run(edit, None))
                 continue
             bounds = _cell(grid, {"attack": name, "edit": ""}, lambda: run(None, None))
             known = bounds

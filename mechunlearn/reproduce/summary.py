@@ -31,6 +31,10 @@ class Headline:
     verdict: str
     paper: str
 
+    @property
+    def shown(self) -> str:
+        return "–" if self.told is None else "{:+.2f} [{:+.2f}, {:+.2f}]".format(*self.told)
+
 
 def write_pages(folder: Path) -> list[Path]:
     """Write the four pages and the summary anew from the result files in a folder; return what was written.
@@ -85,8 +89,7 @@ def summary(found: dict[str, dict]) -> str:
             "|---|---|---|---|---|",
         ]
         for row in rows:
-            shown = "–" if row.told is None else "{:+.2f} [{:+.2f}, {:+.2f}]".format(*row.told)
-            lines.append(f"| {row.claim} | {shown} | {row.n} | **{row.verdict}** | {row.paper} |")
+            lines.append(f"| {row.claim} | {row.shown} | {row.n} | **{row.verdict}** | {row.paper} |")
         lines.append("")
     return "\n".join(lines)
 
