@@ -5,18 +5,14 @@ model is retrained from nothing without each topic. Settings of a topic are chos
 of a seed that no reported number uses.
 """
 
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property, partial
 from itertools import product
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.progress import track
 
 from mechunlearn.activity import Activity, matched_mask, quality
 from mechunlearn.components import ComponentMask
@@ -30,6 +26,7 @@ from mechunlearn.grid import Grid
 from mechunlearn.hooked import BridgedModel, data_folder, export, load_model
 from mechunlearn.localize import feature_discovery
 from mechunlearn.prompts import Asked, Prompts
+from mechunlearn.reproduce.shared import workers
 from mechunlearn.reproduce.topics import TOPICS, Topics, kept, others
 from mechunlearn.runcard import Stopwatch
 from mechunlearn.world.dictionaries import HELD_OUT, dictionary_texts
@@ -174,12 +171,7 @@ def run(plan: Plan, jobs: int = 2, progress: bool = True) -> Chosen:
     """
     about = plan.about()
     grid, chosen = Grid.open(plan.folder, about), {}
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
-
-        def each(work: Any, items: Sequence[Any], title: str) -> None:
-            for _ in track(pool.map(work, items), title, total=len(items), disable=not progress):
-                pass
-
+    with workers(jobs, progress) as each:
         small = sorted({world for world, _ in plan.arms if world != SHIPPED})
         worlds = [(world, topic) for world in small for topic in ("", *TOPICS)]
         each(partial(_build, plan.folder), [w for w in worlds if not _folder(plan.folder, *w).exists()], "worlds")
@@ -488,11 +480,6 @@ def _bench(folder: Path, book: Book) -> Bench:
         _benches.clear()
         _benches[folder, book] = Bench(folder, book)
     return _benches[folder, book]
-
-
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 
 def _build(folder: Path, world: tuple[str, str]) -> None:

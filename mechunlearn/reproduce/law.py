@@ -5,18 +5,14 @@ method goes along a path of its own, from weak to strong, and stops at the first
 """
 
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property, partial
 from itertools import product
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import track
 
 from mechunlearn.attack.relearning import relearning
 from mechunlearn.components import Component, ComponentMask
@@ -32,6 +28,7 @@ from mechunlearn.localize import causal_tracing
 from mechunlearn.metrics import answered, encode, padded, text_loss
 from mechunlearn.moments import Covariance
 from mechunlearn.prompts import Asked, Prompts
+from mechunlearn.reproduce.shared import workers
 from mechunlearn.runcard import Stopwatch
 from mechunlearn.world.generate import World
 from mechunlearn.world.small import build_small
@@ -175,12 +172,7 @@ def run(plan: Plan, jobs: int = 2, progress: bool = True) -> dict[str, dict[str,
     """
     about = plan.about()
     grid, chosen = Grid.open(plan.folder, about), {}
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
-
-        def each(work: Any, items: Sequence[Any], title: str) -> None:
-            for _ in track(pool.map(work, items), title, total=len(items), disable=not progress):
-                pass
-
+    with workers(jobs, progress) as each:
         every = [w for w in (*plan.worlds, *([LARGE] if plan.sizes else [])) if w != SHIPPED]
         each(partial(_build, plan.folder), [w for w in every if not _folder(plan.folder, w).exists()], "worlds")
         work = partial(_cells, plan.folder, about)
@@ -583,11 +575,6 @@ def _bench(folder: Path, world: str, seed: int, size: int = 0) -> Bench:
         _benches.clear()
         _benches[key] = Bench(folder, world, seed, size)
     return _benches[key]
-
-
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 
 def _build(folder: Path, world: str) -> None:

@@ -5,17 +5,12 @@ rates and the same rule, on a forget set of its own; then five forget sets a wor
 """
 
 import math
-import os
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from rich.progress import track
 from scipy.stats import ks_2samp
 
 from mechunlearn.components import ComponentMask
@@ -29,6 +24,7 @@ from mechunlearn.memorization import extraction_likelihood, memorization_accurac
 from mechunlearn.metrics import measure, text_loss
 from mechunlearn.moments import DiagonalFisher
 from mechunlearn.prompts import Asked, Prompts
+from mechunlearn.reproduce.shared import workers
 from mechunlearn.world.generate import World
 from mechunlearn.world.small import build_small, forget_sets, small_world
 
@@ -99,12 +95,7 @@ def run(plan: Plan, jobs: int = 2, progress: bool = True) -> dict[Task, dict[str
     """
     about = plan.about()
     grid, chosen = Grid.open(plan.folder, about), {}
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
-
-        def each(work: Any, items: Sequence[Any], title: str) -> None:
-            for _ in track(pool.map(work, items), title, total=len(items), disable=not progress):
-                pass
-
+    with workers(jobs, progress) as each:
         every = [(seed, gold) for seed in plan.worlds for gold in (False, True)]
         each(partial(_build, plan.folder), [w for w in every if not _folder(plan.folder, *w).exists()], "worlds")
         for task in plan.tasks:
@@ -304,11 +295,6 @@ def _fisher(folder: Path, world: int, forget: int, task: Task) -> tuple[Diagonal
     sets = Bench(folder, world, forget, task).prompts(model)
     of_forget, of_retain = (fisher_information(model, ComponentMask.everything(model), prompts) for prompts in sets)
     return of_forget, of_retain
-
-
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 
 def _build(folder: Path, item: tuple[int, bool]) -> None:

@@ -5,11 +5,13 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.progress import track
 
 from mechunlearn.errors import MechunlearnError
@@ -22,14 +24,32 @@ Each = Callable[[Callable[[Any], object], Sequence[Any], str], None]
 
 @contextmanager
 def workers(jobs: int, progress: bool) -> Iterator[Each]:
-    """Processes of one thread each: `each(work, items, title)` within the block does the work of every item."""
+    """Processes of one thread each: `each(work, items, title)` within the block does the work of every item.
+
+    An item whose work fails is told, with its reason, and the others go on.
+    """
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=one_thread) as pool:
 
         def each(work: Callable[[Any], object], items: Sequence[Any], title: str) -> None:
-            for _ in track(pool.map(work, items), title, total=len(items), disable=not progress):
-                pass
+            done = pool.map(partial(tried, work), items)
+            for item, reason in track(zip(items, done, strict=True), title, total=len(items), disable=not progress):
+                if reason:
+                    Console(stderr=True).print(f"failed: {item}: {reason}", highlight=False, markup=False)
 
         yield each
+
+
+def tried(work: Callable[[Any], object], item: Any) -> str:
+    """Do the work of an item; the reason if it fails, else nothing."""
+    try:
+        work(item)
+    except Exception as error:
+        return reason_of(error)
+    return ""
+
+
+def reason_of(error: Exception) -> str:
+    return str(error) if isinstance(error, MechunlearnError) else f"{type(error).__name__}: {error}"
 
 
 def one_thread() -> None:
@@ -59,9 +79,10 @@ def attempt(grid: Grid, description: Mapping, work: Callable[[], Mapping]) -> di
     try:
         made = grid.cell(description, work)
     except Exception as error:
-        reason = str(error) if isinstance(error, MechunlearnError) else f"{type(error).__name__}: {error}"
         with whole_file(note) as beside:
-            beside.write_text(json.dumps({"cell": dict(description), "reason": reason}) + "\n", encoding="utf-8")
+            beside.write_text(
+                json.dumps({"cell": dict(description), "reason": reason_of(error)}) + "\n", encoding="utf-8"
+            )
         return None
     note.unlink(missing_ok=True)
     return made
