@@ -151,14 +151,14 @@ class TestOnThePlantedModel:
 
     def test_chance_is_the_share_of_the_most_frequent_truth_held_out(self, setup):
         model, _, forget, retain = setup
-        attack = _Attack(model, forget, retain, (), _Plan(1, 1, None, 8, 3, "facts"))
+        attack = _Attack("edited", model, forget, retain, (), _Plan(1, 1, None, 8, 3, "facts"))
         counts = pd.Series(forget.answers[attack.held_out][:, 0].tolist()).value_counts()
         assert attack.chance == counts.max() / 4
         assert attack.before["chance"] == attack.chance
 
     def test_nothing_is_measured_that_is_trained_on(self, setup):
         model, _, forget, retain = setup
-        attack = _Attack(model, forget, retain, (), _Plan(1, 1, None, 8, 3, "facts"))
+        attack = _Attack("edited", model, forget, retain, (), _Plan(1, 1, None, 8, 3, "facts"))
         assert {*attack.taught.tolist(), *attack.held_out.tolist()} == set(range(8))
         assert len(attack.taught) == len(attack.held_out) == 4
 
@@ -176,7 +176,9 @@ class TestOnThePlantedModel:
 
     def test_another_seed_draws_other_halves(self, setup):
         model, _, forget, retain = setup
-        drawn = [_Attack(model, forget, retain, (), _Plan(1, 1, None, 8, seed, "facts")).taught for seed in (0, 1)]
+        drawn = [
+            _Attack("edited", model, forget, retain, (), _Plan(1, 1, None, 8, seed, "facts")).taught for seed in (0, 1)
+        ]
         assert set(drawn[0].tolist()) != set(drawn[1].tolist())
 
     def test_edits_and_models_beside_are_attacked_alike(self, setup):
@@ -300,7 +302,7 @@ class TestOnTheWorld:
         assert rows["text loss"].notna().all()
         forget, retain, _ = setup
         text = forget.facts.text
-        attack = _Attack(world, forget, retain, text, _Plan(1, 1, None, 8, 0, "facts"))
+        attack = _Attack("edited", world, forget, retain, text, _Plan(1, 1, None, 8, 0, "facts"))
         assert 16 <= len(attack.passages) <= 32
         assert set(attack.passages) <= set(text[1::2])
         assert len(attack.sets["text"]) == len(text[::2])
@@ -421,7 +423,7 @@ class TestRecovery:
         pd.testing.assert_frame_equal(rows, before)
 
     def test_what_it_cannot_read_is_named(self):
-        with pytest.raises(MechunlearnError, match="2 rows and lacks valid.*relearning"):
+        with pytest.raises(MechunlearnError, match="2 rows and lacks valid.*an attack returns"):
             recovery(frame(UNEDITED).drop(columns="valid"))
         with pytest.raises(MechunlearnError, match="0 rows"):
             recovery(frame(UNEDITED).iloc[:0])
