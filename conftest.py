@@ -1,5 +1,6 @@
 """For the README, the docs and doctests: offline, and files go to a temporary folder."""
 
+import inspect
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -10,6 +11,9 @@ import pytest
 
 @pytest.fixture
 def in_a_temporary_folder(tmp_path, monkeypatch):
-    """What an example writes does not land in the checkout, and `evaluate` looks at fewer facts."""
+    """What an example writes does not land in the checkout; `evaluate` looks at fewer facts, and edits take fewer steps."""
+    from mechunlearn.edit import masked_gradient
+
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("mechunlearn.evaluation.LIMIT", 30)
+    monkeypatch.setitem(inspect.unwrap(masked_gradient).__kwdefaults__, "steps", 8)
