@@ -106,6 +106,26 @@ class TestCells:
         assert [row[:2] for row in run["curves"]] == [["full 0.002", 0], ["full 0.002", 2]]
         assert run["recovery"] < 0.5 < run["ceiling"]
 
+    def test_a_share_of_the_budget_inside_the_storage_site(self, small, tmp_path, monkeypatch):
+        monkeypatch.setattr(m, "RATES", (1e-2,))
+        monkeypatch.setattr(m, "WEIGHTS", (1.0,))
+        about = Plan(tmp_path).about()
+        chosen = []
+        whole = m.masked_gradient
+
+        def watched(model, mask, *args, **more):
+            chosen.append(mask)
+            return whole(model, mask, *args, **more)
+
+        monkeypatch.setattr(m, "masked_gradient", watched)
+        for cell in (Cell("bounds", m.TWIN), Cell("share", m.TWIN, weight=0.75)):
+            m._cell(tmp_path, about, cell)
+        assert failures(tmp_path) == []
+        run = finished(Grid.open(tmp_path, about), vars(Cell("share", m.TWIN, weight=0.75)))
+        assert run["chosen rate"] == 1e-2 and 0 <= run["strength"] <= 1 and "recovery" in run
+        inside = [c for c in chosen[0] if c.kind == "mlp.out" and c.layer in (1, 2)]
+        assert len(inside) == 288 and len([c for c in chosen[0] if c.kind == "mlp.out"]) == 384
+
     def test_a_cell_that_fails_says_why_and_is_tried_again(self, small, tmp_path):
         about = Plan(tmp_path).about()
         cell = Cell("test", m.SHIPPED, arm=m.LAST, rate=1e-2, weight=1.0)
@@ -167,6 +187,7 @@ def planted(quick=False, edge=0.3, worlds=("1", "2")) -> dict:
             "sport": {
                 "windows": [[1, 2]],
                 "notes": {},
+                "overlap": {},
                 "settings": dict.fromkeys(arms, setting),
                 "runs": {a: {str(s): run(edge if a == LOOKUP else 0.0) for s in range(5)} for a in arms},
                 "bounds": [{"found": states, "unedited": unedited}],
@@ -179,6 +200,10 @@ def planted(quick=False, edge=0.3, worlds=("1", "2")) -> dict:
 
 
 class TestPage:
+    def test_overlap_is_that_of_units(self):
+        mine = {LOOKUP: {"L1.mlp.out": [0, 1, 2]}, "other": {"L1.mlp.out": [2, 3], "L2.mlp.out": [0]}}
+        assert told._overlaps([mine, mine | {"other": {"L1.mlp.out": [0, 1, 2]}}]) == {"other": [1 / 5, 1.0]}
+
     def test_a_planted_advantage_holds_and_none_is_null(self):
         assert {row["verdict"] for row in told.claims(planted())} == {"holds"}
         assert {row["verdict"] for row in told.claims(planted(edge=0.0))} <= {"null", "weak", "reversed"}

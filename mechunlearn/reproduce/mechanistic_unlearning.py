@@ -450,7 +450,8 @@ def shared(folder: Path, about: dict, cell: Cell) -> dict:
     ]
     setting = select(rows)
     test = Cell("test", TWIN, cell.relation, cell.seed, cell.arm, setting["rate"], setting["forget_weight"])
-    return {**setting, **_edit_and_measure(bench, test, mask, forget, retain, grid)}
+    about_it = {f"chosen {name}": value for name, value in setting.items()}
+    return {**about_it, **_edit_and_measure(bench, test, mask, forget, retain, grid)}
 
 
 WORK: dict[str, Callable[[Path, dict, Cell], dict]] = {

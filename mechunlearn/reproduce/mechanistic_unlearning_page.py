@@ -88,10 +88,22 @@ def _of_world(plan: Plan, grid: Grid, world: str, relation: str, found: dict) ->
     return {
         "windows": [one["window"] for one in localized if one],
         "notes": localized[0]["notes"] if localized[0] else {},
+        "overlap": _overlaps([one["masks"] for one in localized if one]),
         "settings": settings,
         "runs": runs,
         "bounds": [{"found": one["found"], "unedited": one["unedited"]} for one in bounds if one],
     }
+
+
+def _overlaps(found: list[dict]) -> dict[str, list[float]]:
+    """Jaccard overlap of each localizer's mask with that of the look-up window, by forget set."""
+    made: dict[str, list[float]] = {}
+    for masks in found:
+        units = {arm: {(site, unit) for site, of in mask.items() for unit in of} for arm, mask in masks.items()}
+        for arm, mine in units.items():
+            if arm != LOOKUP and mine | units[LOOKUP]:
+                made.setdefault(arm, []).append(len(mine & units[LOOKUP]) / len(mine | units[LOOKUP]))
+    return made
 
 
 def _short(run: dict, curves: bool = False) -> dict:
@@ -290,7 +302,12 @@ def _by_world(found: dict) -> list[str]:
             here = found["world"][world][relation]
             window = "; ".join(dict.fromkeys(f"MLP {w[0]} to {w[1]}" if w else "none" for w in here["windows"]))
             notes = "; ".join(f"{arm}: {note}" for arm, note in here["notes"].items() if arm != LOOKUP)
-            lines += ["", f"{_name(world)}: look-up window by the probe: {window}. {notes}"]
+            shared = ", ".join(f"{arm} {fmean(of):.2f}" for arm, of in here["overlap"].items())
+            lines += [
+                "",
+                f"{_name(world)}: look-up window by the probe: {window}. {notes}{'. ' * bool(notes)}Overlap with it (Jaccard, mean over forget sets): "
+                f"{shared or 'no window'}.",
+            ]
         lines.append("")
     return lines
 
