@@ -222,9 +222,9 @@ class TestPage:
         assert told.difference(found, ["sport"], LOOKUP, m.RANDOM, "retain")[3:] == (10, 2)
 
     def test_what_failed_and_what_is_missing_is_told(self):
-        found = planted() | {"failed": [{"cell": {"arm": "x"}, "reason": "no memory"}], "missing": 3}
+        found = planted() | {"failed": [{"cell": {"arm": "x"}, "reason": "no memory"}], "missing": 3, "planned": 9}
         page = told.page(found)
-        assert "no memory" in page and "3 forget sets of some mask are missing" in page
+        assert "no memory" in page and "of 9 edits of test sets 3 are missing" in page
         assert "No cell failed" in told.page(planted())
 
     def test_the_page_begins_with_what_it_is_conditional_on(self):

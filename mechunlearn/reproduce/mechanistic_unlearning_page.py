@@ -60,6 +60,7 @@ def results(plan: Plan, grid: Grid) -> dict:
         "world": {},
         "failed": failures(plan.folder),
         "missing": 0,
+        "planned": 0,
     }
     for relation in plan.relations:
         for world in arenas(plan, relation):
@@ -84,6 +85,7 @@ def _of_world(plan: Plan, grid: Grid, world: str, relation: str, found: dict) ->
         settings[arm] = chosen(grid, world, relation, arm)
         cells = [(cell.seed, finished(grid, vars(cell))) for cell in tests(plan, grid, world, relation, arm)]
         found["missing"] += sum(run is None for _, run in cells)
+        found["planned"] += len(cells)
         runs[arm] = {str(seed): _short(run, curves=not is_subset(arm)) for seed, run in cells if run is not None}
     return {
         "windows": [one["window"] for one in localized if one],
@@ -216,7 +218,7 @@ def _opening(found: dict) -> list[str]:
         ]
     if found["missing"]:
         lines += [
-            f"**The run is not finished: {found['missing']} forget sets of some mask are missing; n says what there is.**",
+            f"**The run is not finished: of {found['planned']} edits of test sets {found['missing']} are missing, and masks whose setting is not chosen yet; n says what there is.**",
             "",
         ]
     small = ", ".join(f"small world {seed}" for seed in found["small worlds"])
