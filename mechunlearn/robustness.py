@@ -20,8 +20,8 @@ from mechunlearn.recovery import EDITED, GATE, NEVER_TAUGHT, UNEDITED, recovery
 from mechunlearn.runcard import RunCard, digest
 
 VARIANTS: Mapping[str, Mapping] = {
-    "relearning_on_other_facts": {"on": "other facts", "rates": {"lora": (5e-3,), "full": (5e-4, 2e-3)}},
-    "relearning_on_text": {"on": "text", "rates": {"lora": (5e-3,), "full": (5e-4, 2e-3)}},
+    "relearning_on_other_facts": {"on": "other facts", "rates": {"lora": (5e-3,), "full": (1e-3,)}, "steps": 10},
+    "relearning_on_text": {"on": "text", "rates": {"lora": (5e-3,), "full": (1e-3,)}, "steps": 10},
 }
 ATTACKS = (*(module.name for module in pkgutil.iter_modules(mechunlearn.attack.__path__)), *VARIANTS)
 PLACED = ("activation_perturbation",)  # its ceiling and floor depend on where the edit is
