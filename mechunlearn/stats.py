@@ -94,13 +94,13 @@ def multiple_comparisons(count: int) -> str:
     """What to remember when `count` intervals of 95 % are read at once; empty for fewer than two.
 
     >>> multiple_comparisons(40)
-    '40 intervals of 95 % are read here: about 2 of them miss by chance alone, and nothing is corrected for their number.'
+    '40 intervals of 95 % are read here: by chance alone 2.0 of them miss on average, and nothing is corrected for that.'
     """
     if count < 2:
         return ""
     return (
-        f"{count} intervals of 95 % are read here: about {max(1, round(count / 20))} of them miss by chance alone, and nothing is "
-        "corrected for their number."
+        f"{count} intervals of 95 % are read here: by chance alone {count / 20:.1f} of them miss on average, and nothing is "
+        "corrected for that."
     )
 
 
