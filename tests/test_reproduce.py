@@ -1,5 +1,6 @@
 """The LoKU reproduction: one rule for every method, runs that stop where they should, and a page that prints nulls."""
 
+import json
 import math
 import shutil
 
@@ -9,7 +10,7 @@ from mechunlearn import MechunlearnError
 from mechunlearn.grid import Grid
 from mechunlearn.reproduce import loku
 from mechunlearn.reproduce.loku import BOUNDS, METHODS, VALIDATION, Bench, Cell, Plan, choose, measured, stored
-from mechunlearn.reproduce.loku_page import page
+from mechunlearn.reproduce.loku_page import page, results
 from mechunlearn.world.small import build_small
 
 
@@ -83,7 +84,7 @@ def test_the_page_says_what_holds_what_is_null_and_what_diverged(plan):
                     "LoRA pissa": result(None, 0.9, 1.0),
                 }.get(method, result(5 + (seed + world) % 2, 0.95, 1.0 - 0.1 * (world - seed)))
                 grid.cell(vars(Cell("passages", method, world, seed, 2e-3)), lambda cell=cell: cell)
-    told = page(plan, grid, chosen)
+    told = page(json.loads(json.dumps(results(plan, grid, chosen))))
     assert "IHL keeps text loss lower than GD at the end (passages): **holds**, -1 [-1, -1], n = 4" in told
     assert "IHL keeps text loss lower than NPO at the end (passages): **null**" in told
     assert "IHL keeps text loss lower than GA at the end (passages): cannot be told" in told
