@@ -207,7 +207,7 @@ def test_each_architecture_keeps_packed_documents_apart_and_the_tokenizer_whole(
     batch = next(batches(SmallCorpus(world), tokens, seed, rows=12, skip=0, phase=0))
     row = int(batch.document.max(1).values.argmax())
     with torch.no_grad():
-        packed = small._logits(hf, batch)
+        packed = small._read(hf, batch, hidden=False).logits
         for number in range(int(batch.document[row].max()) + 1):
             where = batch.document[row] == number
             alone = hf(input_ids=batch.tokens[row, where][None]).logits[0]
