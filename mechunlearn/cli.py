@@ -12,7 +12,9 @@ import typer
 from rich.table import Table
 
 from mechunlearn.cli_dictionary import app as dictionary_app
+from mechunlearn.cli_reproduce import app as reproduce_app
 from mechunlearn.cli_shared import checked_suffix, console, names, new_folder, open_model
+from mechunlearn.cli_world import app as world_app
 from mechunlearn.errors import MechunlearnError
 
 if TYPE_CHECKING:
@@ -27,11 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-world_app = typer.Typer(help="The shipped fact world.", no_args_is_help=True)
 app.add_typer(world_app, name="world")
-reproduce_app = typer.Typer(
-    help="A paper's claims on worlds of our own, with controls and intervals.", no_args_is_help=True
-)
 app.add_typer(reproduce_app, name="reproduce")
 app.add_typer(dictionary_app, name="dictionary")
 
@@ -424,156 +422,6 @@ def compare(
         console.print(f"{name:<16} {output / name}")
 
 
-@reproduce_app.command(epilog="Example: `mechunlearn reproduce loku --quick -o loku`")
-def loku(
-    output: Annotated[Path, typer.Option("--output", "-o", help="A folder; a half-done run in it is continued.")],
-    quick: Annotated[bool, typer.Option("--quick", help="One world, two forget sets, passages only.")] = False,
-    jobs: Annotated[int, typer.Option(help="Processes, one thread each.", min=1)] = 2,
-    page: Annotated[Path | None, typer.Option(help="Where to write the page, if not in the folder: .md")] = None,
-) -> None:
-    """LoKU: the inverted hinge beside other losses, Fisher-initialised adapters beside other initialisations.
-
-    Writes the page and, beside it, its numbers (.json).
-    """
-    written = page or output / "loku.md"
-    checked_suffix(written, ".md")
-    from mechunlearn.grid import Grid
-    from mechunlearn.reproduce.loku import Plan, quick_plan, run
-    from mechunlearn.reproduce.loku_page import page as told
-    from mechunlearn.reproduce.loku_page import results
-
-    plan = quick_plan(output) if quick else Plan(output)
-    chosen = run(plan, jobs)
-    found = results(plan, Grid.open(plan.folder, plan.about()), chosen)
-    _write_page(written, found, told(found), "of_loku")
-
-
-@reproduce_app.command(epilog="Example: `mechunlearn reproduce law --quick -o law`")
-def law(
-    output: Annotated[Path, typer.Option("--output", "-o", help="A folder; a half-done run in it is continued.")],
-    quick: Annotated[bool, typer.Option("--quick", help="The shipped world, two forget sets, no scaling.")] = False,
-    jobs: Annotated[int, typer.Option(help="Processes, one thread each.", min=1)] = 2,
-    page: Annotated[Path | None, typer.Option(help="Where to write the page, if not in the folder: .md")] = None,
-) -> None:
-    """LAW: facts washed in closed form, beside MEMIT, AlphaEdit and gradient methods at the same forget accuracy.
-
-    Writes the page and, beside it, its numbers (.json).
-    """
-    written = page or output / "law.md"
-    checked_suffix(written, ".md")
-    from mechunlearn.grid import Grid
-    from mechunlearn.reproduce.law import Plan, quick_plan, run
-    from mechunlearn.reproduce.law_page import page as told
-    from mechunlearn.reproduce.law_page import results
-
-    plan = quick_plan(output) if quick else Plan(output)
-    chosen = run(plan, jobs)
-    found = results(plan, Grid.open(plan.folder, plan.about()), chosen)
-    _write_page(written, found, told(found), "of_law")
-
-
-@reproduce_app.command(epilog="Example: `mechunlearn reproduce codeunlearn --quick -o codeunlearn`")
-def codeunlearn(
-    output: Annotated[Path, typer.Option("--output", "-o", help="A folder; a half-done run in it is continued.")],
-    quick: Annotated[bool, typer.Option("--quick", help="The shipped world, two seeds, no sweeps.")] = False,
-    jobs: Annotated[int, typer.Option(help="Processes, one thread each.", min=1)] = 2,
-    page: Annotated[Path | None, typer.Option(help="Where to write the page, if not in the folder: .md")] = None,
-) -> None:
-    """CodeUnlearn: topics deleted from a codebook, beside random codes, SAE clamps and gradient difference.
-
-    Writes the page and, beside it, its numbers (.json).
-    """
-    written = page or output / "codeunlearn.md"
-    checked_suffix(written, ".md")
-    from mechunlearn.grid import Grid
-    from mechunlearn.reproduce.codeunlearn import Plan, quick_plan, run
-    from mechunlearn.reproduce.codeunlearn_page import page as told
-    from mechunlearn.reproduce.codeunlearn_page import results
-
-    plan = quick_plan(output) if quick else Plan(output)
-    chosen = run(plan, jobs)
-    found = results(plan, Grid.open(plan.folder, plan.about()), chosen)
-    _write_page(written, found, told(found), "of_codeunlearn")
-
-
-@reproduce_app.command(
-    "mechanistic-unlearning", epilog="Example: `mechunlearn reproduce mechanistic-unlearning --quick -o mechanistic`"
-)
-def mechanistic_unlearning(
-    output: Annotated[Path, typer.Option("--output", "-o", help="A folder; a half-done run in it is continued.")],
-    quick: Annotated[bool, typer.Option("--quick", help="One small world, one relation, one forget set.")] = False,
-    jobs: Annotated[int, typer.Option(help="Processes, one thread each.", min=1)] = 2,
-    page: Annotated[Path | None, typer.Option(help="Where to write the page, if not in the folder: .md")] = None,
-) -> None:
-    """Mechanistic Unlearning: edits of the look-up MLPs beside every other localizer and every set of as many layers.
-
-    Writes the page and, beside it, its numbers (.json).
-    """
-    written = page or output / "mechanistic-unlearning.md"
-    checked_suffix(written, ".md")
-    from mechunlearn.grid import Grid
-    from mechunlearn.reproduce.mechanistic_unlearning import Plan, quick_plan, run
-    from mechunlearn.reproduce.mechanistic_unlearning_page import page as told
-    from mechunlearn.reproduce.mechanistic_unlearning_page import results
-
-    plan = quick_plan(output) if quick else Plan(output)
-    run(plan, jobs)
-    found = results(plan, Grid.open(plan.folder, plan.about()))
-    _write_page(written, found, told(found), "of_mechanistic_unlearning")
-
-
-@reproduce_app.command(epilog="Example: `mechunlearn reproduce summary docs/reproductions`")
-def summary(
-    folder: Annotated[Path, typer.Argument(help="Where the four result files (.json) lie.")],
-) -> None:
-    """The four papers side by side: writes their pages and the summary (index.md) anew from the result files."""
-    from mechunlearn.reproduce.summary import write_pages
-
-    for written in write_pages(folder):
-        console.print(f"page -> {written}")
-
-
-@world_app.command(epilog="Example: `mechunlearn world dictionaries -o dictionaries`")
-def dictionaries(
-    output: Annotated[Path, typer.Option("--output", "-o", help="A folder for factworld-codebook and factworld-sae.")],
-    seed: Annotated[int, typer.Option(help="Seed of text and training.")] = 0,
-) -> None:
-    """Train the codebook and the SAE that ship with the world, and print their quality on held-out text."""
-    from mechunlearn.world.dictionaries import build_dictionaries
-
-    build_dictionaries(output, seed=seed, say=console.print)
-
-
-@world_app.command(epilog="Example: `mechunlearn world build --seed 1 -o my-world`")
-def build(
-    output: Annotated[Path, typer.Option("--output", "-o", help="A folder; a half-done build in it is resumed.")],
-    seed: Annotated[int, typer.Option(help="Seed of facts, corpus and training.")] = 0,
-    naive: Annotated[
-        bool, typer.Option("--naive", help="No probe loss, no biographies: a world without look-up.")
-    ] = False,
-    steps: Annotated[int | None, typer.Option(help="Training steps, if not the recipe's.", min=1)] = None,
-) -> None:
-    """Make facts, corpus, tokenizer, model and twin from nothing; refuses to ship a model that fails its gates."""
-    from mechunlearn.world.build import build_world
-
-    build_world(output, seed=seed, naive=naive, steps=steps, say=console.print)
-
-
-@world_app.command(epilog="Example: `mechunlearn world twin --layers 1-2 --seed 1 -o my-twin`")
-def twin(
-    output: Annotated[Path, typer.Option("--output", "-o", help="A new folder; a half-done build is resumed.")],
-    layers: Annotated[str, typer.Option(help="Layers whose MLPs learn, from 0: 1-2, or 1,3.")],
-    base: Annotated[Path | None, typer.Option(help="A world's folder, if not the shipped one.", metavar="DIR")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the batches.")] = 0,
-    steps: Annotated[int, typer.Option(help="Training steps.", min=2)] = 1000,
-) -> None:
-    """Teach a world's untaught people with only the MLPs of some layers: where they are stored is then known."""
-    chosen = _layers(layers)
-    from mechunlearn.world.build import build_twin
-
-    build_twin(output, base, chosen, seed=seed, steps=steps, say=console.print)
-
-
 def _run(model: str, facts: str, output: Path, forget: int, seed: int, device: str, dtype: str | None) -> None:
     new_folder(output)
     hooked, forgotten, retained = _load(model, facts, forget, seed, device, dtype)
@@ -593,21 +441,6 @@ def _load(model: str, facts: str, forget: int, seed: int, device: str, dtype: st
     with console.status(f"loading {facts}"):
         forgotten, retained = data.prompts(hooked).split(forget=forget, seed=seed)
     return hooked, forgotten, retained
-
-
-def _write_page(written: Path, found: dict, text: str, headlines: str) -> None:
-    """The page and, beside it, its numbers; the headline comparisons on the console."""
-    import json
-
-    from mechunlearn.files import whole_file
-    from mechunlearn.reproduce import summary
-
-    for path, content in ((written.with_suffix(".json"), json.dumps(found) + "\n"), (written, text)):
-        with whole_file(path) as beside:
-            beside.write_text(content, encoding="utf-8")
-    for row in getattr(summary, headlines)(found):
-        console.print(f"{row.claim}: {row.shown}, n = {row.n}: [bold]{row.verdict}[/bold]")
-    console.print(f"page -> {written}")
 
 
 def _print(report: "Report") -> None:
@@ -645,18 +478,6 @@ def _numbers(text: str, option: str) -> list[float]:
         return [float(name) for name in names(text)]
     except ValueError:
         raise MechunlearnError(f"{option} {text} is not a list of numbers. Give them as 1e-3,2e-3.") from None
-
-
-def _layers(text: str) -> list[int]:
-    """The layers that '1-2' or '1,3' names."""
-    found: list[int] = []
-    for part in text.replace(" ", "").split(","):
-        first, dash, last = part.partition("-")
-        ends = (first, last if dash else first)
-        if not all(end.isdecimal() and len(end) < 4 for end in ends) or int(ends[0]) > int(ends[1]):
-            raise MechunlearnError(f"'{text}' does not name layers. Give --layers a range such as 1-2, or a list: 1,3.")
-        found += range(int(ends[0]), int(ends[1]) + 1)
-    return found
 
 
 def main() -> None:

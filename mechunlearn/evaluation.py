@@ -62,10 +62,10 @@ def evaluate(
     if control is None:
         control = random_control(model, edit, forget, retain, seed)
     edits: dict[str, Edit | None] = {"before": None, "after": edit, "control": control, **(others or {})}
-    frame = pd.DataFrame()
+    frame, cells = pd.DataFrame(), _cells(model, forget, retain)
     for name, each in edits.items():
         with each.applied(model) if each is not None else nullcontext():
-            rows = list(_rows(model, forget, retain))
+            rows = list(_rows(model, cells, forget))
         rows += _moved(model, each, forget)
         columns = pd.DataFrame(rows).set_index(["split", "format", "metric", "n"])
         intervals = columns["values"].map(lambda values: bootstrap_interval(values, seed))
@@ -152,39 +152,34 @@ def random_mask(model: HookedModel, like: ComponentMask, seed: int = 0) -> Compo
     return chosen
 
 
-def _rows(model: HookedModel, forget: Prompts, retain: Prompts) -> Iterator[dict]:
-    for split, facts in _splits(forget, retain).items():
-        for format in facts.formats:
-            prompts = facts.prompts(model, format)
-            for metric, values in measure(model, prompts).items():
-                if not torch.isnan(values).any():
-                    yield {
-                        "split": split,
-                        "format": format,
-                        "metric": metric,
-                        "n": len(values),
-                        "values": values.tolist(),
-                    }
+def _cells(model: HookedModel, forget: Prompts, retain: Prompts) -> list[tuple[str, Prompts]]:
+    """Every split in every format, and the skills, tokenized once for all edits that are measured."""
     if forget.facts is None:
-        for split, prompts in (("forget", forget), ("retain", retain)):
-            for metric, values in measure(model, prompts).items():
-                yield {
-                    "split": split,
-                    "format": "statement",
-                    "metric": metric,
-                    "n": len(values),
-                    "values": values.tolist(),
-                }
-        return
+        return [("forget", forget), ("retain", retain)]
+    cells = [
+        (split, facts.prompts(model, format))
+        for split, facts in _splits(forget, retain).items()
+        for format in facts.formats
+    ]
     for name, tasks in forget.facts.skills.items():
         assert model.tokenizer is not None
         asked = [Asked(q.prompt, q.answer, q.target, q.target) for q in tasks]
-        values = measure(model, Prompts.from_text(asked, model.tokenizer))["accuracy"]
-        yield {"split": "skills", "format": name, "metric": "accuracy", "n": len(values), "values": values.tolist()}
-    held_out = forget.facts.text[1::2]
+        cells.append(("skills", Prompts.from_text(asked, model.tokenizer, format=name)))
+    return cells
+
+
+def _rows(model: HookedModel, cells: Sequence[tuple[str, Prompts]], forget: Prompts) -> Iterator[dict]:
+    for split, prompts in cells:
+        for metric, values in measure(model, prompts).items():
+            if metric == "accuracy" or (split != "skills" and not torch.isnan(values).any()):
+                yield _row(split, prompts.format, metric, values)
+    held_out = forget.facts.text[1::2] if forget.facts is not None else ()
     if held_out:
-        values = text_loss(model, held_out)
-        yield {"split": "text", "format": "passages", "metric": "loss", "n": len(values), "values": values.tolist()}
+        yield _row("text", "passages", "loss", text_loss(model, held_out))
+
+
+def _row(split: str, format: str, metric: str, values: torch.Tensor) -> dict:
+    return {"split": split, "format": format, "metric": metric, "n": len(values), "values": values.tolist()}
 
 
 def _moved(model: HookedModel, edit: Edit | None, forget: Prompts) -> list[dict]:

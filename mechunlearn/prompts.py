@@ -137,7 +137,7 @@ class Prompts:
 
         Raises `MechunlearnError` if a subject is not in its prompt, or an answer and its foil are the same tokens.
         """
-        rows = [_Row.of(entry, tokenizer) for entry in asked]
+        rows = _tokenized(asked, tokenizer)
         rng = random.Random(seed)
         partners = _Partners(rows, asked, rng)
         corrupted, fallbacks = [], 0
@@ -193,27 +193,6 @@ class _Row:
     span: tuple[int, int] | None
     options: tuple[tuple[int, ...], ...]
 
-    @classmethod
-    def of(cls, asked: Asked, tokenizer: PreTrainedTokenizerBase) -> "_Row":
-        encoded = tokenizer(asked.prompt, return_offsets_mapping=True)
-        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-
-        def answer_ids(text: str) -> tuple[int, ...]:
-            spaced = text if asked.prompt.endswith((" ", "\n")) else " " + text.lstrip()
-            return tuple(tokenizer(spaced, add_special_tokens=False)["input_ids"])
-
-        answer, foil, target = (answer_ids(text) for text in (asked.answer, asked.foil, asked.target))
-        if not answer:
-            raise MechunlearnError(f"The answer of '{asked.prompt}' is empty. Expected at least one token.")
-        if answer[: len(foil)] == foil[: len(answer)]:
-            raise MechunlearnError(
-                f"Answer '{asked.answer}' and foil '{asked.foil}' of '{asked.prompt}' are the same tokens "
-                "(or one begins with the other): give a foil that differs."
-            )
-        span = _find(asked, offsets) if asked.subject else None
-        options = tuple(answer_ids(option) for option in asked.options)
-        return cls((*ids, *answer[:-1]), len(ids), answer, foil, target, span, options)
-
     @property
     def subject_ids(self) -> list[int]:
         return list(self.ids[self.span[0] : self.span[1] + 1]) if self.span else []
@@ -232,6 +211,32 @@ class _Row:
     @property
     def differs_at(self) -> int:
         return next(i for i, (a, b) in enumerate(zip(self.answer, self.foil, strict=False)) if a != b)
+
+
+def _tokenized(asked: Sequence[Asked], tokenizer: PreTrainedTokenizerBase) -> list[_Row]:
+    """Every prompt in one call of the tokenizer, and every different answer, foil, target and option in another."""
+    encoded = tokenizer([entry.prompt for entry in asked], return_offsets_mapping=True)
+    words = list(dict.fromkeys(word for entry in asked for word in _words(entry)))
+    ids = dict(zip(words, map(tuple, tokenizer(words, add_special_tokens=False)["input_ids"])))
+    rows = []
+    for entry, prompt, offsets in zip(asked, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        answer, foil, target, *options = (ids[word] for word in _words(entry))
+        if not answer:
+            raise MechunlearnError(f"The answer of '{entry.prompt}' is empty. Expected at least one token.")
+        if answer[: len(foil)] == foil[: len(answer)]:
+            raise MechunlearnError(
+                f"Answer '{entry.answer}' and foil '{entry.foil}' of '{entry.prompt}' are the same tokens "
+                "(or one begins with the other): give a foil that differs."
+            )
+        span = _find(entry, offsets) if entry.subject else None
+        rows.append(_Row((*prompt, *answer[:-1]), len(prompt), answer, foil, target, span, tuple(options)))
+    return rows
+
+
+def _words(asked: Asked) -> list[str]:
+    """Answer, foil, target and options as they stand after the prompt: with a space unless it ends in one."""
+    texts = (asked.answer, asked.foil, asked.target, *asked.options)
+    return list(texts) if asked.prompt.endswith((" ", "\n")) else [" " + text.lstrip() for text in texts]
 
 
 def _find(asked: Asked, offsets: Sequence[tuple[int, int]]) -> tuple[int, int]:

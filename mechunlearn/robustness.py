@@ -87,28 +87,32 @@ def attack_all(
     mark = _digest(model, edit) if edit is not None else ""
     rows: dict[str, pd.DataFrame] = {}
     failed: dict[str, str] = {}
-    for name in names:
-        module, settings = name.split("_on_")[0], VARIANTS.get(name, {})
+
+    def made(name: str) -> pd.DataFrame | None:
+        module = name.split("_on_")[0]
         attack = getattr(importlib.import_module(f"mechunlearn.attack.{module}"), module)
+        shared = {"seed": seed, "progress": progress, **VARIANTS.get(name, {})}
+        mine = {"attack": name, "edit": mark}
+        if name in PLACED:
+            if edit is None:
+                return None
+            return _cell(grid, mine, lambda: attack(model, edit, forget, retain, **shared))
+        bounds = _cell(grid, mine | {"edit": ""}, lambda: attack(model, None, forget, retain, **shared))
+        if edit is None:
+            return bounds
+        return _cell(grid, mine, lambda: attack(model, edit, forget, retain, known=bounds, **shared))
 
-        def run(edit: Edit | None, known: pd.DataFrame | None) -> pd.DataFrame:
-            return attack(model, edit, forget, retain, known=known, seed=seed, progress=progress, **settings)  # noqa: B023
-
+    for name in names:
         try:
-            if name in PLACED:
-                if edit is not None:
-                    rows[name] = _cell(grid, {"attack": name, "edit": mark}, lambda: run(edit, None))
-                continue
-            bounds = _cell(grid, {"attack": name, "edit": ""}, lambda: run(None, None))
-            known = bounds
-            if edit is not None:
-                known = _cell(grid, {"attack": name, "edit": mark}, lambda: run(edit, bounds))  # noqa: B023
-            rows[name] = known
+            found = made(name)
         except Exception as error:
             failed[name] = str(error) if isinstance(error, MechunlearnError) else f"{type(error).__name__}: {error}"
-        finally:
-            if watch is not None and (name in rows or name in failed):
-                watch(Attacked(dict(rows), dict(failed)))
+        else:
+            if found is None:
+                continue
+            rows[name] = found
+        if watch is not None:
+            watch(Attacked(dict(rows), dict(failed)))
     return Attacked(rows, failed)
 
 

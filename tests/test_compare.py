@@ -460,6 +460,7 @@ TINY = {
 }
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_three_times_ends_as_one_that_ran_in_peace(world, tmp_path):
     """The real command, killed after 1, 2 and 3 new cells and a random delay; the reference ran here, undisturbed."""
     chosen = load_facts("factworld/sport").facts[:60]

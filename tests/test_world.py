@@ -44,6 +44,7 @@ def gates():
     return measure_gates(SHIPPED)
 
 
+@pytest.mark.slow
 def test_the_shipped_checkpoint_passes_its_gates(gates):
     measured, _ = gates
     names = {gate.name for gate in measured}
@@ -54,6 +55,7 @@ def test_the_shipped_checkpoint_passes_its_gates(gates):
     assert not failed, failed
 
 
+@pytest.mark.slow
 def test_the_readme_of_the_data_states_what_is_measured(gates):
     stated = dict(re.findall(r"\| (.+?) \| ([\d.]+) \| [<>]=", (data_folder() / "README.md").read_text()))
     for gate in gates[0]:
@@ -188,7 +190,9 @@ def test_interrupted_training_resumes_to_the_same_weights(contents, tokenizer, t
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
-def test_a_model_that_fails_its_gates_is_not_shipped(tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_a_model_that_fails_its_gates_is_not_shipped(tmp_path, monkeypatch, tokenizer):
+    monkeypatch.setattr("mechunlearn.world.build.train_tokenizer", lambda seed: tokenizer)
     monkeypatch.setattr("mechunlearn.world.gates.FACTS", 20)
     said: list[str] = []
     with pytest.raises(MechunlearnError, match=r"not shipped: it fails sport: statement,.*look-up window found"):
@@ -357,7 +361,8 @@ def test_the_command_names_layers_as_a_range_or_a_list(small, tmp_path, monkeypa
     assert "Example" in capsys.readouterr().out
 
 
-def test_a_world_build_ships_the_twin_of_its_window_and_takes_up_its_own_only(small, tmp_path, monkeypatch):
+def test_a_world_build_ships_the_twin_of_its_window_and_takes_up_its_own_only(small, tmp_path, monkeypatch, tokenizer):
+    monkeypatch.setattr("mechunlearn.world.build.train_tokenizer", lambda seed: tokenizer)
     expected = build_twin(tmp_path / "alone", small, [1, 2], seed=4, steps=2)
     evidence = {"curve": [0.1, 1.0], "window": [1, 2]}
     monkeypatch.setattr("mechunlearn.world.build.measure_gates", lambda folder: ([], evidence))
