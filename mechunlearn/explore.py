@@ -1,258 +1,145 @@
-"""Looking at a dictionary: which tokens and contexts activate a feature or code, and which words it raises and lowers."""
+"""Looking around: facts in a model, component by component, or the features and codes of a dictionary."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, overload
 
+import anywidget
 import jinja2
-import pandas as pd
-import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
-from torch.nn.functional import normalize, one_hot
+import traitlets
 
-from mechunlearn.activity import Texts, observed, tokenized
-from mechunlearn.batches import in_batches
-from mechunlearn.components import ComponentMask
-from mechunlearn.dictionaries import SAE, Codebook, Dictionary, Model, check, layer_of
-from mechunlearn.errors import MechunlearnError
-from mechunlearn.feature_edits import feature_units
-from mechunlearn.files import whole_file
+from mechunlearn.activity import Texts
+from mechunlearn.components import ComponentMask, Localization
+from mechunlearn.dictionaries import Dictionary, Model
+from mechunlearn.exploration import Exploration, explore_dictionary
 from mechunlearn.hooked import HookedModel
+from mechunlearn.prompts import Prompts
+from mechunlearn.workbench import Workbench
 
-BATCH, SHOWN = 32, 10
-WRITTEN = ("resid_pre", "resid_mid", "resid_post", "attn_out", "attn_projected", "mlp_out")
-CONTROLS = {i: 0x2400 + i for i in range(32)} | {ord("\n"): "↵"}  # as pictures
-COLUMNS = ["unit", "rate", "activation", "text", "position", "token", "context"]
+STATIC = Path(__file__).parent / "static"
 
 
-@dataclass(frozen=True, eq=False)
-class Exploration:
-    """What `explore` found: `table`, `effects`, and in a notebook a view of both.
+class Explorer(anywidget.AnyWidget):
+    """The view of `explore` in a notebook: choose method, metric and fact, click components, put a mask together, save it.
 
-    `rates` has every unit that was looked at, active or not; `contexts` has for each row of `table` the tokens before its
-    own, and those from its own on, each with the unit's activation there.
+    `mask` is the selection as a `ComponentMask`, `found` the localization on show, `bench` does the work. Where no widget runs (nbconvert, a code-hosting page) the map is
+    shown as a table.
     """
 
-    table: pd.DataFrame
-    effects: pd.DataFrame
-    rates: dict[int, float]
-    contexts: list[tuple[list[tuple[str, float]], list[tuple[str, float]]]]
-    dictionary: str
+    _esm = STATIC / "explorer.js"
+    _css = STATIC / "explorer.css"
+    view = traitlets.Dict().tag(sync=True)
 
-    def to_frame(self) -> pd.DataFrame:
-        """The table: one row a unit and example."""
-        return self.table
+    def __init__(self, bench: Workbench) -> None:
+        super().__init__()
+        self.bench = bench
+        self.view = bench.view()
+        self.on_msg(self._asked)
 
-    def to_html(self, path: str | Path) -> None:
-        """Write the view as one file that needs no network."""
-        with whole_file(path) as beside:
-            beside.write_text(_PAGE.render(view=self._repr_html_(), title=self.dictionary), encoding="utf-8")
+    @property
+    def mask(self) -> ComponentMask:
+        """What is selected now."""
+        return self.bench.mask
 
-    def _repr_html_(self) -> str:
-        cards = []
-        for unit, rate in self.rates.items():
-            rows = self.table[self.table.unit == unit]
-            examples = [
-                (value, text, at, *self.contexts[i])
-                for i, value, text, at in zip(rows.index, rows.activation, rows.text, rows.position)
-            ]
-            mine = self.effects[self.effects.unit == unit]
-            words = {
-                change: list(zip(found.token, found.effect))
-                for change in ("raised", "lowered")
-                if len(found := mine[mine.change == change])
-            }
-            cards.append({"unit": unit, "rate": rate, "words": words, "examples": examples})
-        return _VIEW.render(cards=cards, about=self.dictionary)
+    @property
+    def found(self) -> Localization:
+        """The localization on show."""
+        return self.bench.found
+
+    def choose(self, **what: Any) -> None:
+        """Choose method, metric, fact or map, as `Workbench.choose` takes them."""
+        self._then(self.bench.choose, **what)
+
+    def show(self, component: str) -> None:
+        """Show a component's details: `show("L2.mlp.out[7]")`."""
+        self._then(self.bench.show, component)
+
+    def toggle(self, component: str) -> None:
+        """Add a component to the mask, or take it out if it is there."""
+        self._then(self.bench.toggle, component)
+
+    def take(self, **what: Any) -> None:
+        """Let the mask be the largest units of a share of the weights, or those above a score: `take(share=0.05)`."""
+        self._then(self.bench.take, **what)
+
+    def save(self, path: str | Path) -> None:
+        """Write the mask that is selected now; raises `MechunlearnError` if it is empty."""
+        self.bench.save(path)
+
+    def _then(self, done: Callable, *given: Any, **named: Any) -> None:
+        done(*given, **named)
+        self.view = self.bench.view()
+
+    def _asked(self, widget: object, message: dict, buffers: object) -> None:
+        del widget, buffers
+        self.view = self.bench.act(message)
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> Any:
+        made = super()._repr_mimebundle_(**kwargs)
+        if made is None:
+            return {"text/html": static_view(self.view)}
+        data, more = made if isinstance(made, tuple) else (made, {})
+        return {**data, "text/html": static_view(self.view)}, more
 
 
-@torch.no_grad()
+@overload
+def explore(model: HookedModel, what: Prompts, *, found: Localization | None = None) -> Explorer: ...
+@overload
 def explore(
     model: Model,
-    dictionary: Dictionary,
+    what: Dictionary,
     texts: Texts,
     units: ComponentMask | Sequence[int] | None = None,
     *,
     examples: int = 5,
     window: int = 8,
     words: int = 8,
-) -> Exploration:
-    """Find the texts in which features or codes are most active, and the words that they raise and lower.
+) -> Exploration: ...
+def explore(
+    model: Any,
+    what: Any,
+    texts: Texts | None = None,
+    units: ComponentMask | Sequence[int] | None = None,
+    *,
+    found: Localization | None = None,
+    **shown: int,
+) -> Explorer | Exploration:
+    """See where facts live and click through it, or see what a dictionary's units are active on.
 
-    `units` are numbers or a mask (`feature_discovery(...).above(1)`); without them, the 10 most frequently active. The result:
+    `explore(model, prompts)` opens an interactive view in a notebook: a heat map of any localizer (all facts or one, any
+    metric), and behind each cell the facts that the component changes most, its exact effect by token role, its attention or
+    read-out, and its direct effect. Components are added to the mask and taken out by hand; its share of the weights is shown,
+    its faithfulness measured on demand, and it is saved as `.mask.json`. `found` adds a localization of yours to the methods.
+    `mechunlearn explore` opens the same as a local page.
 
-    - `table`: unit, the rate (share of tokens at which it is active), and its `examples` strongest texts, each at the
-      token where it is most active: activation, number of the text, position of the token, the token, and `window` tokens
-      to either side with this one marked, `The «cook» baked`. Of a codebook, whose codes are used or not, the activation
-      is the cosine of the activation to the code where it is used. Units in the order given, strongest example first; a
-      unit that is never active has no row.
-    - `effects`: the `words` tokens whose logits one unit of activation (a code, used once) raises and lowers most: what it
-      writes into the residual stream times the unembedding. This is the direct path only, without norms, and
-      says nothing of what later layers make of it. Empty where nothing is written (`attn.q`, `mlp_in`, a plain module).
+    `explore(model, dictionary, texts, units)` gives an `Exploration` of features or codes: see `explore_dictionary`.
 
-    Memory: one batch of activations, and a window for each unit and example. Examples show what a unit is active on, not
-    what it does: delete it and measure (`edit.codebook_delete`).
-    Raises `MechunlearnError` for a dictionary or mask of another model, units out of range, and empty text.
+    What is on show describes; whether it matters shows when it is edited. Raises `MechunlearnError` without facts.
 
-    >>> from mechunlearn import load_model
-    >>> from mechunlearn.dictionaries import load_dictionary
-    >>> model, codebook = load_model("factworld"), load_dictionary("factworld-codebook")
-    >>> seen = explore(model, codebook, ["The cook baked the soup.", "The knight fought the army."], examples=1)
-    >>> list(seen.table.columns[:4]), len(seen.table)
-    (['unit', 'rate', 'activation', 'text'], 10)
+    >>> from mechunlearn.toy import planted_facts
+    >>> toy = planted_facts()
+    >>> seen = explore(toy.model, toy.prompts())
+    >>> seen.toggle("L0.mlp.out[1]")
+    >>> seen.mask
+    ComponentMask(1 units in 1 sites: L0.mlp.out 1)
     """
-    if min(examples, words) < 1 or window < 0:
-        raise MechunlearnError(
-            f"Cannot show {examples} examples with {window} tokens around them and {words} words. Expected at least one each."
-        )
-    check(dictionary, model)
-    wanted = _asked(model, dictionary, units)
-    tokens, counted = tokenized(model, texts)
-    starts, ends = counted.long().argmax(1), counted.long().cumsum(1).argmax(1) + 1
-    seen = torch.arange(dictionary.size) if wanted is None else wanted
-    fired, here = torch.zeros(len(seen), dtype=torch.float64), torch.arange(len(seen))
-    beside = torch.arange(-window, window + 1)
-    best: list[Tensor] = [torch.zeros(0, len(seen))] + [torch.zeros(0, len(seen), dtype=torch.long)] * 2
-    best += [torch.zeros(0, len(seen), len(beside))]
-
-    def part(rows: Tensor) -> None:
-        found: list[Tensor] = []
-        cut = int(ends[rows].max())
-        observed(model, dictionary, tokens[rows, :cut], found.append, counted[rows, :cut])
-        kept = counted[rows, :cut].to(found[0].device)[..., None]
-        active, strength = _activations(dictionary, found[0], seen.to(found[0].device))
-        strength = strength.masked_fill(~(active & kept), -torch.inf)
-        most, at = strength.max(1)
-        near = at[..., None] + beside.to(at.device)
-        outside = (near < 0) | (near >= cut)
-        around = strength.transpose(1, 2).gather(-1, near.clamp(0, cut - 1)).masked_fill(outside, -torch.inf)
-        new = (most, rows[:, None].expand_as(most), at, around)
-        both = [torch.cat([old, its.to(old)]) for old, its in zip(best, new)]
-        order = both[0].sort(dim=0, descending=True, stable=True).indices[:examples]
-        best[:] = [values[order, here] for values in both]
-        fired.add_((active & kept).sum((0, 1)).cpu())
-
-    by_length = ends.argsort(stable=True)
-    in_batches(len(tokens), BATCH, lambda rows: part(by_length[rows]))
-    if wanted is None:
-        here = fired.sort(descending=True, stable=True).indices[:SHOWN]
-        here = here[fired[here] > 0]
-    rates = dict(zip(seen[here].tolist(), (fired[here] / counted.sum()).tolist()))
-    rows, contexts = [], []
-    for unit, column in zip(rates, here.tolist()):
-        for most, text, at, around in zip(*(values[:, column].tolist() for values in best)):
-            if most == -torch.inf:
-                break
-            before = min(window, at - int(starts[text]))
-            pieces = _pieces(model, tokens[text, at - before : min(int(ends[text]), at + window + 1)].tolist())
-            shown = [(piece, max(0.0, value)) for piece, value in zip(pieces, around[window - before :])]
-            contexts.append((shown[:before], shown[before:]))
-            word = pieces[before].lstrip() or pieces[before]
-            marked = [*pieces[:before], pieces[before].removesuffix(word), f"«{word}»", *pieces[before + 1 :]]
-            rows.append((unit, rates[unit], most, text, at, pieces[before], "".join(marked).strip()))
-    effects = _effects(model, dictionary, list(rates), words)
-    return Exploration(pd.DataFrame(rows, columns=COLUMNS), effects, rates, contexts, str(dictionary))
+    if isinstance(what, Prompts):
+        return Explorer(Workbench(model, what, found))
+    return explore_dictionary(model, what, texts if texts is not None else (), units, **shown)
 
 
-def _asked(
-    model: Model, dictionary: Dictionary, units: ComponentMask | Sequence[int] | None
-) -> Int[Tensor, " unit"] | None:
-    if units is None:
-        return None
-    if isinstance(units, ComponentMask):
-        return feature_units(units, dictionary, model)
-    asked = list(dict.fromkeys(int(unit) for unit in units))
-    wrong = [unit for unit in asked if not 0 <= unit < dictionary.size]
-    if wrong or not asked:
-        told = f"Unit {wrong[0]} is out of range" if wrong else "No units were given"
-        raise MechunlearnError(f"{told}: {dictionary}. Expected numbers from 0 to {dictionary.size - 1}, or a mask.")
-    return torch.tensor(asked)
+def static_view(view: dict) -> str:
+    """The map and the mask as a table, for where no script runs."""
+    return _STATIC.render(view=view)
 
 
-def _activations(
-    dictionary: Dictionary, h: Float[Tensor, "text pos d_model"], units: Int[Tensor, " unit"]
-) -> tuple[Bool[Tensor, "text pos unit"], Float[Tensor, "text pos unit"]]:
-    """Where units are active, and how much: of a code, its cosine."""
-    if not isinstance(dictionary, Codebook):
-        z = dictionary.encode(h)[..., units].float()
-        return z > 0, z
-    entering = dictionary.entering(h)
-    active = dictionary.counted(dictionary.nearest(entering))[..., units] > 0
-    parts = normalize(entering.unflatten(-1, (dictionary.groups, -1)), dim=-1)
-    group = units // (dictionary.size // dictionary.groups)
-    codes = normalize(dictionary.codes[units], dim=-1)
-    cosines = torch.einsum("...gd,ud->...gu", parts, codes)[..., group, torch.arange(len(units))].float()
-    return active, cosines
-
-
-def _effects(model: Model, dictionary: Dictionary, units: list[int], words: int) -> pd.DataFrame:
-    rows: list[tuple] = []
-    kind = dictionary.hook_name.split(".", 1)[-1]
-    if isinstance(model, HookedModel) and units and kind in (*WRITTEN, "attn.o", "mlp.out"):
-        if isinstance(dictionary, SAE):
-            written = dictionary.directions[units]
-        else:
-            one = one_hot(torch.tensor(units), dictionary.size).float().to(model.device)
-            written = dictionary.decode(one) - dictionary.decode(torch.zeros_like(one))
-        if kind not in WRITTEN:
-            project = model.decoder.projection(layer_of(dictionary.hook_name), kind)
-            written = project(written.to(model.hf.dtype)) - project(torch.zeros_like(written, dtype=model.hf.dtype))
-        known = None if model.tokenizer is None else len(model.tokenizer)  # the matrix may have more rows
-        unembedding: Tensor = model.decoder.unembedding.weight[:known]  # type: ignore[index,assignment]
-        for unit, direction in zip(units, written.to(unembedding)):
-            effects = (unembedding @ direction).float()
-            for change, sign in (("raised", 1), ("lowered", -1)):
-                values, ids = (sign * effects).topk(min(words, len(effects)))
-                named = (_pieces(model, [i])[0] for i in ids.tolist())
-                rows += [(unit, change, token, sign * value) for token, value in zip(named, values.tolist())]
-    return pd.DataFrame(rows, columns=["unit", "change", "token", "effect"])
-
-
-def _pieces(model: Model, ids: list[int]) -> list[str]:
-    """The text of each token in its place: what it adds to the text before it."""
-    tokenizer = getattr(model, "tokenizer", None)
-    if tokenizer is None:
-        return [f" {i}" for i in ids]
-    texts = [tokenizer.decode(ids[:n], clean_up_tokenization_spaces=False) for n in range(len(ids) + 1)]
-    return [after[len(before) :].translate(CONTROLS) for before, after in pairwise(texts)]
-
-
-_JINJA = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-_VIEW = _JINJA.from_string("""<style>
-.mu-explore { font: 13px/1.5 system-ui, sans-serif; color: inherit; max-width: 76rem; }
-.mu-explore .unit { border-top: 1px solid rgba(128,128,128,.35); padding: .6rem 0 .7rem; }
-.mu-explore .head { font-weight: 600; font-size: 15px; } .mu-explore .soft { font-weight: 400; font-size: 12px; opacity: .65; }
-.mu-explore .words { display: flex; flex-wrap: wrap; gap: .25rem .35rem; align-items: baseline; margin: .2rem 0; }
-.mu-explore .words > .soft { width: 4rem; }
-.mu-explore .word { white-space: pre; font-family: ui-monospace, monospace; font-size: 12px; padding: 0 .4rem; border-radius: .3rem; }
-.mu-explore .raised { background: rgba(30,140,255,.2); } .mu-explore .lowered { background: rgba(255,70,70,.2); }
-.mu-explore .line { display: grid; grid-template-columns: 4rem minmax(0,1fr) minmax(0,1.2fr); align-items: baseline; }
-.mu-explore .line div { white-space: pre; overflow: hidden; } .mu-explore .before { display: flex; justify-content: flex-end; }
-.mu-explore .number { font-variant-numeric: tabular-nums; opacity: .65; font-size: 12px; }
-.mu-explore .token { border-radius: .2rem; } .mu-explore .peak { font-weight: 700; box-shadow: inset 0 -2px rgba(255,140,0,.9); }
-</style>
-{% macro token(piece, value, most, peak) %}<span class="token{{ ' peak' if peak }}" title="{{ '%.3g'|format(value) }}"
-{%- if value > 0 %} style="background:rgba(255,150,0,{{ '%.2f'|format(0.1 + 0.5 * value / most) }})"{% endif %}>
-{{- piece }}</span>{% endmacro %}
-<div class="mu-explore"><p><b>{{ about }}</b><br><span class="soft">The texts in which each is most active, with
-the activation at the marked token (of a code: its cosine). Raised and lowered: the logits it moves most by the direct path alone.</span></p>
-{% for card in cards %}
-<div class="unit"><div class="head">{{ card.unit }} <span class="soft">active at {{ '%.3g'|format(100 * card.rate) }} % of tokens</span></div>
-{% for change, words in card.words.items() %}
-<div class="words"><span class="soft">{{ change }}</span>{% for word, effect in words %}
-<span class="word {{ change }}" title="{{ '%+.3g'|format(effect) }}">{{ word.replace(' ', '␣') }}</span>{% endfor %}</div>
-{% endfor %}
-{% for value, text, position, before, after in card.examples %}{% set most = card.examples[0][0] %}
-<div class="line" title="text {{ text }}, token {{ position }}"><span class="number">{{ '%#.3g'|format(value) }}</span>
-<div class="before"><span>{% for piece, v in before %}{{ token(piece, v, most) }}{% endfor %}</span></div>
-<div>{% for piece, v in after %}{{ token(piece, v, most, loop.first) }}{% endfor %}</div></div>
-{% endfor %}</div>
-{% endfor %}</div>
-""")
-_PAGE = _JINJA.from_string("""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title><style>:root { color-scheme: light dark; } body { margin: 1.5rem auto; max-width: 76rem; padding: 0 1rem; }</style>
-</head><body>{{ view|safe }}</body></html>
+_STATIC = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string("""\
+<p><b>{{ view.method.replace('_', ' ') }}</b>, {{ view.metric.replace('_', ' ') }},
+{{ 'all %d facts' % view.facts|length if view.fact is none else 'one fact' }}: {{ view.heat.what }}. Run it in Jupyter to click through it.</p>
+<table><thead><tr><th></th>{% for name in view.heat.columns %}<th>L{{ name }}</th>{% endfor %}</tr></thead>
+{% for name in view.heat.rows %}{% set i = loop.index0 %}
+<tr><th>{{ name }}</th>{% for value in view.heat['values'][i] %}<td>{{ '' if value is none else '%+.2f'|format(value) }}
+{{- ' ●' if view.heat.selected[i][loop.index0] == 1 else ' ◐' if view.heat.selected[i][loop.index0] > 0 else '' }}</td>{% endfor %}</tr>
+{% endfor %}</table>
+<p>Mask: {{ view.mask.units }} units, {{ '%.2f'|format(100 * view.mask.share) }} % of the editable weights.</p>
 """)

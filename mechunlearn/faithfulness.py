@@ -11,12 +11,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechunlearn.circuit import Circuit, edges, readers, writers
-from mechunlearn.corruption import check_finite, check_prompts
+from mechunlearn.components import SCORED, Component, ComponentMask
+from mechunlearn.corruption import check_finite, check_prompts, paired
 from mechunlearn.decoder import Run, Tap, tapped
 from mechunlearn.edges import ATTENTION, check_streams, frozen_scales, rows_before, writer_sites, written
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.hooked import HookedModel
 from mechunlearn.metrics import Metric, logit_diff, per_fact, positions_read
+from mechunlearn.patching import UnitPatch, sweep
 from mechunlearn.prompts import Prompts
 
 FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -136,6 +138,66 @@ def faithfulness_curve(
             }
         )
     )
+
+
+def mask_faithfulness(
+    model: HookedModel, mask: ComponentMask, prompts: Prompts, *, metric: Metric = logit_diff, batch: int = 32
+) -> tuple[float, float, float]:
+    """Run the mask's heads and neurons alone: all others keep the activation they have on the corrupt prompts.
+
+    (m(mask) - m(nothing)) / (m(clean) - m(nothing)) with m the mean metric over facts, and its 95 % bootstrap interval over
+    facts; the mask of everything gives 1 and the empty one 0, exactly. The embedding is that of the clean prompts throughout,
+    so "nothing" is what it does without heads and neurons. A head is run if the mask has its `attn.o` or `attn.q`, or its
+    group's `attn.k` or `attn.v`; a neuron with any of its weights. Cost: one clean, one corrupt and two patched passes.
+
+    A mask of look-up neurons alone is seldom faithful: what they write must be carried to the answer by other heads. For
+    paths between components use `faithfulness` of a circuit. Raises `MechunlearnError` for a mask of another architecture,
+    and where heads and neurons make no difference.
+
+    >>> from mechunlearn.toy import planted_facts
+    >>> toy = planted_facts()
+    >>> carried = ComponentMask.of(["L0.mlp.out", "L1.attn.o[0]"], toy.model.signature)
+    >>> round(mask_faithfulness(toy.model, carried, toy.prompts())[0], 3)
+    1.0
+    """
+    mask.check(model.signature)
+    check_prompts(model, prompts, batch)
+    run = _units_run(mask)
+    sites = [f"L{layer}.{kind}" for layer in range(model.signature.layers) for kind in SCORED]
+    found: list[list[Tensor]] = [[], [], []]
+    for rows in torch.arange(len(prompts)).split(batch):
+        pair = paired(model, prompts.select(rows), sites, metric, "prompts", False, 0)
+        patches = []
+        for site in sites:
+            address, units = Component.parse(site), int(model.signature.units(site.split(".", 1)[1]) or 0)
+            outside = ~run.get(site, torch.zeros(units, dtype=torch.bool))
+            taken = torch.stack([outside, torch.ones_like(outside)]).to(model.device)
+            where = pair.differs[None].to(model.device)
+            both, none = torch.arange(2), torch.zeros(2, dtype=torch.long)
+            source = pair.source[site][None]
+            patches.append(UnitPatch(address.layer, address.kind, both, where, none, source, taken, both))
+        values = sweep(model.decoder, pair.base, patches, 2, metric, pair.prompts)
+        for parts, value in zip(found, (values[:1], pair.clean, values[1])):
+            parts.append(value)
+    made = _Values(*(torch.cat(parts, -1).double().cpu() for parts in found))
+    if abs(float(made.clean.mean() - made.corrupt.mean())) < 1e-9:
+        raise MechunlearnError(
+            "With every head and neuron on the corrupt prompts the metric is the same, so faithfulness is not defined. Expected "
+            "prompts whose corrupt partner changes the answer."
+        )
+    return made.ratio(0), *made.interval(0)
+
+
+def _units_run(mask: ComponentMask) -> dict[str, Bool[Tensor, " _unit"]]:
+    """The heads (`attn.o`) and neurons (`mlp.out`) that a mask has some weights of."""
+    run: dict[str, Tensor] = {}
+    group = mask.signature.heads // mask.signature.kv_heads
+    for site, chosen in mask.sites.items():
+        address = Component.parse(site)
+        units = chosen.repeat_interleave(group) if address.kind in ("attn.k", "attn.v") else chosen
+        place = f"L{address.layer}.{'attn.o' if address.kind.startswith('attn') else 'mlp.out'}"
+        run[place] = run[place] | units if place in run else units
+    return run
 
 
 def stability(

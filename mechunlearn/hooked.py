@@ -71,6 +71,7 @@ class HookedModel(Protocol):
     def run_from(
         self, layer: int, resid: Float[Tensor, "fact pos d_model"], positions: Int[Tensor, " fact"] | None = None
     ) -> Tensor: ...
+    def attention(self, tokens: Int[Tensor, "fact pos"], layer: int) -> Float[Tensor, "fact head pos pos"]: ...
     def unit_weights(self, kind: str) -> int: ...
     def rows(self, site: str) -> Float[Tensor, "unit weight"]: ...
     def write_(
@@ -204,6 +205,21 @@ class BridgedModel:
         if positions is not None:
             resid = resid[torch.arange(len(resid)), positions]
         return self.decoder.unembed(resid)
+
+    @torch.no_grad()
+    def attention(self, tokens: Int[Tensor, "fact pos"], layer: int) -> Float[Tensor, "fact head pos pos"]:
+        """Attention patterns of one layer: how much each position (third axis) takes from each before it (fourth)."""
+        seen: list[Tensor] = []
+
+        def keep(pattern: Tensor, hook: object) -> None:
+            del hook
+            seen.append(pattern.detach())
+
+        self.decoder.place(f"L{layer}.attn.o")
+        self.bridge.run_with_hooks(
+            tokens.to(self.device), return_type=None, fwd_hooks=[(f"blocks.{layer}.attn.hook_pattern", keep)]
+        )
+        return seen[0]
 
     def unit_weights(self, kind: str) -> int:
         """How many weights one unit of a kind has, its bias included."""

@@ -10,7 +10,7 @@ import transformers
 from torch.nn import functional
 
 from mechunlearn import ComponentMask, MechunlearnError
-from mechunlearn import explore as module
+from mechunlearn import exploration as module
 from mechunlearn.activity import tokenized
 from mechunlearn.dictionaries import Codebook, load_dictionary
 from mechunlearn.dictionary_training import train_sae
