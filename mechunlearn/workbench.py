@@ -40,14 +40,15 @@ MAPS = {
 }
 FACTS, UNITS, WORDS = 64, 12, 8
 GIVEN = "as given"
-ACTIONS = {
-    "choose": frozenset({"method", "metric", "fact", "map", "all_facts"}),
-    "show": frozenset({"component"}),
-    "toggle": frozenset({"component"}),
-    "take": frozenset({"share", "above"}),
-    "clear": frozenset(),
-    "faithfulness": frozenset(),
-    "save": frozenset({"path"}),
+NUMBER = (int, float)
+ACTIONS: Mapping[str, Mapping[str, Any]] = {
+    "choose": {"method": str, "metric": str, "fact": int, "map": str, "all_facts": bool},
+    "show": {"component": str},
+    "toggle": {"component": str},
+    "take": {"share": NUMBER, "above": NUMBER},
+    "clear": {},
+    "faithfulness": {},
+    "save": {"path": str},
 }
 
 
@@ -132,6 +133,8 @@ class Workbench:
 
     def take(self, share: float | int | None = None, above: float | int | None = None) -> None:
         """Let the mask be the localization's largest units within a share of the weights, or those above a score."""
+        if (share is None) == (above is None):
+            raise MechunlearnError("Give one of both: a share of the weights, or a score to be above.")
         self._select(self.found.top(weights=share) if above is None else self.found.above(above))
 
     def clear(self) -> None:
@@ -240,10 +243,10 @@ class Workbench:
         try:
             asked = dict(message)
             do = str(asked.pop("do", ""))
-            if set(asked) - ACTIONS.get(do, frozenset()) or do not in ACTIONS:
+            if do not in ACTIONS or not _fits(asked, ACTIONS[do]):
                 raise MechunlearnError(f"The explorer does not know what to do with {dict(message)}.")
             if do == "save":
-                self.save(_file_here(asked.get("path")))
+                self.save(_file_here(asked["path"]))
                 said = f"{len(self.mask)} units -> {asked['path']}"
             else:
                 getattr(self, do)(**asked)
@@ -412,9 +415,16 @@ def _named(address: Component) -> str:
     )
 
 
-def _file_here(path: object) -> Path:
+def _fits(given: Mapping[str, Any], expected: Mapping[str, Any]) -> bool:
+    """Whether a message has arguments of these names and types; one that can be given alone must be given."""
+    right = (name in expected and isinstance(value, expected[name]) for name, value in given.items())
+    no_flag = (expected.get(name) is bool or not isinstance(value, bool) for name, value in given.items())
+    return all(right) and all(no_flag) and (len(given) == 1 or len(expected) != 1) and len(given) <= len(expected)
+
+
+def _file_here(path: str) -> Path:
     """A plain file name for a mask, in the folder where Python runs."""
-    name = str(path).strip()
+    name = path.strip()
     if Path(name).name != name or not name.endswith((".json", ".safetensors")) or name.startswith("."):
         raise MechunlearnError(
             f"'{name}' is no file name for a mask here. Give a name without folders, such as sport.mask.json."
