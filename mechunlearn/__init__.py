@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mechunlearn.hooked import load_model as load_model
     from mechunlearn.prompts import Prompts as Prompts
     from mechunlearn.report import Report as Report
+    from mechunlearn.workflow import edit_facts as edit_facts
 
 _HOMES = {
     "Circuit": "circuit",
@@ -36,6 +37,7 @@ _HOMES = {
     "load_model": "hooked",
     "Prompts": "prompts",
     "Report": "report",
+    "edit_facts": "workflow",
 }
 __all__ = list(_HOMES)
 

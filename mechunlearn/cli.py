@@ -4,6 +4,7 @@ import inspect
 import os
 import sys
 import warnings
+from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -82,13 +83,22 @@ def run(
     model: Model,
     facts: Facts,
     output: Annotated[Path, typer.Option("--output", "-o", help="A new or empty folder.")] = Path("result"),
+    attacks: Annotated[
+        str, typer.Option(help="Attacks that try to get the knowledge back: names with commas, all, or none.")
+    ] = "prompting,quantization,unlearning_depth,relearning",
     forget: Forget = 64,
     seed: Seed = 0,
     device: Device = "cpu",
     dtype: Dtype = None,
 ) -> None:
-    """Localize, mask, edit, evaluate and export: the whole job, beside attribution patching and random controls."""
-    _run(model, facts, output, forget, seed, device, dtype)
+    """Localize, mask, edit, evaluate, attack and export: the whole job, beside attribution patching and random controls."""
+    if attacks == "none":
+        wanted = []
+    else:
+        from mechunlearn.robustness import check_attacks
+
+        wanted = check_attacks(names(attacks))
+    _run(model, facts, output, forget, seed, device, dtype, wanted)
 
 
 @app.command(epilog="Example: `mechunlearn demo -o demo`")
@@ -98,7 +108,7 @@ def demo(
     device: Device = "cpu",
 ) -> None:
     """The whole job on the shipped world: 64 athletes forget their sport."""
-    _run("factworld", "factworld/sport", output, 64, seed, device, None)
+    _run("factworld", "factworld/sport", output, 64, seed, device, None, [])
 
 
 @app.command(epilog="Example: `mechunlearn localize factworld factworld/sport --weights 0.05 -o sport.mask.json`")
@@ -372,6 +382,40 @@ def evaluate(
     console.print(f"report -> {output}")
 
 
+@app.command(epilog="Example: `mechunlearn explore factworld factworld/sport --forget 32`")
+def explore(
+    model: Model,
+    facts: Facts,
+    host: Annotated[str, typer.Option(help="Address of this machine.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 for any that is free.", min=0, max=65535)] = 8765,
+    remote: Annotated[bool, typer.Option("--remote", help="Allow an address that other machines can reach.")] = False,
+    browser: Annotated[bool, typer.Option(help="Open the page in the browser.")] = True,
+    forget: Forget = 64,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+) -> None:
+    """Open the explorer of circuits as a page of this machine: see where facts live, click, save a mask. Ctrl-C ends it.
+
+    Masks are saved in the folder where the command was started.
+    """
+    from mechunlearn.serve import ExplorerServer
+
+    with ExplorerServer(host, port, remote) as server:
+        hooked, forgotten, _ = _load(model, facts, forget, seed, device, dtype)
+        from mechunlearn.workbench import Workbench
+
+        bench = Workbench(hooked, forgotten)
+        console.print(f"explorer of {len(forgotten)} facts -> {server.url}", soft_wrap=True)
+        console.print("Ctrl-C ends it")
+        if browser:
+            import webbrowser
+
+            webbrowser.open(server.url)
+        with suppress(KeyboardInterrupt):
+            server.show(bench)
+
+
 @app.command(
     epilog="Example: `mechunlearn compare factworld factworld/sport --objectives injection,npo --seeds 3 -o sport-grid`"
 )
@@ -422,14 +466,23 @@ def compare(
         console.print(f"{name:<16} {output / name}")
 
 
-def _run(model: str, facts: str, output: Path, forget: int, seed: int, device: str, dtype: str | None) -> None:
+def _run(
+    model: str, facts: str, output: Path, forget: int, seed: int, device: str, dtype: str | None, attacks: list[str]
+) -> None:
     new_folder(output)
     hooked, forgotten, retained = _load(model, facts, forget, seed, device, dtype)
-    from mechunlearn.workflow import whole_job
+    from mechunlearn.workflow import edit_prompts
 
-    report, found = whole_job(hooked, forgotten, retained, output, seed, console)
-    _print(report)
-    for name, path in found.items():
+    cache = output.with_name(output.name + ".attacks") if attacks else None
+    said: dict[str, Any] = {"seed": seed, "progress": True, "say": console.print}
+    made = edit_prompts(hooked, forgotten, retained, attacks=attacks, cache=cache, **said)
+    written = made.save(hooked, output)
+    if attacks:
+        console.print(
+            made.report.outcomes()[["attack", "outcome", "recovery", "truth came back"]].to_string(index=False)
+        )
+    _print(made.report)
+    for name, path in written.items():
         console.print(f"{name:<10} {path}")
 
 

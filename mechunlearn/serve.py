@@ -1,8 +1,10 @@
 """The explorer as a page of this machine: one process, one address, nothing outside."""
 
+import errno
 import ipaddress
 import json
 import secrets
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,32 +20,39 @@ MESSAGE = 1 << 16  # bytes
 
 
 class ExplorerServer(ThreadingHTTPServer):
-    """Serves one workbench; `url` has the key without which nothing is answered."""
+    """A page for one workbench; `url` has the key without which nothing is answered.
+
+    The port is taken when it is made, so that a mistake shows before a model is loaded; `show` answers until Ctrl-C.
+    """
 
     daemon_threads = True
     allow_reuse_address = False
 
-    def __init__(self, bench: Workbench, host: str = LOOPBACK, port: int = PORT, remote: bool = False) -> None:
+    def __init__(self, host: str = LOOPBACK, port: int = PORT, remote: bool = False) -> None:
         """Raises `MechunlearnError` for an address that other machines can reach, unless `remote`, and for a taken port."""
         if not remote and not _is_loopback(host):
             raise MechunlearnError(
                 f"The address '{host}' can be reached from other machines. Expected {LOOPBACK}; if others shall see your model "
                 "and facts, say so with --remote."
             )
-        self.bench, self.remote = bench, remote
-        self.key, self.turn = secrets.token_urlsafe(16), threading.Lock()
+        self.remote, self.key, self.turn = remote, secrets.token_urlsafe(16), threading.Lock()
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             super().__init__((host, port), _Handler)
-        except (OSError, OverflowError) as error:
+        except OSError as error:
+            taken = error.errno == errno.EADDRINUSE
+            why = "another program uses it" if taken else (error.strerror or str(error)).lower()
             raise MechunlearnError(
-                f"Cannot open port {port} of {host}: {getattr(error, 'strerror', None) or error}. Another program may use it: give "
-                "another one with --port, or --port 0 for any that is free."
+                f"Cannot open port {port} of {host}: {why}. Give another with --port, or --port 0 for any that is free."
             ) from None
-        self.hosts = {f"{name}:{self.server_port}" for name in (host, LOOPBACK, "localhost")}
+        named = f"[{host}]" if ":" in host else host
+        self.hosts = {f"{name}:{self.server_port}" for name in (named, LOOPBACK, "localhost")}
+        self.url = f"http://{named}:{self.server_port}/?key={self.key}"
 
-    @property
-    def url(self) -> str:
-        return f"http://{self.server_address[0]!s}:{self.server_port}/?key={self.key}"
+    def show(self, bench: Workbench) -> None:
+        """Answer until the program is ended."""
+        self.bench = bench
+        self.serve_forever()
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -1,59 +1,153 @@
-"""The whole job: localize, mask, edit, evaluate beside controls, and write everything into one folder."""
+"""The whole job in one call: localize, mask, edit, evaluate beside controls, attack, and write everything into one folder."""
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
+import torch
 
+from mechunlearn.components import ComponentMask, Localization
 from mechunlearn.edit import masked_gradient
+from mechunlearn.edits import WeightEdit
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.evaluation import evaluate, random_control
+from mechunlearn.evaluation import evaluate
+from mechunlearn.facts import FactDataset, load_facts
 from mechunlearn.files import whole_folder
-from mechunlearn.hooked import HookedModel
+from mechunlearn.hooked import HookedModel, load_model
 from mechunlearn.localize import attribution_patching, fact_lookup
 from mechunlearn.prompts import Prompts
 from mechunlearn.report import Report
 
+ATTACKS = ("prompting", "quantization", "unlearning_depth", "relearning")
+SHARE = 0.05
 
-def whole_job(
-    model: HookedModel, forget: Prompts, retain: Prompts, output: Path, seed: int, console: Console
-) -> tuple[Report, dict[str, Path]]:
-    """Write mask, edit, edited model and report into a new folder; return the report and where things are.
 
-    The fact-lookup mask is edited, and beside it masks of the same weight: the largest of attribution patching, and
-    random units. Where no look-up window is found, attribution patching's mask of 5 % of the weights is the main one.
+@dataclass(frozen=True, eq=False)
+class EditedFacts:
+    """What `edit_facts` made: the localization, its mask, the edit, and the report; in a notebook it shows the report."""
+
+    found: Localization
+    mask: ComponentMask
+    edit: WeightEdit
+    report: Report
+
+    def _repr_html_(self) -> str:
+        return self.report._repr_html_()
+
+    def save(self, model: HookedModel, folder: str | Path) -> dict[str, Path]:
+        """Write mask, edit, edited model and report into a new or empty folder; gives where they are."""
+        name = str(self.report.about["facts"]).split("/")[-1]
+        files = {
+            "mask": f"{name}.mask.json",
+            "edit": f"{name}.edit.safetensors",
+            "model": "edited",
+            "report": "report.html",
+        }
+        with whole_folder(folder) as beside:
+            self.mask.save(beside / files["mask"])
+            self.edit.save(beside / files["edit"])
+            self.edit.export(model, beside / files["model"])
+            self.report.to_html(beside / files["report"], found=self.found, edit=self.edit)
+        return {kind: Path(folder) / file for kind, file in files.items()}
+
+
+def edit_facts(
+    facts: str | Path | FactDataset,
+    model: str | Path | HookedModel,
+    *,
+    forget: int | Sequence[str] | None = None,
+    attacks: Sequence[str] | str = ATTACKS,
+    cache: str | Path | None = None,
+    seed: int = 0,
+    progress: bool = False,
+    say: Callable[[str], object] | None = None,
+) -> EditedFacts:
+    """Make a model believe other answers to some facts, and find out whether the old ones are gone, in one call.
+
+    `facts` is what `load_facts` reads (a table with subject, prompt, answer and perhaps target), `model` a loaded one or what
+    `load_model` reads. `forget` are the facts to edit: a number drawn by `seed` (a quarter of them, at most 64, unless given) or
+    subjects by name; half of the others are retained, the rest shows what the edit does to facts it never saw. The steps, each a
+    function of its own: `fact_lookup` chooses the mask (where it finds no look-up window, `attribution_patching`'s largest units
+    of 5 % of the weights), `masked_gradient` trains it towards the edit targets, `evaluate` measures it in every format beside
+    a random mask and attribution patching's of the same weight, and `attacks` try to get the truth back ("all" for every one,
+    () for none). The model is left as it came: `edit.apply_(model)`, `edit.export(model, folder)` or `save(model, folder)`.
+
+    It uses default settings: how strongly facts are edited depends on the learning rate, and one edit is one seed. To compare
+    masks or objectives use `compare`. Raises `MechunlearnError` for facts that cannot be read or fit no model, subjects that
+    are not among them, and fewer than two facts.
+
+    >>> from mechunlearn import load_facts, load_model
+    >>> model = load_model("factworld")
+    >>> few = load_facts("factworld/sport").select(range(48))
+    >>> made = edit_facts(few, model, forget=["Surik Belman"], attacks=())  # doctest: +SKIP
     """
-    name = forget.facts.name.split("/")[-1] if forget.facts is not None else "facts"
-    with console.status("localizing: fact_lookup, attribution_patching"):
-        attributed = attribution_patching(model, forget)
-        try:
-            found = fact_lookup(model, forget)
-        except MechunlearnError as error:
-            console.print(f"fact_lookup: {error}")
-            found = attributed
+    hooked = load_model(model) if isinstance(model, str | Path) else model
+    data = facts if isinstance(facts, FactDataset) else load_facts(facts)
+    forgotten, retained = _sets(data.prompts(hooked), forget, seed)
+    return edit_prompts(
+        hooked, forgotten, retained, attacks=attacks, cache=cache, seed=seed, progress=progress, say=say
+    )
+
+
+def edit_prompts(
+    model: HookedModel,
+    forget: Prompts,
+    retain: Prompts,
+    *,
+    attacks: Sequence[str] | str = (),
+    cache: str | Path | None = None,
+    seed: int = 0,
+    progress: bool = False,
+    say: Callable[[str], object] | None = None,
+) -> EditedFacts:
+    """The same for sets that are chosen already."""
+    tell = say or (lambda text: None)
+    attributed = attribution_patching(model, forget)
+    try:
+        found = fact_lookup(model, forget)
+    except MechunlearnError as error:
+        tell(f"fact_lookup: {error}")
+        found = attributed
     if found.note:
-        console.print(f"fact_lookup: {found.note}")
+        tell(f"fact_lookup: {found.note}")
     looked_up = len(found.above(0)) > 0 and found is not attributed
-    mask = found.above(0) if looked_up else attributed.top(weights=0.05)
-    console.print(f"mask: {len(mask)} units, {attributed.share(mask):.2%} of the editable weights")
-    console.print("editing: one edit a mask, the same settings")
-    edit = masked_gradient(model, mask, forget, retain, seed=seed, progress=True)
+    mask = found.above(0) if looked_up else attributed.top(weights=SHARE)
+    tell(f"mask: {len(mask)} units, {attributed.share(mask):.2%} of the editable weights")
+    tell("editing: one edit a mask, the same settings")
+    edit = masked_gradient(model, mask, forget, retain, seed=seed, progress=progress)
     others = {}
     if looked_up:
         rival = attributed.top(weights=attributed.share(mask))
-        others["patching"] = masked_gradient(model, rival, forget, retain, seed=seed, progress=True)
-    with console.status("control edit on a random mask of the same weight"):
-        control = random_control(model, edit, forget, retain, seed)
-    with console.status("evaluating every format"):
-        report = evaluate(model, edit, forget=forget, retain=retain, control=control, others=others, seed=seed)
-    with whole_folder(output) as folder:
-        mask.save(folder / f"{name}.mask.json")
-        edit.save(folder / f"{name}.edit.safetensors")
-        edit.export(model, folder / "edited")
-        report.to_html(folder / "report.html", found=found, edit=edit)
-    written = {
-        "mask": f"{name}.mask.json",
-        "edit": f"{name}.edit.safetensors",
-        "model": "edited",
-        "report": "report.html",
-    }
-    return report, {kind: output / file for kind, file in written.items()}
+        others["patching"] = masked_gradient(model, rival, forget, retain, seed=seed, progress=progress)
+    report = evaluate(
+        model,
+        edit,
+        forget=forget,
+        retain=retain,
+        others=others,
+        attacks=attacks,
+        cache=cache,
+        seed=seed,
+        progress=progress,
+    )
+    return EditedFacts(found if looked_up else attributed, mask, edit, report)
+
+
+def _sets(prompts: Prompts, forget: int | Sequence[str] | None, seed: int) -> tuple[Prompts, Prompts]:
+    if len(prompts) < 2:
+        raise MechunlearnError(f"Cannot edit {len(prompts)} facts: at least one must be left to retain.")
+    if forget is None or isinstance(forget, int):
+        return prompts.split(forget=max(1, min(64, len(prompts) // 4)) if forget is None else forget, seed=seed)
+    wanted = {forget} if isinstance(forget, str) else set(forget)
+    assert prompts.facts is not None
+    subjects = [fact.subject for fact in prompts.facts]
+    if unknown := sorted(wanted - set(subjects)) or ([] if wanted else ["nobody"]):
+        raise MechunlearnError(
+            f"No fact is about '{unknown[0]}'. Expected subjects of '{prompts.facts.name}', such as '{subjects[0]}'."
+        )
+    chosen = [i for i, subject in enumerate(subjects) if subject in wanted]
+    left = torch.tensor([i for i, subject in enumerate(subjects) if subject not in wanted])
+    if not len(left):
+        raise MechunlearnError("All facts are to be forgotten: leave out some, so that there is something to retain.")
+    left = left[torch.randperm(len(left), generator=torch.Generator().manual_seed(seed))]
+    return prompts.select(chosen), prompts.select(left[: max(1, len(left) // 2)])

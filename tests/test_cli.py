@@ -287,6 +287,7 @@ def test_the_app_lists_the_commands_of_the_readme():
         "wash",
         "evaluate",
         "compare",
+        "explore",
     }
 
 
