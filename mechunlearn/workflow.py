@@ -17,6 +17,7 @@ from mechunlearn.hooked import HookedModel, load_model
 from mechunlearn.localize import attribution_patching, fact_lookup
 from mechunlearn.prompts import Prompts
 from mechunlearn.report import Report
+from mechunlearn.robustness import check_attacks
 
 ATTACKS = ("prompting", "quantization", "unlearning_depth", "relearning")
 SHARE = 0.05
@@ -102,6 +103,8 @@ def edit_prompts(
 ) -> EditedFacts:
     """The same for sets that are chosen already."""
     tell = say or (lambda text: None)
+    if attacks:
+        check_attacks(attacks)
     attributed = attribution_patching(model, forget)
     try:
         found = fact_lookup(model, forget)
