@@ -8,7 +8,7 @@ function make(tag, attributes = {}, ...children) {
     if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
     else if (value !== null && value !== undefined && value !== false) element.setAttribute(name, value);
   }
-  for (const child of children.flat()) if (child !== null && child !== undefined) element.append(child);
+  for (const child of children.flat(Infinity)) if (child !== null && child !== undefined) element.append(child);
   return element;
 }
 
@@ -141,17 +141,17 @@ function detailOf(view, act) {
     make(
       "dl",
       {},
-      make("dt", {}, `score (${view.method})`),
+      make("dt", {}, `score (${view.method.replaceAll("_", " ")})`),
       make("dd", {}, detail.score ? number(detail.score.value) + (detail.score.rank ? `, rank ${detail.score.rank} of ${detail.score.of}` : "") : "not scored"),
       make("dt", {}, "effect"),
-      make("dd", {}, `${number(detail.effect)} ${view.metric} with its corrupt activation (exact, ${detail.measured} ${detail.measured === 1 ? "fact" : "facts"})`),
+      make("dd", {}, `${number(detail.effect)} ${view.metric.replaceAll("_", " ")} with its corrupt activation (exact, ${detail.measured} ${detail.measured === 1 ? "fact" : "facts"})`),
       make("dt", {}, "direct effect"),
       make("dd", {}, detail.direct === null ? "writes nothing itself" : `${number(detail.direct)} logits, answer minus foil`),
     ),
     make("h4", {}, "Effect by token role"),
     bars(Object.entries(detail.roles), view.metric),
     make("h4", {}, "Facts it changes most"),
-    make("ol", { class: "facts" }, detail.facts.map((fact) => make("li", {}, make("span", { class: "number" }, number(fact.effect)), make("span", {}, factText(fact))))),
+    make("ol", { class: "facts" }, detail.facts.map((fact) => make("li", {}, make("span", { class: "number" }, number(fact.effect, 2)), make("span", {}, factText(fact))))),
   ];
   if (detail.units) {
     parts.push(
