@@ -103,14 +103,18 @@ def failures(folder: Path) -> list[dict]:
 
 
 def verdict(told: Sequence[float], sign: int, least: float = 0.1) -> str:
-    """What became of a claim that a difference has this sign: `told` are its mean and interval.
+    """What became of a claim that a difference has this sign: `told` are its mean and interval; one pair settles nothing.
 
     >>> verdict((0.3, 0.2, 0.4), 1), verdict((0.05, 0.01, 0.1), 1), verdict((0.3, -0.1, 0.7), 1), verdict((0.3, 0.2, 0.4), -1)
     ('holds', 'weak', 'null', 'reversed')
+    >>> verdict((0.3, 0.3, 0.3), 1)
+    'one pair'
     """
     mean, low, high = told[:3]
     if low <= 0 <= high:
         return "null"
+    if low == high:
+        return "one pair"
     if (mean > 0) != (sign > 0):
         return "reversed"
     return "holds" if abs(mean) >= least else "weak"
