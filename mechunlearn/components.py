@@ -363,7 +363,7 @@ class ComponentMask:
 
     def _repr_html_(self) -> str:
         rows = [(kind, f"{unit_name(kind)}s", layers, f"{n} of {of}") for kind, layers, n, of in self._by_kind()]
-        about = {"for": self.signature, "fingerprint": self.fingerprint, "of the weights": "mask.weights(model)"}
+        about = {"for": self.signature, "fingerprint": self.fingerprint, "weights": "mask.weights(model) counts them"}
         return card(f"ComponentMask: {len(self)} units", about, ("site", "units", "layers", "selected there"), rows)
 
 

@@ -12,10 +12,12 @@ from mechunlearn.plots.curves import (
     side_effects,
 )
 from mechunlearn.plots.maps import code_volcano, head_map, mask_map, overlap_map, probe_curve, role_map
-from mechunlearn.plots.style import COLOURS, save_figure
+from mechunlearn.plots.style import COLOURS, FIGURE_CSS, SETTINGS, save_figure
 
 __all__ = [
     "COLOURS",
+    "FIGURE_CSS",
+    "SETTINGS",
     "attack_curves",
     "before_after",
     "circuit_graph",

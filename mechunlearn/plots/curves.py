@@ -143,6 +143,9 @@ def comparison(frame: pd.DataFrame) -> go.Figure:
         figure.update_xaxes(title=text(measure), row=panel // 3 + 1, col=panel % 3 + 1)
         if measure != "text loss" and marks.low.min() >= 0 and marks.high.max() <= 1:
             figure.update_xaxes(range=[-0.03, 1.03], row=panel // 3 + 1, col=panel % 3 + 1)
+    for panel in range(len(measures), 3 * -(-len(measures) // 3)):
+        figure.update_xaxes(visible=False, row=panel // 3 + 1, col=panel % 3 + 1)
+        figure.update_yaxes(visible=False, row=panel // 3 + 1, col=panel % 3 + 1)
     figure = styled(figure, "Localizers side by side", 160 + (70 + 50 * len(rows)) * -(-len(measures) // 3))
     return figure.update_layout(legend={"y": -0.08, "yanchor": "top"}, margin={"b": 60})
 
@@ -184,7 +187,8 @@ def attack_curves(name: str, rows: pd.DataFrame) -> go.Figure:
             figure.add_scatter(
                 x=curve["step"] if stepped else [text(setting) for setting in curve["setting"]],
                 y=curve["held out"],
-                mode="lines+markers",
+                error_y=None if stepped else bars(curve["held out"], curve["low"], curve["high"]),
+                mode="lines+markers" if stepped else "markers",
                 name=text(state),
                 legendgroup=text(state),
                 showlegend=j == 0,
@@ -200,7 +204,7 @@ def attack_curves(name: str, rows: pd.DataFrame) -> go.Figure:
     figure.update_xaxes(
         title="steps of the attack" if stepped else "setting",
         type=None if stepped else "category",
-        tickangle=0 if stepped else -35,
+        tickangle=-35 if not stepped and rows["setting"].nunique() > 4 else 0,
         automargin=True,
     )
     figure.update_yaxes(title="share right of held-out facts", range=[-0.03, 1.03])

@@ -67,7 +67,7 @@ def mask_map(mask: ComponentMask, found: Localization | None = None, model: Hook
     >>> from mechunlearn.toy import planted_facts
     >>> model = planted_facts().model
     >>> mask_map(ComponentMask.of(["L0.mlp.out"], model.signature), model=model).layout.title.text
-    'What the mask selects: 32 units, 8.69 % of the editable weights'
+    'What the mask selects: 32 units, 5.56 % of the editable weights'
     """
     layers = list(range(mask.signature.layers))
     chosen = {address: units for name, units in mask.sites.items() if (address := Component.parse(name))}

@@ -21,9 +21,11 @@ fill: var(--ink) !important; }
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>mechunlearn figure</title><style>
-:root {{ color-scheme: light dark; --ink: light-dark(#222, #ddd); }}
-body {{ margin: 1rem; background: light-dark(#fff, #15181c); }}
-@media print {{ :root {{ color-scheme: light; }} }}{css}</style></head><body>{figure}</body></html>
+:root {{ color-scheme: light dark; --ink: #222; --ground: #fff; }}
+@media (prefers-color-scheme: dark) {{ :root {{ --ink: #ddd; --ground: #15181c; }} }}
+body {{ margin: 1rem; background: var(--ground); }}
+@media print {{ :root {{ color-scheme: light; --ink: #111; --ground: #fff; }} }}
+{css}</style></head><body>{figure}</body></html>
 """
 
 
@@ -39,7 +41,7 @@ def text(given: object) -> str:
 def styled(figure: go.Figure, title: str, height: int) -> go.Figure:
     """Title, size and the common look. The template is the figure's own: plotly's default is left as it is."""
     axis = {"gridcolor": RULE, "zerolinecolor": RULE, "linecolor": INK, "tickcolor": INK, "automargin": True}
-    axis |= {"title": {"font": {"size": 12}, "standoff": 8}}
+    axis |= {"title": {"font": {"size": 12}}}
     look = {
         "paper_bgcolor": CLEAR,
         "plot_bgcolor": CLEAR,
@@ -70,7 +72,7 @@ def bars(middle: pd.Series, low: pd.Series, high: pd.Series) -> dict:
 
 def colour_bar(title: str, **more: object) -> dict:
     """The key of a map, above its right end."""
-    place = {"orientation": "h", "x": 1, "xanchor": "right", "y": 1, "yanchor": "bottom", "ypad": 6, "xpad": 0}
+    place = {"orientation": "h", "x": 1, "xanchor": "right", "y": 1, "yanchor": "bottom", "ypad": 6, "xpad": 20}
     return {
         **place,
         "len": 0.4,
