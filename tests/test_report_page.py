@@ -176,7 +176,7 @@ class TestBrowser:
         assert (ground > 128) == (scheme == "light")
         assert SCRIPT in tab.locator(".plot text").all_text_contents(), "a name stands in figures letter by letter"
         boxes = tab.evaluate("[...document.querySelectorAll('.scroll')].map(box => box.scrollWidth - box.clientWidth)")
-        assert (max(boxes) > 50) == (width == 390), "wide tables scroll in their own box"
+        assert max(boxes) > 50, "wide tables scroll in their own box"
         tab.screenshot(path=screenshots(tmp_path) / f"report-{scheme}-{width}.png", full_page=True)
         tab.close()
 
