@@ -290,8 +290,7 @@ def _interval(mean: float, low: float, high: float) -> str:
 
 
 def _table(frame: pd.DataFrame) -> Markup:
-    with pd.option_context("display.max_colwidth", None):
-        return Markup(frame.to_html(index=False, border=0, classes="numbers"))
+    return Markup(frame.to_html(index=False, border=0, classes="numbers"))
 
 
 def _script(value: object) -> Markup:

@@ -207,5 +207,7 @@ def attack_curves(name: str, rows: pd.DataFrame) -> go.Figure:
         tickangle=-35 if not stepped and rows["setting"].nunique() > 4 else 0,
         automargin=True,
     )
+    if not stepped:
+        figure.update_layout(scattermode="group", scattergap=0.7)
     figure.update_yaxes(title="share right of held-out facts", range=[-0.03, 1.03])
     return styled(figure, text(name.replace("_", " ")), 380)

@@ -89,7 +89,7 @@ def mask_map(mask: ComponentMask, found: Localization | None = None, model: Hook
         hovertemplate="layer %{x}, %{y}: %{z:.1%} %{customdata}<extra></extra>",
         **place,
     )
-    figure.update_xaxes(title="layer", dtick=ticks(layers, 32), **place)
+    figure.update_xaxes(title={"text": "layer", "standoff": 18}, dtick=ticks(layers, 32), **place)
     figure.update_yaxes(title="site", autorange="reversed", **place)
     title = f"What the mask selects: {len(mask)} units"
     if parts:
