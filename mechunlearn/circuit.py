@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from mechunlearn.components import Localization, load_tensors, save_tensors
+from mechunlearn.display import card
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.files import whole_file
 from mechunlearn.layout import Signature
@@ -450,3 +451,14 @@ class Circuit:
         every = int(edges(self.signature, self.parallel).sum())
         note = f"; {self.note}" if self.note else ""
         return f"Circuit({self.card.method}, {len(self)} of {every} edges, largest: {best or 'none'}{note})"
+
+    def _repr_html_(self) -> str:
+        every = int(edges(self.signature, self.parallel).sum())
+        frame = self.top(edges=min(5, len(self))).to_frame()
+        rows = [
+            (f"{one.source} → {one.target}", one.input or "–", f"{one.score:+.4g}")
+            for one in frame.itertuples(index=False)
+        ]
+        title = f"Circuit: {self.card.method}, {len(self)} of {every} edges"
+        about = {"for": _described(self.signature, self.parallel), "note": self.note}
+        return card(title, about, ("largest", "input", "score"), rows)

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mechunlearn.display import by_kind, card, unit_name
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.files import whole_file
 from mechunlearn.layout import KINDS, Layout, Signature
@@ -349,9 +350,21 @@ class ComponentMask:
             ) from None
         return cls(sites, signature)
 
+    def _by_kind(self) -> list[tuple[str, str, int, int]]:
+        addresses = ((Component.parse(site), chosen) for site, chosen in self.sites.items())
+        return by_kind((at.layer, at.kind, int(chosen.sum()), len(chosen)) for at, chosen in addresses)
+
     def __repr__(self) -> str:
-        names = [f"{site} {int(chosen.sum())}/{len(chosen)}" for site, chosen in self.sites.items() if chosen.any()]
-        return f"ComponentMask({len(self)} units: {', '.join(names) or 'none'}; {self.signature})"
+        names = [
+            f"L{layers}.{kind} {some}/{units}" if layers.isdecimal() else f"{kind} {some}/{units} in layers {layers}"
+            for kind, layers, some, units in self._by_kind()
+        ]
+        return f"ComponentMask({len(self)} units: {'; '.join(names) or 'none'}; {self.signature})"
+
+    def _repr_html_(self) -> str:
+        rows = [(kind, f"{unit_name(kind)}s", layers, f"{n} of {of}") for kind, layers, n, of in self._by_kind()]
+        about = {"for": self.signature, "fingerprint": self.fingerprint, "weights": "mask.weights(model) counts them"}
+        return card(f"ComponentMask: {len(self)} units", about, ("site", "units", "layers", "selected there"), rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -547,7 +560,29 @@ class Localization:
         units = sum(len(s) for s in self.scores.values())
         best = ", ".join(f"{c} {float(self.scores[c.site][c.unit]):+.3g}" for c in self.ranked()[:3])
         note = f"; {self.note}" if self.note else ""
-        return f"Localization({self.card.method}, {units} units, largest: {best}{note})"
+        return f"Localization({self.card.method}, {units} units, largest: {best or 'none'}{note})"
+
+    def _repr_html_(self) -> str:
+        scored = by_kind(
+            (at.layer, at.kind, len(s), len(s)) for s, at in ((s, Component.parse(k)) for k, s in self.scores.items())
+        )
+        best = self.ranked()[:5]
+        about = {
+            "scored": ", ".join(f"{n} {unit_name(kind)}s at {kind} (layers {layers})" for kind, layers, n, _ in scored),
+            "for": self.signature,
+            "note": self.note,
+            "by token role": ", ".join(self.roles) if self.by_role else "",
+        }
+        rows = [
+            (
+                one,
+                f"{float(self.scores[one.site][one.unit]):+.4g}",
+                f"{self.unit_weights.get(one.kind, 0) / self.total_weights:.3%}",
+            )
+            for one in best
+            if one.unit is not None and self.total_weights
+        ]
+        return card(f"Localization: {self.card.method}", about, ("largest", "score", "of the weights"), rows)
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from mechunlearn.components import Component, ComponentMask, load_tensors, save_tensors
+from mechunlearn.display import card, unit_name
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.files import whole_folder
 from mechunlearn.hooked import HookedModel, export
@@ -199,3 +200,19 @@ class WeightEdit:
         weights = sum(rows.numel() for rows in self.rows.values())
         weights += sum(t.numel() for pair in self.low_rank.values() for t in pair)
         return f"WeightEdit({self.card.method}, {sum(map(len, self.units.values()))} units, {weights} weights; {self.signature})"
+
+    def _repr_html_(self) -> str:
+        low_rank = ", ".join(f"{name} of rank {left.shape[1]}" for name, (left, _) in self.low_rank.items())
+        held = sum(rows.numel() for rows in self.rows.values())
+        about = {
+            "moves": f"{len(self.mask)} units, {held} weights set anew"
+            if not low_rank
+            else f"{len(self.mask)} units, by what is added",
+            "low rank": low_rank,
+            "for": self.signature,
+            "made in": f"{self.card.seconds:.1f} s, seed {self.card.seed}",
+            "stopped": self.card.stopped,
+            "undo": "with edit.applied(model): ... ends as it began, bit by bit",
+        }
+        rows = [(kind, f"{unit_name(kind)}s", layers, n) for kind, layers, n, _ in self.mask._by_kind()]
+        return card(f"WeightEdit: {self.card.method}", about, ("site", "units", "layers", "moved"), rows)

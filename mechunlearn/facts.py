@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mechunlearn.display import card
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.formats import Query, queries
 from mechunlearn.hooked import HookedModel, data_folder
@@ -117,8 +118,24 @@ class FactDataset:
         )
 
     def __repr__(self) -> str:
+        if not self.facts:
+            return f"FactDataset({self.name}, 0 facts)"
         first = self.facts[0].queries["statement"]
         return f"FactDataset({self.name}, {len(self)} facts, formats {', '.join(self.formats)}; '{first.prompt}' -> '{first.answer}')"
+
+    def _repr_html_(self) -> str:
+        about = {
+            "relations": ", ".join(dict.fromkeys(fact.relation for fact in self.facts)),
+            "formats": ", ".join(self.formats) if self.facts else "",
+            "selected from": f"{len(self.source)} facts" if self.source is not None else "",
+            "related": ", ".join(self.related),
+            "skills": ", ".join(self.skills),
+            "passages": len(self.text) or "",
+            "never taught": f"{len(self.untaught)} facts" if self.untaught is not None else "",
+        }
+        rows = [(f.subject, f.queries["statement"].prompt, f.answer, f.target) for f in self.facts[:3]]
+        title = f"FactDataset: {self.name}, {len(self)} facts"
+        return card(title, about, ("subject", "prompt", "answer", "edit target"), rows)
 
 
 def load_facts(source: str | Path, *, seed: int = 0) -> FactDataset:

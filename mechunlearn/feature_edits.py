@@ -27,6 +27,7 @@ from mechunlearn.dictionaries import (
     place,
     signature_of,
 )
+from mechunlearn.display import card
 from mechunlearn.edits import WeightEdit
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.files import whole_folder
@@ -284,6 +285,14 @@ class FeatureEdit:
     def __repr__(self) -> str:
         told = ", ".join(f"{len(part.units)} of {part.dictionary} {part.how}" for part in self.parts)
         return f"FeatureEdit({self.card.method}: {told or 'nothing'})"
+
+    def _repr_html_(self) -> str:
+        about = {"for": self.signature, "note": "a hook, not a weight: whoever holds the model can take it off"}
+        rows = [
+            (part.dictionary.hook_name, part.dictionary, part.how, f"{len(part.units)} of {part.dictionary.size}")
+            for part in self.parts
+        ]
+        return card(f"FeatureEdit: {self.card.method}", about, ("at", "dictionary", "how", "units"), rows)
 
 
 def load_edit(path: str | Path) -> "WeightEdit | FeatureEdit":

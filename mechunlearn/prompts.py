@@ -68,7 +68,11 @@ class Prompts:
 
     def __repr__(self) -> str:
         what = self.facts.name if self.facts is not None else "tokens"
-        return f"Prompts({what}, {len(self)} facts, format {self.format}, {self.tokens.shape[1]} positions)"
+        first = f"; '{self.asked[0].prompt}' -> '{self.asked[0].answer}'" if self.asked else ""
+        random = f", {self.random_corruptions} corrupted at random" if self.random_corruptions else ""
+        return (
+            f"Prompts({what}, {len(self)} facts, format {self.format}, {self.tokens.shape[1]} positions{random}{first})"
+        )
 
     @property
     def answer_at_read(self) -> Int[Tensor, " fact"]:

@@ -2,15 +2,21 @@
 
 import json
 from dataclasses import asdict, dataclass, field
+from html import unescape
 from pathlib import Path
 
 import jinja2
 import pandas as pd
 import plotly.graph_objects as go
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+from plotly.utils import PlotlyJSONEncoder
 
 from mechunlearn import plots
-from mechunlearn.components import Localization
+from mechunlearn.components import Component, Localization
+from mechunlearn.display import by_kind, card, unit_name
 from mechunlearn.edits import WeightEdit
+from mechunlearn.feature_edits import FeatureEdit
 from mechunlearn.files import whole_file
 from mechunlearn.robustness import Attacked, word
 from mechunlearn.runcard import RunCard
@@ -22,6 +28,15 @@ MEANING = {
     "control": "the same editor and settings on a random mask of the same kinds and weight",
     "patching": "the same editor and settings on attribution patching's largest units, of the same weight",
 }
+WORDS = {
+    "gone": "No attack that was tried is seen to bring the facts back:",
+    "hidden": "The model no longer says the facts, but it still has them:",
+    "still there": "The model still says the facts:",
+    "collapsed": "The model has lost facts that were to stay, so nothing can be said of the others:",
+    "not known": "Whether the model still has the facts cannot be told:",
+    "": "Nothing has tried to bring the facts back, so whether the model still has them is open.",
+}
+AnyEdit = WeightEdit | FeatureEdit
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +115,15 @@ class Report:
 
     def verdict(self) -> str:
         """What the numbers say, in sentences with the figures."""
-        if "statement" not in set(self.frame[self.frame.split == "forget"].format):
+        said, why = self.word()
+        return (f"{said.capitalize()}: {why}. " if said else "") + self._sentences()
+
+    def _has(self, split: str, format: str, metric: str) -> bool:
+        rows = self.frame[["split", "format", "metric"]]
+        return bool((rows == [split, format, metric]).all(axis=1).any())
+
+    def _sentences(self) -> str:
+        if not self._has("forget", "statement", "target accuracy"):
             return ""
         edited = self.value("forget", "statement", "target accuracy")
         left = self.value("forget", "statement", "accuracy")
@@ -115,51 +138,136 @@ class Report:
                 f"Of the same subjects' {row['split'].split(': ')[1]} facts, which no loss held, {row['after']:.1%} are "
                 f"right (before: {row['before']:.1%}; random mask: {row['control']:.1%})."
             )
-        said, why = self.word()
-        return (f"{said.capitalize()}: {why}. " if said else "") + " ".join(parts)
+        return " ".join(parts)
 
-    def figures(self, found: Localization | None = None, edit: WeightEdit | None = None) -> list[go.Figure]:
-        made = [
-            plots.before_after(self.frame, self.columns, "accuracy", "forget", "Forget facts: the truth, by format"),
-            plots.before_after(
-                self.frame, self.columns, "target accuracy", "forget", "Forget facts: the edit target, by format"
-            ),
-            plots.side_effects(self.frame, self.columns),
-        ]
-        if self.attacked.rows:
-            made.insert(0, plots.recoveries(self.attacked.outcomes()))
-            made += [plots.attack_curves(name, rows) for name, rows in self.attacked.rows.items()]
+    def figures(self, found: Localization | None = None, edit: AnyEdit | None = None) -> list[go.Figure]:
+        """The figures of the page, in its order."""
+        return [figure for figures in self._by_section(found, edit).values() for figure in figures]
+
+    def _by_section(self, found: Localization | None, edit: AnyEdit | None) -> dict[str, list[go.Figure]]:
+        asked = {
+            "accuracy": "Forget facts: the truth, by format",
+            "target accuracy": "Forget facts: the edit target, by format",
+        }
+        made: dict[str, list[go.Figure]] = {
+            "attacks": [plots.recoveries(self.attacked.outcomes())] if self.attacked.rows else [],
+            "formats": [
+                plots.before_after(self.frame, self.columns, metric, "forget", title)
+                for metric, title in asked.items()
+                if ((self.frame.split == "forget") & (self.frame.metric == metric)).any()
+            ],
+            "side effects": [plots.side_effects(self.frame, self.columns)],
+            "where": [],
+            "attack by attack": [plots.attack_curves(name, rows) for name, rows in self.attacked.rows.items()],
+        }
         if found is not None and "curve" in found.evidence:
-            made.append(plots.probe_curve(found))
+            made["where"].append(plots.probe_curve(found))
         if edit is not None:
-            made.append(plots.mask_map(edit.mask))
+            made["where"].append(plots.mask_map(edit.mask, found))
         return made
 
-    def to_html(self, path: str | Path, found: Localization | None = None, edit: WeightEdit | None = None) -> None:
-        """Write one file that needs no network: verdict, table, figures, everything measured, run card."""
-        figures = [
-            figure.to_html(full_html=False, include_plotlyjs=i == 0, config={"displaylogo": False})
-            for i, figure in enumerate(self.figures(found, edit))
-        ]
-        meaning = {name: MEANING.get(name, "another edit") for name in self.columns}
+    def _tiles(self) -> list[dict[str, str]]:
+        """The few numbers that the word rests on."""
+        wanted = (
+            ("Truth on the training prompt, of the forget facts", "forget", "accuracy"),
+            ("Edit target there", "forget", "target accuracy"),
+            ("Retain facts right", "retain", "accuracy"),
+        )
+        tiles = []
+        for what, split, metric in wanted:
+            if not self._has(split, "statement", metric):
+                continue
+            before, after, low, high = (
+                self.value(split, "statement", metric, column)
+                for column in ("before", "after", "after low", "after high")
+            )
+            beside = f"95 % interval {low:.0%} to {high:.0%}, n = {self.value(split, 'statement', metric, 'n'):.0f}"
+            if "control" in self.columns:
+                beside += f"; random mask: {self.value(split, 'statement', metric, 'control'):.0%}"
+            tiles.append({"what": what, "value": f"{before:.0%} → {after:.0%}", "beside": beside})
+        found = self.attacked.outcomes()
+        measured = found[found["recovery"].notna()].sort_values("recovery", ascending=False).to_dict("records")
+        if measured:
+            most = measured[0]
+            beside = (
+                f"recovery by {most['attack'].replace('_', ' ')} (0: floor, 1: unedited; up to {most['up to']:.2f} within its "
+                f"interval); {len(measured)} of {len(found)} attacks measured it"
+            )
+            tiles.append(
+                {"what": "Most that an attack brings back", "value": f"{most['recovery']:.2f}", "beside": beside}
+            )
+        return tiles
+
+    def _where(self, found: Localization | None, edit: AnyEdit | None) -> list[str]:
+        if edit is None:
+            weights = f"{self.card.weights} weights" if self.card.weights else "what the mask selects"
+            return [f"{weights}, by {self.card.method}".replace("_", " ")]
+        mask = edit.mask
+        sites = (Component.parse(site) for site in mask.sites)
+        counts = by_kind((at.layer, at.kind, int(m.sum()), len(m)) for at, m in zip(sites, mask.sites.values()))
+        lines = [f"{n} of {of} {unit_name(kind)}s of {kind} in layers {layers}" for kind, layers, n, of in counts]
+        if found is not None and {kind for kind, *_ in counts} <= found.unit_weights.keys():
+            lines.append(f"{found.share(mask):.2%} of the editable weights, by {self.card.method.replace('_', ' ')}")
+        elif self.card.weights:
+            lines.append(f"{self.card.weights} weights, by {self.card.method.replace('_', ' ')}")
+        return lines
+
+    def to_html(self, path: str | Path, found: Localization | None = None, edit: AnyEdit | None = None) -> None:
+        """Write one page that needs no network: the word and what it rests on, what was edited and where, figures, everything, run card.
+
+        `found` adds its probe curve and the share of the weights, `edit` the map of its mask. It prints, and follows the reader's
+        light or dark setting.
+        """
+        said, why = self.word()
+        figures: dict[str, list[dict]] = {}
+        drawn: list[dict] = []
+        for section, made in self._by_section(found, edit).items():
+            figures[section] = []
+            for figure in made:
+                name = f"figure-{len(drawn)}"
+                title, height = unescape(figure.layout.title.text), figure.layout.height - 30
+                figure.update_layout(title=None, height=height, margin={"t": 40})
+                figures[section].append({"id": name, "title": title, "height": height})
+                drawn.append({"id": name, **figure.to_plotly_json()})
         page = _PAGE.render(
-            verdict=self.verdict(),
+            said=said or "not attacked",
+            meaning=WORDS[said],
+            why=f"{why}." if why else "",
+            sentences=self._sentences(),
+            tiles=self._tiles(),
             about=self.about,
-            meaning=meaning,
+            example=self.about.get("example"),
+            where=self._where(found, edit),
+            note=found.note if found is not None else "",
+            columns={name: MEANING.get(name, "another edit") for name in self.columns},
             summary=_table(self.summary()),
             outcomes=_table(self.outcomes()) if len(self.outcomes()) else "",
             compared=multiple_comparisons(len(self.attacked.rows)),
             everything=_table(self.frame.round(3)),
             figures=figures,
-            note=found.note if found is not None else "",
             card=json.dumps(asdict(self.card), indent=1),
+            figure_css=Markup(plots.FIGURE_CSS),
+            plotlyjs=Markup(get_plotlyjs()),
+            drawn=_script(drawn),
+            settings=_script(plots.SETTINGS),
         )
         with whole_file(path) as beside:
             beside.write_text(page, encoding="utf-8")
 
     def _repr_html_(self) -> str:
-        attacks = _table(self.outcomes()) if len(self.outcomes()) else ""
-        return f"<p>{self.verdict()}</p>{attacks}{_table(self.summary())}"
+        said, why = self.word()
+        summary, outcomes = self.summary(short=True), self.outcomes()
+        first = summary[~summary["what"].str.match(r"skills|forget, (?!training)")] if len(summary) else summary
+        about = {
+            "because": why,
+            "facts": f"{self.about.get('forget', '?')} to forget, {self.about.get('retain', '?')} to retain, of {self.about.get('facts', '?')}",
+            "all": f"{len(summary)} rows in .summary(), {len(self.frame)} in .frame; .to_html('report.html') draws them",
+        }
+        shown = card(f"Report: {said or 'not attacked'}", about, list(first.columns), first.to_numpy().tolist())
+        if not len(outcomes):
+            return shown
+        short = outcomes[["attack", "outcome", "recovery", "truth came back", "floor", "ceiling", "n", "note"]]
+        return shown + card("Attacks", {}, list(short.columns), short.to_numpy().tolist())
 
     def __repr__(self) -> str:
         return f"Report({len(self.frame)} rows; {self.verdict()})"
@@ -181,41 +289,15 @@ def _interval(mean: float, low: float, high: float) -> str:
     return "–" if pd.isna(mean) else f"{mean:.2f} [{low:.2f}, {high:.2f}]"
 
 
-def _table(frame: pd.DataFrame) -> str:
-    return frame.to_html(index=False, border=0, classes="numbers")
+def _table(frame: pd.DataFrame) -> Markup:
+    return Markup(frame.to_html(index=False, border=0, classes="numbers"))
 
 
-_PAGE = jinja2.Environment(autoescape=False).from_string("""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>mechunlearn report</title><style>
-:root { color-scheme: light; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 66rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { margin-top: 2.5rem; font-size: 1.2rem; }
-.lead { font-size: 1.1rem; } .scroll { overflow-x: auto; }
-table.numbers { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; width: 100%; }
-.numbers th, .numbers td { padding: .25rem .6rem; border-bottom: 1px solid #e4e4e4; text-align: right; white-space: nowrap; }
-.numbers th:first-child, .numbers td:first-child { text-align: left; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; } dt { font-weight: 600; } dd { margin: 0; }
-pre { overflow-x: auto; background: #f6f6f6; padding: 1rem; font-size: .8rem; } details { margin: 1rem 0; }
-</style></head><body>
-<h1>Is the knowledge gone?</h1>
-<p>{{ about.facts|e }}: {{ about.forget }} facts to forget, {{ about.retain }} to retain, on {{ about.model|e }}</p>
-<p class="lead">{{ verdict|e }}</p>
-{% if note %}<p>Localization: {{ note|e }}.</p>{% endif %}
-{% if outcomes %}<h2>Does it come back?</h2>
-<div class="scroll">{{ outcomes }}</div>
-<p>Recovery is (what came back &minus; floor) / (ceiling &minus; floor): 0 is what the same attack gets on subjects that the model was never taught (or
-chance, if that is more), 1 what it gets on the unedited model; both get the same best of all settings. An attack counts as
-<em>back</em> from .2 on, if the interval lies above the floor, and only settings count that leave the retain facts. {{ compared|e }}</p>{% endif %}
-<h2>The numbers to read first</h2>
-<dl>{% for name, text in meaning.items() %}<dt>{{ name|e }}</dt><dd>{{ text|e }}</dd>{% endfor %}</dl>
-<div class="scroll">{{ summary }}</div>
-<p>Accuracy of the truth unless the row says target: greedy decoding over the full vocabulary, all answer tokens right. In brackets: 95 % bootstrap intervals
-over facts. This is one model and one edit of it: the intervals say nothing of other models or seeds.</p>
-<h2>Pictures</h2>
-{% for figure in figures %}{{ figure }}{% endfor %}
-<h2>Everything</h2>
-<details><summary>All splits, formats and metrics</summary><div class="scroll">{{ everything }}</div></details>
-<details><summary>Run card: how to make this again</summary><pre>{{ card|e }}</pre></details>
-</body></html>
-""")
+def _script(value: object) -> Markup:
+    """JSON that may stand in a script."""
+    return Markup(json.dumps(value, cls=PlotlyJSONEncoder).replace("<", "\\u003c"))
+
+
+_PAGE = jinja2.Environment(autoescape=True).from_string(
+    Path(__file__).with_name("report_page.html").read_text(encoding="utf-8")
+)

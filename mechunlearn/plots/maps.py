@@ -1,0 +1,267 @@
+"""Where: maps of layers by heads, roles and sites, the probe's curve, overlaps, and units of a dictionary by topic."""
+
+from collections.abc import Mapping, Sequence
+
+import pandas as pd
+import plotly.graph_objects as go
+from jaxtyping import Float
+from plotly.subplots import make_subplots
+from torch import Tensor, stack
+
+from mechunlearn.activity import Activity
+from mechunlearn.components import Component, ComponentMask, Localization
+from mechunlearn.display import unit_name
+from mechunlearn.errors import MechunlearnError
+from mechunlearn.hooked import HookedModel
+from mechunlearn.plots.style import COLOURS, INK, SHARES, SIGNED, colour_bar, styled, text, ticks
+from mechunlearn.scores import editable
+
+GAPS = {"xgap": 2, "ygap": 2}
+
+
+def probe_curve(found: Localization) -> go.Figure:
+    """The probe's accuracy by depth, with the chosen window of MLP layers.
+
+    Raises `MechunlearnError` for a localization without a probe's curve: it is `fact_lookup` that has one.
+    """
+    if "curve" not in found.evidence:
+        raise MechunlearnError(
+            f"This localization ({found.card.method}) has no probe curve. Expected one of fact_lookup(model, prompts)."
+        )
+    curve, window = found.evidence["curve"], found.evidence["window"]
+    figure = go.Figure()
+    if window:
+        figure.add_vrect(
+            x0=window[0] + 0.5,
+            x1=window[1] + 1.5,
+            fillcolor=COLOURS[2],
+            opacity=0.2,
+            line_width=0,
+            annotation_text=f"look-up window: MLP {window[0]} to {window[1]}",
+            annotation_position="bottom left",
+        )
+    figure.add_scatter(
+        x=list(range(len(curve))),
+        y=curve,
+        mode="lines+markers",
+        line={"color": COLOURS[1]},
+        name="probe",
+        hovertemplate="after %{x} blocks: %{y:.3f}<extra></extra>",
+    )
+    figure.add_hline(
+        y=found.evidence["majority"],
+        line={"dash": "dot", "color": COLOURS[0]},
+        annotation_text="majority class",
+        annotation_position="top right",
+    )
+    figure.update_xaxes(title="blocks passed (0: embedding)", dtick=ticks(curve, 32))
+    figure.update_yaxes(title="share right on held-out subjects", range=[0, 1.03])
+    return styled(figure, "Where the answer becomes readable at the subject's last token", 380)
+
+
+def mask_map(mask: ComponentMask, found: Localization | None = None, model: HookedModel | None = None) -> go.Figure:
+    """The share of each site that the mask selects, and above it how much of all editable weights that is, layer by layer.
+
+    The weights are known to `found`, a localization of the same model, or to the `model`; without either there are no bars.
+
+    >>> from mechunlearn.toy import planted_facts
+    >>> model = planted_facts().model
+    >>> mask_map(ComponentMask.of(["L0.mlp.out"], model.signature), model=model).layout.title.text
+    'What the mask selects: 32 units, 5.56 % of the editable weights'
+    """
+    layers = list(range(mask.signature.layers))
+    chosen = {address: units for name, units in mask.sites.items() if (address := Component.parse(name))}
+    kinds = sorted({address.kind for address in chosen}, key=lambda kind: Component(0, kind))
+    table = [[chosen.get(Component(layer, kind)) for layer in layers] for kind in kinds]
+    parts = _weights(mask, found, model)
+    figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.08) if parts else make_subplots()
+    place = {"row": 2, "col": 1} if parts else {}
+    figure.add_heatmap(
+        z=[[0.0 if units is None else float(units.float().mean()) for units in row] for row in table],
+        x=layers,
+        y=[f"{text(kind)} ({unit_name(kind)}s)" for kind in kinds],
+        zmin=0,
+        zmax=1,
+        colorscale=SHARES,
+        **GAPS,
+        colorbar=colour_bar("units selected", tickformat=".0%", tickvals=[0, 0.5, 1]),
+        customdata=[["" if u is None else f"{int(u.sum())} of {len(u)}" for u in row] for row in table],
+        hovertemplate="layer %{x}, %{y}: %{z:.1%} %{customdata}<extra></extra>",
+        **place,
+    )
+    figure.update_xaxes(title={"text": "layer", "standoff": 18}, dtick=ticks(layers, 32), **place)
+    figure.update_yaxes(title="site", autorange="reversed", **place)
+    title = f"What the mask selects: {len(mask)} units"
+    if parts:
+        figure.add_bar(
+            x=layers,
+            y=[sum(share for address, share in parts.items() if address.layer == layer) for layer in layers],
+            marker={"color": COLOURS[1]},
+            showlegend=False,
+            hovertemplate="layer %{x}: %{y:.2%} of the editable weights<extra></extra>",
+            row=1,
+            col=1,
+        )
+        figure.update_yaxes(title="share of weights", tickformat="~%", rangemode="tozero", row=1, col=1)
+        below = 30 * len(kinds) / (30 * len(kinds) + 130)
+        figure.update_yaxes(domain=[0, below], **place)
+        figure.update_yaxes(domain=[below + 0.08, 1], row=1, col=1)
+        title += f", {100 * sum(parts.values()):.3g} % of the editable weights"
+    return styled(figure, title, (290 if parts else 150) + 30 * len(kinds))
+
+
+def _weights(mask: ComponentMask, found: Localization | None, model: HookedModel | None) -> dict[Component, float]:
+    """The share of all editable weights that the mask selects at each site."""
+    if found is not None:
+        mask.check(found.signature)
+        unit_weights, everything = found.unit_weights, found.total_weights
+    elif model is not None:
+        mask.check(model.signature)
+        unit_weights, everything = editable(model)
+    else:
+        return {}
+    sites = {Component.parse(name): int(units.sum()) for name, units in mask.sites.items()}
+    if any(address.kind not in unit_weights for address in sites):  # features, of which neither knows the weights
+        return {}
+    return {address: count * unit_weights[address.kind] / everything for address, count in sites.items()}
+
+
+def head_map(found: Localization, kind: str = "attn.o") -> go.Figure:
+    """Scores of the attention heads, layer by head; blue where a score is above zero, orange where it is below.
+
+    `kind` is `attn.o`, where the localizers score heads, or `attn.q`, `attn.k`, `attn.v`. Layers without scores stay empty.
+    Raises `MechunlearnError` if nothing of this kind was scored.
+    """
+    by_layer = {
+        Component.parse(site).layer: s for site, s in found.scores.items() if Component.parse(site).kind == kind
+    }
+    if not by_layer or not kind.startswith("attn."):
+        scored = sorted({Component.parse(site).kind for site in found.scores})
+        raise MechunlearnError(
+            f"This localization ({found.card.method}) has no scores of heads at '{kind}' (it has: "
+            f"{', '.join(scored) or 'none'}). Expected one such as attribution_patching(model, prompts, kinds=['attn.o'])."
+        )
+    layers = list(range(found.signature.layers))
+    heads = list(range(len(next(iter(by_layer.values())))))
+    largest = max(float(scores.abs().max()) for scores in by_layer.values()) or 1.0
+    figure = go.Figure()
+    figure.add_heatmap(
+        z=[by_layer[layer].tolist() if layer in by_layer else [None] * len(heads) for layer in layers],
+        x=heads,
+        y=layers,
+        zmin=-largest,
+        zmax=largest,
+        colorscale=SIGNED,
+        **GAPS,
+        colorbar=colour_bar("score"),
+        hovertemplate=f"L%{{y}}.{kind}[%{{x}}]: %{{z:+.3g}}<extra></extra>",
+    )
+    figure.update_xaxes(title="head", dtick=ticks(heads, 32))
+    figure.update_yaxes(title="layer", dtick=ticks(layers, 32), autorange="reversed")
+    return styled(figure, f"Heads by {text(found.card.method)}", 190 + min(26, 800 // len(layers)) * len(layers))
+
+
+def overlap_map(table: pd.DataFrame) -> go.Figure:
+    """How much the masks of each two methods overlap: the table of `agreement.overlap`, with its values in the cells.
+
+    The colours run from 0 to 1 whatever the values, so that two maps can be compared.
+    """
+    figure = go.Figure()
+    figure.add_heatmap(
+        z=table.to_numpy(),
+        x=[text(name) for name in table.columns],
+        y=[text(name) for name in table.index],
+        zmin=0,
+        zmax=1,
+        colorscale=SHARES,
+        **GAPS,
+        texttemplate="%{z:.2f}",
+        colorbar=colour_bar("Jaccard index"),
+        hovertemplate="%{y} and %{x}: %{z:.3f}<extra></extra>",
+    )
+    figure.update_xaxes(title="mask", type="category", side="bottom", tickangle=-35, automargin=True)
+    figure.update_yaxes(title="mask", type="category", autorange="reversed", automargin=True)
+    return styled(figure, "Units that both methods choose", 240 + 45 * len(table))
+
+
+def role_map(by_role: Mapping[str, Float[Tensor, "role _unit"]], roles: Sequence[str], title: str) -> go.Figure:
+    """Effects by layer and token role (or position) for one kind of site, as `Localization.by_role` holds them.
+
+    Units of a site are summed; colours are centred at zero, so blue raises the metric and orange lowers it. Layers without
+    scores stay empty. Raises `MechunlearnError` for several kinds, and unless there is one row a role.
+
+    >>> from torch import tensor
+    >>> effects = {"L0.resid_post": tensor([[0.0], [-2.0]]), "L1.resid_post": tensor([[0.5], [-1.0]])}
+    >>> role_map(effects, ["relation", "last"], "Effect on the logit difference").data[0].z
+    ([0.0, 0.5], [-2.0, -1.0])
+    """
+    addresses = {site: site.removeprefix("L").split(".", 1) for site in by_role}
+    kinds = sorted({kind for _, kind in addresses.values()})
+    wrong = [f"{site} with {len(rows)} rows" for site, rows in by_role.items() if len(rows) != len(roles)]
+    if len(kinds) != 1 or wrong:
+        raise MechunlearnError(
+            f"A role map shows one kind of site with {len(roles)} rows, one a role. Given: kinds "
+            f"{', '.join(kinds) or 'none'}{'; ' + wrong[0] if wrong else ''}. Choose the sites of one kind from by_role."
+        )
+    layers = sorted(int(layer) for layer, _ in addresses.values())
+    effects = stack([by_role[f"L{layer}.{kinds[0]}"].sum(1) for layer in layers], dim=1)
+    largest = float(effects.abs().max()) or 1.0
+    figure = go.Figure()
+    figure.add_heatmap(
+        z=effects.tolist(),
+        x=layers,
+        y=[text(role) for role in roles],
+        zmin=-largest,
+        zmax=largest,
+        colorscale=SIGNED,
+        **GAPS,
+        colorbar=colour_bar("effect"),
+        hovertemplate="L%{x}." + kinds[0] + ", %{y}: %{z:+.3g}<extra></extra>",
+    )
+    figure.update_xaxes(title="layer", dtick=ticks(layers, 32))
+    figure.update_yaxes(title="token", type="category", autorange="reversed", automargin=True)
+    return styled(figure, text(title), 190 + 34 * len(roles))
+
+
+def code_volcano(here: Activity, there: Activity, chosen: ComponentMask | None = None) -> go.Figure:
+    """The units of a dictionary: how much more often each is active on a topic than elsewhere, against how often it is.
+
+    `here` is the activity on the topic, `there` on other text. Across, log2 of the share of tokens with the unit active, here
+    over there, as `feature_discovery` scores it, but of every unit, enriched beyond chance or not; upwards the share here.
+    Half a token is added to each count, so that units never seen on one side have a place; those never seen at all have none.
+    `chosen` marks the units of a mask, such as `feature_discovery(...).above(1)`.
+    Raises `MechunlearnError` if the activities or the mask are of dictionaries of other sizes.
+    """
+    size = here.fired.shape[1]
+    marked = list(chosen.sites.values()) if chosen is not None else []
+    sizes = [there.fired.shape[1], *map(len, marked)]
+    if len(marked) > 1 or any(other != size for other in sizes):
+        raise MechunlearnError(
+            f"The activity is of {size} units, what is given beside it of {', '.join(map(str, sizes))}. Expected activities "
+            "and a mask of one dictionary."
+        )
+    mine, theirs = here.fired.sum(0).double(), there.fired.sum(0).double()
+    often, elsewhere = (mine + 0.5) / here.tokens.sum(), (theirs + 0.5) / there.tokens.sum()
+    frame = pd.DataFrame({"ratio": (often / elsewhere).log2(), "often": often, "elsewhere": elsewhere})
+    frame["group"] = [("selected" if one else "others") for one in marked[0].tolist()] if marked else "units"
+    frame = frame[((mine + theirs) > 0).numpy()]
+    figure = go.Figure()
+    for i, (name, units) in enumerate(frame.groupby("group", sort=True)):
+        figure.add_scatter(
+            x=units.ratio,
+            y=units.often,
+            mode="markers",
+            name=f"{name} ({len(units)})",
+            marker={
+                "color": COLOURS[6] if name == "selected" else COLOURS[0],
+                "symbol": ("circle", "diamond")[i],
+                "size": 9 if name == "selected" else 6,
+                "opacity": 0.9 if name == "selected" else 0.55,
+            },
+            customdata=pd.DataFrame({"unit": units.index, "elsewhere": units.elsewhere}).to_numpy(),
+            hovertemplate="unit %{customdata[0]}: %{y:.2%} of tokens here, %{customdata[1]:.2%} there<extra></extra>",
+        )
+    figure.add_vline(x=0, line={"dash": "dot", "color": INK})
+    figure.update_xaxes(title="log2 of how often, topic over other text")
+    figure.update_yaxes(title="share of the topic's tokens (log)", type="log", tickformat="~%", dtick="D2")
+    return styled(figure, "Which units a topic has of its own", 460)

@@ -1,0 +1,194 @@
+"""The report's page in a real browser: no error, light and dark, wide and narrow, and nothing given is taken for HTML."""
+
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import torch
+
+from mechunlearn import Localization
+from mechunlearn.edits import WeightEdit
+from mechunlearn.layout import Signature
+from mechunlearn.recovery import COLUMNS, EDITED, NEVER_TAUGHT, UNEDITED
+from mechunlearn.report import Report
+from mechunlearn.robustness import Attacked
+from mechunlearn.runcard import RunCard
+from tests.browser import chromium, needs_browser, screenshots
+
+SCRIPT = "<script>document.title = 'taken'</script>"
+TINY = Signature("llama", layers=3, heads=2, kv_heads=2, d_mlp=4, d_model=8)
+UNITS = {"L1.mlp.out": torch.arange(4), "L2.mlp.out": torch.tensor([0])}
+EDIT = WeightEdit(UNITS, {site: torch.ones(len(u), 8) for site, u in UNITS.items()}, TINY, RunCard("by hand"))
+MODELS = ("before", "after", "control", SCRIPT)
+
+
+def row(split: str, format: str, metric: str, *values: float, n: int = 16) -> dict:
+    made = {"split": split, "format": format, "metric": metric, "n": n}
+    for name, value in zip(MODELS, values):
+        made |= {name: value, f"{name} low": max(0.0, value - 0.1), f"{name} high": min(1.0, value + 0.1)}
+    return made
+
+
+FRAME = pd.DataFrame(
+    [
+        row("forget", "statement", "accuracy", 1.0, 0.0, 0.5, 0.25),
+        row("forget", "statement", "target accuracy", 0.0, 1.0, 0.25, 0.5),
+        row("forget", SCRIPT, "accuracy", 1.0, 0.125, 0.5, 0.25),
+        row("retain", "statement", "accuracy", 1.0, 1.0, 0.9, 0.95, n=64),
+        row("neighbours", "statement", "accuracy", 1.0, 0.8, 0.9, 0.9),
+        row("skills", "copying", "accuracy", 1.0, 1.0, 1.0, 1.0),
+        row("text", "passages", "loss", 0.6, 0.7, 0.6, 0.6),
+    ]
+)
+
+
+def attack(edited: float, setting: str = "int4") -> pd.DataFrame:
+    """An attack that gets so much of the edited model, all of the unedited one and nothing of what was never taught."""
+    shared = {"setting": setting, "step": 0, "n": 16, "trained": 1.0, "retain": 1.0, "chance": 0.25, "valid": True}
+    states = {EDITED: edited, UNEDITED: 1.0, NEVER_TAUGHT: 0.0}
+    rows = [
+        {"state": s, "held out": y, "low": max(0, y - 0.1), "high": min(1, y + 0.1), **shared}
+        for s, y in states.items()
+    ]
+    return pd.DataFrame(rows)[list(COLUMNS)]
+
+
+def report(edited: float | None = 0.9, **about) -> Report:
+    attacks = {} if edited is None else {"quantization": attack(edited, SCRIPT)}
+    known = {"model": "a model", "facts": SCRIPT, "forget": 16, "retain": 64}
+    failed = {} if edited is None else {"probing": SCRIPT + "x" * 60}
+    card = RunCard("masked_gradient", settings={"name": SCRIPT}, weights=40)
+    return Report(FRAME, list(MODELS), card, known | about, Attacked(attacks, failed))
+
+
+FOUND = Localization(
+    {"L1.mlp.out": torch.ones(4)},
+    TINY,
+    {"attn.o": 16, "mlp.out": 8},
+    192,
+    RunCard("fact_lookup"),
+    {"curve": [0.2, 0.3, 0.9, 1.0], "window": [1, 2], "majority": 0.25},
+    SCRIPT,
+)
+EXAMPLE = {"prompt": f"{SCRIPT} plays", "answer": "golf", "target": "polo"}
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    report(example=EXAMPLE).to_html(path, found=FOUND, edit=EDIT)
+    return path
+
+
+class TestText:
+    def test_the_first_screen_says_what_where_and_whether(self, page):
+        first = page.read_text().split("Does it come back?")[0]
+        assert '<p class="word hidden">Hidden</p>' in first
+        assert "quantization recovers 0.87 (right 0.90 [0.80, 1.00], floor 0.25, n = 16)" in first
+        assert "16 facts to forget, 64 to retain" in first and "<b>golf</b> → polo" in first
+        assert "5 of 8 neurons of mlp.out in layers 1-2" in first and "20.83% of the editable weights" in first
+        assert "100% → 0%" in first and "95 % interval 0% to 10%, n = 16; random mask: 50%" in first
+
+    @pytest.mark.parametrize(
+        ("edited", "word"), [(None, "not attacked"), (0.9, "hidden"), (0.25, "gone")], ids=["none", "back", "not back"]
+    )
+    def test_the_word_is_the_reports(self, edited, word, tmp_path):
+        made = report(edited)
+        made.to_html(tmp_path / "report.html")
+        assert (made.word()[0] or "not attacked") == word
+        assert f">{word.capitalize()}</p>" in (tmp_path / "report.html").read_text()
+
+    @pytest.mark.parametrize(("after", "kept", "word"), [(0.9, 1.0, "still there"), (0.0, 0.5, "collapsed")])
+    def test_what_is_still_there_or_collapsed_is_called_so(self, after, kept, word, tmp_path):
+        frame = FRAME.copy()
+        frame.loc[0, "after"], frame.loc[3, "after"] = after, kept
+        replace(report(), frame=frame).to_html(tmp_path / "report.html")
+        assert f">{word.capitalize()}</p>" in (tmp_path / "report.html").read_text()
+
+    def test_nothing_given_is_taken_for_html_or_cut_short(self, page):
+        text = page.read_text()
+        assert SCRIPT not in text and "&lt;script&gt;document.title" in text
+        assert "x" * 60 in text, "a long note is whole"
+
+    def test_plotly_is_there_once_and_nothing_is_fetched(self, page):
+        text = page.read_text()
+        assert text.count("/**\n* plotly.js v") == 1
+        assert "<link" not in text and "<script src" not in text
+
+    def test_without_a_mask_it_says_how_many_weights(self, tmp_path):
+        report().to_html(tmp_path / "report.html")
+        assert "<p>40 weights, by masked gradient</p>" in (tmp_path / "report.html").read_text()
+
+    def test_figures_come_in_the_order_of_the_page(self):
+        titles = [figure.layout.title.text for figure in report().figures(FOUND, EDIT)]
+        assert titles == [
+            "What each attack brings back",
+            "Forget facts: the truth, by format",
+            "Forget facts: the edit target, by format",
+            "What was to stay, before and after",
+            "Where the answer becomes readable at the subject's last token",
+            "What the mask selects: 5 units, 20.8 % of the editable weights",
+            "quantization",
+        ]
+        assert len(report(None).figures()) == 3
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as opened:
+        yield opened
+
+
+def opened(browser, path, width: int, scheme: str):
+    """The page, drawn, and what went wrong while it was."""
+    wrong: list[str] = []
+    tab = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    tab.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
+    tab.on("pageerror", lambda error: wrong.append(str(error)))
+    tab.on("request", lambda request: wrong.append(request.url) if not request.url.startswith("file:") else None)
+    tab.goto(path.as_uri())
+    tab.wait_for_selector("body[data-drawn=yes]")
+    return tab, wrong
+
+
+def brightness(colour: str) -> float:
+    return sum(float(part) for part in colour.removeprefix("rgb(").rstrip(")").split(",")) / 3
+
+
+@needs_browser
+class TestBrowser:
+    @pytest.mark.parametrize("scheme", ["light", "dark"])
+    @pytest.mark.parametrize("width", [1280, 390])
+    def test_it_renders_without_an_error_in_its_width_and_its_colours(self, browser, page, width, scheme, tmp_path):
+        tab, wrong = opened(browser, page, width, scheme)
+        assert not wrong
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width
+        assert tab.locator(".plot .main-svg").count() >= 7
+        assert tab.title() == "Is the knowledge gone? hidden", "no script of a fact has run"
+        ground = brightness(tab.evaluate("getComputedStyle(document.body).backgroundColor"))
+        for kind in ("p.why", ".plot .ytick text", ".plot .y2tick text", ".plot .xtitle", ".plot .legendtext"):
+            ink = brightness(
+                tab.evaluate(
+                    f"getComputedStyle(document.querySelector('{kind}')).{'fill' if 'plot' in kind else 'color'}"
+                )
+            )
+            assert abs(ink - ground) > 150, f"{kind} is read on the page's ground"
+        assert (ground > 128) == (scheme == "light")
+        assert SCRIPT in tab.locator(".plot text").all_text_contents(), "a name stands in figures letter by letter"
+        boxes = tab.evaluate("[...document.querySelectorAll('.scroll')].map(box => box.scrollWidth - box.clientWidth)")
+        assert max(boxes) > 50, "wide tables scroll in their own box"
+        tab.screenshot(path=screenshots(tmp_path) / f"report-{scheme}-{width}.png", full_page=True)
+        tab.close()
+
+    def test_it_prints_on_paper(self, browser, page, tmp_path):
+        tab, wrong = opened(browser, page, 1280, "dark")
+        tab.evaluate("dispatchEvent(new Event('beforeprint'))")
+        tab.emulate_media(media="print", color_scheme="dark")
+        assert brightness(tab.evaluate("getComputedStyle(document.body).backgroundColor")) > 250
+        assert tab.evaluate("[...document.querySelectorAll('.plot .main-svg')].every(one => one.clientWidth <= 660)")
+        assert tab.evaluate("[...document.querySelectorAll('details')].every(part => part.open)")
+        tab.emulate_media(media="screen")
+        tab.evaluate("dispatchEvent(new Event('afterprint'))")
+        tab.pdf(path=screenshots(tmp_path) / "report.pdf")
+        assert not wrong
+        tab.close()
