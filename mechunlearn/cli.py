@@ -340,7 +340,6 @@ def evaluate(
     The report is written before the first attack and again after each. A killed run goes on where it was.
     """
     checked_suffix(output, ".html")
-    from mechunlearn.edits import WeightEdit
     from mechunlearn.feature_edits import load_edit
     from mechunlearn.robustness import check_attacks
 
@@ -352,7 +351,7 @@ def evaluate(
     told: set[str] = set()
 
     def written(report: "Report") -> None:
-        report.to_html(output, edit=made if isinstance(made, WeightEdit) else None)
+        report.to_html(output, edit=made)
         for row in report.outcomes().to_dict("records"):
             if row["attack"] not in told:
                 told.add(row["attack"])

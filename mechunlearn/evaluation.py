@@ -82,7 +82,8 @@ def evaluate(
             "forget": len(forget),
             "retain": len(retain),
             "seconds": clock.seconds(),
-        },
+        }
+        | ({"example": {name: getattr(forget.asked[0], name) for name in ("prompt", "answer", "target")}} if forget.asked else {}),
     )
     if watch is not None:
         watch(report)

@@ -155,7 +155,7 @@ def word(truth: float, retained: float, before: float, chance: float, outcomes: 
         return "not known", "no attack could tell"
     most = tried.sort_values("up to", ascending=False).to_dict("records")[0]
     return "gone", (
-        f"{len(tried)} of {len(outcomes)} attacks measured it and none brings back {BACK:.0%}; the facts cannot exclude a recovery of "
+        f"{len(tried)} of {len(outcomes)} attacks measured it and none is seen to bring it back; the facts cannot exclude a recovery of "
         f"{max(0.0, most['up to']):.2f} by {most['attack']} (n = {most['n']:.0f})"
     )
 
