@@ -11,7 +11,7 @@ import pytest
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NAMES = ("1-find", "2-remove", "3-prove", "4-features", "5-wash", "6-your-own")
 FIGURE, PICTURE = "application/vnd.plotly.v1+json", "image/svg+xml"
-FIGURES = {"1-find": 7, "2-remove": 2, "3-prove": 3, "5-wash": 2, "6-your-own": 2}
+FIGURES = {"1-find": 8, "2-remove": 2, "3-prove": 4, "5-wash": 2, "6-your-own": 2}
 PRIVATE = re.compile(r"/(?:work|root|tmp|home|Users|mnt)/|\b0x[0-9a-f]{6,}")
 NOISE = re.compile(r"Warning|it/s\]|Loading weights|Traceback")
 BASE64 = re.compile(r"[A-Za-z0-9+/]{200,}")  # pictures and arrays
