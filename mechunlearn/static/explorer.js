@@ -1,6 +1,6 @@
 // The explorer of circuits: draws the view that Python gives, and tells Python what was clicked. Text is set as text only.
 
-const COLOURS = { up: "213, 94, 0", down: "0, 114, 178" };
+const COLOURS = { up: "0, 114, 178", down: "213, 94, 0" }; // as in the plots
 
 function make(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
@@ -108,7 +108,7 @@ function attention(found) {
       {},
       make("th", { class: "token" }, found.tokens[i]),
       line.map((value, j) =>
-        make("td", { style: `background: rgba(${COLOURS.down}, ${j > i ? 0 : value})`, title: `${found.tokens[i]} takes ${value} from ${found.tokens[j]}` }),
+        make("td", { style: `background: rgba(${COLOURS.up}, ${j > i ? 0 : value})`, title: `${found.tokens[i]} takes ${value} from ${found.tokens[j]}` }),
       ),
     ),
   );
