@@ -1,0 +1,272 @@
+"""The pages: every link leads somewhere, every public name and method is on a page, every page is in the navigation."""
+
+import importlib
+import importlib.util
+import inspect
+import json
+import pkgutil
+import re
+import shlex
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import typer
+import yaml
+from markdown.extensions.toc import slugify
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs_jupyter.plugin import NotebookFile
+
+import mechunlearn
+import mechunlearn.attack
+from mechunlearn.cli import app
+from tests.test_laws import EDITORS, LOCALIZERS, methods
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+METHODS = [*LOCALIZERS, *EDITORS, *methods(mechunlearn.attack)]
+SAYS = ("Use it when", "Cost", "It assumes", "Its control", "Do not use it when")
+
+FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+HEADING = re.compile(r"^#{1,6} (.+)$", re.MULTILINE)
+DIRECTIVE = re.compile(r"^::: (mechunlearn[\w.]*)$", re.MULTILINE)
+DIFF = re.compile(r"^```diff\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SHELL = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+INTERNAL = re.compile(
+    r"mechunlearn\.(cli(_\w+)?|reproduce(\.\w+)?|world\.(build|corpus|gates|generate|lexicon|packing|tokenizer|train))"
+)
+"""Commands say what they do in --help; reproductions and the making of the shipped world are run by them."""
+NAME_SAYS_IT = {
+    "mechunlearn.components.save_tensors",
+    "mechunlearn.dictionaries.fingerprint_of",
+    "mechunlearn.dictionaries.layer_of",
+    "mechunlearn.edit.closed_form.site",
+    "mechunlearn.formats.question",
+    "mechunlearn.trainables.lowest_layer",
+    "mechunlearn.training.real",
+}
+"""One-line helpers between modules that have no docstring, and so are on no page."""
+
+
+def shown(path: Path) -> str:
+    """The running text of a page, without its code."""
+    return re.sub(r"`[^`\n]*`", "", FENCED.sub("", path.read_text(encoding="utf-8")))
+
+
+def anchors(path: Path) -> set[str]:
+    text = FENCED.sub("", path.read_text(encoding="utf-8"))
+    titles = [re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", title) for title in HEADING.findall(text)]
+    return {slugify(title.replace("`", "").strip(), "-") for title in titles} | set(DIRECTIVE.findall(text))
+
+
+def links() -> list[tuple[Path, str]]:
+    """Every relative link and image of the pages and of the notebooks' text, with where it stands."""
+    found = [(page, target) for page in PAGES for target in LINK.findall(shown(page))]
+    for notebook in NOTEBOOKS:
+        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        texts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
+        found += [(notebook, target) for text in texts for target in LINK.findall(FENCED.sub("", text))]
+    return [(page, target) for page, target in found if not re.match(r"\w+:", target)]
+
+
+def entries(nav: object) -> list[str]:
+    """The pages of the navigation."""
+    if isinstance(nav, str):
+        return [nav]
+    inner = nav.values() if isinstance(nav, dict) else nav if isinstance(nav, list) else []
+    return [page for entry in inner for page in entries(entry)]
+
+
+NAV = entries(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"])
+
+
+def public() -> dict[str, object]:
+    """Every function and class of the public modules, by its full name."""
+    found = {}
+    for module in pkgutil.walk_packages(mechunlearn.__path__, "mechunlearn."):
+        if INTERNAL.fullmatch(module.name):
+            continue
+        for name, value in vars(importlib.import_module(module.name)).items():
+            kind = inspect.isfunction(value) or inspect.isclass(value)
+            if kind and not name.startswith("_") and value.__module__ == module.name:
+                found[f"{module.name}.{name}"] = value
+    return found
+
+
+PUBLIC = public()
+DIRECTIVES = {
+    name for page in (DOCS / "api.md", *(DOCS / "methods").glob("*.md")) for name in DIRECTIVE.findall(page.read_text())
+}
+
+
+def has_docstring(value: object) -> bool:
+    """A dataclass without one is given its signature for one."""
+    said = (getattr(value, "__doc__", None) or "").strip()
+    return bool(said) and not (inspect.isclass(value) and said.startswith(f"{value.__name__}("))
+
+
+class TestLinks:
+    def test_every_relative_link_leads_to_a_file(self):
+        assert len(links()) > 200
+        there = [(page, target) for page, target in links() if target.partition("#")[0]]
+        if not NOTEBOOKS:  # they are pages of the navigation, and are looked for once the folder is there
+            there = [(page, target) for page, target in there if not target.endswith(".ipynb")]
+        broken = [f"{page.name}: {t}" for page, t in there if not (page.parent / t.partition("#")[0]).exists()]
+        assert not broken
+
+    def test_every_anchor_is_a_heading(self):
+        with_anchor = [(page, *target.partition("#")[::2]) for page, target in links() if "#" in target]
+        assert len(with_anchor) > 30
+        missing = [
+            f"{page.name}: {target}#{anchor}"
+            for page, target, anchor in with_anchor
+            if anchor not in anchors(page.parent / target if target else page)
+        ]
+        assert not missing
+
+
+class TestNames:
+    def test_every_name_of_the_package_is_on_a_page_and_says_what_it_is(self):
+        for name in mechunlearn.__all__:
+            value = getattr(mechunlearn, name)
+            home = f"{value.__module__}.{value.__name__}"
+            assert home in PUBLIC and has_docstring(value), name
+            assert f"`mu.{name}`" in (DOCS / "api.md").read_text(), f"docs/api.md does not list mu.{name}"
+
+    def test_no_public_name_is_undocumented(self):
+        assert len(PUBLIC) > 250
+        assert {name for name, value in PUBLIC.items() if not has_docstring(value)} == NAME_SAYS_IT
+        missing = {name for name in PUBLIC if not {name, name.rpartition(".")[0]} & DIRECTIVES}
+        assert not missing, "no `:::` directive of docs/api.md or docs/methods covers these"
+
+    def test_every_directive_names_something(self):
+        for name in DIRECTIVES:
+            assert name in PUBLIC or importlib.util.find_spec(name), name
+
+
+class TestMethods:
+    @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__name__)
+    def test_every_method_has_its_page(self, method):
+        name = method.__name__
+        page = (DOCS / "methods" / f"{name}.md").read_text()
+        assert page.startswith(f"# {name}\n") and f"methods/{name}.md" in NAV
+        assert f"{inspect.unwrap(method).__module__}.{name}" in DIRECTIVE.findall(page)
+        assert [part for part in re.findall(r"^\| \*\*(.+?)\*\* \|", page, re.MULTILINE)] == list(SAYS)
+        assert f"]({name}.md)" in (DOCS / "methods" / "index.md").read_text()
+
+    def test_every_page_has_its_method(self):
+        pages = {page.stem for page in (DOCS / "methods").glob("*.md")} - {"index"}
+        assert pages == {method.__name__ for method in METHODS}
+
+
+class TestNavigation:
+    def test_every_page_is_listed_once(self):
+        pages = {page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")}
+        listed = [entry for entry in NAV if entry.endswith(".md")]
+        assert len(listed) == len(set(listed)) and set(listed) == pages
+
+    def test_every_notebook_is_listed(self):
+        listed = [entry for entry in NAV if entry.endswith(".ipynb")]
+        assert len(listed) == 6 and listed == [f"notebooks/{name}.ipynb" for name in hooks().NAMES]
+        assert not NOTEBOOKS or listed == [f"notebooks/{path.name}" for path in NOTEBOOKS]
+
+
+class TestExamples:
+    def test_the_diffs_apply(self):
+        """What a new method is added beside is still there, line after line."""
+        hunks = [
+            (file, body)
+            for diff in DIFF.findall((DOCS / "extending.md").read_text())
+            for file, body in re.findall(r"^@@ (\S+) @@\n(.*?)(?=^@@|\Z)", diff, re.MULTILINE | re.DOTALL)
+        ]
+        assert len(hunks) == 15
+        for file, body in hunks:
+            old = [line[1:] for line in body.splitlines() if not line.startswith("+")]
+            replaced = [line[1:] for line in body.splitlines() if line.startswith("-")]
+            text = (ROOT / file).read_text()
+            together = old if not replaced else replaced[:1]
+            assert "\n".join(together) in text and all(line in text for line in old), f"{file}:\n{body}"
+
+    def test_every_command_and_option_exists(self):
+        root = typer.main.get_command(app)
+        lines = [
+            line
+            for page in PAGES
+            for block in SHELL.findall(page.read_text())
+            for line in block.replace("\\\n", " ").splitlines()
+            if line.startswith("mechunlearn ")
+        ]
+        assert len(lines) > 15
+        for line in lines:
+            words, command = shlex.split(line)[1:], root
+            while hasattr(command, "commands"):
+                assert words[0] in command.commands, f"no command '{words[0]}': {line}"
+                command, words = command.commands[words[0]], words[1:]
+            try:
+                command.make_parser(command.context_class(command)).parse_args(words)
+            except Exception as error:
+                pytest.fail(f"{line}: {error}")
+
+
+def loaded(name: str):
+    """A file of docs/, which is no package."""
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", DOCS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def hooks():
+    return loaded("hooks")
+
+
+class TestHooks:
+    @pytest.fixture
+    def site(self, tmp_path):
+        config = MkDocsConfig()
+        config.load_dict({"site_name": "site", "docs_dir": str(DOCS), "site_dir": str(tmp_path / "site")})
+        pages = [File(uri, str(DOCS), str(tmp_path / "site"), True) for uri in ("washing.md", "howto/mask.md")]
+        return config, Files(pages)
+
+    def test_notebooks_become_pages_and_their_links_hold(self, site, tmp_path, monkeypatch, caplog):
+        config, files = site
+        (tmp_path / "notebooks").mkdir()
+        for name in ("1-find", "2-remove"):
+            (tmp_path / "notebooks" / f"{name}.ipynb").write_text("{}")
+        hook = hooks()
+        monkeypatch.setattr(hook, "ROOT", tmp_path)
+        files = hook.on_files(files, config)
+        assert Path(files.get_file_from_path("notebooks/1-find.ipynb").abs_src_path).read_text() == "{}"
+        files = Files([NotebookFile(f, **config) if f.src_uri.endswith(".ipynb") else f for f in files])
+        first = files.get_file_from_path("notebooks/1-find.ipynb")
+        page = SimpleNamespace(file=first)
+        html = '<a href="../docs/washing.md#cost"><a href="2-remove.ipynb"><a href="https://a.org/b.md"><img src="data:x.png">'
+        assert hook.on_page_content(html, page, config, files) == (
+            '<a href="../../washing/#cost"><a href="../2-remove/"><a href="https://a.org/b.md"><img src="data:x.png">'
+        )
+        assert not caplog.records
+        hook.on_page_content('<a href="../docs/nowhere.md">', page, config, files)
+        assert "'../docs/nowhere.md', which is no page" in caplog.text
+
+    def test_without_notebooks_the_navigation_is_whole(self, site, tmp_path, monkeypatch):
+        config, files = site
+        hook = hooks()
+        monkeypatch.setattr(hook, "ROOT", tmp_path)
+        uris = {file.src_uri for file in hook.on_files(files, config)}
+        assert {entry for entry in NAV if entry.endswith(".ipynb")} <= uris
+
+    def test_what_tests_ask_of_a_block_is_not_shown(self):
+        written = "[1](../notebooks/1-find.ipynb)\n```python fixture:in_a_temporary_folder\nx\n```\n"
+        shown_as = hooks().on_page_markdown(written, None, None, None)
+        assert shown_as == "[1](notebooks/1-find.ipynb)\n```python\nx\n```\n"
+
+    def test_doctests_are_shown_as_code(self):
+        said = SimpleNamespace(docstring=SimpleNamespace(value="Add.\n\n>>> f(\n...     [0, 0])\n[0, 0]\n\nMore."))
+        loaded("doctests").Doctests().on_object(obj=said)
+        assert said.docstring.value == "Add.\n\n```pycon\n>>> f(\n...     [0, 0])\n[0, 0]\n```\n\nMore."
