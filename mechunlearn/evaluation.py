@@ -83,7 +83,11 @@ def evaluate(
             "retain": len(retain),
             "seconds": clock.seconds(),
         }
-        | ({"example": {name: getattr(forget.asked[0], name) for name in ("prompt", "answer", "target")}} if forget.asked else {}),
+        | (
+            {"example": {name: getattr(forget.asked[0], name) for name in ("prompt", "answer", "target")}}
+            if forget.asked
+            else {}
+        ),
     )
     if watch is not None:
         watch(report)

@@ -16,6 +16,7 @@ from mechunlearn.facts import load_facts
 from mechunlearn.files import whole_file, whole_folder
 from mechunlearn.hooked import data_folder, load_model
 from mechunlearn.layout import Layout
+from mechunlearn.metrics import measure
 from tests.conftest import random_hf
 
 LOCALIZE = ["localize", "factworld", "factworld/sport"]
@@ -313,3 +314,21 @@ def test_wash_prints_each_layer_lists_what_is_not_known_and_keeps_the_covariance
     assert again[0] == 0 and "in band" in again[1], again[2]
     made = WeightEdit.load("washed.safetensors")
     assert made.card.method == "memit" and len(made.card.skipped) == 1 and len(made.mask) == 768
+
+
+def test_the_readme_leads_from_a_table_to_a_mask_of_its_facts(call, tmp_path):
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    block = readme[readme.index("<!-- own facts -->") :].split("```")[1]
+    table = block.split("<<'END'\n")[1].split("END\n")[0]
+    (tmp_path / "my_facts.csv").write_text(table)
+    commands = [
+        line.split("mechunlearn ", 1)[1].split() for line in block.splitlines() if line.startswith(".venv/bin/")
+    ]
+    assert [command[0] for command in commands] == ["localize", "explore"]
+    code, out, err = call(*commands[0])
+    assert code == 0, err
+    mask = ComponentMask.load(tmp_path / "my.mask.json")
+    assert len(mask) > 0 and f"{len(mask)} units" in out
+    model = load_model("factworld")
+    prompts = load_facts(tmp_path / "my_facts.csv").prompts(model)
+    assert measure(model, prompts)["accuracy"].mean() == 1, "they are known to the shipped model"
