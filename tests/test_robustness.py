@@ -176,6 +176,14 @@ class TestRunning:
         assert table.loc["quantization", "outcome"] != "failed"
         assert [(len(one.rows), len(one.failed)) for one in seen] == [(0, 1), (1, 1)], "results come as they are made"
 
+    def test_none_of_a_few_does_not_exclude_some(self, toy):
+        """0 of n has no bootstrap interval; the exact binomial one ends at 1 - .025^(1/n)."""
+        model, edit, forget, retain = toy
+        row = attack_all(model, edit, forget, retain, attacks=["quantization"]).outcomes().iloc[0]
+        assert row["held out"] == row["high"] == 0 and row["n"] == 8
+        upper = 1 - 0.025 ** (1 / 8)
+        assert row["up to"] == pytest.approx((upper - row["floor"]) / (row["ceiling"] - row["floor"])) and upper > 0.3
+
     def test_ctrl_c_is_no_failure(self, toy, monkeypatch):
         module = sys.modules["mechunlearn.attack.quantization"]
 
