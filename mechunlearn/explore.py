@@ -74,6 +74,9 @@ class Explorer(anywidget.AnyWidget):
         del widget, buffers
         self.view = self.bench.act(message)
 
+    def __repr__(self) -> str:
+        return f"Explorer({self.bench.method}, {len(self.bench.prompts)} facts; {self.mask!r})"
+
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
         made = super()._repr_mimebundle_(**kwargs)
         if made is None:
