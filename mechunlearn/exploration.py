@@ -50,6 +50,9 @@ class Exploration:
         with whole_file(path) as beside:
             beside.write_text(_PAGE.render(view=self._repr_html_(), title=self.dictionary), encoding="utf-8")
 
+    def __repr__(self) -> str:
+        return f"Exploration({len(self.rates)} units, {len(self.table)} examples, {self.dictionary})"
+
     def _repr_html_(self) -> str:
         cards = []
         for unit, rate in self.rates.items():

@@ -123,8 +123,8 @@ def explore(
     >>> toy = planted_facts()
     >>> seen = explore(toy.model, toy.prompts())
     >>> seen.toggle("L0.mlp.out[1]")
-    >>> seen.mask
-    ComponentMask(1 units in 1 sites: L0.mlp.out 1)
+    >>> list(seen.mask)
+    [L0.mlp.out[1]]
     """
     if isinstance(what, Prompts):
         return Explorer(Workbench(model, what, found))

@@ -62,8 +62,8 @@ class Workbench:
     >>> toy = planted_facts()
     >>> bench = Workbench(toy.model, toy.prompts())
     >>> bench.toggle("L0.mlp.out[1]")
-    >>> bench.mask
-    ComponentMask(1 units in 1 sites: L0.mlp.out 1)
+    >>> list(bench.mask)
+    [L0.mlp.out[1]]
     >>> bench.detail("L0.mlp.out[1]")["facts"][0]["effect"] < -1
     True
     """
@@ -305,7 +305,7 @@ class Workbench:
         by_role = found.by_role
         values = [[float(by_role[f"L{layer}.{self.map}"][role, 0]) for layer in layers] for role in roles]
         cells = [[f"L{layer}.{kind}" for layer in layers] for _ in roles]
-        what = f"change of the {self.metric} with the corrupt activation at these tokens"
+        what = f"change of the {self.metric.replace('_', ' ')} with the corrupt activation at these tokens"
         return self._map([found.roles[role] for role in roles], layers, values, cells, what)
 
     def _place(self, address: Component, chosen: ComponentMask) -> tuple[str, Tensor]:

@@ -20,6 +20,7 @@ from nbclient import NotebookClient
 from rich.console import Console
 
 FOLDER = Path(__file__).parent
+WIDGET = "application/vnd.jupyter.widget-view+json"
 FIGURE = "application/vnd.plotly.v1+json"
 GENERIC = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -44,6 +45,7 @@ def execute(path: Path) -> list[str]:
         for output in cell.get("outputs", ()):
             wrong += [f"{path.name}, cell {i}: {what}" for what in _noise(output)]
             _add_picture(output, f"{path.stem}-{i}")
+            output.get("data", {}).pop(WIDGET, None)  # its state is gone with the kernel; the table stays
     notebook.metadata = GENERIC
     text = nbformat.writes(notebook) + "\n"
     path.write_text(text, encoding="utf-8")

@@ -208,6 +208,7 @@ def tiny(monkeypatch, tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_bench_measures_every_method_and_its_controls(tiny):
     bench = Bench(tiny, Book(seed=VALIDATION + 1))
     before = bench.before["inserted"]["accuracy"]

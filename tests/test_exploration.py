@@ -297,3 +297,8 @@ def test_an_sae_trained_a_moment_ago_can_be_explored(world):
     made = train_sae(world, "L2.mlp_out", TEXTS[:12], size=32, used=2, steps=5)
     found = explore(world, made, TEXTS[:12], examples=2)
     assert len(found.rates) == 10 and (found.table.activation > 0).all()
+
+
+def test_an_exploration_tells_itself_in_one_line(world, codebook):
+    seen = explore(world, codebook, TEXTS[-3:], [1, 2], examples=1)
+    assert repr(seen) == f"Exploration(2 units, {len(seen.table)} examples, {codebook})"

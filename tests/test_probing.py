@@ -131,6 +131,7 @@ class TestOnThePlantedModel:
             probing(model, edit, forget.select([]), retain)
 
 
+@pytest.mark.slow
 class TestOnTheWorld:
     @pytest.fixture(scope="class")
     def rows(self, world):

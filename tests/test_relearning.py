@@ -247,6 +247,7 @@ class TestOnThePlantedModel:
             relearning(model, hand_made(model), prompts.select(range(4)), prompts.select(range(4, 8)))
 
 
+@pytest.mark.slow
 class TestOnTheWorld:
     """The last layer writes the answer, MLP 1 and 2 look the fact up."""
 

@@ -116,6 +116,7 @@ class TestARun:
         assert len(forget) == len(first.forget_texts) and len(retain) == len(first.retain_texts)
         assert forget.answers.shape[1] > 100, "the whole passage but its first word is trained on"
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("task, method", [("passages", "IHL"), ("facts", "LoRA fila")])
     def test_it_goes_on_to_five_times_the_hit_and_validation_stops_there(self, folder, task, method, monkeypatch):
         monkeypatch.setattr(Bench, "target", lambda self, gold: {"forget": -1.0})
