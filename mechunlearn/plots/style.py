@@ -50,6 +50,7 @@ def styled(figure: go.Figure, title: str, height: int) -> go.Figure:
         "xaxis": axis,
         "yaxis": axis,
         "legend": {"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 1, "xanchor": "right", "bgcolor": CLEAR},
+        "modebar": {"bgcolor": CLEAR, "color": RULE, "activecolor": INK},
     }
     return figure.update_layout(
         template=go.layout.Template(layout=look),
