@@ -205,7 +205,10 @@ class Report:
         mask = edit.mask
         sites = (Component.parse(site) for site in mask.sites)
         counts = by_kind((at.layer, at.kind, int(m.sum()), len(m)) for at, m in zip(sites, mask.sites.values()))
-        lines = [f"{n} of {of} {unit_name(kind)}s of {kind} in layer{"s" if "-" in layers or "," in layers else ""} {layers}" for kind, layers, n, of in counts]
+        lines = [
+            f"{n} of {of} {unit_name(kind)}s of {kind} in layer{'' if layers.isdecimal() else 's'} {layers}"
+            for kind, layers, n, of in counts
+        ]
         if found is not None and {kind for kind, *_ in counts} <= found.unit_weights.keys():
             lines.append(f"{found.share(mask):.2%} of the editable weights, by {self.card.method.replace('_', ' ')}")
         elif self.card.weights:
