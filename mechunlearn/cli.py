@@ -405,6 +405,8 @@ def explore(
         from mechunlearn.workbench import Workbench
 
         bench = Workbench(hooked, forgotten)
+        with console.status(bench.method.replace("_", " ")):
+            bench.view()
         console.print(f"explorer of {len(forgotten)} facts -> {server.url}", soft_wrap=True)
         console.print("Ctrl-C ends it")
         if browser:

@@ -41,5 +41,7 @@ def checked_suffix(path: Path, *allowed: str) -> None:
 
 
 def new_folder(path: Path | None) -> None:
+    if path is not None and path.resolve() == Path.cwd():
+        raise MechunlearnError(f"'{path}' is the folder that you are in. Give the name of a new one.")
     if path is not None and path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise MechunlearnError(f"'{path}' exists and is not an empty folder. Give another name, or remove it first.")

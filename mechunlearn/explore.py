@@ -72,7 +72,8 @@ class Explorer(anywidget.AnyWidget):
 
     def _asked(self, widget: object, message: dict, buffers: object) -> None:
         del widget, buffers
-        self.view = self.bench.act(message)
+        answer = self.view.get("answer", 0) + 1  # the view changes, and is drawn, even if nothing else did
+        self.view = self.bench.act(message) | {"answer": answer}
 
     def __repr__(self) -> str:
         return f"Explorer({self.bench.method}, {len(self.bench.prompts)} facts; {self.mask!r})"
@@ -137,7 +138,7 @@ def static_view(view: dict) -> str:
 
 
 _STATIC = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string("""\
-<p><b>{{ view.method.replace('_', ' ') }}</b>, {{ view.metric.replace('_', ' ') }},
+<p><b>{{ view.method.replace('_', ' ') }}</b>,{% if view['uses metric'] %} {{ view.metric.replace('_', ' ') }},{% endif %}
 {{ 'all %d facts' % view.facts|length if view.fact is none else 'one fact' }}: {{ view.heat.what }}. Run it in Jupyter to click through it.</p>
 <table><thead><tr><th></th>{% for name in view.heat.columns %}<th>L{{ name }}</th>{% endfor %}</tr></thead>
 {% for name in view.heat.rows %}{% set i = loop.index0 %}

@@ -245,11 +245,12 @@ class _Values:
         return float((self.circuit[row].mean() - floor) / (self.clean.mean() - floor))
 
     def interval(self, row: int) -> tuple[float, float]:
-        """Facts are resampled; numerator and denominator from the same ones."""
+        """Facts are resampled; numerator and denominator from the same ones. A sample in which clean and corrupt do not differ has no ratio."""
         rng = np.random.default_rng(0)
         drawn = rng.integers(0, len(self.clean), (RESAMPLES, len(self.clean)))
         part, clean, corrupt = (t.numpy()[drawn].mean(1) for t in (self.circuit[row], self.clean, self.corrupt))
-        low, high = np.quantile((part - corrupt) / (clean - corrupt), (0.025, 0.975))
+        differ = clean != corrupt
+        low, high = np.quantile((part - corrupt)[differ] / (clean - corrupt)[differ], (0.025, 0.975))
         return float(low), float(high)
 
 

@@ -47,7 +47,8 @@ class ExplorerServer(ThreadingHTTPServer):
             ) from None
         named = f"[{host}]" if ":" in host else host
         self.hosts = {f"{name}:{self.server_port}" for name in (named, LOOPBACK, "localhost")}
-        self.url = f"http://{named}:{self.server_port}/?key={self.key}"
+        shown = socket.gethostname() if host in ("0.0.0.0", "::") else named
+        self.url = f"http://{shown}:{self.server_port}/?key={self.key}"
 
     def show(self, bench: Workbench) -> None:
         """Answer until the program is ended."""
@@ -140,12 +141,14 @@ const model = {
   get: (name) => state[name],
   on: (event, draw) => listeners.push(draw),
   send: async (message) => {
+    let answer;
     try {
-      const answer = await fetch("/act", { method: "POST", headers: { "X-Explorer-Key": {{ key|tojson }} }, body: JSON.stringify(message) });
-      show(answer.ok ? await answer.json() : { ...state.view, error: await answer.text() });
+      answer = await fetch("/act", { method: "POST", headers: { "X-Explorer-Key": {{ key|tojson }} }, body: JSON.stringify(message) });
     } catch {
       show({ ...state.view, error: "The program that serves this page has ended. Start mechunlearn explore again." });
+      return;
     }
+    show(answer.ok ? await answer.json() : { ...state.view, error: await answer.text() });
   },
 };
 explorer.render({ model, el: document.getElementById("explorer") });

@@ -17,7 +17,6 @@ from mechunlearn.errors import MechunlearnError
 from mechunlearn.exploration import pieces, words_moved
 from mechunlearn.faithfulness import mask_faithfulness
 from mechunlearn.hooked import HookedModel
-from mechunlearn.layout import KINDS
 from mechunlearn.localize import activation_patching, direct_logit_attribution
 from mechunlearn.metrics import Metric
 from mechunlearn.patching import effects
@@ -40,6 +39,8 @@ MAPS = {
 }
 FACTS, UNITS, WORDS = 64, 12, 8
 GIVEN = "as given"
+CHANGED = ("mask", "method", "metric", "map", "fact", "shown", "faithful")
+KEPT = 256  # results
 NUMBER = (int, float)
 ACTIONS: Mapping[str, Mapping[str, Any]] = {
     "choose": {"method": str, "metric": str, "fact": int, "map": str, "all_facts": bool},
@@ -119,7 +120,9 @@ class Workbench:
                 f"There is no fact {fact}. Expected 0 to {len(self.prompts) - 1}, or all_facts=True."
             )
         self.method, self.metric, self.map = method or self.method, metric or self.metric, map or self.map
-        self.fact = None if all_facts else self.fact if fact is None else fact
+        chosen = None if all_facts else self.fact if fact is None else fact
+        if chosen != self.fact:
+            self.fact, self.faithful = chosen, None
 
     def show(self, component: str) -> None:
         """Look at a component in detail. Raises `MechunlearnError` if the model has none such."""
@@ -128,6 +131,7 @@ class Workbench:
 
     def toggle(self, component: str) -> None:
         """Add a unit or a whole site to the mask; if all of it is there, take it out."""
+        self._place(Component.parse(component))
         asked = ComponentMask.of([component], self.model.signature)
         self._select(self.mask - asked if len(self.mask & asked) == len(asked) else self.mask | asked)
 
@@ -183,9 +187,9 @@ class Workbench:
         """One component: score, direct effect, exact effect by token role and by fact, attention or read-out, its units."""
         address = Component.parse(component)
         chosen = ComponentMask.of([component], self.model.signature)
-        place, units = self._place(address, chosen)
+        place, units = self._place(address), chosen.sites[address.site]
         part = self.facts.select(range(min(FACTS, len(self.facts))))
-        found = self._once(("effects", component, self.metric, self.fact), lambda: self._effects(part, place, units))
+        found = self._once(("effects", str(address), self.metric, self.fact), lambda: self._effects(part, place, units))
         by_fact, by_role = found
         order = by_fact.abs().argsort(descending=True, stable=True)[:UNITS].tolist()
         told: dict[str, Any] = {
@@ -232,13 +236,15 @@ class Workbench:
                 "share": share,
                 "sites": {site: int(chosen.sum()) for site, chosen in self.mask.sites.items() if chosen.any()},
                 "faithfulness": self.faithful,
+                "measured": min(FACTS, len(self.facts)),
             },
             "error": "",
             "said": "",
         }
 
     def act(self, message: Mapping[str, Any]) -> dict:
-        """Do what a click asks for (`do` and its arguments) and give the view; a mistake is told in `error`."""
+        """Do what a click asks for (`do` and its arguments) and give the view; a mistake is told in `error` and changes nothing."""
+        before = {name: getattr(self, name) for name in CHANGED}
         said = ""
         try:
             asked = dict(message)
@@ -251,16 +257,10 @@ class Workbench:
             else:
                 getattr(self, do)(**asked)
             return self.view() | {"said": said}
-        except MechunlearnError as problem:
-            return self._safe_view() | {"error": str(problem)}
-
-    def _safe_view(self) -> dict:
-        """The view, with a method that works if the chosen one does not."""
-        try:
-            return self.view()
-        except MechunlearnError:
-            self.method = METHODS[0]
-            return self.view()
+        except Exception as problem:  # out of memory too: the view must live on
+            vars(self).update(before)
+            told = str(problem) if isinstance(problem, MechunlearnError) else f"{type(problem).__name__}: {problem}"
+            return self.view() | {"error": told}
 
     @property
     def _metric_used(self) -> str | None:
@@ -269,7 +269,10 @@ class Workbench:
         return self.metric if "metric" in inspect.signature(getattr(localizers, self.method)).parameters else None
 
     def _once(self, key: tuple, made: Any) -> Any:
+        key = (self.model.fingerprint, *key)
         if key not in self._kept:
+            while len(self._kept) >= KEPT:
+                self._kept.pop(next(iter(self._kept)))
             self._kept[key] = made()
         return self._kept[key]
 
@@ -288,8 +291,11 @@ class Workbench:
         return {"rows": rows, "columns": columns, "values": values, "cells": cells, "selected": selected, "what": what}
 
     def _selected(self, component: str) -> float:
-        asked = ComponentMask.of([component], self.model.signature)
-        return len(self.mask & asked) / len(asked)
+        address = Component.parse(component)
+        chosen = self.mask.sites.get(address.site)
+        if chosen is None:
+            return 0.0
+        return float(chosen.float().mean() if address.unit is None else chosen[address.unit])
 
     def _by_role(self) -> dict:
         """Whole MLPs or attention layers, patched at each token role."""
@@ -300,7 +306,8 @@ class Workbench:
                 self.model, self.facts, metric=METRICS[self.metric], kinds=[self.map], by="role"
             ),
         )
-        roles = [i for i, role in enumerate(found.roles) if role != "all"]
+        here = {ROLES[i] for i in self.facts.roles.unique().tolist()}
+        roles = [i for i, role in enumerate(found.roles) if role in here]
         layers, kind = list(range(self.model.signature.layers)), "mlp.out" if self.map == "mlp_out" else "attn.o"
         by_role = found.by_role
         values = [[float(by_role[f"L{layer}.{self.map}"][role, 0]) for layer in layers] for role in roles]
@@ -308,15 +315,14 @@ class Workbench:
         what = f"change of the {self.metric.replace('_', ' ')} with the corrupt activation at these tokens"
         return self._map([found.roles[role] for role in roles], layers, values, cells, what)
 
-    def _place(self, address: Component, chosen: ComponentMask) -> tuple[str, Tensor]:
+    def _place(self, address: Component) -> str:
         """Where a component's activation is: a neuron's is what enters `mlp.out`."""
-        units = chosen.sites[address.site]
-        kind = "mlp.out" if address.kind in ("mlp.in", "mlp.gate") else address.kind
-        if kind not in KINDS:
+        if address.kind not in self.model.layout.kinds:
             raise MechunlearnError(
-                f"'{address}' is no head or neuron. Expected one such as L3.attn.o[1] or L2.mlp.out."
+                f"'{address}' is no head or neuron of this model. Expected one such as L3.attn.o[1] or L2.mlp.out, of the kinds "
+                f"{', '.join(self.model.layout.kinds)}."
             )
-        return f"L{address.layer}.{kind}", units
+        return f"L{address.layer}.{'mlp.out' if address.kind in ('mlp.in', 'mlp.gate') else address.kind}"
 
     def _effects(self, part: Prompts, place: str, units: Tensor) -> tuple[Tensor, dict[str, float]]:
         found = effects(
@@ -405,7 +411,7 @@ def _named(address: Component) -> str:
         return (
             f"{kind} of layer {address.layer}"
             if address.unit is None
-            else f"head {address.unit}, {kind}, layer {address.layer}"
+            else f"{'kv head' if address.kind in ('attn.k', 'attn.v') else 'head'} {address.unit}, {kind}, layer {address.layer}"
         )
     part = {"mlp.in": " (in)", "mlp.gate": " (gate)", "mlp.out": ""}[address.kind]
     return (
@@ -423,10 +429,15 @@ def _fits(given: Mapping[str, Any], expected: Mapping[str, Any]) -> bool:
 
 
 def _file_here(path: str) -> Path:
-    """A plain file name for a mask, in the folder where Python runs."""
+    """A plain file name for a mask, in the folder where Python runs; another mask may be replaced, nothing else."""
     name = path.strip()
-    if Path(name).name != name or not name.endswith((".json", ".safetensors")) or name.startswith("."):
+    if Path(name).name != name or not name.endswith((".json", ".safetensors")) or name.startswith(".") or "\0" in name:
         raise MechunlearnError(
             f"'{name}' is no file name for a mask here. Give a name without folders, such as sport.mask.json."
         )
+    if Path(name).exists():
+        try:
+            ComponentMask.load(name)
+        except MechunlearnError:
+            raise MechunlearnError(f"'{name}' exists and is no mask. Give another name.") from None
     return Path(name)

@@ -232,6 +232,7 @@ def files(tmp_path):
         (["evaluate", "factworld", "factworld/sport", "broken.json"], "not a whole .safetensors file"),
         (["run", "factworld", "factworld/sport", "-o", "full"], "exists and is not an empty folder"),
         (["demo", "-o", "full"], "exists and is not an empty folder"),
+        (["demo", "-o", "."], "is the folder that you are in"),
         (["run", "factworld"], "Missing argument"),
     ],
 )

@@ -7,13 +7,14 @@ import pytest
 import torch
 import transformers
 
-from mechunlearn import MechunlearnError
+from mechunlearn import ComponentMask, MechunlearnError
 from mechunlearn.circuit import Circuit, edges
-from mechunlearn.faithfulness import faithfulness, faithfulness_curve, stability
+from mechunlearn.faithfulness import faithfulness, faithfulness_curve, mask_faithfulness, stability
 from mechunlearn.hooked import load_model
 from mechunlearn.localize import edge_attribution, edge_patching
 from mechunlearn.localize.edge_attribution import edge_scores
 from mechunlearn.prompts import Prompts
+from mechunlearn.toy import planted_facts
 from tests.conftest import random_hf, token_prompts
 
 CLEAN, CORRUPT, ANSWER, FOIL = 1, 2, 3, 4
@@ -177,3 +178,16 @@ def test_what_cannot_be_measured_is_refused(prompts):
         faithfulness(other, circuit, prompts)
     with pytest.raises(MechunlearnError, match="context is 64"):
         faithfulness(model, circuit, token_prompts(length=70))
+
+
+def test_a_masks_interval_stands_facts_whose_corrupt_partner_is_the_same():
+    toy = planted_facts()
+    prompts = toy.prompts(list(range(8)))
+    corrupt = prompts.corrupt.clone()
+    corrupt[:6] = prompts.tokens[:6]
+    mask = ComponentMask.of(["L0.mlp.out"], toy.model.signature)
+    whole = ComponentMask.everything(toy.model)
+    for chosen, expected in ((mask, 0), (whole, 1)):
+        assert mask_faithfulness(toy.model, chosen, replace(prompts, corrupt=corrupt)) == pytest.approx((expected,) * 3)
+    with pytest.raises(MechunlearnError, match="so faithfulness is not defined"):
+        mask_faithfulness(toy.model, mask, replace(prompts, corrupt=prompts.tokens))

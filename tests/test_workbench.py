@@ -82,7 +82,7 @@ class TestMaps:
         for name in MAPS:
             view = bench.act({"do": "choose", "method": method, "map": name})
             if view["error"]:
-                assert method == "fact_lookup" and view["method"] == METHODS[0], view["error"]
+                assert method == "fact_lookup" and view["method"] == METHODS[0], view["error"]  # nothing has changed
             else:
                 assert view["method"] == method and view["map"] == name
             json.dumps(view, allow_nan=False)
@@ -198,6 +198,8 @@ class TestMask:
         assert bench.act({"do": "take", "share": 0.2})["mask"]["faithfulness"] is None
         view = bench.act({"do": "faithfulness"})
         assert view["mask"]["faithfulness"] == pytest.approx(mask_faithfulness(world, bench.mask, facts))
+        assert bench.act({"do": "choose", "fact": 2})["mask"]["faithfulness"] is None, "that was of other facts"
+        assert bench.act({"do": "faithfulness"})["mask"]["measured"] == 1
         assert bench.act({"do": "toggle", "component": "L0.mlp.out[0]"})["mask"]["faithfulness"] is None
 
     def test_the_saved_mask_is_the_one_on_show(self, bench, tmp_path, monkeypatch):
@@ -208,6 +210,12 @@ class TestMask:
         assert ComponentMask.load("mine.mask.json") == bench.mask
         for name in ("../x.json", "/tmp/x.json", "x.txt", ".json", "", "a/b.json"):
             assert "no file name" in bench.act({"do": "save", "path": name})["error"]
+        bench.toggle("L0.mlp.out[0]")
+        assert not bench.act({"do": "save", "path": "mine.mask.json"})["error"], "a mask may be replaced"
+        (tmp_path / "config.json").write_text("{}")
+        assert "is no mask" in bench.act({"do": "save", "path": "config.json"})["error"]
+        assert (tmp_path / "config.json").read_text() == "{}"
+        (tmp_path / "config.json").unlink()
         bench.clear()
         assert "empty" in bench.act({"do": "save", "path": "none.mask.json"})["error"]
         assert [path.name for path in tmp_path.iterdir()] == ["mine.mask.json"]
@@ -242,6 +250,34 @@ class TestMessages:
         after = toy_bench.act(message)
         assert after["error"] and after | {"error": ""} == before
 
+    def test_what_fails_in_the_middle_is_told_and_changes_nothing(self, toy_bench, monkeypatch):
+        def broken(*_, **__):
+            raise RuntimeError("out of memory")
+
+        monkeypatch.setattr("mechunlearn.localize.causal_tracing", broken)
+        after = toy_bench.act({"do": "choose", "method": "causal_tracing", "map": "head"})
+        assert after["error"] == "RuntimeError: out of memory"
+        assert (after["method"], after["map"]) == (METHODS[0], "site") and not toy_bench.act({"do": "clear"})["error"]
+
+    def test_a_kind_that_the_model_does_not_have(self):
+        bench = Workbench(load_model((random_hf("gpt2"), None)), token_prompts())
+        for do in ("toggle", "show"):
+            assert "is no head or neuron of this model" in bench.act({"do": do, "component": "L0.mlp.gate[3]"})["error"]
+        assert len(bench.mask) == 0 and not bench.act({"do": "toggle", "component": "L0.mlp.in[3]"})["error"]
+
+    def test_the_edited_model_is_looked_at_anew(self, toy_bench):
+        before = toy_bench.detail("L0.mlp.out[1]")["effect"]
+        with torch.no_grad():
+            toy_bench.model.write_("L0.mlp.out", 0 * toy_bench.model.rows("L0.mlp.out"))
+        assert before < 0 and toy_bench.detail("L0.mlp.out[1]")["effect"] == 0
+
+    def test_results_are_kept_within_bounds(self, toy_bench, monkeypatch):
+        monkeypatch.setattr("mechunlearn.workbench.KEPT", 3)
+        for fact in range(5):
+            toy_bench.choose(fact=fact)
+            toy_bench.heat()
+        assert len(toy_bench._kept) == 3
+
     def test_only_listed_actions_are_done(self):
         assert set(ACTIONS) == {"choose", "show", "toggle", "take", "clear", "faithfulness", "save"}
         assert all(callable(getattr(Workbench, name)) for name in ACTIONS)
@@ -270,6 +306,9 @@ class TestWidget:
         assert explorer.view["mask"]["units"] == 1
         explorer._handle_custom_msg({"do": "show", "component": "L2.mlp.out"}, [])
         assert explorer.view["detail"]["component"] == "L2.mlp.out" and len(explorer.mask) == 1
+        first = explorer.view["answer"]
+        explorer._handle_custom_msg({"do": "show", "component": "L2.mlp.out"}, [])
+        assert explorer.view["answer"] == first + 1, "an answer that changes nothing is drawn too"
         explorer.choose(map="head")
         explorer.take(share=0.01)
         assert explorer.view["map"] == "head" and len(explorer.mask) > 1

@@ -141,7 +141,7 @@ function detailOf(view, act) {
     make(
       "dl",
       {},
-      make("dt", {}, `score (${view.method.replaceAll("_", " ")})`),
+      make("dt", {}, `score (${view.method.replaceAll("_", " ")}${view["uses metric"] ? "" : "; has no metric"})`),
       make("dd", {}, detail.score ? number(detail.score.value) + (detail.score.rank ? `, rank ${detail.score.rank} of ${detail.score.of}` : "") : "not scored"),
       make("dt", {}, "effect"),
       make("dd", {}, `${number(detail.effect)} ${view.metric.replaceAll("_", " ")} with its corrupt activation (exact, ${detail.measured} ${detail.measured === 1 ? "fact" : "facts"})`),
@@ -185,7 +185,10 @@ function maskOf(view, act, kept) {
   const mask = view.mask;
   const share = make("input", { type: "number", min: 0, max: 100, step: "any", value: kept.share, "aria-label": "percent of the weights", oninput: () => (kept.share = share.value) });
   const path = make("input", { type: "text", value: kept.path, "aria-label": "file name of the mask", oninput: () => (kept.path = path.value) });
-  const faithful = mask.faithfulness ? `${mask.faithfulness[0].toFixed(3)} [${mask.faithfulness[1].toFixed(3)}, ${mask.faithfulness[2].toFixed(3)}]` : "not measured";
+  const [value, low, high] = mask.faithfulness ?? [];
+  const facts = mask.measured === 1 ? "one fact" : `${mask.measured} facts`;
+  const interval = mask.measured === 1 ? "" : ` [${low?.toFixed(3)}, ${high?.toFixed(3)}]`;
+  const faithful = mask.faithfulness ? `${value.toFixed(3)}${interval} of the logit difference, ${facts}` : "not measured";
   return make(
     "section",
     { class: "mask" },
@@ -213,6 +216,7 @@ function render({ model, el }) {
   const root = make("div", { class: "mu-explorer" });
   const kept = { share: "5", path: "explored.mask.json" };
   const act = (message) => {
+    if (root.classList.contains("busy")) return;
     root.classList.add("busy");
     root.setAttribute("aria-busy", "true");
     model.send(message);
