@@ -19,7 +19,7 @@ from mechunlearn.workflow import SHARE, edit_facts, edit_prompts
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     monkeypatch.setattr("mechunlearn.evaluation.LIMIT", 20)
-    monkeypatch.setitem(inspect.unwrap(masked_gradient).__kwdefaults__, "steps", 8)
+    monkeypatch.setitem(inspect.unwrap(masked_gradient).__kwdefaults__, "steps", 12)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def table(tmp_path_factory):
 def made(world, sport):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mechunlearn.evaluation.LIMIT", 20)
-        patch.setitem(inspect.unwrap(masked_gradient).__kwdefaults__, "steps", 8)
+        patch.setitem(inspect.unwrap(masked_gradient).__kwdefaults__, "steps", 12)
         told: list[str] = []
         forget, retain = sport[0].select(range(24)), sport[1]
         return edit_prompts(world, forget, retain, attacks=["quantization"], say=told.append), told
