@@ -66,6 +66,8 @@ def run_all(page) -> None:
     from playwright.sync_api import TimeoutError
 
     for _ in range(6):
+        if page.locator(".jp-Dialog").count():  # of a kernel that does not listen yet
+            page.locator(".jp-Dialog .jp-mod-accept").first.click()
         page.get_by_role("menuitem", name="Run", exact=True).click()
         page.get_by_text("Run All Cells", exact=True).click()
         with suppress(TimeoutError):
