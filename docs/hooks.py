@@ -3,7 +3,6 @@
 import logging
 import posixpath
 import re
-import tempfile
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -12,9 +11,6 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
-NAMES = ("1-find", "2-remove", "3-prove", "4-features", "5-wash", "6-your-own")
-ABSENT = """{"cells": [{"cell_type": "markdown", "id": "absent", "metadata": {}, "source": "# %s\\n\\nThis checkout has no notebooks."}],
-"metadata": {}, "nbformat": 4, "nbformat_minor": 5}"""
 LINK = re.compile(r'\b(href|src)="((?!\w+:)[^"#?/][^"#?]*\.(?:md|ipynb|png))(#[^"]*)?"')
 FENCE = re.compile(r"^```python .+$", re.MULTILINE)
 log = logging.getLogger("mkdocs.hooks")
@@ -22,10 +18,9 @@ log = logging.getLogger("mkdocs.hooks")
 
 @event_priority(100)  # before the plugin that turns notebooks into pages
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add notebooks/*.ipynb. A notebook of the navigation that is not there fails `--strict`, unless none is."""
-    root = ROOT if (ROOT / "notebooks").is_dir() else _without_notebooks()
-    for path in sorted((root / "notebooks").glob("*.ipynb")):
-        files.append(File(f"notebooks/{path.name}", str(root), config.site_dir, config.use_directory_urls))
+    """Add notebooks/*.ipynb. A notebook of the navigation that is not there fails `--strict`."""
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        files.append(File(f"notebooks/{path.name}", str(ROOT), config.site_dir, config.use_directory_urls))
     return files
 
 
@@ -48,12 +43,3 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
         return f'{match[1]}="{file.url_relative_to(page.file)}{match[3] or ""}"'
 
     return LINK.sub(address, html)
-
-
-def _without_notebooks() -> Path:
-    """A folder with a page for each notebook, so that the navigation is whole."""
-    root = Path(tempfile.mkdtemp())
-    (root / "notebooks").mkdir()
-    for name in NAMES:
-        (root / "notebooks" / f"{name}.ipynb").write_text(ABSENT % name)
-    return root

@@ -586,6 +586,7 @@ class Localization:
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file whole; a disk that is full raises `OSError`, as for any other file."""
     with whole_file(path) as beside:
         try:
             save_file({name: t.clone().contiguous() for name, t in tensors.items()}, beside, metadata=metadata)

@@ -421,10 +421,12 @@ def signature_of(model: Model) -> Signature:
 
 
 def fingerprint_of(model: Model) -> str:
+    """What names a model in a run card: a hash of its weights."""
     return model.fingerprint if isinstance(model, HookedModel) else _name(model)
 
 
 def layer_of(hook_name: str) -> int:
+    """The layer that a hook point is in: the first number of its name, 0 where it has none."""
     found = re.search(r"\d+", hook_name)
     return int(found[0]) if found else 0
 

@@ -18,6 +18,7 @@ class Query:
 
 
 def question(text: str) -> str:
+    """A question as the shipped world asks it, ready for its answer."""
     return f"Question: {text} Answer:"
 
 

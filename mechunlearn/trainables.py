@@ -101,6 +101,7 @@ def slices(model: HookedModel, mask: ComponentMask) -> list[Slice]:
 
 
 def lowest_layer(mask: ComponentMask) -> int:
+    """The first layer of which a mask selects something: below it nothing changes while an editor trains."""
     return min(Component.parse(site).layer for site, chosen in mask.sites.items() if chosen.any())
 
 

@@ -98,6 +98,7 @@ class Upper:
 
 
 def real(part: Sequences) -> Bool[Tensor, "row pos"]:
+    """Which positions hold a token, not padding."""
     return torch.arange(part.tokens.shape[1]) < part.lengths[:, None]
 
 

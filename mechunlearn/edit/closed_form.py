@@ -184,6 +184,7 @@ def _gathered(batches: Iterable[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, .
 
 
 def site(layer: int) -> str:
+    """The name of a layer's MLP output, whose weights a closed form solves for."""
     return str(Component(layer, "mlp.out"))
 
 
