@@ -5,6 +5,7 @@ a wrapper. A restarted run calls the model's own blocks with the model's own mas
 of the positions before the restart come from the recorded run.
 """
 
+import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -173,11 +174,40 @@ class Decoder:
             taps += [(module, "first" if side == "in" else side, tap) for module, side, tap in self.taps(site, hook)]
         taps += [tap for site in sites for tap in self.taps(site, partial(kept.__setitem__, site))]
         with tapped([*taps, self.reading(at)]):
-            logits = self.hf(
-                input_ids=tokens.to(self.hf.device), past_key_values=cache if keys else None, use_cache=keys
-            ).logits
+            held = {self.cache_argument: cache} if keys else {}
+            logits = self.hf(input_ids=tokens.to(self.hf.device), use_cache=keys, **held).logits
         layers: list[Any] = list(cache.layers)
         return Run(resid, [layer.keys for layer in layers], [layer.values for layer in layers], logits, kept)
+
+    @cached_property
+    def cache_argument(self) -> str:
+        """What the module calls its key-value cache: transformers renames `past_key_values` to `cache`."""
+        return "cache" if "cache" in inspect.signature(self.hf.forward).parameters else "past_key_values"
+
+    @torch.no_grad()
+    def attention(self, tokens: Int[Tensor, "fact pos"], layer: int) -> Float[Tensor, "fact head pos pos"]:
+        """The attention pattern of a layer, from a forward pass that ends there.
+
+        The fused kernels do not give it, so the pass is run with the plain one.
+        """
+        name, _, _ = self.layout.module_name(layer, "attn.o").rpartition(".")
+        found: list[Tensor] = []
+
+        def stop(module: nn.Module, given: object, out: tuple[Tensor, Tensor]) -> None:
+            del module, given
+            found.append(out[1])
+            raise _Reached
+
+        before = self.hf.config._attn_implementation
+        handle = self.hf.get_submodule(name).register_forward_hook(stop)
+        try:
+            self.hf.set_attn_implementation("eager")
+            with suppress(_Reached):
+                self.hf(input_ids=tokens.to(self.hf.device), use_cache=False)
+        finally:
+            handle.remove()
+            self.hf.set_attn_implementation(before)
+        return found[0]
 
     @torch.no_grad()
     def entering(self, tokens: Int[Tensor, "row pos"], layer: int) -> Float[Tensor, "row pos d_model"]:
@@ -231,8 +261,8 @@ class Decoder:
                     1, stop - start, signature.d_model, device=self.hf.device, dtype=self.hf.dtype
                 ),
                 position_ids=torch.arange(start, stop, device=self.hf.device)[None],
-                past_key_values=Cache(layers=prefixes),
                 use_cache=True,
+                **{self.cache_argument: Cache(layers=prefixes)},
             )
         if before is not None:
             for layer, keys, values in zip(prefixes, before.keys, before.values, strict=True):

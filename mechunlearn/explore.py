@@ -1,5 +1,6 @@
 """Looking around: facts in a model, component by component, or the features and codes of a dictionary."""
 
+import base64
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -17,13 +18,13 @@ from mechunlearn.prompts import Prompts
 from mechunlearn.workbench import Workbench
 
 STATIC = Path(__file__).parent / "static"
+UP, DOWN = "#0072b2", "#d55e00"  # as in the plots
 
 
 class Explorer(anywidget.AnyWidget):
     """The view of `explore` in a notebook: choose method, metric and fact, click components, put a mask together, save it.
 
-    `mask` is the selection as a `ComponentMask`, `found` the localization on show, `bench` does the work. Where no widget runs (nbconvert, a code-hosting page) the map is
-    shown as a table.
+    `mask` is the selection as a `ComponentMask`, `found` the localization on show, `bench` does the work. Where no widget runs (nbconvert, a code-hosting page) the map is a picture.
     """
 
     _esm = STATIC / "explorer.js"
@@ -133,17 +134,49 @@ def explore(
 
 
 def static_view(view: dict) -> str:
-    """The map and the mask as a table, for where no script runs."""
-    return _STATIC.render(view=view)
+    """The map as a picture, its numbers as a table, and the mask in words, for where no script runs."""
+    picture = base64.b64encode(_PICTURE.render(view=view, shade=_shade(view["heat"]["values"])).encode()).decode()
+    return _STATIC.render(view=view, picture=picture)
 
 
-_STATIC = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string("""\
+def _shade(values: list[list[float | None]]) -> Callable[[float | None], tuple[str, str]]:
+    """Colour and opacity of a cell, as the script shades it."""
+    most = max((abs(value) for row in values for value in row if value is not None), default=0.0) or 1.0
+
+    def shaded(value: float | None) -> tuple[str, str]:
+        return (UP if (value or 0) > 0 else DOWN, f"{0.08 + 0.82 * abs(value) / most:.3f}" if value else "0")
+
+    return shaded
+
+
+_JINJA = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+_PICTURE = _JINJA.from_string("""\
+{% set heat, across, down, left = view.heat, 46, 30, 150 %}
+{% set width, height = left + across * heat.columns|length + 10, down * heat.rows|length + 46 %}
+<svg xmlns="http://www.w3.org/2000/svg" width="{{ width }}" height="{{ height }}" viewBox="0 0 {{ width }} {{ height }}"
+ font-family="system-ui, sans-serif" font-size="13" fill="#777777">
+{% for name in heat.rows %}{% set y = down * loop.index0 + 4 %}{% set i = loop.index0 %}
+<text x="{{ left - 10 }}" y="{{ y + 18 }}" text-anchor="end">{{ name }}</text>
+{% for value in heat['values'][i] %}{% set x = left + across * loop.index0 %}{% set colour, opacity = shade(value) %}
+<rect x="{{ x }}" y="{{ y }}" width="{{ across - 3 }}" height="{{ down - 3 }}" rx="3" fill="{{ colour }}" fill-opacity="{{ opacity }}" stroke="#808080" stroke-opacity=".3"/>
+{% set part = heat.selected[i][loop.index0] %}
+{% if part > 0 %}<text x="{{ x + across / 2 - 1.5 }}" y="{{ y + 18 }}" text-anchor="middle">{{ '●' if part == 1 else '◐' }}</text>{% endif %}
+{% endfor %}
+{% endfor %}
+{% for name in heat.columns %}
+<text x="{{ left + across * loop.index0 + across / 2 - 1.5 }}" y="{{ height - 26 }}" text-anchor="middle">{{ name }}</text>
+{% endfor %}
+<text x="{{ left + across * heat.columns|length / 2 }}" y="{{ height - 6 }}" text-anchor="middle">layer</text>
+</svg>
+""")
+_STATIC = _JINJA.from_string("""\
 <p><b>{{ view.method.replace('_', ' ') }}</b>,{% if view['uses metric'] %} {{ view.metric.replace('_', ' ') }},{% endif %}
-{{ 'all %d facts' % view.facts|length if view.fact is none else 'one fact' }}: {{ view.heat.what }}. Run it in Jupyter to click through it.</p>
+{{ 'all %d facts' % view.facts|length if view.fact is none else 'one fact' }}: {{ view.heat.what }}; blue above zero, orange below. Run it in Jupyter to click through it.</p>
+<img alt="{{ view.heat.rows|length }} x {{ view.heat.columns|length }} map: {{ view.heat.what }}" src="data:image/svg+xml;base64,{{ picture }}">
+<p>Mask: {{ view.mask.units }} units, {{ '%.2f'|format(100 * view.mask.share) }} % of the editable weights{{ ' (● all, ◐ some of it)' if view.mask.units }}.</p>
+<details><summary>The numbers</summary>
 <table><thead><tr><th></th>{% for name in view.heat.columns %}<th>L{{ name }}</th>{% endfor %}</tr></thead>
 {% for name in view.heat.rows %}{% set i = loop.index0 %}
-<tr><th>{{ name }}</th>{% for value in view.heat['values'][i] %}<td>{{ '' if value is none else '%+.2f'|format(value) }}
-{{- ' ●' if view.heat.selected[i][loop.index0] == 1 else ' ◐' if view.heat.selected[i][loop.index0] > 0 else '' }}</td>{% endfor %}</tr>
-{% endfor %}</table>
-<p>Mask: {{ view.mask.units }} units, {{ '%.2f'|format(100 * view.mask.share) }} % of the editable weights.</p>
+<tr><th>{{ name }}</th>{% for value in view.heat['values'][i] %}<td>{{ '' if value is none else '%+.2f'|format(value) }}</td>{% endfor %}</tr>
+{% endfor %}</table></details>
 """)

@@ -206,20 +206,10 @@ class BridgedModel:
             resid = resid[torch.arange(len(resid)), positions]
         return self.decoder.unembed(resid)
 
-    @torch.no_grad()
     def attention(self, tokens: Int[Tensor, "fact pos"], layer: int) -> Float[Tensor, "fact head pos pos"]:
         """Attention patterns of one layer: how much each position (third axis) takes from each before it (fourth)."""
-        seen: list[Tensor] = []
-
-        def keep(pattern: Tensor, hook: object) -> None:
-            del hook
-            seen.append(pattern.detach())
-
         self.decoder.place(f"L{layer}.attn.o")
-        self.bridge.run_with_hooks(
-            tokens.to(self.device), return_type=None, fwd_hooks=[(f"blocks.{layer}.attn.hook_pattern", keep)]
-        )
-        return seen[0]
+        return self.decoder.attention(tokens, layer)
 
     def unit_weights(self, kind: str) -> int:
         """How many weights one unit of a kind has, its bias included."""

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformers.cache_utils import DynamicCache
 
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.hooked import HookedModel
@@ -104,12 +105,11 @@ def _continue(model: HookedModel, given: list[list[int]], sizes: list[int]) -> l
     tokens: Int[Tensor, "row pos"] = torch.zeros(len(given), total, dtype=torch.long)
     for row, ids in enumerate(given):
         tokens[row, : len(ids)] = torch.tensor(ids)
-    past, read = None, 0
+    past, read = DynamicCache(), 0
     for position in range(int(starts.min()), total):
-        out = model.hf(
-            input_ids=tokens[:, read:position].to(model.device), past_key_values=past, use_cache=True, logits_to_keep=1
-        )
-        past, read = out.past_key_values, position
+        new, held = tokens[:, read:position].to(model.device), {model.decoder.cache_argument: past}
+        out = model.hf(input_ids=new, use_cache=True, logits_to_keep=1, **held)
+        read = position
         tokens[:, position] = torch.where(position < starts, tokens[:, position], out.logits[:, -1].argmax(-1).cpu())
     end = model.tokenizer.eos_token_id if model.tokenizer is not None else None
     made = [row[start : start + size] for row, start, size in zip(tokens.tolist(), starts.tolist(), sizes, strict=True)]

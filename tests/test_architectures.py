@@ -56,6 +56,18 @@ def test_what_is_written_adds_up_to_the_residual_stream(model, tokens):
     torch.testing.assert_close(written, kept["L1.resid_post"], atol=1e-5, rtol=1e-5)
 
 
+def test_attention_patterns_mix_values_into_what_heads_write(model, tokens):
+    for layer in (0, 2):
+        kernel, before = model.hf.config._attn_implementation, model.forward(tokens)
+        pattern = model.attention(tokens, layer)
+        _, kept = model.cache(tokens, [f"L{layer}.attn.v", f"L{layer}.attn.o"])
+        values = kept[f"L{layer}.attn.v"].repeat_interleave(model.signature.heads // model.signature.kv_heads, 2)
+        mixed = torch.einsum("fhqk,fkhd->fqhd", pattern, values)
+        torch.testing.assert_close(mixed, kept[f"L{layer}.attn.o"], atol=1e-5, rtol=1e-5)
+        assert not pattern.triu(1).any(), "nothing comes from later positions"
+        assert model.hf.config._attn_implementation == kernel and torch.equal(model.forward(tokens), before)
+
+
 def test_a_hook_between_attention_and_mlp_changes_the_residual_stream_itself(model, tokens):
     if model.layout.parallel:
         return

@@ -79,7 +79,7 @@ def test_relevance_conserves_what_reaches_the_logits():
 
 
 def test_relevance_is_closer_to_patching_where_gradients_saturate(world, sport):
-    """On the shipped world, over layers and roles: what PEERS' users complain of is attention and residual stream."""
+    """On the shipped world, over layers and roles; gradients are known to be poor at attention and the residual stream."""
     chosen = sport[0].select(range(16))
     kinds = ["resid_post", "attn_out"]
     exact = activation_patching(world, chosen, kinds=kinds, by="role")

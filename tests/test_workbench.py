@@ -162,15 +162,6 @@ class TestDetail:
         assert bench.act({"do": "take", "share": 0.1})["mask"]["units"] > 0
         assert len(bench.act({"do": "faithfulness"})["mask"]["faithfulness"]) == 3
 
-    def test_attention_is_that_of_the_hugging_face_model(self):
-        for family in ("llama", "gpt2", "gemma2"):
-            model, tokens = load_model((random_hf(family), None)), token_prompts().tokens
-            model.hf.set_attn_implementation("eager")
-            with torch.no_grad():
-                expected = model.hf(tokens, output_attentions=True, use_cache=False).attentions
-            for layer in (0, 2):
-                torch.testing.assert_close(model.attention(tokens, layer), expected[layer], atol=1e-6, rtol=1e-5)
-
 
 class TestMask:
     def test_components_are_added_and_taken_out(self, bench, world):
