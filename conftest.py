@@ -11,9 +11,10 @@ import pytest
 
 @pytest.fixture
 def in_a_temporary_folder(tmp_path, monkeypatch):
-    """What an example writes does not land in the checkout; `evaluate` looks at fewer facts, and edits take fewer steps."""
+    """What an example writes does not land in the checkout; `evaluate` looks at fewer facts, and edits take fewer, smaller steps."""
     from mechunlearn.edit import masked_gradient
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("mechunlearn.evaluation.LIMIT", 30)
-    monkeypatch.setitem(inspect.unwrap(masked_gradient).__kwdefaults__, "steps", 8)
+    for name, value in {"steps": 8, "batch": 32}.items():
+        monkeypatch.setitem(inspect.unwrap(masked_gradient).__kwdefaults__, name, value)

@@ -50,7 +50,7 @@ def evaluate(
     random mask of the same kinds and weight (of a feature edit, on other units that are active as often), made here unless given;
     `others` are further edits to set beside it.
     Accuracy is greedy over the full vocabulary; every number has a 95 % bootstrap interval over facts; at most 200
-    facts a cell. One edit of one model is n = 1, however many facts: intervals do not cover other models or seeds.
+    facts, tasks or passages a cell. One edit of one model is n = 1, however many facts: intervals do not cover other models or seeds.
 
     `attacks` names attacks that try to get the knowledge back ("all", or some of `robustness.ATTACKS`); the report then says
     whether it is gone, hidden, or the model has collapsed. Each runs its ceiling (the unedited model) and its floor (never-taught
@@ -168,7 +168,7 @@ def _cells(model: HookedModel, forget: Prompts, retain: Prompts) -> list[tuple[s
     ]
     for name, tasks in forget.facts.skills.items():
         assert model.tokenizer is not None
-        asked = [Asked(q.prompt, q.answer, q.target, q.target) for q in tasks]
+        asked = [Asked(q.prompt, q.answer, q.target, q.target) for q in tasks[:LIMIT]]
         cells.append(("skills", Prompts.from_text(asked, model.tokenizer, format=name)))
     return cells
 
@@ -178,9 +178,13 @@ def _rows(model: HookedModel, cells: Sequence[tuple[str, Prompts]], forget: Prom
         for metric, values in measure(model, prompts).items():
             if metric == "accuracy" or (split != "skills" and not torch.isnan(values).any()):
                 yield _row(split, prompts.format, metric, values)
-    held_out = forget.facts.text[1::2] if forget.facts is not None else ()
-    if held_out:
+    if held_out := _held_out(forget):
         yield _row("text", "passages", "loss", text_loss(model, held_out))
+
+
+def _held_out(forget: Prompts) -> Sequence[str]:
+    """The half of the passages that editors do not train on."""
+    return forget.facts.text[1::2][:LIMIT] if forget.facts is not None else ()
 
 
 def _row(split: str, format: str, metric: str, values: torch.Tensor) -> dict:
@@ -189,7 +193,7 @@ def _row(split: str, format: str, metric: str, values: torch.Tensor) -> dict:
 
 def _moved(model: HookedModel, edit: Edit | None, forget: Prompts) -> list[dict]:
     """How far the edit moves the next-token distributions on ordinary text."""
-    held_out = forget.facts.text[1::2] if forget.facts is not None else ()
+    held_out = _held_out(forget)
     if not held_out:
         return []
     values = next_token_kl(model, edit, held_out).tolist() if edit is not None else [0.0] * len(held_out)

@@ -2,13 +2,13 @@
 
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
 
+import nbformat
 import pytest
 
 from mechunlearn import ComponentMask, load_facts
@@ -26,7 +26,11 @@ def lab(tmp_path):
         pytest.fail(missing())
     work, own = tmp_path / "work", tmp_path / "jupyter"
     work.mkdir()
-    shutil.copy(NOTEBOOK, work)
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":  # so that what is seen has been run here
+            cell.outputs, cell.execution_count = [], None
+    nbformat.write(notebook, work / NOTEBOOK.name)
     (own / "settings" / SETTINGS).mkdir(parents=True)
     (own / "settings" / SETTINGS / "tracker.jupyterlab-settings").write_text('{"windowingMode": "none"}')
     with socket.socket() as free:
@@ -62,16 +66,20 @@ def opened(page, address: str) -> None:
 
 
 def run_all(page) -> None:
-    """Run all cells; asked again if nothing starts, as the kernel says idle before it listens."""
+    """Run all cells, and see the first one done. The kernel says idle before it listens, and then what was asked is lost: ask again."""
     from playwright.sync_api import TimeoutError
 
-    for _ in range(6):
-        if page.locator(".jp-Dialog").count():  # of a kernel that does not listen yet
-            page.locator(".jp-Dialog .jp-mod-accept").first.click()
-        page.get_by_role("menuitem", name="Run", exact=True).click()
-        page.get_by_text("Run All Cells", exact=True).click()
+    prompts = page.locator(".jp-InputPrompt")
+    for _ in range(60):
         with suppress(TimeoutError):
-            return page.locator(".jp-InputPrompt", has_text="[*]").first.wait_for(timeout=10_000)
+            if page.locator(".jp-Dialog").count():  # of a kernel that does not listen yet; it may come at any time
+                page.locator(".jp-Dialog .jp-mod-accept").first.click(timeout=2000)
+            if prompts.filter(has_text=re.compile(r"\[\d+\]")).count():
+                return
+            if not prompts.filter(has_text="[*]").count():
+                page.get_by_role("menuitem", name="Run", exact=True).click(timeout=2000)
+                page.get_by_text("Run All Cells", exact=True).click(timeout=2000)
+        page.wait_for_timeout(2000)
     pytest.fail("JupyterLab runs no cell.")
 
 
@@ -86,7 +94,7 @@ def test_jupyterlab_runs_notebook_1_and_the_explorer_in_it(lab, world, tmp_path)
         page.set_default_timeout(60_000)
         opened(page, address)
         run_all(page)
-        page.locator(".mu-explorer").wait_for(timeout=180_000)
+        page.locator(".mu-explorer").wait_for(timeout=300_000)
         assert page.locator(".jp-OutputArea-output[data-mime-type*='stderr']").count() == 0
         cell = page.locator('.mu-explorer [data-component="L1.mlp.out"]').first
         cell.scroll_into_view_if_needed()

@@ -233,7 +233,7 @@ class TestReport:
 
         forget, retain = load_facts("factworld/sport").prompts(model).split(forget=16, retain=48, seed=0)
         last = ComponentMask.of(["L7.attn.o", "L7.mlp.out"], model.signature)
-        edit = masked_gradient(model, last, forget, retain, loss=losses.log_one_minus_p, steps=20, rate=5e-3)
+        edit = masked_gradient(model, last, forget, retain, loss=losses.log_one_minus_p, steps=20, rate=5e-3, batch=16)
         shown = []
         report = evaluate(
             model,
