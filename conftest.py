@@ -9,6 +9,13 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import pytest
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Notebooks (`--nbmake`) are run with the slow tests."""
+    for item in items:
+        if item.path.suffix == ".ipynb":
+            item.add_marker("slow")
+
+
 @pytest.fixture
 def in_a_temporary_folder(tmp_path, monkeypatch):
     """What an example writes does not land in the checkout; `evaluate` looks at fewer facts, and edits take fewer, smaller steps."""

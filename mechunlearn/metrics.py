@@ -129,12 +129,15 @@ def answered(model: HookedModel, prompts: Prompts, batch: int = BATCH) -> Bool[T
     """Whether greedy decoding gives all tokens of the answer, by fact: one forward pass a batch, nothing else."""
     right = torch.zeros(len(prompts), dtype=torch.bool)
     for rows in prompts.lengths.argsort().split(batch):
-        part = prompts.select(rows)
-        at = positions_read(answer_logprob, part)
-        run = model.decoder.record(part.tokens[:, : int(part.lengths.max())], at, keys=False)
-        steps = replace(part, start=torch.zeros_like(part.start), read=part.read - part.start)
-        right[rows] = _continuation(run.logits, steps)[1]
+        right[rows] = _continuation(*_at_answers(model, prompts.select(rows)))[1]
     return right
+
+
+def _at_answers(model: HookedModel, part: Prompts) -> tuple[Float[Tensor, "fact read d_vocab"], Prompts]:
+    """Logits of the answer's positions alone, and the same facts with their positions counted from there."""
+    at = (part.start[:, None] + torch.arange(part.answers.shape[1])).clamp(max=part.tokens.shape[1] - 1)
+    run = model.decoder.record(part.tokens[:, : int(at.max()) + 1], at, keys=False)
+    return run.logits, replace(part, start=torch.zeros_like(part.start), read=part.read - part.start)
 
 
 @torch.no_grad()
@@ -150,12 +153,12 @@ def measure(model: HookedModel, prompts: Prompts, batch: int = BATCH) -> dict[st
     one_token = prompts.targets.shape[1] == 1 and prompts.answers.shape[1] == 1
     for rows in order.split(batch):
         part = prompts.select(rows)
-        logits = model.forward(part.tokens)
-        logprob, right = _continuation(logits, part)
-        aimed = part if one_token else with_answers(part, "targets")
+        logits, read = _at_answers(model, part)
+        logprob, right = _continuation(logits, read)
         if one_token:
-            aimed = replace(part, answers=part.targets)
-        target_logprob, hit = _continuation(logits if one_token else model.forward(aimed.tokens), aimed)
+            target_logprob, hit = _continuation(logits, replace(read, answers=part.targets))
+        else:
+            target_logprob, hit = _continuation(*_at_answers(model, with_answers(part, "targets")))
         values = {
             "accuracy": right.float(),
             "target accuracy": hit.float(),
@@ -163,7 +166,7 @@ def measure(model: HookedModel, prompts: Prompts, batch: int = BATCH) -> dict[st
             "target probability": target_logprob.exp(),
         }
         if part.options and all(part.options):
-            values["option probability"] = _option_probability(model, part, logits)
+            values["option probability"] = _option_probability(model, part, logits[:, 0])
         for name, value in values.items():
             made.setdefault(name, torch.zeros(len(prompts)))[rows] = value
     return made
@@ -181,17 +184,19 @@ def option_logprobs(model: HookedModel, prompts: Prompts, batch: int = BATCH) ->
     scores = torch.full((len(prompts), max(map(len, prompts.options))), -torch.inf)
     for rows in prompts.lengths.argsort().split(batch):
         part = prompts.select(rows)
-        found = _option_logprobs(model, part, model.forward(part.tokens))
+        found = _option_logprobs(model, part, _at_answers(model, part)[0][:, 0])
         scores[rows, : found.shape[1]] = found
     return scores
 
 
-def _option_logprobs(model: HookedModel, part: Prompts, logits: Tensor) -> Float[Tensor, "fact option"]:
-    """From one forward pass if all options have one token, else one a choice."""
+def _option_logprobs(
+    model: HookedModel, part: Prompts, logits: Float[Tensor, "fact d_vocab"]
+) -> Float[Tensor, "fact option"]:
+    """From the logits of the answer's first token if all options have one token, else from a forward pass a choice."""
     most = max(map(len, part.options))
     scores = torch.full((len(part), most), -torch.inf)
     if all(len(option) == 1 for options in part.options for option in options):
-        at = logits[torch.arange(len(part)), part.start].float().log_softmax(-1).cpu()
+        at = logits.float().log_softmax(-1).cpu()
         for i, options in enumerate(part.options):
             scores[i, : len(options)] = at[i, [option[0] for option in options]]
         return scores
@@ -200,11 +205,13 @@ def _option_logprobs(model: HookedModel, part: Prompts, logits: Tensor) -> Float
         width = max(len(part.options[i][k]) for i in having)
         chosen = torch.tensor([[*part.options[i][k], *[PAD] * (width - len(part.options[i][k]))] for i in having])
         asked = with_answers(replace(part.select(having), foils=chosen), "foils")
-        scores[having, k] = _continuation(model.forward(asked.tokens), asked)[0]
+        scores[having, k] = _continuation(*_at_answers(model, asked))[0]
     return scores
 
 
-def _option_probability(model: HookedModel, part: Prompts, logits: Tensor) -> Float[Tensor, " fact"]:
+def _option_probability(
+    model: HookedModel, part: Prompts, logits: Float[Tensor, "fact d_vocab"]
+) -> Float[Tensor, " fact"]:
     """Probability of the truth among the options."""
     truth = [tuple(t for t in row if t != PAD) for row in part.answers.tolist()]
     where = torch.tensor([list(options).index(t) if t in options else -1 for options, t in zip(part.options, truth)])
