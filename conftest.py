@@ -4,6 +4,7 @@ import inspect
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # there are as many test processes as cores
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import pytest

@@ -13,7 +13,7 @@ Intervals are 95 % over twins (Student's t; three twins share one base model, so
 Also the overlap of all localizers' masks at equal weight on the shipped world, as a table and a heat map.
 
 Run: python benchmarks/twins.py FOLDER   (builds the twins that are missing there; writes docs/ground-truth.md and
-FOLDER/overlap.html, of which docs/images/overlap.png is a picture)
+FOLDER/overlap.html; then `python docs/pictures.py overlap`)
 """
 
 import argparse

@@ -389,6 +389,7 @@ def explore(
     port: Annotated[int, typer.Option(help="Port; 0 for any that is free.", min=0, max=65535)] = 8765,
     remote: Annotated[bool, typer.Option("--remote", help="Allow an address that other machines can reach.")] = False,
     browser: Annotated[bool, typer.Option(help="Open the page in the browser.")] = True,
+    mask: Annotated[Path | None, typer.Option(help="A mask file to begin with.")] = None,
     forget: Forget = 64,
     seed: Seed = 0,
     device: Device = "cpu",
@@ -400,11 +401,16 @@ def explore(
     """
     from mechunlearn.serve import ExplorerServer
 
+    begun = None
+    if mask is not None:
+        from mechunlearn.components import ComponentMask
+
+        begun = ComponentMask.load(mask)
     with ExplorerServer(host, port, remote) as server:
         hooked, forgotten, _ = _load(model, facts, forget, seed, device, dtype)
         from mechunlearn.workbench import Workbench
 
-        bench = Workbench(hooked, forgotten)
+        bench = Workbench(hooked, forgotten, mask=begun)
         with console.status(bench.method.replace("_", " ")):
             bench.view()
         console.print(f"explorer of {len(forgotten)} facts -> {server.url}", soft_wrap=True)

@@ -111,34 +111,27 @@ class Decoder:
         if kind != "resid_mid":
             return [self._tap(module, side, kind, hook)]
         entered: list[Tensor] = []
-
-        def write(attn_out: Tensor) -> Tensor | None:
-            resid = entered.pop()
-            changed = hook(resid + attn_out)
-            return None if changed is None else changed - resid
-
+        write = partial(between, entered, hook)
         return [(*self.place(f"{layer}.resid_pre"), entered.append), (*self.place(f"{layer}.attn_out"), write)]
 
     def _tap(self, module: nn.Module, side: str, kind: str, hook: Hook) -> Tap:
         if kind == "attn.o":
-
-            def by_head(z: Tensor) -> Tensor | None:
-                changed = hook(z.unflatten(-1, (self.layout.signature.heads, -1)))
-                return None if changed is None else changed.flatten(-2)
-
-            return module, side, by_head
+            return module, side, partial(self._by_head, hook)
         if kind in ("attn.q", "attn.k", "attn.v"):
-
-            def by_projection(projected: Tensor) -> Tensor | None:
-                changed = hook(self.layout.heads(kind, projected))
-                if changed is None:
-                    return None
-                written = projected.clone()
-                self.layout.heads(kind, written).copy_(changed)
-                return written
-
-            return module, side, by_projection
+            return module, side, partial(self._by_projection, kind, hook)
         return module, side, hook
+
+    def _by_head(self, hook: Hook, z: Tensor) -> Tensor | None:
+        changed = hook(z.unflatten(-1, (self.layout.signature.heads, -1)))
+        return None if changed is None else changed.flatten(-2)
+
+    def _by_projection(self, kind: str, hook: Hook, projected: Tensor) -> Tensor | None:
+        changed = hook(self.layout.heads(kind, projected))
+        if changed is None:
+            return None
+        written = projected.clone()
+        self.layout.heads(kind, written).copy_(changed)
+        return written
 
     @contextmanager
     def hooks(self, hooks: Mapping[str, Hook]) -> Iterator[None]:
@@ -148,13 +141,7 @@ class Decoder:
 
     def reading(self, at: Int[Tensor, "fact read"] | None) -> Tap:
         """Unembed only these positions of each fact."""
-
-        def gather(hidden: Tensor) -> Tensor | None:
-            if at is None:
-                return None
-            return hidden[torch.arange(len(hidden), device=hidden.device)[:, None], at.to(hidden.device)]
-
-        return self.unembedding, "in", gather
+        return self.unembedding, "in", partial(_gather, at)
 
     @torch.no_grad()
     def record(
@@ -213,12 +200,7 @@ class Decoder:
     def entering(self, tokens: Int[Tensor, "row pos"], layer: int) -> Float[Tensor, "row pos d_model"]:
         """The residual stream that enters a block, from a forward pass that ends there."""
         found: list[Tensor] = []
-
-        def stop(resid: Tensor) -> None:
-            found.append(resid)
-            raise _Reached
-
-        with suppress(_Reached), tapped([(self.blocks[layer], "first", stop)]):
+        with suppress(_Reached), tapped([(self.blocks[layer], "first", partial(_stop, found))]):
             self.hf(input_ids=tokens.to(self.hf.device), use_cache=False)
         return found[0]
 
@@ -347,9 +329,9 @@ def tapped(taps: Iterable[Tap]) -> Iterator[None]:
         for module, side, function in taps:
             if side != "out":
                 first = side == "first"
-                handle = module.register_forward_pre_hook(_entering(function), prepend=first, with_kwargs=True)
+                handle = module.register_forward_pre_hook(partial(_entering, function), prepend=first, with_kwargs=True)
             else:
-                handle = module.register_forward_hook(_leaving(function))
+                handle = module.register_forward_hook(partial(_leaving, function))
             stack.callback(handle.remove)
         yield
 
@@ -368,23 +350,35 @@ def _without_hooks(module: nn.Module) -> Iterator[None]:
             setattr(module, name, hooks)
 
 
-def _entering(function: Hook) -> Callable:
-    def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        del module
-        changed = function(args[0] if args else kwargs["hidden_states"])
-        if changed is None:
-            return None
-        return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": changed})
-
-    return hook
+def _entering(function: Hook, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    del module
+    changed = function(args[0] if args else kwargs["hidden_states"])
+    if changed is None:
+        return None
+    return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": changed})
 
 
-def _leaving(function: Hook) -> Callable:
-    def hook(module: nn.Module, args: tuple, out: Tensor | tuple) -> Tensor | tuple | None:
-        del module, args
-        changed = function(out[0] if isinstance(out, tuple) else out)
-        if changed is None:
-            return None
-        return (changed, *out[1:]) if isinstance(out, tuple) else changed
+def _leaving(function: Hook, module: nn.Module, args: tuple, out: Tensor | tuple) -> Tensor | tuple | None:
+    del module, args
+    changed = function(out[0] if isinstance(out, tuple) else out)
+    if changed is None:
+        return None
+    return (changed, *out[1:]) if isinstance(out, tuple) else changed
 
-    return hook
+
+def _stop(found: list[Tensor], resid: Tensor) -> None:
+    found.append(resid)
+    raise _Reached
+
+
+def _gather(at: Int[Tensor, "fact read"] | None, hidden: Tensor) -> Tensor | None:
+    if at is None:
+        return None
+    return hidden[torch.arange(len(hidden), device=hidden.device)[:, None], at.to(hidden.device)]
+
+
+def between(entered: list[Tensor], hook: Hook, attn_out: Tensor) -> Tensor | None:
+    """What attention is to write so that the stream behind it is what the hook makes of it; `entered` holds what came in."""
+    resid = entered.pop()
+    changed = hook(resid + attn_out)
+    return None if changed is None else changed - resid

@@ -88,7 +88,9 @@ class Explorer(anywidget.AnyWidget):
 
 
 @overload
-def explore(model: HookedModel, what: Prompts, *, found: Localization | None = None) -> Explorer: ...
+def explore(
+    model: HookedModel, what: Prompts, *, found: Localization | None = None, mask: ComponentMask | None = None
+) -> Explorer: ...
 @overload
 def explore(
     model: Model,
@@ -107,6 +109,7 @@ def explore(
     units: ComponentMask | Sequence[int] | None = None,
     *,
     found: Localization | None = None,
+    mask: ComponentMask | None = None,
     **shown: int,
 ) -> Explorer | Exploration:
     """See where facts live and click through it, or see what a dictionary's units are active on.
@@ -114,7 +117,7 @@ def explore(
     `explore(model, prompts)` opens an interactive view in a notebook: a heat map of any localizer (all facts or one, any
     metric), and behind each cell the facts that the component changes most, its exact effect by token role, its attention or
     read-out, and its direct effect. Components are added to the mask and taken out by hand; its share of the weights is shown,
-    its faithfulness measured on demand, and it is saved as `.mask.json`. `found` adds a localization of yours to the methods.
+    its faithfulness measured on demand, and it is saved as `.mask.json`. `found` adds a localization of yours to the methods, `mask` is one to begin with.
     `mechunlearn explore` opens the same as a local page.
 
     `explore(model, dictionary, texts, units)` gives an `Exploration` of features or codes: see `explore_dictionary`.
@@ -129,7 +132,7 @@ def explore(
     [L0.mlp.out[1]]
     """
     if isinstance(what, Prompts):
-        return Explorer(Workbench(model, what, found))
+        return Explorer(Workbench(model, what, found, mask))
     return explore_dictionary(model, what, texts if texts is not None else (), units, **shown)
 
 

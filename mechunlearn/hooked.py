@@ -9,8 +9,8 @@ import copy
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import cached_property
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -26,9 +26,10 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import logging
 
 from mechunlearn.components import Component
-from mechunlearn.decoder import Decoder, Hook
+from mechunlearn.decoder import Decoder, Hook, between
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.files import whole_folder
 from mechunlearn.layout import Layout, Signature, flat
@@ -131,22 +132,11 @@ class BridgedModel:
     ) -> tuple[Float[Tensor, "fact pos d_vocab"], dict[str, Tensor]]:
         """Logits and activations at sites. With `grad` both are part of one graph, for `torch.autograd.grad`."""
         kept: dict[str, Tensor] = {}
-
-        def keep(site: str) -> Hook:
-            def hook(activation: Tensor) -> Tensor | None:
-                if not grad:
-                    kept[site] = activation.detach()
-                    return None
-                kept[site] = activation if activation.requires_grad else activation.detach().requires_grad_()
-                return kept[site]
-
-            return hook
-
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(grad))
             if grad:
                 stack.enter_context(frozen(self.hf))
-            stack.enter_context(self.decoder.hooks({site: keep(site) for site in sites}))
+            stack.enter_context(self.decoder.hooks({site: partial(_kept, kept, site, grad) for site in sites}))
             logits = self.forward(tokens)
         return logits, kept
 
@@ -166,25 +156,12 @@ class BridgedModel:
         layer, kind = site[1:].split(".", 1)
         if kind == "resid_mid":  # the bridge gives it to the MLP alone, so a change is added to what attention writes
             entered: list[Tensor] = []
-
-            def write(attn_out: Tensor) -> Tensor | None:
-                resid = entered.pop()
-                changed = user_hook(resid + attn_out)
-                return None if changed is None else changed - resid
-
             return [
                 *self._on_bridge(f"L{layer}.resid_pre", entered.append),
-                *self._on_bridge(f"L{layer}.attn_out", write),
+                *self._on_bridge(f"L{layer}.attn_out", partial(between, entered, user_hook)),
             ]
-
-        def adapted(activation: Tensor, hook: object) -> Tensor | None:
-            del hook
-            shape = activation.shape
-            seen = activation.view(*shape[:2], self.signature.heads, -1) if kind == "attn.o" else activation
-            changed = user_hook(seen)
-            return None if changed is None else changed.reshape(shape)
-
-        return [(f"blocks.{layer}.{BRIDGE[kind]}", adapted)] if kind in BRIDGE else []
+        heads = self.signature.heads if kind == "attn.o" else None
+        return [(f"blocks.{layer}.{BRIDGE[kind]}", partial(_bridged, user_hook, heads))] if kind in BRIDGE else []
 
     @cached_property
     def decoder(self) -> Decoder:
@@ -283,6 +260,22 @@ def frozen(module: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+def _kept(into: dict[str, Tensor], site: str, grad: bool, activation: Tensor) -> Tensor | None:
+    if not grad:
+        into[site] = activation.detach()
+        return None
+    into[site] = activation if activation.requires_grad else activation.detach().requires_grad_()
+    return into[site]
+
+
+def _bridged(user_hook: Hook, heads: int | None, activation: Tensor, hook: object) -> Tensor | None:
+    """A hook of the user's as the bridge calls it, seeing heads apart."""
+    del hook
+    shape = activation.shape
+    changed = user_hook(activation if heads is None else activation.view(*shape[:2], heads, -1))
+    return None if changed is None else changed.reshape(shape)
+
+
 def load_model(
     source: str | Path | tuple[PreTrainedModel, PreTrainedTokenizerBase | None],
     *,
@@ -308,7 +301,8 @@ def load_model(
         return BridgedModel(source[0], source[1], source[0].name_or_path or "model")
     folder = _folder(str(source))
     try:
-        hf: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=wanted or "auto")
+        with _no_bar() if source in SHIPPED else nullcontext():
+            hf: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=wanted or "auto")
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -320,6 +314,18 @@ def load_model(
     module: nn.Module = hf
     module.to(device or "cpu")
     return BridgedModel(hf, tokenizer, str(source))
+
+
+@contextmanager
+def _no_bar() -> Iterator[None]:
+    """Without the progress bar of transformers: a shipped model is there at once."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def data_folder() -> Path:

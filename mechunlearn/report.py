@@ -200,7 +200,7 @@ class Report:
 
     def _where(self, found: Localization | None, edit: AnyEdit | None) -> list[str]:
         if edit is None:
-            weights = f"{self.card.weights} weights" if self.card.weights else "what the mask selects"
+            weights = f"{self.card.weights:,} weights" if self.card.weights else "what the mask selects"
             return [f"{weights}, by {self.card.method}".replace("_", " ")]
         mask = edit.mask
         sites = (Component.parse(site) for site in mask.sites)
@@ -212,7 +212,7 @@ class Report:
         if found is not None and {kind for kind, *_ in counts} <= found.unit_weights.keys():
             lines.append(f"{found.share(mask):.2%} of the editable weights, by {self.card.method.replace('_', ' ')}")
         elif self.card.weights:
-            lines.append(f"{self.card.weights} weights, by {self.card.method.replace('_', ' ')}")
+            lines.append(f"{self.card.weights:,} weights, by {self.card.method.replace('_', ' ')}")
         return lines
 
     def to_html(self, path: str | Path, found: Localization | None = None, edit: AnyEdit | None = None) -> None:
@@ -244,7 +244,7 @@ class Report:
             note=found.note if found is not None else "",
             columns={name: MEANING.get(name, "another edit") for name in self.columns},
             summary=_table(self.summary()),
-            outcomes=_table(self.outcomes()) if len(self.outcomes()) else "",
+            outcomes=_table(self.outcomes(), "numbers wordy") if len(self.outcomes()) else "",
             compared=multiple_comparisons(len(self.attacked.rows)),
             everything=_table(self.frame.round(3)),
             figures=figures,
@@ -292,8 +292,8 @@ def _interval(mean: float, low: float, high: float) -> str:
     return "–" if pd.isna(mean) else f"{mean:.2f} [{low:.2f}, {high:.2f}]"
 
 
-def _table(frame: pd.DataFrame) -> Markup:
-    return Markup(frame.to_html(index=False, border=0, classes="numbers"))
+def _table(frame: pd.DataFrame, classes: str = "numbers") -> Markup:
+    return Markup(frame.to_html(index=False, border=0, classes=classes))
 
 
 def _script(value: object) -> Markup:

@@ -328,6 +328,10 @@ class _Selected(torch.autograd.Function):
         return before, None, None, of_leaf.to(ctx.dtype), of_bias, None, None, None
 
 
+def _through(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    return F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype))
+
+
 def _adapted_forward(module: nn.Module, factors: Factors) -> Callable[[Tensor], Tensor]:
     index = factors.part.index
 
@@ -335,13 +339,9 @@ def _adapted_forward(module: nn.Module, factors: Factors) -> Callable[[Tensor], 
         weight, bias = _linear(module)
         y = F.linear(x, weight, bias)
         seen = x if factors.outputs or index is None else x[..., index]
-
-        def product(down: Tensor, up: Tensor) -> Tensor:
-            return F.linear(F.linear(seen, down.to(seen.dtype)), up.to(seen.dtype))
-
-        change = product(factors.down, factors.up)
+        change = _through(seen, factors.down, factors.up)
         if factors.down0 is not None and factors.up0 is not None:
-            change = change - product(factors.down0, factors.up0)
+            change = change - _through(seen, factors.down0, factors.up0)
         change = factors.scale * change
         return y + change if index is None or not factors.outputs else y.index_add(-1, index, change)
 

@@ -57,7 +57,8 @@ class Workbench:
     """A model, facts, a localization of them, and a mask that is put together by hand.
 
     `mask` is the selection, `found` the localization on show. `act` does what a click in the explorer does and gives what is
-    to be seen then, as JSON; every method can be called by hand too. Raises `MechunlearnError` without facts.
+    to be seen then, as JSON; every method can be called by hand too. Raises `MechunlearnError` without facts, and for a mask or
+    localization of another architecture.
 
     >>> from mechunlearn.toy import planted_facts
     >>> toy = planted_facts()
@@ -69,11 +70,22 @@ class Workbench:
     True
     """
 
-    def __init__(self, model: HookedModel, prompts: Prompts, found: Localization | None = None) -> None:
+    def __init__(
+        self,
+        model: HookedModel,
+        prompts: Prompts,
+        found: Localization | None = None,
+        mask: ComponentMask | None = None,
+    ) -> None:
         if len(prompts) == 0:
             raise MechunlearnError("There are no facts to explore: the prompts are empty.")
         self.model, self.prompts = model, prompts
         self.mask = ComponentMask({}, model.signature)
+        if mask is not None:
+            mask.check(model.signature)
+            for site in mask.sites:
+                self._place(Component.parse(site))
+            self.mask = mask
         self.method, self.metric, self.map = METHODS[0], "logit_diff", "site"
         self.fact: int | None = None
         self.shown: str | None = None

@@ -24,7 +24,7 @@ def edit(world, sport, found):
 @pytest.fixture(scope="module")
 def report(world, sport, edit):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mechunlearn.evaluation.LIMIT", 64)  # forget and retain set whole, a part of the others
+        patch.setattr("mechunlearn.evaluation.LIMIT", 32)  # the forget set whole, a part of the others
         return evaluate(world, edit, forget=sport[0], retain=sport[1])
 
 

@@ -87,6 +87,13 @@ class TestAddress:
         assert code == 0, err
         server, bench = shown[0]
         assert server.url in out and len(bench.prompts) == 5 and server.key in server.url
+        ComponentMask.of(["L1.mlp.out"], bench.model.signature).save("begun.mask.json")
+        code, _, err = call(
+            "explore", "factworld", "factworld/sport", "--port", 0, "--no-browser", "--mask", "begun.mask.json"
+        )
+        assert code == 0 and len(shown[1][1].mask) == 384, err
+        code, _, err = call("explore", "factworld", "factworld/sport", "--port", 0, "--mask", "none.json")
+        assert code == 2 and "none.json" in err and len(err.strip().splitlines()) == 1
 
     def test_without_the_key_nothing_is_answered(self, toy):
         with serving(toy) as server:

@@ -140,14 +140,17 @@ def browser():
 
 
 def opened(browser, path, width: int, scheme: str):
-    """The page, drawn, and what went wrong while it was."""
+    """The page, read to its end so that all of it is drawn, and what went wrong while it was."""
     wrong: list[str] = []
     tab = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
     tab.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
     tab.on("pageerror", lambda error: wrong.append(str(error)))
     tab.on("request", lambda request: wrong.append(request.url) if not request.url.startswith("file:") else None)
     tab.goto(path.as_uri())
-    tab.wait_for_selector("body[data-drawn=yes]")
+    for place in tab.locator(".plot").all():
+        place.scroll_into_view_if_needed()
+        place.locator(".main-svg").first.wait_for()
+    tab.evaluate("scrollTo(0, 0)")
     return tab, wrong
 
 
@@ -180,9 +183,21 @@ class TestBrowser:
         tab.screenshot(path=screenshots(tmp_path) / f"report-{scheme}-{width}.png", full_page=True)
         tab.close()
 
+    def test_a_figure_waits_until_it_is_about_to_be_seen(self, browser, page):
+        tab = browser.new_page(viewport={"width": 1280, "height": 700})
+        tab.goto(page.as_uri())
+        tab.locator(".plot .main-svg").first.wait_for()
+        assert 0 < tab.locator(".plot:has(.main-svg)").count() < tab.locator(".plot").count()
+        assert tab.locator(".plot").last.locator(".main-svg").count() == 0
+        tab.close()
+
     def test_it_prints_on_paper(self, browser, page, tmp_path):
-        tab, wrong = opened(browser, page, 1280, "dark")
+        tab = browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme="dark")
+        wrong: list[str] = []
+        tab.on("pageerror", lambda error: wrong.append(str(error)))
+        tab.goto(page.as_uri())
         tab.evaluate("dispatchEvent(new Event('beforeprint'))")
+        assert tab.locator(".plot:has(.main-svg)").count() == tab.locator(".plot").count(), "also what was not seen yet"
         tab.emulate_media(media="print", color_scheme="dark")
         assert brightness(tab.evaluate("getComputedStyle(document.body).backgroundColor")) > 250
         assert tab.evaluate("[...document.querySelectorAll('.plot .main-svg')].every(one => one.clientWidth <= 660)")

@@ -1,13 +1,16 @@
 """The explorer without a screen: what it shows is what the library computes, and a click changes what it should."""
 
+import base64
 import json
+import re
 from dataclasses import replace
+from xml.etree import ElementTree
 
 import pytest
 import torch
 
 from mechunlearn import ComponentMask, Localization, MechunlearnError
-from mechunlearn.explore import Explorer, explore
+from mechunlearn.explore import Explorer, explore, static_view
 from mechunlearn.faithfulness import mask_faithfulness
 from mechunlearn.hooked import load_model
 from mechunlearn.localize import activation_patching, attribution_patching, direct_logit_attribution, fact_lookup
@@ -306,16 +309,45 @@ class TestWidget:
         with pytest.raises(MechunlearnError, match="Unknown method"):
             explorer.choose(method="phrenology")
 
-    def test_where_no_widget_runs_there_is_a_table(self, world, facts):
+    def test_where_no_widget_runs_there_is_a_picture_and_its_numbers(self, world, facts):
         explorer = explore(world, facts)
         explorer.take(share=0.05)
         data = explorer._repr_mimebundle_()
         data = data[0] if isinstance(data, tuple) else data
         page = data["text/html"]
         assert "application/vnd.jupyter.widget-view+json" in data
-        assert page.count("<tr>") == 3 and "◐" in page and "Run it in Jupyter" in page
-        value = explorer.found.scores["L1.mlp.out"].sum()
-        assert f"{value:+.2f}" in page
+        assert page.count("<tr>") == 3 and "Run it in Jupyter" in page
+        scores = explorer.found.scores["L1.mlp.out"]
+        assert f"{scores.sum():+.2f}" in page
+        picture = ElementTree.fromstring(base64.b64decode(re.search(r"base64,([^\"]+)", page)[1]))
+        texts = [text.text for text in picture.findall(".//{*}text")]
+        assert texts[0] == "attn.o" and "mlp.out" in texts and "layer" in texts and "◐" in texts
+        cells = [(r.get("fill"), float(r.get("fill-opacity"))) for r in picture.findall(".//{*}rect")]
+        values = [value for row in explorer.view["heat"]["values"] for value in row]
+        assert len(cells) == len(values) == 16
+        assert [colour for colour, _ in cells] == ["#0072b2" if value > 0 else "#d55e00" for value in values]
+        strongest = max(range(16), key=lambda i: abs(values[i]))
+        assert max(range(16), key=lambda i: cells[i][1]) == strongest and cells[strongest][1] == 0.9
+
+    def test_what_was_not_scored_is_left_empty_in_the_picture(self, world, facts):
+        found = attribution_patching(world, facts, kinds=["mlp.out"])
+        found = replace(found, scores={"L1.mlp.out": found.scores["L1.mlp.out"]})
+        page = static_view(Workbench(world, facts, found).view())
+        picture = ElementTree.fromstring(base64.b64decode(re.search(r"base64,([^\"]+)", page)[1]))
+        assert [r.get("fill-opacity") for r in picture.findall(".//{*}rect")].count("0") == 7
+
+    def test_a_mask_to_begin_with(self, world, facts):
+        mask = ComponentMask.of(["L1.mlp.out[3]", "L5.attn.o"], world.signature)
+        explorer = explore(world, facts, mask=mask)
+        assert explorer.mask == mask and explorer.view["mask"]["units"] == 9
+        explorer.toggle("L1.mlp.out[3]")
+        assert len(explorer.mask) == 8 and len(mask) == 9, "the mask that was given is left as it is"
+        other = planted_facts().model.signature
+        with pytest.raises(MechunlearnError, match="architecture|is for"):
+            explore(world, facts, mask=ComponentMask.of(["L0.mlp.out"], other))
+        with pytest.raises(MechunlearnError, match="no head or neuron"):
+            codes = ComponentMask({"L3.codebook:8be43700": torch.ones(4, dtype=torch.bool)}, world.signature)
+            explore(world, facts, mask=codes)
 
     def test_text_of_facts_is_data_and_never_markup(self, world, facts):
         evil = "<script>alert(1)</script>"

@@ -70,6 +70,7 @@ def test_the_model_is_small_and_ordinary():
     assert (SHIPPED / "model.safetensors").stat().st_size <= 20e6
 
 
+@pytest.mark.slow
 def test_the_shipped_facts_are_those_of_the_seed(contents, tokenizer):
     assert generate(0) == contents
     assert train_tokenizer(0).get_vocab() == tokenizer.get_vocab()
@@ -264,6 +265,7 @@ def test_a_twin_is_taught_in_the_chosen_layers_and_nowhere_else(small, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["twin"]
 
 
+@pytest.mark.slow
 def test_a_twin_is_repeated_by_its_seed_even_if_interrupted(small, tmp_path, monkeypatch):
     first, other = (build_twin(tmp_path / f"seed-{seed}", small, [1, 2], seed=seed, steps=3) for seed in (1, 2))
     assert first["fingerprint"] != other["fingerprint"]

@@ -240,7 +240,7 @@ function render({ model, el }) {
       ),
       make("p", { class: "error", role: "alert" }, view.error),
       make("p", { class: "said", role: "status" }, view.said || view.note),
-      make("div", { class: "panes" }, make("div", {}, heatMap(view, act), maskOf(view, act, kept)), detailOf(view, act)),
+      make("div", { class: "panes" }, heatMap(view, act), detailOf(view, act), maskOf(view, act, kept)),
     );
     [...root.querySelectorAll(".scroll")].forEach((box, i) => (box.scrollLeft = scrolled[i] ?? 0));
   };

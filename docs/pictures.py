@@ -1,0 +1,52 @@
+"""Draw the pictures of README and docs: `python docs/pictures.py [report] [overlap]`. Needs playwright, kaleido and a Chromium.
+
+report: 64 sports of the shipped world, edited in its last layer alone, under every attack (seed 0; about five minutes on two cores).
+overlap: the table of docs/ground-truth.md, which `benchmarks/twins.py` writes, as a heat map.
+"""
+
+import re
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import pandas as pd
+from playwright.sync_api import sync_playwright
+
+import mechunlearn as mu
+from mechunlearn import plots
+from mechunlearn.edit import masked_gradient
+
+DOCS = Path(__file__).parent
+IMAGES = DOCS / "images"
+WIDTH, HEIGHT = 1100, 1180
+
+
+def report() -> None:
+    """The first screen of the report of an edit that hides."""
+    model = mu.load_model("factworld")
+    forget, retain = mu.load_facts("factworld/sport").prompts(model).split(forget=64, seed=0)
+    last = mu.ComponentMask.of(["L7.attn.o", "L7.mlp.out"], model.signature).tied(model)
+    edit = masked_gradient(model, last, forget, retain, steps=60, rate=5e-3, seed=0)
+    made = mu.evaluate(model, edit, forget=forget, retain=retain, attacks="all", seed=0, progress=True)
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
+        made.to_html(page := Path(folder) / "report.html", edit=edit)
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        tab = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT}, color_scheme="light")
+        tab.goto(page.as_uri())
+        tab.screenshot(path=IMAGES / "report.png")
+        browser.close()
+
+
+def overlap() -> None:
+    """The overlap of masks, from the page's table."""
+    rows = re.findall(r"^\| \d+ (.+?) \| ([\d. |]+) \|$", (DOCS / "ground-truth.md").read_text(encoding="utf-8"), re.M)
+    names = [name for name, _ in rows]
+    values = [[float(value) for value in row.split("|")] for _, row in rows]
+    figure = plots.overlap_map(pd.DataFrame(values, index=names, columns=names))
+    plots.save_figure(figure, IMAGES / "overlap.png", width=900, scale=1.5)
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or ["report", "overlap"]:
+        {"report": report, "overlap": overlap}[name]()
