@@ -72,27 +72,25 @@ def opened(page, address: str) -> None:
 
 
 def run_all(page) -> None:
-    """Run all cells, and see the first one done. The kernel says idle before it listens, and then what was asked is lost: ask again."""
+    """Run all cells until the explorer is there. The kernel says idle before it listens, and then what was asked is lost: ask again."""
     from playwright.sync_api import TimeoutError
 
-    prompts = page.locator(".jp-InputPrompt")
-    for _ in range(60):
+    running = page.locator(".jp-InputPrompt", has_text="[*]")
+    for _ in range(120):
         with suppress(TimeoutError):
             if page.locator(".jp-Dialog").count():  # of a kernel that does not listen yet; it may come at any time
                 page.locator(".jp-Dialog .jp-mod-accept").first.click(timeout=2000)
-            if prompts.filter(has_text=re.compile(r"\[\d+\]")).count():
-                return
-            if not prompts.filter(has_text="[*]").count():
+            if not running.count():
+                if page.locator(".mu-explorer").count():
+                    return
                 page.get_by_role("menuitem", name="Run", exact=True).click(timeout=2000)
                 page.get_by_text("Run All Cells", exact=True).click(timeout=2000)
         page.wait_for_timeout(2000)
-    pytest.fail("JupyterLab runs no cell.")
+    pytest.fail(f"No explorer after four minutes: {page.locator('.jp-InputPrompt').all_text_contents()}")
 
 
 def used(page) -> None:
     """Look at a component, take a mask, save it."""
-    page.locator(".mu-explorer").wait_for(timeout=300_000)
-    page.locator(".jp-InputPrompt", has_text="[*]").first.wait_for(state="detached", timeout=120_000)
     page.locator('.mu-explorer [data-component="L2.mlp.out"]').first.scroll_into_view_if_needed()
     for component in ("L1.mlp.out", "L2.mlp.out"):
         page.locator(f'.mu-explorer [data-component="{component}"]').first.click()
