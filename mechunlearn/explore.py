@@ -154,7 +154,8 @@ def _shade(values: list[list[float | None]]) -> Callable[[float | None], tuple[s
 
 _JINJA = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
 _PICTURE = _JINJA.from_string("""\
-{% set heat, across, down, left = view.heat, 46, 30, 150 %}
+{% set heat, across, down = view.heat, 46, 30 %}
+{% set left = 16 + 8 * heat.rows|map('length')|max %}
 {% set width, height = left + across * heat.columns|length + 10, down * heat.rows|length + 46 %}
 <svg xmlns="http://www.w3.org/2000/svg" width="{{ width }}" height="{{ height }}" viewBox="0 0 {{ width }} {{ height }}"
  font-family="system-ui, sans-serif" font-size="13" fill="#777777">
@@ -173,8 +174,7 @@ _PICTURE = _JINJA.from_string("""\
 </svg>
 """)
 _STATIC = _JINJA.from_string("""\
-<p><b>{{ view.method.replace('_', ' ') }}</b>,{% if view['uses metric'] %} {{ view.metric.replace('_', ' ') }},{% endif %}
-{{ 'all %d facts' % view.facts|length if view.fact is none else 'one fact' }}: {{ view.heat.what }}; blue above zero, orange below. Run it in Jupyter to click through it.</p>
+<p><b>{{ view.method.replace('_', ' ') }}</b>, {{ view.metric.replace('_', ' ') ~ ', ' if view['uses metric'] }}{{ 'all %d facts' % view.facts|length if view.fact is none else 'one fact' }}: {{ view.heat.what }}; blue above zero, orange below. Run it in Jupyter to click through it.</p>
 <img alt="{{ view.heat.rows|length }} x {{ view.heat.columns|length }} map: {{ view.heat.what }}" src="data:image/svg+xml;base64,{{ picture }}">
 <p>Mask: {{ view.mask.units }} units, {{ '%.2f'|format(100 * view.mask.share) }} % of the editable weights{{ ' (● all, ◐ some of it)' if view.mask.units }}.</p>
 <details><summary>The numbers</summary>

@@ -244,7 +244,7 @@ class Report:
             note=found.note if found is not None else "",
             columns={name: MEANING.get(name, "another edit") for name in self.columns},
             summary=_table(self.summary()),
-            outcomes=_table(self.outcomes(), "numbers wordy") if len(self.outcomes()) else "",
+            outcomes=_table(self.outcomes()) if len(self.outcomes()) else "",
             compared=multiple_comparisons(len(self.attacked.rows)),
             everything=_table(self.frame.round(3)),
             figures=figures,
@@ -292,8 +292,8 @@ def _interval(mean: float, low: float, high: float) -> str:
     return "–" if pd.isna(mean) else f"{mean:.2f} [{low:.2f}, {high:.2f}]"
 
 
-def _table(frame: pd.DataFrame, classes: str = "numbers") -> Markup:
-    return Markup(frame.to_html(index=False, border=0, classes=classes))
+def _table(frame: pd.DataFrame) -> Markup:
+    return Markup(frame.to_html(index=False, border=0, classes="numbers"))
 
 
 def _script(value: object) -> Markup:

@@ -180,7 +180,7 @@ def overlap_map(table: pd.DataFrame) -> go.Figure:
         hovertemplate="%{y} and %{x}: %{z:.3f}<extra></extra>",
     )
     figure.update_xaxes(title="mask", type="category", side="bottom", tickangle=-35, automargin=True)
-    figure.update_yaxes(title="mask", type="category", autorange="reversed", automargin=True)
+    figure.update_yaxes(title={"text": "mask", "standoff": 14}, type="category", autorange="reversed", automargin=True)
     return styled(figure, "Units that both methods choose", 240 + 45 * len(table))
 
 
