@@ -207,7 +207,10 @@ class ComponentMask:
 
     @property
     def fingerprint(self) -> str:
-        return digest(str(self.signature), *map(str, self))
+        named = (
+            (Component.parse(site).site, chosen.nonzero().flatten().tolist()) for site, chosen in self.sites.items()
+        )
+        return digest(str(self.signature), *(f"{site}[{unit}]" for site, units in named for unit in units))
 
     def tied(self, layout: Layout | HasLayout) -> "ComponentMask":
         """Add what feeds each unit: a head's q and its group's k and v, a neuron's input and gate rows.
@@ -458,29 +461,44 @@ class Localization:
             raise MechunlearnError(f"A budget of {units} units is out of range: the scores cover {available} units.")
         if weights is not None and not 0 <= weights <= 1:
             raise MechunlearnError(f"A budget of {weights} is out of range: a share of the weights lies in [0, 1].")
-        chosen = {site: torch.zeros(len(s), dtype=torch.bool) for site, s in self.scores.items()}
         limit = float("inf") if weights is None else weights * self.total_weights + 1e-6
+        return self._largest_tied(units, limit) if tied else self._largest(units, limit)
+
+    def _largest(self, units: int | None, limit: float) -> ComponentMask:
+        """Without a loop over units: a model of billions of weights has half a million."""
+        if not self.scores:
+            return ComponentMask({}, self.signature)
+        sizes = [len(scores) for scores in self.scores.values()]
+        costs = torch.tensor([self.unit_weights.get(Component.parse(site).kind, 0) for site in self.scores])
+        order = torch.cat([scores.abs() for scores in self.scores.values()]).argsort(descending=True, stable=True)
+        used = costs.repeat_interleave(torch.tensor(sizes))[order].cumsum(0)
+        chosen = torch.zeros(len(order), dtype=torch.bool)
+        chosen[order[: int((used <= limit).sum()) if units is None else units]] = True
+        return ComponentMask(dict(zip(self.scores, chosen.split(sizes))), self.signature)
+
+    def _largest_tied(self, units: int | None, limit: float) -> ComponentMask:
+        """One unit after another: what the next costs depends on the KV heads that are tied already."""
+        chosen = {site: torch.zeros(len(s), dtype=torch.bool) for site, s in self.scores.items()}
         used, groups = 0, set[tuple[int, int]]()
         for taken, component in enumerate(self.ranked()):
-            cost = self._cost(component, tied, groups)
+            cost = self._cost(component, groups)
             if taken == units or used + cost > limit:
                 break
             used += cost
-            if tied and component.kind == "attn.o":
+            if component.kind == "attn.o":
                 groups.add(self._group(component))
             chosen[component.site][component.unit] = True
-        mask = ComponentMask(chosen, self.signature)
-        return mask.tied(Layout(self.signature, 0)) if tied else mask
+        return ComponentMask(chosen, self.signature).tied(Layout(self.signature, 0))
 
     def _group(self, head: Component) -> tuple[int, int]:
         assert head.unit is not None
         return head.layer, head.unit // (self.signature.heads // self.signature.kv_heads)
 
-    def _cost(self, component: Component, tied: bool, groups: set[tuple[int, int]]) -> int:
+    def _cost(self, component: Component, groups: set[tuple[int, int]]) -> int:
         cost = self.unit_weights.get(component.kind, 0)
-        if tied and component.kind == "mlp.out":
+        if component.kind == "mlp.out":
             cost += self.unit_weights["mlp.in"] + self.unit_weights.get("mlp.gate", 0)
-        if tied and component.kind == "attn.o":
+        if component.kind == "attn.o":
             cost += self.unit_weights["attn.q"]
             if self._group(component) not in groups:
                 cost += self.unit_weights["attn.k"] + self.unit_weights["attn.v"]

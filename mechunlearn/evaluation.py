@@ -182,7 +182,7 @@ def _rows(model: HookedModel, cells: Sequence[tuple[str, Prompts]], forget: Prom
         yield _row("text", "passages", "loss", text_loss(model, held_out))
 
 
-def _held_out(forget: Prompts) -> Sequence[str]:
+def _held_out(forget: Prompts) -> tuple[str, ...]:
     """The half of the passages that editors do not train on."""
     return forget.facts.text[1::2][:LIMIT] if forget.facts is not None else ()
 
