@@ -42,7 +42,7 @@ def jupyter(front: str, folder: Path, notebook: nbformat.NotebookNode) -> Iterat
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    env = {**os.environ, "JUPYTER_PREFER_ENV_PATH": "1", "IPYTHONDIR": str(own / "ipython"), "OMP_NUM_THREADS": "2"}
+    env = {**os.environ, "JUPYTER_PREFER_ENV_PATH": "1", "IPYTHONDIR": str(own / "ipython"), "OMP_NUM_THREADS": "1"}
     env |= {f"JUPYTER_{name}_DIR": str(own / name.lower()) for name in ("CONFIG", "DATA", "RUNTIME")}
     env |= {f"JUPYTERLAB_{name}_DIR": str(own / name.lower()) for name in ("SETTINGS", "WORKSPACES")}
     command = [sys.executable, "-m", f"jupyter{front}" if front == "lab" else front, "--no-browser", "--allow-root"]
@@ -76,7 +76,7 @@ def run_all(page) -> None:
     from playwright.sync_api import TimeoutError
 
     running = page.locator(".jp-InputPrompt", has_text="[*]")
-    for _ in range(120):
+    for _ in range(200):
         with suppress(TimeoutError):
             if page.locator(".jp-Dialog").count():  # of a kernel that does not listen yet; it may come at any time
                 page.locator(".jp-Dialog .jp-mod-accept").first.click(timeout=2000)
@@ -86,7 +86,7 @@ def run_all(page) -> None:
                 page.get_by_role("menuitem", name="Run", exact=True).click(timeout=2000)
                 page.get_by_text("Run All Cells", exact=True).click(timeout=2000)
         page.wait_for_timeout(2000)
-    pytest.fail(f"No explorer after four minutes: {page.locator('.jp-InputPrompt').all_text_contents()}")
+    pytest.fail(f"No explorer after minutes of asking: {page.locator('.jp-InputPrompt').all_text_contents()}")
 
 
 def used(page) -> None:
