@@ -4,7 +4,7 @@ import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -180,7 +180,9 @@ def load_facts(source: str | Path, *, seed: int = 0) -> FactDataset:
 
 def world_facts(folder: Path, relation: str, seed: int = 0) -> FactDataset:
     """One relation of the world in a folder, with its other relations, skills and stories."""
-    world = json.loads((folder / "world.json").read_text(encoding="utf-8"))
+    file = (folder / "world.json").resolve()
+    changed = file.stat().st_mtime_ns
+    world = _world(file, changed)
     if relation not in world["facts"]:
         raise MechunlearnError(
             f"The shipped world has no relation '{relation}'. Its relations: {', '.join(world['facts'])}."
@@ -191,21 +193,28 @@ def world_facts(folder: Path, relation: str, seed: int = 0) -> FactDataset:
         name: tuple(Query(task["prompt"], task["answer"], task["foil"]) for task in tasks)
         for name, tasks in world["skills"].items()
     }
-    text = tuple(text for stories in world["stories"].values() for text in stories)
-
-    def dataset(name: str, facts: Mapping[str, str]) -> FactDataset:
-        asked = _ask_all(world["relations"][name], name, facts, seed)
-        hops = _two_hop(asked, world["facts"].get("country", {})) if name == "city" else {}
-        return FactDataset(f"factworld/{name}", asked, two_hop=hops)
-
-    untaught = world["untaught"].get(relation)
     return replace(
-        dataset(relation, world["facts"][relation]),
-        related={name: dataset(name, world["facts"][name]) for name in same},
+        _asked(file, changed, "facts", relation, seed),
+        related={name: _asked(file, changed, "facts", name, seed) for name in same},
         skills=skills,
-        text=text,
-        untaught=dataset(relation, untaught) if untaught else None,
+        text=tuple(text for stories in world["stories"].values() for text in stories),
+        untaught=_asked(file, changed, "untaught", relation, seed) if world["untaught"].get(relation) else None,
     )
+
+
+@lru_cache(maxsize=2)
+def _world(file: Path, changed: int) -> dict:
+    """A world's file, read once as long as it does not change."""
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+@lru_cache(maxsize=32)
+def _asked(file: Path, changed: int, which: str, name: str, seed: int) -> FactDataset:
+    """A relation's facts, or those that were never taught, in every format."""
+    world = _world(file, changed)
+    asked = _ask_all(world["relations"][name], name, world[which][name], seed)
+    hops = _two_hop(asked, world["facts"].get("country", {})) if name == "city" else {}
+    return FactDataset(f"factworld/{name}", asked, two_hop=hops)
 
 
 def _ask_all(relation: Mapping, name: str, facts: Mapping[str, str], seed: int) -> tuple[Fact, ...]:

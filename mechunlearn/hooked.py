@@ -1,8 +1,8 @@
 """The hooked model: all that methods know of a model, implemented once over TransformerBridge.
 
-The Hugging Face module is the truth, stays an ordinary module, and is what runs. The bridge wraps a second module that
-shares the same parameters, because booting rewrites the module it is given; hooks act on both. Fused matrices that the bridge keeps as copies
-(GPT-NeoX, Phi-3) are brought up to date by `write_` and `refresh_`.
+The Hugging Face module is the truth, stays an ordinary module, and is what runs. The bridge is made when it is first asked
+for, from a second module that shares the same parameters, because booting rewrites the module it is given; hooks act on both. Fused
+matrices that the bridge keeps as copies (GPT-NeoX, Phi-3) are brought up to date by `write_` and `refresh_`.
 """
 
 import copy
@@ -91,10 +91,19 @@ class BridgedModel:
         self.tokenizer = tokenizer
         self._parameters = dict(hf.named_parameters())
         shared = {id(t): t for t in (*hf.parameters(), *hf.buffers())}
-        self.bridge = _boot(copy.deepcopy(hf, shared), tokenizer, name)
-        _freeze_additions(self.bridge, self._parameters)
-        self._copies = self._find_copies()
+        self._second = copy.deepcopy(hf, shared)
+        self._within: dict[ExitStack, Mapping[str, Hook]] = {}
         self._hashed: tuple[tuple, str] | None = None
+
+    @cached_property
+    def bridge(self) -> Any:
+        """The same parameters as a `TransformerBridge` of transformer_lens, under the hooks that are on now. No method here needs it."""
+        with torch.random.fork_rng(devices=[]):  # new weights are drawn, and thrown away
+            bridge = _boot(self._second, self.tokenizer, self.name)
+        _freeze_additions(bridge, self._parameters)
+        for stack, hooks in self._within.items():
+            stack.enter_context(bridge.hooks(fwd_hooks=self._on_bridge(hooks)))
+        return bridge
 
     @property
     def signature(self) -> Signature:
@@ -147,21 +156,29 @@ class BridgedModel:
         The hooks act on the Hugging Face module (and so on every method) and on the bridge alike.
         Raises `MechunlearnError` for a site this model does not have.
         """
-        with self.decoder.hooks(hooks):
-            registered = [entry for site, hook in hooks.items() for entry in self._on_bridge(site, hook)]
-            with self.bridge.hooks(fwd_hooks=registered):
-                yield
+        with self.decoder.hooks(hooks), ExitStack() as on_bridge:
+            self._within[on_bridge] = hooks
+            on_bridge.callback(self._within.pop, on_bridge)
+            if self._has_bridge:
+                on_bridge.enter_context(self.bridge.hooks(fwd_hooks=self._on_bridge(hooks)))
+            yield
 
-    def _on_bridge(self, site: str, user_hook: Hook) -> list[tuple[str, Callable]]:
-        layer, kind = site[1:].split(".", 1)
-        if kind == "resid_mid":  # the bridge gives it to the MLP alone, so a change is added to what attention writes
-            entered: list[Tensor] = []
-            return [
-                *self._on_bridge(f"L{layer}.resid_pre", entered.append),
-                *self._on_bridge(f"L{layer}.attn_out", partial(between, entered, user_hook)),
-            ]
-        heads = self.signature.heads if kind == "attn.o" else None
-        return [(f"blocks.{layer}.{BRIDGE[kind]}", partial(_bridged, user_hook, heads))] if kind in BRIDGE else []
+    @property
+    def _has_bridge(self) -> bool:
+        return "bridge" in vars(self)
+
+    def _on_bridge(self, hooks: Mapping[str, Hook]) -> list[tuple[str, Callable]]:
+        entries: list[tuple[str, Callable]] = []
+        for site, hook in hooks.items():
+            layer, kind = site[1:].split(".", 1)
+            if kind == "resid_mid":  # the bridge gives it to the MLP alone, so a change is added to what attention writes
+                entered: list[Tensor] = []
+                change = partial(between, entered, hook)
+                entries += self._on_bridge({f"L{layer}.resid_pre": entered.append, f"L{layer}.attn_out": change})
+            elif kind in BRIDGE:
+                heads = self.signature.heads if kind == "attn.o" else None
+                entries.append((f"blocks.{layer}.{BRIDGE[kind]}", partial(_bridged, hook, heads)))
+        return entries
 
     @cached_property
     def decoder(self) -> Decoder:
@@ -213,7 +230,7 @@ class BridgedModel:
 
     def refresh_(self) -> None:
         """Bring the bridge's copies up to date after the Hugging Face parameters were changed directly."""
-        for site in self._copies:
+        for site in self._copies if self._has_bridge else ():
             self._refresh(site)
 
     def _views(self, site: str) -> list[Tensor]:
@@ -222,7 +239,8 @@ class BridgedModel:
             raise MechunlearnError(f"No site '{site}': the model has {self.signature.layers} layers.")
         return self.layout.views(self._parameters, address.layer, address.kind)
 
-    def _find_copies(self) -> dict[Component, Any]:
+    @cached_property
+    def _copies(self) -> dict[Component, Any]:
         """Sites whose weights the bridge keeps apart from the Hugging Face storage."""
         storages = {p.untyped_storage().data_ptr() for p in self._parameters.values()}
         copies: dict[Component, Any] = {}
@@ -237,7 +255,7 @@ class BridgedModel:
 
     @torch.no_grad()
     def _refresh(self, site: Component) -> None:
-        module = self._copies.get(site)
+        module = self._copies.get(site) if self._has_bridge else None
         if module is None:
             return
         for target, view in zip((module.weight, module.bias), self._views(str(site)), strict=False):

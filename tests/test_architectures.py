@@ -30,6 +30,22 @@ def test_logits_of_the_bridge_equal_those_of_the_hugging_face_model(model, token
         torch.testing.assert_close(model.bridge(tokens), model.forward(tokens), atol=2e-5, rtol=1e-5)
 
 
+def test_the_bridge_is_made_when_it_is_first_asked_for_under_the_hooks_that_are_on(model, tokens):
+    """A hook that is on is on the new bridge too, goes with its block, and the parameters are left as they were."""
+    halve = {"L1.mlp.out": lambda z: z / 2}
+    flags, random_state = [p.requires_grad for p in model.hf.parameters()], torch.get_rng_state()
+    with torch.no_grad(), model.hooks(halve), model.hooks({"L0.attn.o": lambda z: -z}):
+        within = model.forward(tokens)
+        assert "bridge" not in vars(model), "what is never asked for is not made"
+        torch.testing.assert_close(model.bridge(tokens), within, atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        without = model.forward(tokens)
+        torch.testing.assert_close(model.bridge(tokens), without, atol=2e-5, rtol=1e-5)
+    assert (within - without).abs().max() > 1e-3 and not model._within
+    assert [p.requires_grad for p in model.hf.parameters()] == flags
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
 def sites_of(model) -> list[str]:
     kinds = ["attn.o", "mlp.out", "resid_pre", "resid_post", "attn_out", "mlp_out"]
     return [f"L1.{kind}" for kind in (kinds if model.layout.parallel else [*kinds, "resid_mid"])]
@@ -123,18 +139,22 @@ def test_run_from_starts_at_the_hooked_residual_stream(model, tokens):
     assert (other - logits).abs().max() > 1e-3, "run_from must read the residual stream it is given"
 
 
-def test_a_weight_written_on_the_hooked_model_is_written_in_the_hugging_face_model(model, tokens):
+@pytest.mark.parametrize("made", ["before", "after"])
+def test_a_weight_written_on_the_hooked_model_is_written_in_the_hugging_face_model_and_the_bridge(model, tokens, made):
     with torch.no_grad():
         before = model.forward(tokens)
+        if made == "before":
+            model.bridge(tokens)
         for kind in model.layout.kinds:
             rows = model.rows(f"L1.{kind}")
             model.write_(f"L1.{kind}", rows[:1] + torch.randn_like(rows[:1]), torch.tensor([0]))
             assert torch.equal(model.rows(f"L1.{kind}")[1:], rows[1:])
             after = model.forward(tokens)
             assert (after - before).abs().max() > 1e-4, f"{kind} has no effect"
-            torch.testing.assert_close(after, model.hf(tokens).logits, atol=3e-5, rtol=1e-5)
+            torch.testing.assert_close(after, model.bridge(tokens), atol=1e-4, rtol=1e-4, msg=kind)
             model.write_(f"L1.{kind}", rows)
         assert torch.equal(model.forward(tokens), before)
+        torch.testing.assert_close(before, model.bridge(tokens), atol=1e-4, rtol=1e-4)
 
 
 def test_the_fingerprint_is_that_of_the_weights_as_they_are(model):

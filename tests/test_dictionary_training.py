@@ -278,7 +278,7 @@ def test_a_frozen_model_keeps_no_trace(name):
 
 def test_a_jointly_trained_model_changes_in_place_and_the_codebook_belongs_to_it():
     model = load_model((random_hf("gpt_neox"), None))
-    before, ids = bits(model.hf), texts()
+    before, ids, bridge = bits(model.hf), texts(), model.bridge
     held = model.hf.gpt_neox.layers[0].mlp.dense_4h_to_h.weight.requires_grad_(False)
     settings = {"size": 16, "used": 2, "steps": 20, "objective": "ce", "joint": True}
     first = train_codebook(model, "L1.resid_post", ids, spliced_steps=0, **settings)
@@ -293,7 +293,7 @@ def test_a_jointly_trained_model_changes_in_place_and_the_codebook_belongs_to_it
     assert all(parameter.grad is None for parameter in model.hf.parameters())
     assert made.fitted_on == model.fingerprint != first.fitted_on
     with torch.no_grad():
-        torch.testing.assert_close(model.bridge(whole), model.forward(whole), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(bridge(whole), model.forward(whole), atol=1e-4, rtol=1e-4)
 
 
 def test_a_t5_is_trained_jointly_or_left_as_it_is():

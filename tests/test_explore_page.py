@@ -194,6 +194,33 @@ class TestInABrowser:
             assert background != text
         assert not complaints, complaints
 
+    def test_what_is_clicked_while_it_works_is_done_after(self, monkeypatch):
+        """All of it and in order; of components to look at, the last."""
+        made, go, done = planted_facts(), threading.Event(), []
+        bench = Workbench(made.model, made.prompts())
+
+        def slow(message, act=bench.act):
+            go.wait(60)
+            done.append(message)
+            return act(message)
+
+        monkeypatch.setattr(bench, "act", slow)
+        with serving(bench) as server, chromium() as browser:
+            page = browser.new_page()
+            page.goto(server.url)
+            page.locator('[data-do="clear"]').click()
+            page.locator(".mu-explorer.busy").wait_for()
+            page.locator('[data-do="take"]').click()
+            cells = page.locator(".cell")
+            for i in range(3):
+                cells.nth(i).click()
+            go.set()
+            page.locator(".detail h3").wait_for()
+            page.locator(".mu-explorer:not(.busy)").wait_for()
+            assert [message["do"] for message in done] == ["clear", "take", "show"]
+            assert done[-1]["component"] == cells.nth(2).get_attribute("data-component")
+            assert len(bench.mask)
+
     def test_when_the_program_has_ended_the_page_says_so(self, toy):
         with chromium() as browser:
             page = browser.new_page()

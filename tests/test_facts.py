@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from mechunlearn import MechunlearnError, load_facts
+from mechunlearn.facts import _asked, world_facts
+from mechunlearn.hooked import data_folder
 from mechunlearn.metrics import answer_logprob, answered, logit_diff, measure, supervised
 from mechunlearn.prompts import ROLES, Asked, Prompts
 from mechunlearn.readers import read_texts
@@ -258,11 +260,23 @@ def test_splits_are_disjoint_and_seeded(world):
 
 
 def test_edit_targets_are_fixed_wrong_answers():
-    facts, again = load_facts("factworld/sport", seed=3), load_facts("factworld/sport", seed=3)
+    facts = load_facts("factworld/sport", seed=3)
+    _asked.cache_clear()
+    again, others = load_facts("factworld/sport", seed=3), load_facts("factworld/sport", seed=4)
+    assert again.facts is not facts.facts and [f.target for f in facts] != [f.target for f in others]
     assert all(f.answer != f.target for f in facts) and [f.target for f in facts] == [f.target for f in again]
     league = {"football": "NFL", "golf": "PGA"}
     fact = next(f for f in facts if f.answer in league)
     assert fact.queries["league"].answer == league[fact.answer]
+
+
+def test_a_world_is_read_again_when_its_file_has_changed(tmp_path):
+    world = json.loads((data_folder() / "factworld" / "world.json").read_text())
+    for taught in (5, 7):
+        world["facts"]["sport"] = dict(list(world["facts"]["sport"].items())[: -taught])
+        (tmp_path / "world.json").write_text(json.dumps(world))
+        facts = world_facts(tmp_path, "sport")
+        assert len(facts) == len(world["facts"]["sport"]) and facts.facts is world_facts(tmp_path, "sport").facts
 
 
 def test_texts_are_read_from_files_tables_and_refused_by_name(tmp_path):

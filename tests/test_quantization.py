@@ -79,10 +79,10 @@ class TestRounding:
     def test_all_matrices_of_the_blocks_and_nothing_else(self, family):
         model = load_model((random_hf(family), None))
         before = {name: p.detach().clone() for name, p in model.hf.named_parameters()}
-        tokens = token_prompts().tokens
+        tokens, bridge = token_prompts().tokens, model.bridge
         with torch.no_grad(), _rounded(model, lambda weight: _nearest(weight, 3)):
             after = {name: p.detach().clone() for name, p in model.hf.named_parameters()}
-            torch.testing.assert_close(model.bridge(tokens), model.forward(tokens), atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(bridge(tokens), model.forward(tokens), atol=1e-4, rtol=1e-4)
         changed = {name for name in before if not torch.equal(before[name], after[name])}
         blocks = {n for n, p in before.items() if (".layers." in n or ".h." in n) and p.ndim == 2}
         assert changed == blocks and len(changed) == len(_matrices(model))

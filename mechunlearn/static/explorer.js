@@ -215,11 +215,16 @@ function maskOf(view, act, kept) {
 function render({ model, el }) {
   const root = make("div", { class: "mu-explorer" });
   const kept = { share: "5", path: "explored.mask.json" };
+  const waiting = []; // what was asked and not answered yet: the first is being done
   const act = (message) => {
-    if (root.classList.contains("busy")) return;
+    if (message.do === "show" && waiting.length > 1 && waiting.at(-1).do === "show") waiting.pop(); // of components clicked in a hurry, the last
+    waiting.push(message);
+    if (waiting.length === 1) send();
+  };
+  const send = () => {
     root.classList.add("busy");
     root.setAttribute("aria-busy", "true");
-    model.send(message);
+    model.send(waiting[0]);
   };
   const draw = () => {
     const view = model.get("view");
@@ -243,6 +248,8 @@ function render({ model, el }) {
       make("div", { class: "panes" }, heatMap(view, act), detailOf(view, act), maskOf(view, act, kept)),
     );
     [...root.querySelectorAll(".scroll")].forEach((box, i) => (box.scrollLeft = scrolled[i] ?? 0));
+    waiting.shift();
+    if (waiting.length) send();
   };
   model.on("change:view", draw);
   draw();
