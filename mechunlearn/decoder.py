@@ -208,33 +208,21 @@ class Decoder:
     def observe(self, tokens: Int[Tensor, "row pos"], hooks: Mapping[str, Hook]) -> None:
         """A forward pass under hooks that ends once each of their sites has been seen."""
         waiting = set(hooks)
-
-        def seen(site: str, activation: Tensor) -> Tensor | None:
-            changed = hooks[site](activation)
-            waiting.discard(site)
-            if not waiting:
-                raise _Reached
-            return changed
-
-        with suppress(_Reached), self.hooks({site: partial(seen, site) for site in hooks}):
+        until = {site: partial(_until, waiting, site, hook) for site, hook in hooks.items()}
+        with suppress(_Reached), self.hooks(until):
             self.hf(input_ids=tokens.to(self.hf.device), use_cache=False)
 
     def restart(self, start: int, stop: int, before: Run | None = None) -> "Restart":
         """The means to call blocks on positions `start` to `stop`, with the keys and values that `before` has earlier."""
-        signature, calls = self.layout.signature, []
+        signature = self.layout.signature
+        calls: list[tuple[tuple, dict]] = []
         shape = (1, signature.kv_heads, start, self.layout.d_head)
         nothing = torch.zeros((), device=self.hf.device, dtype=self.hf.dtype).expand(shape)
         prefixes: list[Any] = [_Prefix(nothing, nothing) for _ in range(signature.layers)]
-
         as_tuple = self._blocks_return_tuples
-
-        def keep(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
-            calls.append((args, kwargs))
-            return (hidden_states,) if as_tuple else hidden_states
-
         with ExitStack() as stack, torch.no_grad():
             for block in self.blocks:
-                block.forward = keep
+                block.forward = partial(_recorded, calls, as_tuple)
                 stack.callback(delattr, block, "forward")
                 stack.enter_context(_without_hooks(block))
             stack.enter_context(tapped([self.reading(torch.zeros(1, 1, dtype=torch.long, device=self.hf.device))]))
@@ -364,6 +352,21 @@ def _leaving(function: Hook, module: nn.Module, args: tuple, out: Tensor | tuple
     if changed is None:
         return None
     return (changed, *out[1:]) if isinstance(out, tuple) else changed
+
+
+def _until(waiting: set[str], site: str, hook: Hook, activation: Tensor) -> Tensor | None:
+    changed = hook(activation)
+    waiting.discard(site)
+    if not waiting:
+        raise _Reached
+    return changed
+
+
+def _recorded(
+    calls: list[tuple[tuple, dict]], as_tuple: bool, hidden_states: Tensor, *args: Any, **kwargs: Any
+) -> Tensor | tuple[Tensor]:
+    calls.append((args, kwargs))
+    return (hidden_states,) if as_tuple else hidden_states
 
 
 def _stop(found: list[Tensor], resid: Tensor) -> None:

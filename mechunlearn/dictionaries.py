@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -374,13 +375,13 @@ def installed(model: Model, hook_name: str, function: Callable[[Tensor], Tensor 
         with tapped([(model.get_submodule(name), "out", function)]):
             yield
         return
-
-    def by_head(z: Tensor) -> Tensor | None:
-        changed = function(z.flatten(-2))
-        return None if changed is None else changed.view_as(z)
-
-    with model.hooks({name: by_head if ".attn." in name else function}):
+    with model.hooks({name: partial(_by_head, function) if ".attn." in name else function}):
         yield
+
+
+def _by_head(function: Callable[[Tensor], Tensor | None], z: Tensor) -> Tensor | None:
+    changed = function(z.flatten(-2))
+    return None if changed is None else changed.view_as(z)
 
 
 @contextmanager

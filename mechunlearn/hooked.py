@@ -171,7 +171,9 @@ class BridgedModel:
         entries: list[tuple[str, Callable]] = []
         for site, hook in hooks.items():
             layer, kind = site[1:].split(".", 1)
-            if kind == "resid_mid":  # the bridge gives it to the MLP alone, so a change is added to what attention writes
+            if (
+                kind == "resid_mid"
+            ):  # the bridge gives it to the MLP alone, so a change is added to what attention writes
                 entered: list[Tensor] = []
                 change = partial(between, entered, hook)
                 entries += self._on_bridge({f"L{layer}.resid_pre": entered.append, f"L{layer}.attn_out": change})

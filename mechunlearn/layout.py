@@ -7,6 +7,7 @@ writing and masking are ordinary indexing on the Hugging Face storage itself.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from einops import rearrange
@@ -191,10 +192,7 @@ class Layout:
                 "Mixtures of experts and folded norms are not supported; to add a family, write its table in "
                 "mechunlearn/layout.py."
             )
-
-        def read(*names: str) -> int | None:
-            return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
-
+        read = partial(_first, config)
         d_model, heads = read("hidden_size", "n_embd"), read("num_attention_heads", "n_head")
         layers = read("num_hidden_layers", "n_layer")
         assert d_model and heads and layers
@@ -288,6 +286,11 @@ class Layout:
         rows = [unit[block] * (1 if block == "d_mlp" else self.d_head) for block in matrix.blocks]
         assert matrix.part is not None
         return tensor.narrow(dim, sum(rows[: matrix.part]), rows[matrix.part])
+
+
+def _first(config: object, *names: str) -> int | None:
+    """What a configuration has under the first of these names that it gives."""
+    return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
 
 
 def flat(views: list[Tensor]) -> Float[Tensor, "unit weight"]:

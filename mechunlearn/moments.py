@@ -1,7 +1,7 @@
 """Statistics of a model over a stream of text: a fitter is fed batch by batch, its numbers are read, it is let go."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -168,19 +168,17 @@ def _add_rows(total: Tensor, x: Float[Tensor, "row pos in"], delta: Float[Tensor
 def _watched(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[tuple[Tensor, Tensor]]]]:
     """Within the block each call of a module is kept by name: its input, and its output as part of the graph."""
     calls: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in modules}
-
-    def keep(name: str) -> Callable:
-        def hook(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
-            out = out if out.requires_grad else out.detach().requires_grad_()
-            calls[name].append((args[0].detach(), out))
-            return out
-
-        return hook
-
     with ExitStack() as stack:
         for name, module in modules.items():
-            stack.callback(module.register_forward_hook(keep(name), prepend=True).remove)
+            stack.callback(module.register_forward_hook(partial(_keep, calls[name]), prepend=True).remove)
         yield calls
+
+
+def _keep(calls: list[tuple[Tensor, Tensor]], module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+    del module
+    out = out if out.requires_grad else out.detach().requires_grad_()
+    calls.append((args[0].detach(), out))
+    return out
 
 
 def _linear(hf: nn.Module, name: str) -> Any:

@@ -7,6 +7,7 @@ the matrices that hold selected rows never get a gradient of their own.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -129,7 +130,7 @@ class SelectedRows:
             stack.enter_context(frozen(self.model.hf))
             for name, parts in modules.items():
                 module = self.model.hf.get_submodule(name)
-                stack.enter_context(_computing(module, _selected_forward(module, parts)))
+                stack.enter_context(_computing(module, partial(_selected_forward, module, parts)))
             yield
 
     def gradient(self, loss: Tensor) -> None:
@@ -218,7 +219,7 @@ class LowRank:
             stack.enter_context(frozen(self.model.hf))
             for factors in self.factors:
                 module = self.model.hf.get_submodule(factors.part.name.rpartition(".")[0])
-                stack.enter_context(_computing(module, _adapted_forward(module, factors)))
+                stack.enter_context(_computing(module, partial(_adapted_forward, module, factors)))
             yield
 
     def gradient(self, loss: Tensor) -> None:
@@ -291,17 +292,13 @@ def _linear(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     return given.weight.T if isinstance(module, Conv1D) else given.weight, given.bias
 
 
-def _selected_forward(module: nn.Module, parts: Mapping[str, tuple[Slice, Tensor]]) -> Callable[[Tensor], Tensor]:
+def _selected_forward(module: nn.Module, parts: Mapping[str, tuple[Slice, Tensor]], x: Tensor) -> Tensor:
     transposed = isinstance(module, Conv1D)
     part, leaf = parts["weight"]
     leaf_of_bias = parts["bias"][1] if "bias" in parts else None
     outputs = (part.dim == 0) != transposed
-
-    def forward(x: Tensor) -> Tensor:
-        weight, bias = _linear(module)
-        return _Selected.apply(x, weight, bias, leaf, leaf_of_bias, part.index, outputs, transposed)
-
-    return forward
+    weight, bias = _linear(module)
+    return _Selected.apply(x, weight, bias, leaf, leaf_of_bias, part.index, outputs, transposed)
 
 
 class _Selected(torch.autograd.Function):
@@ -332,17 +329,13 @@ def _through(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
     return F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype))
 
 
-def _adapted_forward(module: nn.Module, factors: Factors) -> Callable[[Tensor], Tensor]:
+def _adapted_forward(module: nn.Module, factors: Factors, x: Tensor) -> Tensor:
     index = factors.part.index
-
-    def forward(x: Tensor) -> Tensor:
-        weight, bias = _linear(module)
-        y = F.linear(x, weight, bias)
-        seen = x if factors.outputs or index is None else x[..., index]
-        change = _through(seen, factors.down, factors.up)
-        if factors.down0 is not None and factors.up0 is not None:
-            change = change - _through(seen, factors.down0, factors.up0)
-        change = factors.scale * change
-        return y + change if index is None or not factors.outputs else y.index_add(-1, index, change)
-
-    return forward
+    weight, bias = _linear(module)
+    y = F.linear(x, weight, bias)
+    seen = x if factors.outputs or index is None else x[..., index]
+    change = _through(seen, factors.down, factors.up)
+    if factors.down0 is not None and factors.up0 is not None:
+        change = change - _through(seen, factors.down0, factors.up0)
+    change = factors.scale * change
+    return y + change if index is None or not factors.outputs else y.index_add(-1, index, change)

@@ -273,7 +273,7 @@ def test_edit_targets_are_fixed_wrong_answers():
 def test_a_world_is_read_again_when_its_file_has_changed(tmp_path):
     world = json.loads((data_folder() / "factworld" / "world.json").read_text())
     for taught in (5, 7):
-        world["facts"]["sport"] = dict(list(world["facts"]["sport"].items())[: -taught])
+        world["facts"]["sport"] = dict(list(world["facts"]["sport"].items())[:-taught])
         (tmp_path / "world.json").write_text(json.dumps(world))
         facts = world_facts(tmp_path, "sport")
         assert len(facts) == len(world["facts"]["sport"]) and facts.facts is world_facts(tmp_path, "sport").facts

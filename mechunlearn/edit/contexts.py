@@ -147,13 +147,11 @@ def seen(
     per = contexts.tokens.shape[1]
     for facts in contexts.start.max(1).values.argsort().split(max(1, batch // per)):
         part = contexts.select(facts)
-        found: dict[str, Tensor] = {}
+        kept: dict[str, Tensor] = {}
         at = part.at.flatten().to(model.device)
+        model.decoder.observe(part.tokens.flatten(0, 1), {site: partial(_keep, kept, site, at) for site in sites})
+        yield facts, {site: found.unflatten(0, (-1, per)) for site, found in kept.items()}
 
-        def keep(site: str, x: Tensor, at: Tensor, found: dict[str, Tensor]) -> None:
-            found[site] = x[torch.arange(len(x), device=x.device), at].unflatten(0, (-1, per))
 
-        model.decoder.observe(
-            part.tokens.flatten(0, 1), {site: partial(keep, site, at=at, found=found) for site in sites}
-        )
-        yield facts, found
+def _keep(kept: dict[str, Tensor], site: str, at: Int[Tensor, " row"], x: Tensor) -> None:
+    kept[site] = x[torch.arange(len(x), device=x.device), at]
