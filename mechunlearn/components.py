@@ -434,18 +434,19 @@ class Localization:
         }
         return max(chosen, key=lambda role: sums[role])
 
-    def ranked(self) -> list[Component]:
-        """All units, largest |score| first, ties in component order."""
-        units = [
-            Component(address.layer, address.kind, unit)
-            for site, scores in self.scores.items()
-            for address in [Component.parse(site)]
-            for unit in range(len(scores))
-        ]
-        if not units:
-            return []
-        order = torch.argsort(torch.cat([s.abs() for s in self.scores.values()]), descending=True, stable=True)
-        return [units[i] for i in order.tolist()]
+    def ranked(self, first: int | None = None) -> list[Component]:
+        """Units, largest |score| first, ties in component order: all, or the first so many."""
+        sites = [Component.parse(site) for site in self.scores]
+        _, site, unit = (ranks[:first].tolist() for ranks in self._order())
+        return [Component(sites[i].layer, sites[i].kind, u) for i, u in zip(site, unit)]
+
+    def _order(self) -> tuple[Tensor, Tensor, Tensor]:
+        """By rank: the place among all scores, the number of the site, the unit in it."""
+        sizes = torch.tensor([len(scores) for scores in self.scores.values()], dtype=torch.long)
+        everything = torch.cat([torch.zeros(0), *self.scores.values()])
+        order = everything.abs().argsort(descending=True, stable=True)
+        site = torch.arange(len(sizes)).repeat_interleave(sizes)[order]
+        return order, site, order - (sizes.cumsum(0) - sizes)[site]
 
     def top(self, units: int | None = None, weights: float | int | None = None, tied: bool = False) -> ComponentMask:
         """The units with the largest |score| within a budget: a number of units, or a share of all editable weights.
@@ -462,47 +463,29 @@ class Localization:
         if weights is not None and not 0 <= weights <= 1:
             raise MechunlearnError(f"A budget of {weights} is out of range: a share of the weights lies in [0, 1].")
         limit = float("inf") if weights is None else weights * self.total_weights + 1e-6
-        return self._largest_tied(units, limit) if tied else self._largest(units, limit)
+        return self._largest(units, limit, tied)
 
-    def _largest(self, units: int | None, limit: float) -> ComponentMask:
+    def _largest(self, units: int | None, limit: float, tied: bool) -> ComponentMask:
         """Without a loop over units: a model of billions of weights has half a million."""
-        if not self.scores:
-            return ComponentMask({}, self.signature)
-        sizes = [len(scores) for scores in self.scores.values()]
-        costs = torch.tensor([self.unit_weights.get(Component.parse(site).kind, 0) for site in self.scores])
-        order = torch.cat([scores.abs() for scores in self.scores.values()]).argsort(descending=True, stable=True)
-        used = costs.repeat_interleave(torch.tensor(sizes))[order].cumsum(0)
+        order, site, unit = self._order()
+        sites = [Component.parse(name) for name in self.scores]
+        costs = torch.tensor([self._cost(each.kind, tied) for each in sites], dtype=torch.long)[site]
+        if tied:
+            head = torch.tensor([each.kind == "attn.o" for each in sites], dtype=torch.bool)[site]
+            layer = torch.tensor([each.layer for each in sites], dtype=torch.long)[site]
+            group = layer * self.signature.kv_heads + unit // (self.signature.heads // self.signature.kv_heads)
+            first = ~torch.tensor(pd.Series(torch.where(head, group, -1).numpy()).duplicated().to_numpy())
+            costs = costs + (first & head) * sum(self.unit_weights.get(kind, 0) for kind in ("attn.k", "attn.v"))
         chosen = torch.zeros(len(order), dtype=torch.bool)
-        chosen[order[: int((used <= limit).sum()) if units is None else units]] = True
-        return ComponentMask(dict(zip(self.scores, chosen.split(sizes))), self.signature)
+        chosen[order[: int((costs.cumsum(0) <= limit).sum()) if units is None else units]] = True
+        parts = chosen.split([len(scores) for scores in self.scores.values()]) if self.scores else ()
+        mask = ComponentMask(dict(zip(self.scores, parts)), self.signature)
+        return mask.tied(Layout(self.signature, 0)) if tied else mask
 
-    def _largest_tied(self, units: int | None, limit: float) -> ComponentMask:
-        """One unit after another: what the next costs depends on the KV heads that are tied already."""
-        chosen = {site: torch.zeros(len(s), dtype=torch.bool) for site, s in self.scores.items()}
-        used, groups = 0, set[tuple[int, int]]()
-        for taken, component in enumerate(self.ranked()):
-            cost = self._cost(component, groups)
-            if taken == units or used + cost > limit:
-                break
-            used += cost
-            if component.kind == "attn.o":
-                groups.add(self._group(component))
-            chosen[component.site][component.unit] = True
-        return ComponentMask(chosen, self.signature).tied(Layout(self.signature, 0))
-
-    def _group(self, head: Component) -> tuple[int, int]:
-        assert head.unit is not None
-        return head.layer, head.unit // (self.signature.heads // self.signature.kv_heads)
-
-    def _cost(self, component: Component, groups: set[tuple[int, int]]) -> int:
-        cost = self.unit_weights.get(component.kind, 0)
-        if component.kind == "mlp.out":
-            cost += self.unit_weights["mlp.in"] + self.unit_weights.get("mlp.gate", 0)
-        if component.kind == "attn.o":
-            cost += self.unit_weights["attn.q"]
-            if self._group(component) not in groups:
-                cost += self.unit_weights["attn.k"] + self.unit_weights["attn.v"]
-        return cost
+    def _cost(self, kind: str, tied: bool) -> int:
+        """Weights of one unit, and of what is tied to it and to no other unit."""
+        also = {"mlp.out": ("mlp.in", "mlp.gate"), "attn.o": ("attn.q",)}.get(kind, ()) if tied else ()
+        return sum(self.unit_weights.get(each, 0) for each in (kind, *also))
 
     def share(self, mask: ComponentMask) -> float:
         """The mask's weights as a share of all editable weights."""
@@ -512,12 +495,14 @@ class Localization:
 
     def to_frame(self) -> pd.DataFrame:
         """One row a unit: component, layer, kind, unit, score; largest |score| first."""
-        rows = [
-            (str(c), c.layer, c.kind, c.unit, float(self.scores[c.site][c.unit]))
-            for c in self.ranked()
-            if c.unit is not None
-        ]
-        return pd.DataFrame(rows, columns=["component", "layer", "kind", "unit", "score"])
+        order, site, unit = (ranks.numpy() for ranks in self._order())
+        sites = pd.DataFrame(
+            [(name, at.layer, at.kind) for name, at in ((name, Component.parse(name)) for name in self.scores)],
+            columns=["component", "layer", "kind"],
+        )
+        frame = sites.iloc[site].reset_index(drop=True).assign(unit=unit)
+        frame["component"] += "[" + frame.unit.astype(str) + "]"
+        return frame.assign(score=torch.cat([torch.zeros(0), *self.scores.values()]).double().numpy()[order])
 
     def save(self, path: str | Path) -> None:
         """Write a `.json` or `.safetensors` file; both are complete."""
@@ -576,7 +561,7 @@ class Localization:
 
     def __repr__(self) -> str:
         units = sum(len(s) for s in self.scores.values())
-        best = ", ".join(f"{c} {float(self.scores[c.site][c.unit]):+.3g}" for c in self.ranked()[:3])
+        best = ", ".join(f"{c} {float(self.scores[c.site][c.unit]):+.3g}" for c in self.ranked(3))
         note = f"; {self.note}" if self.note else ""
         return f"Localization({self.card.method}, {units} units, largest: {best or 'none'}{note})"
 
@@ -584,7 +569,7 @@ class Localization:
         scored = by_kind(
             (at.layer, at.kind, len(s), len(s)) for s, at in ((s, Component.parse(k)) for k, s in self.scores.items())
         )
-        best = self.ranked()[:5]
+        best = self.ranked(5)
         about = {
             "scored": ", ".join(f"{n} {unit_name(kind)}s at {kind} (layers {layers})" for kind, layers, n, _ in scored),
             "for": self.signature,

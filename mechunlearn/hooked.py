@@ -2,7 +2,7 @@
 
 The Hugging Face module is the truth, stays an ordinary module, and is what runs. The bridge is made when it is first asked
 for, from a second module that shares the same parameters, because booting rewrites the module it is given; hooks act on both. Fused
-matrices that the bridge keeps as copies (GPT-NeoX, Phi-3) are brought up to date by `write_` and `refresh_`.
+matrices that the bridge keeps as copies (GPT-NeoX) are brought up to date by `write_` and `refresh_`.
 """
 
 import copy

@@ -61,8 +61,9 @@ def _add_picture(output: dict, name: str) -> None:
         return
     figure.pop("config", None)
     drawn = plotly.io.from_json(json.dumps(figure)).to_image("svg", width=WIDTH).decode()
-    for random in set(re.findall(r'id="defs-(\w+)"', drawn)):
-        drawn = drawn.replace(random, name)
+    random = re.findall(r'id="defs-(\w+)"', drawn) + re.findall(r"(?:trace|cb)[0-9a-f]{6}", drawn)
+    for i, identifier in enumerate(dict.fromkeys(random)):
+        drawn = drawn.replace(identifier, f"{name}-{i}")
     output["data"]["image/svg+xml"] = drawn
 
 

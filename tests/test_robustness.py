@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mechunlearn import evaluate, load_model
+from mechunlearn.attack.quantization import quantization
 from mechunlearn.components import ComponentMask
 from mechunlearn.edit import losses, masked_gradient
 from mechunlearn.edits import WeightEdit
@@ -82,17 +83,16 @@ QUICK = {
 def outcomes(twin, cases):
     """What every attack says of every case; ceilings and floors are run once."""
     model, forget, retain = twin
-    found: dict[str, dict[str, pd.DataFrame]] = {name: {} for name in cases}
+    rows: dict[str, pd.DataFrame] = {}
+    first, *others = cases
     for attack in (name for name in ATTACKS if "_on_" not in name):
         function = getattr(__import__(f"mechunlearn.attack.{attack}", fromlist=[attack]), attack)
-        first, *others = cases
         settings = QUICK.get(attack, {})
         kept = retain if attack == "probing" else retain.select(range(64))
-        rows = function(model, cases[first], forget, kept, beside={o: cases[o] for o in others}, **settings)
-        for name in cases:
-            mine = rows["state"].isin([{first: "edited"}.get(name, name), "unedited", "never taught"])
-            found[name][attack] = rows[mine].replace({"state": {name: "edited"}})
-    return {name: Attacked(rows).outcomes().set_index("attack") for name, rows in found.items()}
+        beside = {name: cases[name] for name in others}
+        rows[attack] = function(model, cases[first], forget, kept, beside=beside, **settings)
+    found = Attacked(rows)
+    return {name: found.outcomes(*[name] * (name != first)).set_index("attack") for name in cases}
 
 
 @pytest.mark.slow
@@ -183,6 +183,17 @@ class TestRunning:
         assert row["held out"] == row["high"] == 0 and row["n"] == 8
         upper = 1 - 0.025 ** (1 / 8)
         assert row["up to"] == pytest.approx((upper - row["floor"]) / (row["ceiling"] - row["floor"])) and upper > 0.3
+
+    def test_an_edit_beside_has_its_outcomes_by_name(self, toy):
+        model, edit, forget, retain = toy
+        nothing = replace(edit, rows={site: model.rows(site)[edit.units[site]] for site in edit.units})
+        together = Attacked({"quantization": quantization(model, None, forget, retain, beside={"a": edit, "b": nothing})})
+        for name, each in {"a": edit, "b": nothing}.items():
+            alone = Attacked({"quantization": quantization(model, each, forget, retain)})
+            pd.testing.assert_frame_equal(together.outcomes(name), alone.outcomes())
+        assert not together.outcomes("a").equals(together.outcomes("b"))
+        with pytest.raises(MechunlearnError, match="'quantization' did not attack 'c'. Expected one of .*a, b"):
+            together.outcomes("c")
 
     def test_ctrl_c_is_no_failure(self, toy, monkeypatch):
         module = sys.modules["mechunlearn.attack.quantization"]
