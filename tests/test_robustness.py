@@ -187,7 +187,9 @@ class TestRunning:
     def test_an_edit_beside_has_its_outcomes_by_name(self, toy):
         model, edit, forget, retain = toy
         nothing = replace(edit, rows={site: model.rows(site)[edit.units[site]] for site in edit.units})
-        together = Attacked({"quantization": quantization(model, None, forget, retain, beside={"a": edit, "b": nothing})})
+        together = Attacked(
+            {"quantization": quantization(model, None, forget, retain, beside={"a": edit, "b": nothing})}
+        )
         for name, each in {"a": edit, "b": nothing}.items():
             alone = Attacked({"quantization": quantization(model, each, forget, retain)})
             pd.testing.assert_frame_equal(together.outcomes(name), alone.outcomes())
