@@ -1,5 +1,6 @@
 """For the README, the docs and doctests: offline, and files go to a temporary folder."""
 
+import importlib
 import inspect
 import os
 
@@ -8,6 +9,22 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # there are as many test processe
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import pytest
+
+USED = (
+    "transformers.modeling_utils",
+    "pandas",
+    "plotly.graph_objects",
+    "anywidget",
+    "typer",
+    "rich.progress",
+    "sklearn.linear_model",
+)
+
+
+def pytest_collectstart() -> None:
+    """Import what the package imports before it: within the package, jaxtyping's hook looks for other bytecode and compiles it all again."""
+    for name in USED:
+        importlib.import_module(name)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

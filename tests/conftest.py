@@ -1,116 +1,84 @@
-"""Small models for every test: one of each architecture from disk, the planted toy, the shipped world."""
+"""Fixtures of all tests: small models of each architecture from disk, the planted toy, the shipped world, the command line.
+
+What takes seconds to import is imported where it is used: the process that hands out the tests needs none of it.
+"""
 
 import os
 import sys
+from typing import TYPE_CHECKING
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import pytest
-import torch
-import transformers
 
-from mechunlearn.cli import main
-from mechunlearn.facts import load_facts
-from mechunlearn.hooked import BridgedModel, load_model
-from mechunlearn.prompts import Prompts
-from mechunlearn.toy import planted_facts
-
-torch.set_num_threads(1)  # one test process a core; small models are slower on two threads
-
-SIZES = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-}
-GPT2_SIZES = {"vocab_size": 97, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "n_inner": 48}
-GPT2_SIZES |= {"bos_token_id": 0, "eos_token_id": 1}
-GROUPED = {**SIZES, "num_key_value_heads": 2}
-CONFIGS = {
-    "llama": transformers.LlamaConfig(**GROUPED),
-    "mistral": transformers.MistralConfig(**GROUPED, sliding_window=4),
-    "qwen2": transformers.Qwen2Config(
-        **GROUPED,
-        use_sliding_window=True,
-        sliding_window=3,
-        layer_types=["sliding_attention", "full_attention", "full_attention"],
-    ),
-    "qwen3": transformers.Qwen3Config(**GROUPED, head_dim=16),
-    "gemma": transformers.GemmaConfig(**{**GROUPED, "num_key_value_heads": 1}, head_dim=16),
-    "gemma2": transformers.Gemma2Config(**GROUPED, head_dim=8, sliding_window=4),
-    "gemma3_text": transformers.Gemma3TextConfig(**GROUPED, head_dim=8, sliding_window=4),
-    "phi": transformers.PhiConfig(**SIZES),
-    "phi3": transformers.Phi3Config(**GROUPED),
-    "gpt_neox": transformers.GPTNeoXConfig(**SIZES),
-    "gpt2": transformers.GPT2Config(**GPT2_SIZES),
-    "gptj": transformers.GPTJConfig(**GPT2_SIZES, rotary_dim=4),
-}
+if TYPE_CHECKING:
+    from mechunlearn.hooked import BridgedModel
+    from mechunlearn.prompts import Prompts
 
 
-def random_hf(family: str) -> torch.nn.Module:
-    """A randomly initialised model with noise on every weight, so that norms and biases matter too."""
-    torch.manual_seed(0)
-    hf = transformers.AutoModelForCausalLM.from_config(CONFIGS[family]).eval()
-    with torch.no_grad():
-        for parameter in hf.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return hf
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test of `stored` or `model` is one of each architecture."""
+    if "stored" in metafunc.fixturenames:
+        from tests.models import CONFIGS
+
+        metafunc.parametrize("stored", list(CONFIGS), indirect=True, scope="session")
 
 
-@pytest.fixture(scope="session", params=list(CONFIGS))
+@pytest.fixture(scope="session")
 def stored(request, tmp_path_factory):
     """Each architecture, saved to disk."""
+    from tests.models import random_hf
+
     folder = tmp_path_factory.mktemp(request.param)
     random_hf(request.param).save_pretrained(folder)
     return folder
 
 
 @pytest.fixture
-def model(stored) -> BridgedModel:
+def model(stored) -> "BridgedModel":
     """Each architecture, loaded from disk."""
-    return load_model((transformers.AutoModelForCausalLM.from_pretrained(stored), None))
+    from transformers import AutoModelForCausalLM
+
+    from mechunlearn.hooked import load_model
+
+    return load_model((AutoModelForCausalLM.from_pretrained(stored), None))
 
 
 @pytest.fixture
 def toy():
+    from mechunlearn.toy import planted_facts
+
     return planted_facts()
 
 
 @pytest.fixture(scope="session")
-def world() -> BridgedModel:
+def world() -> "BridgedModel":
+    from mechunlearn.hooked import load_model
+
     return load_model("factworld")
 
 
 @pytest.fixture(scope="session")
 def sport(world):
     """A forget and a retain set of the shipped world's sports."""
+    from mechunlearn.facts import load_facts
+
     return load_facts("factworld/sport").prompts(world).split(forget=32, retain=64, seed=5)
 
 
-def token_prompts(vocabulary: int = 97, facts: int = 4, length: int = 7, seed: int = 0) -> Prompts:
-    """Random clean and corrupt tokens that differ in the subject, for models without a tokenizer."""
-    generator = torch.Generator().manual_seed(seed)
-    clean = torch.randint(2, vocabulary, (facts, length), generator=generator)
-    corrupt = clean.clone()
-    corrupt[:, 2:4] = torch.randint(2, vocabulary, (facts, 2), generator=generator)
-    answer = torch.randint(2, vocabulary // 2, (facts,), generator=generator)
-    return Prompts.from_tokens(clean, corrupt, answer, answer + vocabulary // 3, torch.tensor([[2, 3]] * facts))
-
-
 @pytest.fixture
-def prompts() -> Prompts:
+def prompts() -> "Prompts":
+    from tests.models import token_prompts
+
     return token_prompts()
 
 
 @pytest.fixture
 def call(monkeypatch, capsys, tmp_path):
     """Run the command line in this process; gives exit code, what it printed, and what it complained of."""
+    from mechunlearn.cli import main
+
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: object) -> tuple[int, str, str]:

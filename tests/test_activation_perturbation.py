@@ -29,8 +29,8 @@ from mechunlearn.metrics import answered
 from mechunlearn.recovery import EDITED, State, recovery
 from mechunlearn.runcard import RunCard
 from mechunlearn.toy import D_HEAD, IS_BOS, IS_RELATION, IS_SUBJECT, LOOKED_UP, STRANGER, planted_facts
-from tests.conftest import random_hf, token_prompts
 from tests.handmade import axes, entering, mask_of, planted, random_codebook, random_sae, rows_of_tokens
+from tests.models import random_hf, token_prompts
 from tests.test_relearning import assert_untouched, hand_made, state_of
 
 FLAG, SAYS, SITE = 40, 41, "L0.resid_post"

@@ -9,7 +9,7 @@ from mechunlearn.edits import WeightEdit
 from mechunlearn.hooked import HookedModel, export, load_model
 from mechunlearn.layout import FAMILIES, Layout
 from mechunlearn.runcard import RunCard
-from tests.conftest import CONFIGS, random_hf
+from tests.models import CONFIGS, random_hf
 
 
 @pytest.fixture

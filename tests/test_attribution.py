@@ -21,7 +21,7 @@ from mechunlearn.metrics import answer_probability, logit_diff, measure
 from mechunlearn.prompts import Prompts
 from mechunlearn.relevance import relevance_rules
 from mechunlearn.stats import bootstrap_interval
-from tests.conftest import random_hf, token_prompts
+from tests.models import random_hf, token_prompts
 
 
 def flat(found, kind: str) -> np.ndarray:

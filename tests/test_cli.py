@@ -17,7 +17,7 @@ from mechunlearn.files import whole_file, whole_folder
 from mechunlearn.hooked import data_folder, load_model
 from mechunlearn.layout import Layout
 from mechunlearn.metrics import measure
-from tests.conftest import random_hf
+from tests.models import random_hf
 
 LOCALIZE = ["localize", "factworld", "factworld/sport"]
 EDIT = ["edit", "factworld", "factworld/sport"]

@@ -14,7 +14,7 @@ from mechunlearn.components import ComponentMask
 from mechunlearn.decoder import Decoder
 from mechunlearn.hooked import BridgedModel
 from mechunlearn.moments import Covariance
-from tests.conftest import random_hf
+from tests.models import random_hf
 
 SITES = ("L0.mlp.out", "L1.mlp.out")
 LATER = ("L2.mlp.out", "L5.mlp.out")

@@ -34,7 +34,7 @@ from mechunlearn.dictionaries import (
     width,
 )
 from mechunlearn.interventions import CodeDeletion, FeatureClamp, PlainSAE, build
-from tests.conftest import random_hf, token_prompts
+from tests.models import random_hf, token_prompts
 
 SITES = ("resid_pre", "resid_mid", "resid_post", "mlp_out", "attn_out", "attn.q", "attn.k", "attn.o", "mlp.out")
 

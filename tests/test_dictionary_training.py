@@ -10,7 +10,7 @@ from mechunlearn import MechunlearnError, load_model
 from mechunlearn.activity import Activity
 from mechunlearn.dictionaries import SAE, Codebook, fingerprint_of, load_dictionary, spliced
 from mechunlearn.dictionary_training import _inputs, activations, fit_codebook, fit_sae, train_codebook, train_sae
-from tests.conftest import random_hf
+from tests.models import random_hf
 from tests.test_dictionaries import bits, family, random_t5, same
 
 LENGTHS = torch.tensor([9, 8, 2, 7, 5, 9, 3, 9, 6, 4, 9, 8])

@@ -13,7 +13,7 @@ from mechunlearn.localize.direct_logit_attribution import direct_logit_attributi
 from mechunlearn.metrics import logit_diff, measure
 from mechunlearn.prompts import Prompts
 from mechunlearn.stats import bootstrap_interval
-from tests.conftest import CONFIGS, random_hf, token_prompts
+from tests.models import CONFIGS, random_hf, token_prompts
 
 
 def ragged_prompts() -> Prompts:

@@ -13,7 +13,7 @@ from mechunlearn.localize import edge_attribution, edge_patching, path_patching
 from mechunlearn.localize.edge_attribution import edge_scores
 from mechunlearn.metrics import logit_diff
 from mechunlearn.paths import Reader
-from tests.conftest import random_hf, token_prompts
+from tests.models import random_hf, token_prompts
 
 POST_NORMS = ("gemma2", "gemma3_text")
 

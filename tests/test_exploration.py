@@ -17,7 +17,7 @@ from mechunlearn.dictionary_training import train_sae
 from mechunlearn.explore import explore
 from mechunlearn.hooked import load_model
 from mechunlearn.world.dictionaries import dictionary_texts, topic_stories
-from tests.conftest import random_hf
+from tests.models import random_hf
 
 TEXTS = [*dictionary_texts(70, seed=41), *topic_stories("war", 5, seed=3), "The cook baked the soup."]
 

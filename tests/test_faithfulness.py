@@ -15,7 +15,7 @@ from mechunlearn.localize import edge_attribution, edge_patching
 from mechunlearn.localize.edge_attribution import edge_scores
 from mechunlearn.prompts import Prompts
 from mechunlearn.toy import planted_facts
-from tests.conftest import random_hf, token_prompts
+from tests.models import random_hf, token_prompts
 
 CLEAN, CORRUPT, ANSWER, FOIL = 1, 2, 3, 4
 

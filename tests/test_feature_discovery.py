@@ -19,8 +19,8 @@ from mechunlearn.localize import feature_discovery
 from mechunlearn.metrics import logit_diff
 from mechunlearn.prompts import Prompts
 from mechunlearn.toy import STATES, finite_states
-from tests.conftest import random_hf, token_prompts
 from tests.handmade import axes, entering, random_codebook, random_sae, rows_of_tokens
+from tests.models import random_hf, token_prompts
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ from mechunlearn.edit import codebook_delete, dictionary_rows, feature_clamp
 from mechunlearn.edits import Edit, WeightEdit
 from mechunlearn.feature_edits import FeatureEdit
 from mechunlearn.hooked import load_model
-from tests.conftest import CONFIGS, random_hf
 from tests.handmade import axes, entering, mask_of, random_codebook, random_sae, rows_of_tokens, seldom
+from tests.models import CONFIGS, random_hf
 
 FAMILIES = ("llama", "gpt2", "gpt_neox", "gemma2")
 DELETIONS = ("reselect", "zero")

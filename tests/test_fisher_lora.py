@@ -13,7 +13,7 @@ from mechunlearn.edits import WeightEdit
 from mechunlearn.hooked import load_model
 from mechunlearn.metrics import measure
 from mechunlearn.trainables import LowRank
-from tests.conftest import CONFIGS, random_hf, token_prompts
+from tests.models import CONFIGS, random_hf, token_prompts
 
 PARTIAL = (
     "L0.attn.q[1]",

@@ -15,7 +15,7 @@ from mechunlearn.edit import masked_gradient
 from mechunlearn.facts import load_facts
 from mechunlearn.harness import _same_random_numbers, benchmark
 from mechunlearn.hooked import load_model
-from tests.conftest import random_hf
+from tests.models import random_hf
 
 TASK = """task: {name}
 dataset_path: json

@@ -20,8 +20,8 @@ from mechunlearn.localize import feature_discovery
 from mechunlearn.metrics import measure
 from mechunlearn.moments import Covariance
 from mechunlearn.prompts import Prompts
-from tests.conftest import random_hf, token_prompts
 from tests.handmade import axes, entering, mask_of, planted, random_codebook, random_sae
+from tests.models import random_hf, token_prompts
 
 
 def methods(package) -> list:

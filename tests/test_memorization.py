@@ -18,7 +18,7 @@ from mechunlearn.world.generate import World
 from mechunlearn.world.packing import batches
 from mechunlearn.world.small import SmallCorpus, build_small, forget_sets, small_config, small_world, word_tokenizer
 from mechunlearn.world.text import world_text
-from tests.conftest import random_hf
+from tests.models import random_hf
 
 
 def words(ids: list[int]) -> str:

@@ -10,7 +10,7 @@ from torch import nn
 
 from mechunlearn import MechunlearnError, moments
 from mechunlearn.moments import DiagonalFisher
-from tests.conftest import random_hf
+from tests.models import random_hf
 
 MODULES = {
     "gpt2": ["transformer.h.0.attn.c_attn", "transformer.h.1.mlp.c_fc", "transformer.h.2.mlp.c_proj", "lm_head"],

@@ -13,7 +13,7 @@ from mechunlearn.hooked import load_model
 from mechunlearn.localize import activation_patching, attribution_patching, edge_attribution, path_patching
 from mechunlearn.metrics import answer_logprob, logit_diff
 from mechunlearn.prompts import ROLES
-from tests.conftest import random_hf, token_prompts
+from tests.models import random_hf, token_prompts
 
 UNITS = ["attn.q", "attn.k", "attn.v", "attn.o", "mlp.out"]
 STREAMS = ["attn_out", "mlp_out", "resid_pre", "resid_post", "resid_mid"]

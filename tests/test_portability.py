@@ -15,7 +15,7 @@ from torch.optim import optimizer as torch_optimizer
 from mechunlearn import ComponentMask, MechunlearnError
 from mechunlearn.layout import FAMILIES, Layout, Signature
 from mechunlearn.restrict import Restriction
-from tests.conftest import CONFIGS, random_hf
+from tests.models import CONFIGS, random_hf
 
 TOKENS = torch.randint(2, 97, (80, 10), generator=torch.Generator().manual_seed(2))
 PARTLY = ["L0.attn.q[1]", "L1.attn.v[0]", "L1.attn.o[2]", "L2.mlp.in[3]", "L2.mlp.out[5]", "L0.mlp.out"]

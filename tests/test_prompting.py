@@ -20,7 +20,7 @@ from mechunlearn.recovery import recovery
 from mechunlearn.runcard import RunCard
 from mechunlearn.toy import planted_facts
 from mechunlearn.world import lexicon as lex
-from tests.conftest import random_hf, token_prompts
+from tests.models import random_hf, token_prompts
 
 LOOK_UP = [f"L{layer}.mlp.{kind}" for layer in (1, 2) for kind in ("in", "gate", "out")]
 LAST = ["L7.attn.o", "L7.mlp.out"]

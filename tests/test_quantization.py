@@ -19,8 +19,8 @@ from mechunlearn.metrics import answered
 from mechunlearn.recovery import recovery
 from mechunlearn.runcard import RunCard
 from mechunlearn.toy import D_HEAD, IS_RELATION, IS_SUBJECT, STRANGER, planted_facts
-from tests.conftest import random_hf, token_prompts
 from tests.handmade import axes, mask_of
+from tests.models import random_hf, token_prompts
 from tests.test_relearning import assert_untouched, hand_made, state_of
 
 FLAG, SAYS, SILENT = 40, 41, 31

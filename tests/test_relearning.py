@@ -19,7 +19,7 @@ from mechunlearn.hooked import load_model
 from mechunlearn.metrics import measure
 from mechunlearn.runcard import RunCard
 from mechunlearn.toy import planted_facts
-from tests.conftest import random_hf, token_prompts
+from tests.models import random_hf, token_prompts
 
 ONE_EACH = {"lora": [0.01], "full": [0.01]}
 

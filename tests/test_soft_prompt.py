@@ -20,7 +20,7 @@ from mechunlearn.prompts import PAD, Prompts
 from mechunlearn.recovery import halves, recovery
 from mechunlearn.runcard import RunCard
 from mechunlearn.toy import planted_facts
-from tests.conftest import random_hf, token_prompts
+from tests.models import random_hf, token_prompts
 from tests.test_relearning import assert_untouched, hand_made, state_of
 
 FAMILIES = ("gpt2", "gpt_neox", "qwen2", "llama", "gemma", "gemma2", "gemma3_text")

@@ -15,7 +15,7 @@ from mechunlearn.metrics import measure
 from mechunlearn.prompts import Prompts
 from mechunlearn.trainables import Everything, LowRank, SelectedRows
 from mechunlearn.training import Schedule, Sequences, Stream, Upper, descend
-from tests.conftest import CONFIGS, random_hf, token_prompts
+from tests.models import CONFIGS, random_hf, token_prompts
 
 OBJECTIVES = {
     "injection": {},

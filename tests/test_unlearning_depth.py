@@ -17,7 +17,7 @@ from mechunlearn.metrics import answered, measure
 from mechunlearn.recovery import recovery
 from mechunlearn.runcard import RunCard
 from mechunlearn.toy import planted_facts
-from tests.conftest import random_hf, token_prompts
+from tests.models import random_hf, token_prompts
 from tests.test_relearning import assert_untouched, state_of
 
 

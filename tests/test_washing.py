@@ -19,7 +19,7 @@ from mechunlearn.metrics import measure
 from mechunlearn.moments import Covariance
 from mechunlearn.prompts import PAD, Prompts
 from mechunlearn.report import Report
-from tests.conftest import random_hf
+from tests.models import random_hf
 
 FAMILIES = ("gpt2", "gptj", "gpt_neox", "llama", "gemma2")
 BLOCKS = {"gpt2": "transformer.h", "gptj": "transformer.h", "gpt_neox": "gpt_neox.layers"}

@@ -17,7 +17,7 @@ from mechunlearn.localize import activation_patching, attribution_patching, dire
 from mechunlearn.metrics import answer_logprob, logit_diff
 from mechunlearn.toy import planted_facts
 from mechunlearn.workbench import ACTIONS, GIVEN, MAPS, METHODS, Workbench
-from tests.conftest import CONFIGS, random_hf, token_prompts
+from tests.models import CONFIGS, random_hf, token_prompts
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,60 @@
+"""Small models and prompts for the tests: one of each architecture, and tokens that differ in the subject."""
+
+import torch
+import transformers
+
+from mechunlearn.prompts import Prompts
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+GPT2_SIZES = {"vocab_size": 97, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "n_inner": 48}
+GPT2_SIZES |= {"bos_token_id": 0, "eos_token_id": 1}
+GROUPED = {**SIZES, "num_key_value_heads": 2}
+CONFIGS = {
+    "llama": transformers.LlamaConfig(**GROUPED),
+    "mistral": transformers.MistralConfig(**GROUPED, sliding_window=4),
+    "qwen2": transformers.Qwen2Config(
+        **GROUPED,
+        use_sliding_window=True,
+        sliding_window=3,
+        layer_types=["sliding_attention", "full_attention", "full_attention"],
+    ),
+    "qwen3": transformers.Qwen3Config(**GROUPED, head_dim=16),
+    "gemma": transformers.GemmaConfig(**{**GROUPED, "num_key_value_heads": 1}, head_dim=16),
+    "gemma2": transformers.Gemma2Config(**GROUPED, head_dim=8, sliding_window=4),
+    "gemma3_text": transformers.Gemma3TextConfig(**GROUPED, head_dim=8, sliding_window=4),
+    "phi": transformers.PhiConfig(**SIZES),
+    "phi3": transformers.Phi3Config(**GROUPED),
+    "gpt_neox": transformers.GPTNeoXConfig(**SIZES),
+    "gpt2": transformers.GPT2Config(**GPT2_SIZES),
+    "gptj": transformers.GPTJConfig(**GPT2_SIZES, rotary_dim=4),
+}
+
+
+def random_hf(family: str) -> torch.nn.Module:
+    """A randomly initialised model with noise on every weight, so that norms and biases matter too."""
+    torch.manual_seed(0)
+    hf = transformers.AutoModelForCausalLM.from_config(CONFIGS[family]).eval()
+    with torch.no_grad():
+        for parameter in hf.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return hf
+
+
+def token_prompts(vocabulary: int = 97, facts: int = 4, length: int = 7, seed: int = 0) -> Prompts:
+    """Random clean and corrupt tokens that differ in the subject, for models without a tokenizer."""
+    generator = torch.Generator().manual_seed(seed)
+    clean = torch.randint(2, vocabulary, (facts, length), generator=generator)
+    corrupt = clean.clone()
+    corrupt[:, 2:4] = torch.randint(2, vocabulary, (facts, 2), generator=generator)
+    answer = torch.randint(2, vocabulary // 2, (facts,), generator=generator)
+    return Prompts.from_tokens(clean, corrupt, answer, answer + vocabulary // 3, torch.tensor([[2, 3]] * facts))
