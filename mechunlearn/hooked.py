@@ -93,6 +93,7 @@ class BridgedModel:
         shared = {id(t): t for t in (*hf.parameters(), *hf.buffers())}
         self._second = copy.deepcopy(hf, shared)
         self._within: dict[ExitStack, Mapping[str, Hook]] = {}
+        self._copies: dict[Component, Any] = {}
         self._hashed: tuple[tuple, str] | None = None
 
     @cached_property
@@ -101,6 +102,7 @@ class BridgedModel:
         with torch.random.fork_rng(devices=[]):  # new weights are drawn, and thrown away
             bridge = _boot(self._second, self.tokenizer, self.name)
         _freeze_additions(bridge, self._parameters)
+        self._copies = self._find_copies(bridge)
         for stack, hooks in self._within.items():
             stack.enter_context(bridge.hooks(fwd_hooks=self._on_bridge(hooks)))
         return bridge
@@ -159,21 +161,16 @@ class BridgedModel:
         with self.decoder.hooks(hooks), ExitStack() as on_bridge:
             self._within[on_bridge] = hooks
             on_bridge.callback(self._within.pop, on_bridge)
-            if self._has_bridge:
+            if "bridge" in vars(self):
                 on_bridge.enter_context(self.bridge.hooks(fwd_hooks=self._on_bridge(hooks)))
             yield
-
-    @property
-    def _has_bridge(self) -> bool:
-        return "bridge" in vars(self)
 
     def _on_bridge(self, hooks: Mapping[str, Hook]) -> list[tuple[str, Callable]]:
         entries: list[tuple[str, Callable]] = []
         for site, hook in hooks.items():
             layer, kind = site[1:].split(".", 1)
-            if (
-                kind == "resid_mid"
-            ):  # the bridge gives it to the MLP alone, so a change is added to what attention writes
+            if kind == "resid_mid":
+                # the bridge gives it to the MLP alone, so a change is added to what attention writes
                 entered: list[Tensor] = []
                 change = partial(between, entered, hook)
                 entries += self._on_bridge({f"L{layer}.resid_pre": entered.append, f"L{layer}.attn_out": change})
@@ -232,7 +229,7 @@ class BridgedModel:
 
     def refresh_(self) -> None:
         """Bring the bridge's copies up to date after the Hugging Face parameters were changed directly."""
-        for site in self._copies if self._has_bridge else ():
+        for site in self._copies:
             self._refresh(site)
 
     def _views(self, site: str) -> list[Tensor]:
@@ -241,15 +238,14 @@ class BridgedModel:
             raise MechunlearnError(f"No site '{site}': the model has {self.signature.layers} layers.")
         return self.layout.views(self._parameters, address.layer, address.kind)
 
-    @cached_property
-    def _copies(self) -> dict[Component, Any]:
+    def _find_copies(self, bridge: Any) -> dict[Component, Any]:
         """Sites whose weights the bridge keeps apart from the Hugging Face storage."""
         storages = {p.untyped_storage().data_ptr() for p in self._parameters.values()}
         copies: dict[Component, Any] = {}
         for layer in range(self.signature.layers):
             for kind in ("attn.q", "attn.k", "attn.v", "mlp.in", "mlp.gate"):
                 part, name = kind.split(".")
-                module = getattr(getattr(self.bridge.blocks[layer], part), name, None)
+                module = getattr(getattr(bridge.blocks[layer], part), name, None)
                 weight = getattr(module, "weight", None)
                 if isinstance(weight, Tensor) and weight.untyped_storage().data_ptr() not in storages:
                     copies[Component(layer, kind)] = module
@@ -257,7 +253,7 @@ class BridgedModel:
 
     @torch.no_grad()
     def _refresh(self, site: Component) -> None:
-        module = self._copies.get(site) if self._has_bridge else None
+        module = self._copies.get(site)
         if module is None:
             return
         for target, view in zip((module.weight, module.bias), self._views(str(site)), strict=False):
