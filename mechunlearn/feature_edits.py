@@ -38,6 +38,7 @@ from mechunlearn.runcard import RunCard
 
 AnyModel = TypeVar("AnyModel", bound=Model)
 LOADER = "modeling_mechunlearn.py"
+FILES = {"codebook": ("config.json", "codebook.safetensors"), "sae": ("cfg.json", "sae_weights.safetensors")}
 TAIL = '''
 
 from transformers import {config} as _Config, {model} as _Model
@@ -192,40 +193,33 @@ class FeatureEdit:
         tensors: dict[str, Tensor] = {}
         parts = []
         for i, part in enumerate(self.parts):
+            kind = "codebook" if isinstance(part.dictionary, Codebook) else "sae"
+            config, weights = FILES[kind]
             with tempfile.TemporaryDirectory() as made:
                 part.dictionary.save(Path(made) / "it")
-                files = sorted((Path(made) / "it").iterdir())
-                texts = {f.name: f.read_text(encoding="utf-8") for f in files if f.suffix == ".json"}
-                for file in files:
-                    if file.suffix == ".safetensors":
-                        tensors |= {f"{i}/{file.name}/{name}": t for name, t in load_file(file).items()}
+                text = (Path(made) / "it" / config).read_text(encoding="utf-8")
+                tensors |= {f"{i}/weights/{name}": t for name, t in load_file(Path(made) / "it" / weights).items()}
             tensors |= {f"{i}/units": part.units, f"{i}/values": part.values}
-            parts.append({"files": texts, **part.settings})
+            parts.append({"dictionary": kind, "config": text, **part.settings})
         about = {"signature": asdict(self.signature), "card": asdict(self.card), "parts": parts}
         save_tensors(path, tensors, {"kind": "feature edit", "about": json.dumps(about)})
 
     @classmethod
     def load(cls, path: str | Path) -> "FeatureEdit":
-        """Raises `MechunlearnError` if the file is missing, truncated or something else."""
+        """Load an edit. Nothing in the file names a path: dictionaries go through files whose names are fixed here.
+
+        Raises `MechunlearnError` if the file is missing, truncated or something else.
+        """
         tensors, metadata = load_tensors(Path(path), "feature edit")
-        about = json.loads(metadata["about"])
-        parts = []
-        for i, settings in enumerate(about["parts"]):
-            with tempfile.TemporaryDirectory() as folder:
-                for name, text in settings.pop("files").items():
-                    (Path(folder) / name).write_text(text, encoding="utf-8")
-                files: dict[str, dict[str, Tensor]] = {}
-                for name, tensor in tensors.items():
-                    if name.startswith(f"{i}/") and name.count("/") == 2:
-                        files.setdefault(name.split("/")[1], {})[name.split("/")[2]] = tensor
-                for name, held in files.items():
-                    save_file(held, Path(folder) / name)
-                parts.append(
-                    FeaturePart(
-                        load_dictionary(folder), tensors[f"{i}/units"], values=tensors[f"{i}/values"], **settings
-                    )
-                )
-        return cls(tuple(parts), Signature(**about["signature"]), RunCard(**about["card"]))
+        try:
+            about = json.loads(metadata["about"])
+            parts = [_loaded_part(settings, tensors, i) for i, settings in enumerate(about["parts"])]
+            return cls(tuple(parts), Signature(**about["signature"]), RunCard(**about["card"]))
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise MechunlearnError(
+                f"'{path}' is not a whole feature edit ({type(error).__name__}: {error}). "
+                "Expected a file that `FeatureEdit.save` of this version wrote: make the edit again."
+            ) from None
 
     def export(self, model: Model, folder: str | Path) -> None:
         """Write a Hugging Face folder that reproduces the edited logits, with the loader it needs.
@@ -293,6 +287,19 @@ class FeatureEdit:
             for part in self.parts
         ]
         return card(f"FeatureEdit: {self.card.method}", about, ("at", "dictionary", "how", "units"), rows)
+
+
+def _loaded_part(settings: Mapping[str, Any], tensors: Mapping[str, Tensor], i: int) -> FeaturePart:
+    """One part of a saved edit. Its dictionary is loaded from a temporary folder, through the two file names of its kind."""
+    config, weights = FILES[settings["dictionary"]]
+    prefix = f"{i}/weights/"
+    held = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / config).write_text(settings["config"], encoding="utf-8")
+        save_file(held, Path(folder) / weights)
+        dictionary = load_dictionary(folder)
+    chosen = {name: settings[name] for name in ("how", "error", "gate", "share")}
+    return FeaturePart(dictionary, tensors[f"{i}/units"], values=tensors[f"{i}/values"], **chosen)
 
 
 def load_edit(path: str | Path) -> "WeightEdit | FeatureEdit":

@@ -1,13 +1,17 @@
 """Edits of features and codes: against slow loops by hand, as values, and as folders that Hugging Face loads."""
 
 import json
+import tempfile
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from mechunlearn import ComponentMask, MechunlearnError
@@ -216,6 +220,35 @@ class TestAsAValue:
         assert units[5:] == [(2, unit) for unit in both.parts[2].units.tolist()]
         with pytest.raises(MechunlearnError, match="holds features, which live in activations and have no weights"):
             both.mask.parameter_masks(model)
+
+    @pytest.mark.parametrize("hole", ["../../escaped.json", "{outside}", "config.json/../../escaped.json"])
+    @pytest.mark.parametrize("where", ["files", "dictionary", "tensor"])
+    def test_no_name_in_a_file_becomes_a_path(self, model, both, tmp_path, hole, where):
+        """A shared edit file must not be able to write anywhere, whatever its metadata say."""
+        outside = tmp_path / "outside.json"
+        hole = hole.format(outside=outside)
+        both.save(tmp_path / "edit.safetensors")
+        with safe_open(tmp_path / "edit.safetensors", "pt") as file:
+            metadata = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        about = json.loads(metadata["about"])
+        for part in about["parts"]:
+            if where == "dictionary":
+                part["dictionary"] = hole
+            part["files"] = {hole: "overwritten"}
+        if where == "tensor":
+            tensors = {name.replace("0/weights/", f"0/{hole}/", 1): t for name, t in tensors.items()}
+        (tmp_path / "inside").mkdir()
+        crafted = tmp_path / "inside" / "crafted.safetensors"
+        save_file(tensors, crafted, {"kind": "feature edit", "about": json.dumps(about)})
+        before = sorted(tmp_path.rglob("*"))
+        if where == "files":
+            FeatureEdit.load(crafted)  # the older key is not read at all
+        else:
+            with pytest.raises(MechunlearnError, match="not a whole"):
+                FeatureEdit.load(crafted)
+        assert sorted(tmp_path.rglob("*")) == before
+        assert not Path(tempfile.gettempdir(), "escaped.json").exists()
 
     def test_wrong_files_are_refused_in_one_line(self, model, both, tmp_path):
         both.save(tmp_path / "features.safetensors")
