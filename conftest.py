@@ -40,6 +40,6 @@ def in_a_temporary_folder(tmp_path, monkeypatch):
     from mechunlearn.edit import masked_gradient
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("mechunlearn.evaluation.LIMIT", 30)
+    monkeypatch.setattr("mechunlearn.evaluation.cells.LIMIT", 30)
     for name, value in {"steps": 8, "batch": 32}.items():
         monkeypatch.setitem(inspect.unwrap(masked_gradient).__kwdefaults__, name, value)

@@ -27,14 +27,14 @@ import torch
 import transformers
 from torch import Tensor
 
-from mechunlearn.activity import Activity, Texts, swapped
-from mechunlearn.components import ComponentMask
-from mechunlearn.dictionaries import Codebook, Dictionary, load_dictionary
-from mechunlearn.dictionary_training import train_sae
+from mechunlearn.artifacts.mask import ComponentMask
 from mechunlearn.edit import codebook_delete, feature_clamp
-from mechunlearn.feature_edits import FeatureEdit
-from mechunlearn.hooked import BridgedModel, load_model
+from mechunlearn.features.dictionaries import Codebook, Dictionary, load_dictionary
+from mechunlearn.features.feature_edit import FeatureEdit
+from mechunlearn.features.firing import Activity, Texts, swapped
+from mechunlearn.features.training import train_sae
 from mechunlearn.localize import feature_discovery
+from mechunlearn.model.hooked import HookedModel, load_model
 from mechunlearn.world.dictionaries import topic_stories, topic_words, unrelated_words
 
 CODES, USED, FEATURES, KEPT, SHARE = 2048, 8, 4096, 32, 0.05
@@ -88,7 +88,7 @@ def asked() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def forwards(model: BridgedModel, codebook: Codebook, options: argparse.Namespace) -> None:
+def forwards(model: HookedModel, codebook: Codebook, options: argparse.Namespace) -> None:
     """The table of forward passes."""
     tokens = torch.randint(model.hf.config.vocab_size, (options.sequences, options.length))
     print(f"batch: {options.sequences} sequences x {options.length} tokens, interventions at {codebook.hook_name}")
@@ -113,7 +113,7 @@ def forwards(model: BridgedModel, codebook: Codebook, options: argparse.Namespac
         print(f"{name:<36}{statistics.median(times):9.3f}{spread:>21}{verdict}")
 
 
-def interventions(model: BridgedModel, codebook: Codebook, tokens: Tensor) -> dict[str, FeatureEdit]:
+def interventions(model: HookedModel, codebook: Codebook, tokens: Tensor) -> dict[str, FeatureEdit]:
     """Deletions and clamps of the units that are most active on the batch."""
     text = (tokens, torch.full((len(tokens),), tokens.shape[1]))
     sae = train_sae(model, codebook.hook_name, text, size=FEATURES, used=KEPT, steps=1)
@@ -126,7 +126,7 @@ def interventions(model: BridgedModel, codebook: Codebook, tokens: Tensor) -> di
     }
 
 
-def most_active(model: BridgedModel, dictionary: Dictionary, text: Texts) -> ComponentMask:
+def most_active(model: HookedModel, dictionary: Dictionary, text: Texts) -> ComponentMask:
     rates = Activity.of(model, dictionary, text).rates()
     chosen = torch.zeros(dictionary.size, dtype=torch.bool)
     chosen[rates.topk(int(SHARE * dictionary.size)).indices] = True
@@ -134,7 +134,7 @@ def most_active(model: BridgedModel, dictionary: Dictionary, text: Texts) -> Com
 
 
 def topic(
-    name: str, model: BridgedModel, codebook: Codebook, texts: tuple[Texts, Texts], rounds: int, uncached_rounds: int
+    name: str, model: HookedModel, codebook: Codebook, texts: tuple[Texts, Texts], rounds: int, uncached_rounds: int
 ) -> None:
     """A row of the table of deletions."""
     seen = [Activity.of(model, codebook, text) for text in texts]
@@ -148,7 +148,7 @@ def topic(
     print(f"{statistics.median(uncached):20.1f}")
 
 
-def delete(model: BridgedModel, codebook: Codebook, data: Sequence[Texts | Activity]) -> int:
+def delete(model: HookedModel, codebook: Codebook, data: Sequence[Texts | Activity]) -> int:
     """Find a topic's codes, delete them and put the edit on the model; how many there were. It is taken off again."""
     with torch.no_grad():
         next(model.hf.parameters()).add_(0)  # a write, after which the model's hash is computed again
@@ -159,7 +159,7 @@ def delete(model: BridgedModel, codebook: Codebook, data: Sequence[Texts | Activ
     return len(edit.mask)
 
 
-def timed(run: Callable[[], object], model: BridgedModel) -> float:
+def timed(run: Callable[[], object], model: HookedModel) -> float:
     cuda = model.device.type == "cuda"
     clock = time.perf_counter if cuda else time.process_time
     begun = clock()

@@ -9,11 +9,11 @@ Run: python benchmarks/estimates.py
 import numpy as np
 import torch
 
-from mechunlearn.facts import load_facts
-from mechunlearn.hooked import BridgedModel, load_model
-from mechunlearn.metrics import logit_diff
-from mechunlearn.patching import effects
-from mechunlearn.prompts import Prompts
+from mechunlearn.facts.load import load_facts
+from mechunlearn.facts.prompts import Prompts
+from mechunlearn.metrics.answers import logit_diff
+from mechunlearn.model.hooked import HookedModel, load_model
+from mechunlearn.patching.sweep import effects
 
 KINDS = {
     "attn.o": "heads",
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def estimate(
-    model: BridgedModel, prompts: Prompts, sites: list[str], by: str | None, steps: int, rule: str
+    model: HookedModel, prompts: Prompts, sites: list[str], by: str | None, steps: int, rule: str
 ) -> dict[str, torch.Tensor]:
     """Estimated effects by row, unit and fact."""
     from mechunlearn.localize.attribution_patching import _batch_effects

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 from mechunlearn import load_facts, load_model
-from mechunlearn.facts import _asked, _world
+from mechunlearn.facts.load import _asked, _world
 
 ROUNDS = 15
 

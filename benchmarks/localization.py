@@ -25,10 +25,10 @@ import transformers
 from transformer_lens import HookedTransformer, HookedTransformerConfig, patching
 from transformer_lens.tools.analysis.attribution_patching import attribution_patch
 
-from mechunlearn.circuit import edges, readers, writers
-from mechunlearn.hooked import BridgedModel, frozen, load_model
+from mechunlearn.artifacts.circuit import edges, readers, writers
+from mechunlearn.facts.prompts import Prompts
 from mechunlearn.localize import activation_patching, attribution_patching, edge_attribution, edge_patching
-from mechunlearn.prompts import Prompts
+from mechunlearn.model.hooked import HookedModel, frozen, load_model
 
 EDGES = 64
 PUBLISHED = "EAP, published passes"
@@ -130,7 +130,7 @@ def logit_difference(logits: torch.Tensor) -> torch.Tensor:
     return (logits[:, -1, 100] - logits[:, -1, 200]).mean()
 
 
-def floors(model: BridgedModel, prompts: Prompts) -> dict[str, Callable[[], object]]:
+def floors(model: HookedModel, prompts: Prompts) -> dict[str, Callable[[], object]]:
     tokens = prompts.tokens.to(model.device)
 
     def forward() -> torch.Tensor:
@@ -146,7 +146,7 @@ def floors(model: BridgedModel, prompts: Prompts) -> dict[str, Callable[[], obje
     return {"plain forward": forward, "plain forward + backward, frozen": both}
 
 
-def ours(model: BridgedModel, prompts: Prompts) -> dict[str, Callable[[], object]]:
+def ours(model: HookedModel, prompts: Prompts) -> dict[str, Callable[[], object]]:
     names = every_edge(model)
     chosen = [names[i] for i in torch.randperm(len(names), generator=torch.Generator().manual_seed(0))[:EDGES].tolist()]
     return {
@@ -158,19 +158,19 @@ def ours(model: BridgedModel, prompts: Prompts) -> dict[str, Callable[[], object
     }
 
 
-def every_edge(model: BridgedModel) -> list[str]:
+def every_edge(model: HookedModel) -> list[str]:
     sources, targets = writers(model.signature), readers(model.signature)
     return [f"{sources[w]}->{targets[r]}" for w, r in edges(model.signature, model.layout.parallel).nonzero().tolist()]
 
 
-def sweep(model: BridgedModel, prompts: Prompts) -> torch.Tensor:
+def sweep(model: HookedModel, prompts: Prompts) -> torch.Tensor:
     """Restore the clean residual stream at each layer and position of the corrupt run."""
     found = activation_patching(model, prompts, kinds=["resid_pre"], by="position", denoise=True)
     rows = [found.by_role[f"L{layer}.resid_pre"][1:, 0] for layer in range(model.signature.layers)]
     return torch.stack(rows) + found.evidence["corrupt"]
 
 
-def peers(model: BridgedModel, prompts: Prompts) -> dict[str, Callable[[], object]]:
+def peers(model: HookedModel, prompts: Prompts) -> dict[str, Callable[[], object]]:
     bridge, clean, corrupt = model.bridge, prompts.tokens.to(model.device), prompts.corrupt.to(model.device)
 
     def loop() -> torch.Tensor:
@@ -187,7 +187,7 @@ def peers(model: BridgedModel, prompts: Prompts) -> dict[str, Callable[[], objec
     return {**made, "TransformerLens: layer x position sweep, its loop": loop}
 
 
-def published_eap(model: BridgedModel, clean: torch.Tensor, corrupt: torch.Tensor) -> Callable[[], torch.Tensor]:
+def published_eap(model: HookedModel, clean: torch.Tensor, corrupt: torch.Tensor) -> Callable[[], torch.Tensor]:
     """EAP as it is published: activation differences by hook, a backward hook a reader, parameter gradients on."""
     size = model.signature
     config = HookedTransformerConfig(
@@ -250,7 +250,7 @@ def published_eap(model: BridgedModel, clean: torch.Tensor, corrupt: torch.Tenso
     return run
 
 
-def agreement(model: BridgedModel, prompts: Prompts) -> None:
+def agreement(model: HookedModel, prompts: Prompts) -> None:
     """The largest difference between ours and theirs, beside the largest score."""
     theirs = peers(model, prompts)["TransformerLens: layer x position sweep, its loop"]()
     mine = sweep(model, prompts)

@@ -34,11 +34,12 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mechunlearn.components import Component, ComponentMask
-from mechunlearn.hooked import BridgedModel, load_model
+from mechunlearn.artifacts.mask import ComponentMask
 from mechunlearn.localize import random_units
-from mechunlearn.trainables import SelectedRows
-from mechunlearn.training import Sequences, Stream, Upper
+from mechunlearn.model.component import Component
+from mechunlearn.model.hooked import HookedModel, load_model
+from mechunlearn.training.loop import Sequences, Stream, Upper
+from mechunlearn.training.parameterizations import SelectedRows
 
 SHARE = 0.10
 EPOCHS = 5
@@ -106,7 +107,7 @@ def sequences(d_vocab: int, count: int, length: int) -> Sequences:
     return Sequences(tokens[:, :-1], tokens[:, 1:], torch.full((count,), length))
 
 
-def random_mask(model: BridgedModel, where: str) -> ComponentMask:
+def random_mask(model: HookedModel, where: str) -> ComponentMask:
     """Random heads and neurons, tied, of these layers: 10 % of the editable weights of all layers."""
     layers = model.signature.layers
     third = max(1, layers // 3)
@@ -121,7 +122,7 @@ class Full:
 
     epochs = 1
 
-    def __init__(self, model: BridgedModel, batch: Sequences) -> None:
+    def __init__(self, model: HookedModel, batch: Sequences) -> None:
         self.hf = model.hf
         self.tokens, self.labels = batch.tokens.to(model.device), batch.labels.to(model.device)
         self.parameters = list(self.hf.parameters())
@@ -152,7 +153,7 @@ class Full:
 class Masked:
     """The selected rows, as `masked_gradient` trains them."""
 
-    def __init__(self, model: BridgedModel, batch: Sequences, mask: ComponentMask, keep: bool) -> None:
+    def __init__(self, model: HookedModel, batch: Sequences, mask: ComponentMask, keep: bool) -> None:
         self.model, self.batch, self.keep = model, batch, keep
         self.epochs = EPOCHS if keep else 1
         self.rows = SelectedRows(model, mask)
@@ -173,7 +174,7 @@ class Masked:
         self.rows.write()
 
 
-def trainer(model: BridgedModel, batch: Sequences, name: str) -> Full | Masked:
+def trainer(model: HookedModel, batch: Sequences, name: str) -> Full | Masked:
     if name == FULL:
         return Full(model, batch)
     where, keep, _ = MASKED[name]
@@ -203,7 +204,7 @@ def state_size(method: Full | Masked) -> int:
     return sum(t.numel() * t.element_size() for kept in state for t in kept.values() if isinstance(t, Tensor))
 
 
-def two_steps(model: BridgedModel, batch: Sequences, name: str) -> None:
+def two_steps(model: HookedModel, batch: Sequences, name: str) -> None:
     """The first makes the optimiser's state, the second is one like all that follow."""
     method = trainer(model, batch, name)
     with method.attached():
@@ -212,7 +213,7 @@ def two_steps(model: BridgedModel, batch: Sequences, name: str) -> None:
         method.step()
 
 
-def added_memory(model: BridgedModel, batch: Sequences, name: str, options: argparse.Namespace) -> float:
+def added_memory(model: HookedModel, batch: Sequences, name: str, options: argparse.Namespace) -> float:
     """Peak MiB beside the weights."""
     if options.device.startswith("cuda"):
         two_steps(model, batch, name)
@@ -234,7 +235,7 @@ def added_memory(model: BridgedModel, batch: Sequences, name: str, options: argp
     return float(out.split()[-1])
 
 
-def resident_memory(model: BridgedModel, batch: Sequences, name: str) -> float:
+def resident_memory(model: HookedModel, batch: Sequences, name: str) -> float:
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     two_steps(model, batch, name)

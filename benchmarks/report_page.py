@@ -14,7 +14,7 @@ from playwright.sync_api import sync_playwright
 
 import mechunlearn as mu
 from mechunlearn.edit import masked_gradient
-from mechunlearn.toy import planted_facts
+from mechunlearn.world.toy import planted_facts
 
 PAINT = "performance.getEntriesByName('first-contentful-paint')[0].startTime / 1000"
 PRINT = "dispatchEvent(new Event('beforeprint'))"

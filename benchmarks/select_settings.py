@@ -13,11 +13,11 @@ import itertools
 import pandas as pd
 
 from mechunlearn.edit import masked_gradient
-from mechunlearn.evaluation import random_mask
-from mechunlearn.facts import load_facts
-from mechunlearn.hooked import load_model
+from mechunlearn.evaluation.controls import random_mask
+from mechunlearn.facts.load import load_facts
 from mechunlearn.localize import attribution_patching, fact_lookup
-from mechunlearn.metrics import measure
+from mechunlearn.metrics.answers import measure
+from mechunlearn.model.hooked import load_model
 
 SEEDS = (101, 102)
 RATES = (1e-3, 2e-3, 3e-3)

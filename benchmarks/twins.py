@@ -26,10 +26,11 @@ import pandas as pd
 import torch
 from scipy import stats
 
-from mechunlearn.agreement import auroc, layer_auroc, overlap
-from mechunlearn.components import Localization
-from mechunlearn.facts import FactDataset, load_facts, world_facts
-from mechunlearn.hooked import BridgedModel, load_model
+from mechunlearn.artifacts.localization import Localization
+from mechunlearn.artifacts.overlap import auroc, layer_auroc, overlap
+from mechunlearn.facts.dataset import FactDataset
+from mechunlearn.facts.load import load_facts, world_facts
+from mechunlearn.facts.prompts import Prompts
 from mechunlearn.localize import (
     activation_patching,
     attribution_patching,
@@ -40,15 +41,15 @@ from mechunlearn.localize import (
     path_patching,
     random_units,
 )
+from mechunlearn.model.hooked import HookedModel, load_model
 from mechunlearn.plots import overlap_map
-from mechunlearn.prompts import Prompts
 from mechunlearn.world.build import build_twin
 
 SITES = {"MLP 1-2, where this world looks facts up": (1, 2), "MLP 3-4": (3, 4)}
 SEEDS = (1, 2, 3)
 FACTS = 64
 MLP = ["mlp.out"]
-LOCALIZERS: dict[str, Callable[[BridgedModel, Prompts], Localization]] = {
+LOCALIZERS: dict[str, Callable[[HookedModel, Prompts], Localization]] = {
     "fact_lookup, probe": fact_lookup,
     "fact_lookup, paths": lambda model, facts: fact_lookup(model, facts, rule="paths"),
     "activation_patching": lambda model, facts: activation_patching(model, facts, kinds=MLP, neurons=4),
@@ -102,7 +103,7 @@ def main() -> None:
     print(page)
 
 
-def scored(base: BridgedModel, folder: Path, layers: tuple[int, ...], site: str, seed: int) -> list[dict]:
+def scored(base: HookedModel, folder: Path, layers: tuple[int, ...], site: str, seed: int) -> list[dict]:
     twin = load_model(folder)
     forget = new_people(base, folder, twin)
     change = changes(base, twin, layers)
@@ -128,7 +129,7 @@ def scored(base: BridgedModel, folder: Path, layers: tuple[int, ...], site: str,
     return rows
 
 
-def new_people(base: BridgedModel, folder: Path, twin: BridgedModel) -> Prompts:
+def new_people(base: HookedModel, folder: Path, twin: HookedModel) -> Prompts:
     """Sport facts of people that only the twin was taught, and that it knows."""
     known = {fact.subject for fact in load_facts("factworld/sport").facts}
     facts: FactDataset = world_facts(folder, "sport")
@@ -136,12 +137,12 @@ def new_people(base: BridgedModel, folder: Path, twin: BridgedModel) -> Prompts:
     return new.prompts(twin).split(forget=FACTS, seed=0)[0]
 
 
-def changes(base: BridgedModel, twin: BridgedModel, layers: tuple[int, ...]) -> dict[str, torch.Tensor]:
+def changes(base: HookedModel, twin: HookedModel, layers: tuple[int, ...]) -> dict[str, torch.Tensor]:
     """In each trained layer, the tenth of the neurons whose weights changed most relative to their size."""
     return {site: one >= one.quantile(0.9) for site, one in moved(base, twin, layers).items()}
 
 
-def moved(base: BridgedModel, twin: BridgedModel, layers: tuple[int, ...]) -> dict[str, torch.Tensor]:
+def moved(base: HookedModel, twin: HookedModel, layers: tuple[int, ...]) -> dict[str, torch.Tensor]:
     """How far each neuron's weights moved, relative to their size."""
     found = {}
     for layer in layers:
@@ -175,7 +176,7 @@ def interval(values: pd.Series) -> str:
     return f"{data.mean():.2f} ± {half:.2f}"
 
 
-def on_the_shipped_world(base: BridgedModel) -> tuple[dict[str, Localization], str]:
+def on_the_shipped_world(base: HookedModel) -> tuple[dict[str, Localization], str]:
     forget, _ = load_facts("factworld/sport").prompts(base).split(forget=FACTS, seed=0)
     found = {name: localize(base, forget) for name, localize in LOCALIZERS.items()}
     found["random_units"] = random_units(base, forget, kinds=MLP, seed=0)

@@ -46,14 +46,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.cache_utils import DynamicCache
 
-from mechunlearn.edit.closed_form import GATHERED, How, Washing, site
-from mechunlearn.edit.contexts import Contexts, seen
-from mechunlearn.edit.values import DECAY, KL_WEIGHT, MOST, SETTLED, optimised_values
-from mechunlearn.hooked import BridgedModel, load_model
-from mechunlearn.metrics import answered
-from mechunlearn.moments import Covariance
-from mechunlearn.prompts import Prompts
-from mechunlearn.solve import SMALL, STRIPS, Spectrum, add_products, solve, within_band
+from mechunlearn.edit.closed_form.edit_prompts import Contexts, seen
+from mechunlearn.edit.closed_form.target_values import DECAY, KL_WEIGHT, MOST, SETTLED, optimised_values
+from mechunlearn.edit.closed_form.washing import GATHERED, How, Washing, site
+from mechunlearn.facts.prompts import Prompts
+from mechunlearn.metrics.answers import answered
+from mechunlearn.model.hooked import HookedModel, load_model
+from mechunlearn.training.covariance import Covariance
+from mechunlearn.training.solve import SMALL, STRIPS, Spectrum, add_products, solve, within_band
 
 EDITED = range(3, 8)
 TEXT, CONTEXT = 10, 128  # rows and tokens of the text behind the statistics
@@ -107,7 +107,7 @@ def asked() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def random_model(layers: int, d_model: int, d_vocab: int) -> BridgedModel:
+def random_model(layers: int, d_model: int, d_vocab: int) -> HookedModel:
     config = transformers.GPT2Config(
         n_layer=layers, n_embd=d_model, n_head=max(1, d_model // 64), vocab_size=d_vocab, eos_token_id=0
     )
@@ -123,7 +123,7 @@ def random_prompts(d_vocab: int, count: int, length: int, subject: tuple[int, in
     return Prompts.from_tokens(tokens, tokens, ends, ends + 1, torch.tensor([subject] * count))
 
 
-def in_contexts(model: BridgedModel, count: int, prefixes: int) -> tuple[Prompts, Contexts]:
+def in_contexts(model: HookedModel, count: int, prefixes: int) -> tuple[Prompts, Contexts]:
     """Facts to be washed towards token 0, bare and behind prefixes."""
     d_vocab = model.hf.config.vocab_size
     prompts = random_prompts(d_vocab, count, PROMPT, (3, 4))
@@ -157,7 +157,7 @@ def row(part: str, mine: Sequence[float], theirs: Sequence[float], goal: float |
     return f"{part}: {ratio:.1f} times faster" + ("" if goal is None else f" (asked: {goal:g})")
 
 
-def statistics_of_text(model: BridgedModel, chosen: Sequence[int], rounds: int) -> list[str]:
+def statistics_of_text(model: HookedModel, chosen: Sequence[int], rounds: int) -> list[str]:
     tokens = torch.randint(1, model.hf.config.vocab_size, (TEXT, CONTEXT))
     lengths = torch.full((TEXT,), CONTEXT)
     every = range(model.signature.layers)
@@ -181,7 +181,7 @@ def statistics_of_text(model: BridgedModel, chosen: Sequence[int], rounds: int) 
     ]
 
 
-def collected(model: BridgedModel, layers: Sequence[int], tokens: Tensor, lengths: Tensor) -> Covariance:
+def collected(model: HookedModel, layers: Sequence[int], tokens: Tensor, lengths: Tensor) -> Covariance:
     return Covariance(model, [site(layer) for layer in layers]).update(tokens, lengths)
 
 
@@ -193,7 +193,7 @@ def multiplications(d_model: int, layers: Sequence[int]) -> float:
     return sum(layer * block + before + product for layer in layers) / mine
 
 
-def published_moment(model: BridgedModel, tokens: Tensor, layer: int) -> Tensor:
+def published_moment(model: HookedModel, tokens: Tensor, layer: int) -> Tensor:
     """One pass for one layer."""
     units = model.signature.d_mlp
     total = torch.zeros(units, units)
@@ -207,7 +207,7 @@ def published_moment(model: BridgedModel, tokens: Tensor, layer: int) -> Tensor:
     return total
 
 
-def targets(model: BridgedModel, layer: int, options: argparse.Namespace) -> list[str]:
+def targets(model: HookedModel, layer: int, options: argparse.Namespace) -> list[str]:
     count, few = options.facts, min(options.facts, options.reference_facts)
     contexts = in_contexts(model, count, PREFIXES)[1]
     described = random_prompts(model.hf.config.vocab_size, count, DESCRIPTION, (1, 2))
@@ -222,7 +222,7 @@ def targets(model: BridgedModel, layer: int, options: argparse.Namespace) -> lis
 
 
 def published_value(
-    model: BridgedModel, layer: int, contexts: Contexts, kept: Contexts, fact: int
+    model: HookedModel, layer: int, contexts: Contexts, kept: Contexts, fact: int
 ) -> tuple[Tensor, int]:
     """The target value of one fact, and the steps that it took."""
     scored, width = contexts.tokens[fact], contexts.tokens.shape[2]
@@ -323,7 +323,7 @@ def search(gram: Tensor, moment: Tensor, cross: Tensor, band: tuple[float, float
     return strength, our_solve(strength, gram, moment, cross)
 
 
-def elimination(model: BridgedModel, count: int) -> list[str]:
+def elimination(model: HookedModel, count: int) -> list[str]:
     few = min(count, 12)
     prompts = random_prompts(model.hf.config.vocab_size, count, PROMPT, (3, 4))
     answers = torch.randint(1, model.hf.config.vocab_size, (count, ANSWER))
@@ -343,7 +343,7 @@ def elimination(model: BridgedModel, count: int) -> list[str]:
 
 
 @torch.no_grad()
-def greedy(model: BridgedModel, prompt: Tensor) -> Tensor:
+def greedy(model: HookedModel, prompt: Tensor) -> Tensor:
     """The tokens that follow one prompt."""
     cache, given, said = DynamicCache(), prompt[None], []
     for _ in range(GENERATED):

@@ -13,8 +13,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import pytest
 
 if TYPE_CHECKING:
-    from mechunlearn.hooked import BridgedModel
-    from mechunlearn.prompts import Prompts
+    from mechunlearn.facts.prompts import Prompts
+    from mechunlearn.model.hooked import HookedModel
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -36,25 +36,25 @@ def stored(request, tmp_path_factory):
 
 
 @pytest.fixture
-def model(stored) -> "BridgedModel":
+def model(stored) -> "HookedModel":
     """Each architecture, loaded from disk."""
     from transformers import AutoModelForCausalLM
 
-    from mechunlearn.hooked import load_model
+    from mechunlearn.model.hooked import load_model
 
     return load_model((AutoModelForCausalLM.from_pretrained(stored), None))
 
 
 @pytest.fixture
 def toy():
-    from mechunlearn.toy import planted_facts
+    from mechunlearn.world.toy import planted_facts
 
     return planted_facts()
 
 
 @pytest.fixture(scope="session")
-def world() -> "BridgedModel":
-    from mechunlearn.hooked import load_model
+def world() -> "HookedModel":
+    from mechunlearn.model.hooked import load_model
 
     return load_model("factworld")
 
@@ -62,7 +62,7 @@ def world() -> "BridgedModel":
 @pytest.fixture(scope="session")
 def sport(world):
     """A forget and a retain set of the shipped world's sports."""
-    from mechunlearn.facts import load_facts
+    from mechunlearn.facts.load import load_facts
 
     return load_facts("factworld/sport").prompts(world).split(forget=32, retain=64, seed=5)
 
@@ -77,7 +77,7 @@ def prompts() -> "Prompts":
 @pytest.fixture
 def call(monkeypatch, capsys, tmp_path):
     """Run the command line in this process; gives exit code, what it printed, and what it complained of."""
-    from mechunlearn.cli import main
+    from mechunlearn.cli.main import main
 
     monkeypatch.chdir(tmp_path)
 

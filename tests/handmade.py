@@ -4,8 +4,8 @@ import torch
 from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
 
 from mechunlearn import ComponentMask
-from mechunlearn.dictionaries import SAE, Codebook, installed, signature_of, width
-from mechunlearn.toy import FIRST_SUBJECT, LOOKED_UP, SUBJECTS
+from mechunlearn.features.dictionaries import SAE, Codebook, installed, signature_of, width
+from mechunlearn.world.toy import FIRST_SUBJECT, LOOKED_UP, SUBJECTS
 
 
 def random_codebook(model, hook_name: str, size: int = 24, used: int = 3, seed: int = 0, **shape) -> Codebook:

@@ -3,7 +3,7 @@
 import torch
 import transformers
 
-from mechunlearn.prompts import Prompts
+from mechunlearn.facts.prompts import Prompts
 
 SIZES = {
     "vocab_size": 97,

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mechunlearn import ComponentMask, MechunlearnError
+from mechunlearn.artifacts.weight_edit import WeightEdit
 from mechunlearn.attack.activation_perturbation import (
     REMOVED,
     _Attack,
@@ -19,16 +20,15 @@ from mechunlearn.attack.activation_perturbation import (
     _Vectors,
     activation_perturbation,
 )
-from mechunlearn.dictionaries import load_dictionary
+from mechunlearn.attack.states import EDITED, State, recovery
+from mechunlearn.core.runcard import RunCard
 from mechunlearn.edit import codebook_delete, feature_clamp, masked_gradient
-from mechunlearn.edits import WeightEdit
-from mechunlearn.facts import load_facts
-from mechunlearn.feature_edits import FeatureEdit
-from mechunlearn.hooked import load_model
-from mechunlearn.metrics import answered
-from mechunlearn.recovery import EDITED, State, recovery
-from mechunlearn.runcard import RunCard
-from mechunlearn.toy import D_HEAD, IS_BOS, IS_RELATION, IS_SUBJECT, LOOKED_UP, STRANGER, planted_facts
+from mechunlearn.facts.load import load_facts
+from mechunlearn.features.dictionaries import load_dictionary
+from mechunlearn.features.feature_edit import FeatureEdit
+from mechunlearn.metrics.answers import answered
+from mechunlearn.model.hooked import load_model
+from mechunlearn.world.toy import D_HEAD, IS_BOS, IS_RELATION, IS_SUBJECT, LOOKED_UP, STRANGER, planted_facts
 from tests.handmade import axes, entering, mask_of, planted, random_codebook, random_sae, rows_of_tokens
 from tests.models import random_hf, token_prompts
 from tests.test_relearning import assert_untouched, hand_made, state_of

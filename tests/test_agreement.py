@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from mechunlearn import ComponentMask, Localization, MechunlearnError
-from mechunlearn.agreement import auroc, jaccard_at, layer_auroc, overlap, rank_correlation
-from mechunlearn.layout import Signature
+from mechunlearn.artifacts.overlap import auroc, jaccard_at, layer_auroc, overlap, rank_correlation
+from mechunlearn.core.runcard import RunCard
 from mechunlearn.localize import random_units
+from mechunlearn.model.layout import Signature
 from mechunlearn.plots import faithfulness_curve, overlap_map, role_map
-from mechunlearn.runcard import RunCard
 
 TINY = Signature("llama", layers=3, heads=2, kv_heads=2, d_mlp=4, d_model=8)
 OTHER = Signature("gpt2", layers=3, heads=2, kv_heads=2, d_mlp=4, d_model=8)

@@ -5,10 +5,10 @@ import torch
 import transformers
 
 from mechunlearn import Component, ComponentMask, MechunlearnError
-from mechunlearn.edits import WeightEdit
-from mechunlearn.hooked import HookedModel, export, load_model
-from mechunlearn.layout import FAMILIES, Layout
-from mechunlearn.runcard import RunCard
+from mechunlearn.artifacts.weight_edit import WeightEdit
+from mechunlearn.core.runcard import RunCard
+from mechunlearn.model.hooked import HookedModel, export, load_model
+from mechunlearn.model.layout import FAMILIES, Layout
 from tests.models import CONFIGS, random_hf
 
 

@@ -7,14 +7,14 @@ import torch
 
 import mechunlearn.attack
 from mechunlearn import ComponentMask, MechunlearnError
+from mechunlearn.artifacts.weight_edit import WeightEdit
 from mechunlearn.attack.relearning import relearning
+from mechunlearn.attack.states import COLUMNS, recovery
+from mechunlearn.core.runcard import RunCard
 from mechunlearn.edit import feature_clamp, masked_gradient
-from mechunlearn.edits import WeightEdit
-from mechunlearn.feature_edits import FeatureEdit
-from mechunlearn.recovery import COLUMNS, recovery
-from mechunlearn.robustness import PLACED
-from mechunlearn.runcard import RunCard
-from mechunlearn.toy import LOOKED_UP, planted_facts
+from mechunlearn.evaluation.robustness import PLACED
+from mechunlearn.features.feature_edit import FeatureEdit
+from mechunlearn.world.toy import LOOKED_UP, planted_facts
 from tests.handmade import axes, mask_of
 from tests.test_laws import methods, named, parameters_of
 

@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from mechunlearn import MechunlearnError
-from mechunlearn.corruption import _noise, subjects
-from mechunlearn.facts import load_facts
-from mechunlearn.hooked import load_model
+from mechunlearn.facts.load import load_facts
+from mechunlearn.facts.prompts import Prompts
 from mechunlearn.localize import (
     activation_patching,
     attribution_patching,
@@ -17,10 +16,11 @@ from mechunlearn.localize import (
     edge_attribution,
     fact_lookup,
 )
-from mechunlearn.metrics import answer_probability, logit_diff, measure
-from mechunlearn.prompts import Prompts
-from mechunlearn.relevance import relevance_rules
-from mechunlearn.stats import bootstrap_interval
+from mechunlearn.metrics.answers import answer_probability, logit_diff, measure
+from mechunlearn.metrics.stats import bootstrap_interval
+from mechunlearn.model.hooked import load_model
+from mechunlearn.patching.corruption import _noise, subjects
+from mechunlearn.patching.relevance import relevance_rules
 from tests.models import random_hf, token_prompts
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from mechunlearn import MechunlearnError
-from mechunlearn.circuit import Circuit, edges, readers, writers
-from mechunlearn.layout import Signature
-from mechunlearn.runcard import RunCard
+from mechunlearn.artifacts.circuit import Circuit, edges, readers, writers
+from mechunlearn.core.runcard import RunCard
+from mechunlearn.model.layout import Signature
 
 GROUPED = Signature("llama", layers=2, heads=4, kv_heads=2, d_mlp=6, d_model=8)
 PLAIN = Signature("gpt2", layers=2, heads=3, kv_heads=3, d_mlp=6, d_model=9)

@@ -10,13 +10,13 @@ import torch
 import transformers
 
 from mechunlearn import Circuit, ComponentMask
-from mechunlearn.cli import Method, app
-from mechunlearn.edits import WeightEdit
-from mechunlearn.facts import load_facts
-from mechunlearn.files import whole_file, whole_folder
-from mechunlearn.hooked import data_folder, load_model
-from mechunlearn.layout import Layout
-from mechunlearn.metrics import measure
+from mechunlearn.artifacts.weight_edit import WeightEdit
+from mechunlearn.cli.main import Method, app
+from mechunlearn.core.files import data_folder, whole_file, whole_folder
+from mechunlearn.facts.load import load_facts
+from mechunlearn.metrics.answers import measure
+from mechunlearn.model.hooked import load_model
+from mechunlearn.model.layout import Layout
 from tests.models import random_hf
 
 LOCALIZE = ["localize", "factworld", "factworld/sport"]
@@ -37,13 +37,13 @@ def test_every_command_has_help_with_an_example(call):
 
 
 def test_help_does_not_wait_for_torch():
-    script = "import sys; sys.argv = ['mechunlearn', '--help']\nimport mechunlearn.cli as c\ntry: c.main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    script = "import sys; sys.argv = ['mechunlearn', '--help']\nimport mechunlearn.cli.main as c\ntry: c.main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
 
 
 def test_localize_edit_and_evaluate_in_turn(call, tmp_path, monkeypatch):
     """The steps of the whole job by hand, on few facts and few steps."""
-    monkeypatch.setattr("mechunlearn.evaluation.LIMIT", 10)
+    monkeypatch.setattr("mechunlearn.evaluation.cells.LIMIT", 10)
     few = ["--forget", 16, "--seed", 2]
     code, out, err = call(
         "localize", "factworld", "factworld/sport", "-o", "sport.mask.json", "--scores", "scores.json", *few
@@ -261,7 +261,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.undo()
     model = load_model("factworld")
     monkeypatch.setattr(model.hf, "save_pretrained", full)
-    from mechunlearn.hooked import export
+    from mechunlearn.model.hooked import export
 
     with pytest.raises(MechunlearnError, match="No space left on device"):
         export(model, tmp_path / "edited")

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from mechunlearn import MechunlearnError
-from mechunlearn.dictionaries import Codebook, load_dictionary
+from mechunlearn.artifacts.weight_edit import WeightEdit
 from mechunlearn.edit import codebook_delete, dictionary_rows, feature_clamp
-from mechunlearn.edits import WeightEdit
-from mechunlearn.evaluation import random_control
-from mechunlearn.feature_edits import FeatureEdit, load_edit
+from mechunlearn.evaluation.controls import random_control
+from mechunlearn.features.dictionaries import Codebook, load_dictionary
+from mechunlearn.features.feature_edit import FeatureEdit, load_edit
 from mechunlearn.localize import feature_discovery
 from mechunlearn.world.dictionaries import topic_stories
 

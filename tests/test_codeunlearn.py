@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from mechunlearn import MechunlearnError
-from mechunlearn.activity import swapped
-from mechunlearn.dictionaries import load_dictionary, spliced
+from mechunlearn.core.grid import Grid
 from mechunlearn.edit import codebook_delete
-from mechunlearn.grid import Grid
+from mechunlearn.features.dictionaries import load_dictionary, spliced
+from mechunlearn.features.firing import swapped
 from mechunlearn.localize import feature_discovery
 from mechunlearn.reproduce import codeunlearn
 from mechunlearn.reproduce.codeunlearn import (

@@ -16,20 +16,15 @@ import pandas as pd
 import pytest
 import torch
 
-import mechunlearn.compare as module
 import mechunlearn.localize as localize
 from mechunlearn import MechunlearnError, load_facts
-from mechunlearn.cli import Method, main
-from mechunlearn.compare import (
-    COLUMNS,
-    LOCALIZERS,
-    Comparison,
-    check_grid,
-    compare,
-    select,
-)
+from mechunlearn.cli.main import Method, main
 from mechunlearn.edit import losses, masked_gradient
-from mechunlearn.metrics import measure, text_loss
+from mechunlearn.evaluation.compare import COLUMNS, LOCALIZERS, Comparison, check_grid, compare, select
+from mechunlearn.metrics.answers import measure
+from mechunlearn.metrics.text import text_loss
+
+module = importlib.import_module("mechunlearn.evaluation.compare")
 
 GRID = {
     "localizers": ["fact_lookup", "attribution_patching", "random_units"],
@@ -472,7 +467,7 @@ def test_a_run_that_is_killed_three_times_ends_as_one_that_ran_in_peace(world, t
     options = {
         name: ",".join(map(str, value)) if isinstance(value, list) else str(value) for name, value in TINY.items()
     }
-    command = [sys.executable, "-m", "mechunlearn.cli", "compare", "factworld", str(tmp_path / "sport.csv")]
+    command = [sys.executable, "-m", "mechunlearn.cli.main", "compare", "factworld", str(tmp_path / "sport.csv")]
     command += ["-o", str(folder), *(part for k, v in options.items() for part in (f"--{k.replace('_', '-')}", v))]
     started = partial(subprocess.Popen, command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
 

@@ -8,12 +8,13 @@ import torch
 from jaxtyping import TypeCheckError
 from safetensors import SafetensorError
 
-from mechunlearn import Component, ComponentMask, Localization, MechunlearnError, components
-from mechunlearn.edits import WeightEdit
-from mechunlearn.layout import KINDS, Layout, Signature
+from mechunlearn import Component, ComponentMask, Localization, MechunlearnError
+from mechunlearn.artifacts.weight_edit import WeightEdit
+from mechunlearn.core import tensors
+from mechunlearn.core.runcard import RunCard
 from mechunlearn.localize import random_units
-from mechunlearn.metrics import logit_diff
-from mechunlearn.runcard import RunCard
+from mechunlearn.metrics.answers import logit_diff
+from mechunlearn.model.layout import KINDS, Layout, Signature
 
 TINY = Signature("llama", layers=2, heads=4, kv_heads=2, d_mlp=6, d_model=8)
 UNIT_WEIGHTS = {"attn.q": 16, "attn.k": 16, "attn.v": 16, "attn.o": 16, "mlp.in": 8, "mlp.gate": 8, "mlp.out": 8}
@@ -225,7 +226,7 @@ def test_a_disk_that_refuses_is_named_for_tensors_too(tmp_path, monkeypatch):
     def refuse(*given, **settings):
         raise SafetensorError("I/O error: No space left on device")
 
-    monkeypatch.setattr(components, "save_file", refuse)
+    monkeypatch.setattr(tensors, "save_file", refuse)
     mask = ComponentMask.of(["L0.mlp.out"], Signature("llama", 2, 4, 2, 64, 32))
     with pytest.raises(MechunlearnError, match="No space left"):
         mask.save(tmp_path / "mask.safetensors")

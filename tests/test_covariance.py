@@ -9,11 +9,14 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from mechunlearn import MechunlearnError, components, load_facts, load_model, moments, solve
-from mechunlearn.components import ComponentMask
-from mechunlearn.decoder import Decoder
-from mechunlearn.hooked import BridgedModel
-from mechunlearn.moments import Covariance
+from mechunlearn import MechunlearnError, load_facts, load_model
+from mechunlearn.artifacts.mask import ComponentMask
+from mechunlearn.core import tensors
+from mechunlearn.model.decoder import Decoder
+from mechunlearn.model.hooked import HookedModel
+from mechunlearn.training import covariance as moments
+from mechunlearn.training import solve
+from mechunlearn.training.covariance import Covariance
 from tests.models import random_hf
 
 SITES = ("L0.mlp.out", "L1.mlp.out")
@@ -25,7 +28,7 @@ def batch() -> torch.Tensor:
     return torch.randint(2, 97, (len(LENGTHS), int(LENGTHS.max())), generator=torch.Generator().manual_seed(3))
 
 
-def by_loop(model: BridgedModel, site: str, first: int = 0) -> torch.Tensor:
+def by_loop(model: HookedModel, site: str, first: int = 0) -> torch.Tensor:
     """One row without its padding and one token at a time, from a whole forward pass."""
     total, count = 0, 0
     for row, length in zip(batch(), LENGTHS.tolist()):
@@ -36,12 +39,12 @@ def by_loop(model: BridgedModel, site: str, first: int = 0) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module", params=["gpt2", "gptj", "gpt_neox", "llama", "gemma2"])
-def small(request) -> BridgedModel:
+def small(request) -> HookedModel:
     return load_model((random_hf(request.param), None))
 
 
 @pytest.fixture(scope="module")
-def llama() -> BridgedModel:
+def llama() -> HookedModel:
     return load_model((random_hf("llama"), None))
 
 
@@ -289,7 +292,7 @@ def test_a_full_disk_leaves_nothing(world, texts, tmp_path, monkeypatch, error, 
         path.write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr(components, "save_file", full)
+    monkeypatch.setattr(tensors, "save_file", full)
     monkeypatch.setattr(moments, "SAVE_EVERY", every)
     with pytest.raises(MechunlearnError, match="Could not write '.*No space left on device. Nothing was left"):
         Covariance.of_text(world, LATER, texts, batch=7, cache=tmp_path)

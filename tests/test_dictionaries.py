@@ -16,24 +16,22 @@ from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
 from mechunlearn import MechunlearnError, load_model
-from mechunlearn.activity import Activity, matched_mask, matched_units, quality, swapped, tokenized
-from mechunlearn.components import ComponentMask
-from mechunlearn.dictionaries import (
-    BRIDGE,
+from mechunlearn.artifacts.mask import ComponentMask
+from mechunlearn.features.dictionaries import (
     SAE,
     Codebook,
     check,
     fingerprint_of,
-    hook_name_of,
     installed,
     load_dictionary,
     place,
     signature_of,
-    site_of,
     spliced,
     width,
 )
-from mechunlearn.interventions import CodeDeletion, FeatureClamp, PlainSAE, build
+from mechunlearn.features.firing import Activity, matched_mask, matched_units, quality, swapped, tokenized
+from mechunlearn.features.interventions import CodeDeletion, FeatureClamp, PlainSAE, build
+from mechunlearn.model.hook_points import HOOK_POINTS, hook_name_of, site_of
 from tests.models import random_hf, token_prompts
 
 SITES = ("resid_pre", "resid_mid", "resid_post", "mlp_out", "attn_out", "attn.q", "attn.k", "attn.o", "mlp.out")
@@ -350,7 +348,7 @@ def test_a_model_of_lower_precision_takes_the_same_dictionaries():
 def test_sites_are_the_hook_points_of_transformer_lens(name):
     model, ids = family(name), tokens()
     _, cache = model.bridge.run_with_cache(ids)
-    for kind, (canonical, alias) in BRIDGE.items():
+    for kind, (canonical, alias) in HOOK_POINTS.items():
         if kind == "resid_mid" and model.layout.parallel:
             continue
         site = f"L2.{kind}"
@@ -463,7 +461,7 @@ def by_hand(model, made, ids, nearest=None):
 @pytest.mark.parametrize("made", [codebook(), codebook(groups=2), sae("standard"), sae(hook_name="L1.attn.o")], ids=str)
 @torch.no_grad()
 def test_activity_equals_a_loop_over_texts(made, monkeypatch):
-    monkeypatch.setattr("mechunlearn.activity.BATCH", 3)
+    monkeypatch.setattr("mechunlearn.features.firing.BATCH", 3)
     model, lengths = family("llama"), torch.tensor([5, 8, 1, 8, 3, 2, 8])
     ids = tokens(7)
     seen = Activity.of(model, made, (ids, lengths))

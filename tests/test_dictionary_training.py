@@ -7,9 +7,9 @@ import torch
 from torch.nn import functional
 
 from mechunlearn import MechunlearnError, load_model
-from mechunlearn.activity import Activity
-from mechunlearn.dictionaries import SAE, Codebook, fingerprint_of, load_dictionary, spliced
-from mechunlearn.dictionary_training import _inputs, activations, fit_codebook, fit_sae, train_codebook, train_sae
+from mechunlearn.features.dictionaries import SAE, Codebook, fingerprint_of, load_dictionary, spliced
+from mechunlearn.features.firing import Activity
+from mechunlearn.features.training import _inputs, activations, fit_codebook, fit_sae, train_codebook, train_sae
 from tests.models import random_hf
 from tests.test_dictionaries import bits, family, random_t5, same
 
@@ -171,7 +171,7 @@ def test_any_hook_point_of_any_model_can_be_trained_at(name):
 
 
 def test_what_is_trained_on_is_every_token_that_counts_and_no_padding(monkeypatch):
-    monkeypatch.setattr("mechunlearn.dictionary_training.READ", 5)
+    monkeypatch.setattr("mechunlearn.features.training.READ", 5)
     for model, point in ((family("gpt2"), "L1.resid_mid"), (family("gpt2"), "L1.attn.o")):
         stored = activations(model, point, texts()[0], torch.arange(9) < LENGTHS[:, None])
         with torch.no_grad():

@@ -8,11 +8,11 @@ import torch
 import transformers
 
 from mechunlearn import Component, MechunlearnError
-from mechunlearn.hooked import load_model
+from mechunlearn.facts.prompts import Prompts
 from mechunlearn.localize.direct_logit_attribution import direct_logit_attribution, logit_lens
-from mechunlearn.metrics import logit_diff, measure
-from mechunlearn.prompts import Prompts
-from mechunlearn.stats import bootstrap_interval
+from mechunlearn.metrics.answers import logit_diff, measure
+from mechunlearn.metrics.stats import bootstrap_interval
+from mechunlearn.model.hooked import load_model
 from tests.models import CONFIGS, random_hf, token_prompts
 
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from mechunlearn import MechunlearnError
-from mechunlearn.circuit import edges, readers, writers
-from mechunlearn.faithfulness import faithfulness
-from mechunlearn.hooked import frozen, load_model
+from mechunlearn.artifacts.circuit import edges, readers, writers
 from mechunlearn.localize import edge_attribution, edge_patching, path_patching
 from mechunlearn.localize.edge_attribution import edge_scores
-from mechunlearn.metrics import logit_diff
-from mechunlearn.paths import Reader
+from mechunlearn.metrics.answers import logit_diff
+from mechunlearn.model.hooked import frozen, load_model
+from mechunlearn.patching.faithfulness import faithfulness
+from mechunlearn.patching.paths import Reader
 from tests.models import random_hf, token_prompts
 
 POST_NORMS = ("gemma2", "gemma3_text")

@@ -5,10 +5,10 @@ import pytest
 
 from mechunlearn import ComponentMask, evaluate
 from mechunlearn.edit import losses, masked_gradient
-from mechunlearn.evaluation import random_mask
+from mechunlearn.evaluation.controls import random_mask
 from mechunlearn.localize import fact_lookup
-from mechunlearn.metrics import measure
-from mechunlearn.stats import bootstrap_interval
+from mechunlearn.metrics.answers import measure
+from mechunlearn.metrics.stats import bootstrap_interval
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def edit(world, sport, found):
 @pytest.fixture(scope="module")
 def report(world, sport, edit):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mechunlearn.evaluation.LIMIT", 32)  # the forget set whole, a part of the others
+        patch.setattr("mechunlearn.evaluation.cells.LIMIT", 32)  # the forget set whole, a part of the others
         return evaluate(world, edit, forget=sport[0], retain=sport[1])
 
 
@@ -60,10 +60,10 @@ def test_before_is_the_unedited_model(report, world, sport):
 
 
 def test_neighbours_share_a_name_and_were_never_seen(sport):
-    from mechunlearn.evaluation import _splits
+    from mechunlearn.evaluation.cells import splits
 
     forget, retain = sport
-    near = _splits(forget, retain)["neighbours"]
+    near = splits(forget, retain)["neighbours"]
     names = {word for s in forget.facts.subjects for word in s.split()}
     assert not near.subjects & (forget.facts.subjects | retain.facts.subjects)
     assert all(names & set(subject.split()) for subject in near.subjects)

@@ -10,12 +10,12 @@ import transformers
 from torch.nn import functional
 
 from mechunlearn import ComponentMask, MechunlearnError
-from mechunlearn import exploration as module
-from mechunlearn.activity import tokenized
-from mechunlearn.dictionaries import Codebook, load_dictionary
-from mechunlearn.dictionary_training import train_sae
-from mechunlearn.explore import explore
-from mechunlearn.hooked import load_model
+from mechunlearn.explore.widget import explore
+from mechunlearn.features import dashboard as module
+from mechunlearn.features.dictionaries import Codebook, load_dictionary
+from mechunlearn.features.firing import tokenized
+from mechunlearn.features.training import train_sae
+from mechunlearn.model.hooked import load_model
 from mechunlearn.world.dictionaries import dictionary_texts, topic_stories
 from tests.models import random_hf
 

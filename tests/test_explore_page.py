@@ -11,10 +11,10 @@ from dataclasses import replace
 import pytest
 
 from mechunlearn import ComponentMask, MechunlearnError
+from mechunlearn.explore.app import Workbench
+from mechunlearn.explore.server import ExplorerServer
 from mechunlearn.localize import attribution_patching
-from mechunlearn.serve import ExplorerServer
-from mechunlearn.toy import planted_facts
-from mechunlearn.workbench import Workbench
+from mechunlearn.world.toy import planted_facts
 from tests.browser import chromium, needs_browser, screenshots
 
 EVIL = "<script>document.title='hacked'</script>"
@@ -66,7 +66,7 @@ class TestAddress:
                 ExplorerServer(port=port)
 
     def test_the_command_refuses_before_a_model_is_loaded(self, call, monkeypatch):
-        monkeypatch.setattr("mechunlearn.cli._load", lambda *_: pytest.fail("loaded"))
+        monkeypatch.setattr("mechunlearn.cli.main._load", lambda *_: pytest.fail("loaded"))
         code, _, err = call("explore", "factworld", "factworld/sport", "--host", "0.0.0.0")
         assert code == 2 and "--remote" in err and len(err.strip().splitlines()) == 1
         with socket.socket() as other:

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from mechunlearn import MechunlearnError, load_facts
-from mechunlearn.facts import _asked, world_facts
-from mechunlearn.hooked import data_folder
-from mechunlearn.metrics import answer_logprob, answered, logit_diff, measure, supervised
-from mechunlearn.prompts import ROLES, Asked, Prompts
-from mechunlearn.readers import read_texts
+from mechunlearn.core.files import data_folder
+from mechunlearn.facts.load import _asked, world_facts
+from mechunlearn.facts.prompts import ROLES, Asked, Prompts
+from mechunlearn.facts.readers import read_texts
+from mechunlearn.metrics.answers import answer_logprob, answered, logit_diff, measure, supervised
 
 REWRITES = [
     {

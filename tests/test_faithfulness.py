@@ -8,13 +8,13 @@ import torch
 import transformers
 
 from mechunlearn import ComponentMask, MechunlearnError
-from mechunlearn.circuit import Circuit, edges
-from mechunlearn.faithfulness import faithfulness, faithfulness_curve, mask_faithfulness, stability
-from mechunlearn.hooked import load_model
+from mechunlearn.artifacts.circuit import Circuit, edges
+from mechunlearn.facts.prompts import Prompts
 from mechunlearn.localize import edge_attribution, edge_patching
 from mechunlearn.localize.edge_attribution import edge_scores
-from mechunlearn.prompts import Prompts
-from mechunlearn.toy import planted_facts
+from mechunlearn.model.hooked import load_model
+from mechunlearn.patching.faithfulness import faithfulness, faithfulness_curve, mask_faithfulness, stability
+from mechunlearn.world.toy import planted_facts
 from tests.models import random_hf, token_prompts
 
 CLEAN, CORRUPT, ANSWER, FOIL = 1, 2, 3, 4
@@ -57,7 +57,7 @@ def by_hand():
 def having(circuit: Circuit, *names: str) -> Circuit:
     frame = circuit.to_frame()
     chosen = torch.zeros_like(circuit.chosen)
-    from mechunlearn.circuit import readers, writers
+    from mechunlearn.artifacts.circuit import readers, writers
 
     for name in names:
         source, target = name.split("->")
@@ -127,8 +127,8 @@ def test_leaving_one_edge_out_is_patching_that_edge(model, prompts):
     names = ["input->m0", "a0.h1->a1.h0<k>", "a0.h2->m2", "m0->a2.h0<v>", "a1.h0->logits", "m1->a2.h3<q>"]
     exact = edge_patching(model, prompts, names)
     circuit = edge_attribution(model, prompts)
-    from mechunlearn.faithfulness import _measured
-    from mechunlearn.metrics import logit_diff
+    from mechunlearn.metrics.answers import logit_diff
+    from mechunlearn.patching.faithfulness import _measured
 
     all_edges = edges(circuit.signature, circuit.parallel)
     rows = []
@@ -143,8 +143,8 @@ def test_leaving_one_edge_out_is_patching_that_edge(model, prompts):
 def test_ragged_prompts_give_the_numbers_of_single_facts(world, sport):
     chosen = sport[0].select(range(4))
     circuit = edge_attribution(world, chosen).top(edges=40)
-    from mechunlearn.faithfulness import _measured
-    from mechunlearn.metrics import logit_diff
+    from mechunlearn.metrics.answers import logit_diff
+    from mechunlearn.patching.faithfulness import _measured
 
     together = _measured(world, circuit, chosen, circuit.chosen[None], logit_diff, 32)
     single = [_measured(world, circuit, chosen.select([i]), circuit.chosen[None], logit_diff, 1) for i in range(4)]

@@ -9,16 +9,16 @@ import torch
 from scipy.stats import false_discovery_control, fisher_exact
 
 from mechunlearn import Localization, MechunlearnError
-from mechunlearn.activity import Activity, matched_units, swapped
-from mechunlearn.agreement import overlap, rank_correlation
-from mechunlearn.dictionaries import installed, load_dictionary, signature_of, spliced
-from mechunlearn.dictionary_training import train_codebook
+from mechunlearn.artifacts.overlap import overlap, rank_correlation
 from mechunlearn.edit import codebook_delete
-from mechunlearn.hooked import load_model
+from mechunlearn.facts.prompts import Prompts
+from mechunlearn.features.dictionaries import installed, load_dictionary, signature_of, spliced
+from mechunlearn.features.firing import Activity, matched_units, swapped
+from mechunlearn.features.training import train_codebook
 from mechunlearn.localize import feature_discovery
-from mechunlearn.metrics import logit_diff
-from mechunlearn.prompts import Prompts
-from mechunlearn.toy import STATES, finite_states
+from mechunlearn.metrics.answers import logit_diff
+from mechunlearn.model.hooked import load_model
+from mechunlearn.world.toy import STATES, finite_states
 from tests.handmade import axes, entering, random_codebook, random_sae, rows_of_tokens
 from tests.models import random_hf, token_prompts
 

@@ -15,12 +15,12 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from mechunlearn import ComponentMask, MechunlearnError
-from mechunlearn.activity import Activity
-from mechunlearn.dictionaries import check, installed, signature_of, spliced
+from mechunlearn.artifacts.weight_edit import Edit, WeightEdit
 from mechunlearn.edit import codebook_delete, dictionary_rows, feature_clamp
-from mechunlearn.edits import Edit, WeightEdit
-from mechunlearn.feature_edits import FeatureEdit
-from mechunlearn.hooked import load_model
+from mechunlearn.features.dictionaries import check, installed, signature_of, spliced
+from mechunlearn.features.feature_edit import FeatureEdit
+from mechunlearn.features.firing import Activity
+from mechunlearn.model.hooked import load_model
 from tests.handmade import axes, entering, mask_of, random_codebook, random_sae, rows_of_tokens, seldom
 from tests.models import CONFIGS, random_hf
 
@@ -127,7 +127,7 @@ class TestWhileItIsApplied:
     def test_an_error_in_the_middle_of_applying_leaves_no_hook(self, model, monkeypatch):
         edit = deletion(model, random_codebook(model, "L1.resid_post"), [0])
         edit |= clamping(model, random_sae(model, "L2.resid_post"), [0])
-        monkeypatch.setattr("mechunlearn.feature_edits.FeatureClamp", None)
+        monkeypatch.setattr("mechunlearn.features.feature_edit.FeatureClamp", None)
         for act in (edit.apply_, lambda model: edit.applied(model).__enter__()):
             with pytest.raises(TypeError):
                 act(model)

@@ -7,12 +7,12 @@ import torch
 from peft import PeftModel
 
 from mechunlearn import ComponentMask, MechunlearnError
+from mechunlearn.artifacts.weight_edit import WeightEdit
 from mechunlearn.edit import fisher_lora, masked_gradient
 from mechunlearn.edit.fisher_lora import INITS, fisher_information, row_weights, weighted_low_rank
-from mechunlearn.edits import WeightEdit
-from mechunlearn.hooked import load_model
-from mechunlearn.metrics import measure
-from mechunlearn.trainables import LowRank
+from mechunlearn.metrics.answers import measure
+from mechunlearn.model.hooked import load_model
+from mechunlearn.training.parameterizations import LowRank
 from tests.models import CONFIGS, random_hf, token_prompts
 
 PARTIAL = (

@@ -14,14 +14,14 @@ import pytest
 import torch
 
 from mechunlearn import MechunlearnError
-from mechunlearn.grid import Grid
+from mechunlearn.core.grid import Grid
 
 ABOUT = {"model": "factworld", "seeds": [0, 1, 2]}
 CELLS = [{"editor": editor, "seed": seed} for editor in ("rome", "memit") for seed in range(3)]
 
 SCRIPT = """
 import os, pathlib, signal, sys, time
-from mechunlearn.grid import Grid
+from mechunlearn.core.grid import Grid
 
 folder, moment, victim, pause = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
 log = pathlib.Path(folder) / "log.txt"

@@ -12,9 +12,9 @@ import torch
 
 from mechunlearn import ComponentMask, MechunlearnError
 from mechunlearn.edit import masked_gradient
-from mechunlearn.facts import load_facts
-from mechunlearn.harness import _same_random_numbers, benchmark
-from mechunlearn.hooked import load_model
+from mechunlearn.evaluation.harness import _same_random_numbers, benchmark
+from mechunlearn.facts.load import load_facts
+from mechunlearn.model.hooked import load_model
 from tests.models import random_hf
 
 TASK = """task: {name}

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from mechunlearn import Localization, MechunlearnError
-from mechunlearn.grid import Grid
+from mechunlearn.core.grid import Grid
+from mechunlearn.core.runcard import RunCard
 from mechunlearn.reproduce import law
 from mechunlearn.reproduce.law import (
     ABLATIONS,
@@ -34,7 +35,6 @@ from mechunlearn.reproduce.law import (
     washed,
 )
 from mechunlearn.reproduce.law_page import page, results
-from mechunlearn.runcard import RunCard
 
 NUMBERS = {"forget": 0.04, "paraphrase": 0.05, "question": 0.1, "same subject": 0.5, "retain": 0.9, "neighbours": 0.8}
 NUMBERS |= {"copying": 1.0, "comparison": 0.9, "skills": 0.95, "text loss": 0.6, "KL": 0.01}

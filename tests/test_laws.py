@@ -12,14 +12,14 @@ import torch
 import mechunlearn.edit
 import mechunlearn.localize
 from mechunlearn import Component, ComponentMask, Localization, MechunlearnError
+from mechunlearn.artifacts.weight_edit import Edit
 from mechunlearn.edit import codebook_delete, dictionary_rows, feature_clamp
-from mechunlearn.edits import Edit
-from mechunlearn.feature_edits import FeatureEdit
-from mechunlearn.hooked import load_model
+from mechunlearn.facts.prompts import Prompts
+from mechunlearn.features.feature_edit import FeatureEdit
 from mechunlearn.localize import feature_discovery
-from mechunlearn.metrics import measure
-from mechunlearn.moments import Covariance
-from mechunlearn.prompts import Prompts
+from mechunlearn.metrics.answers import measure
+from mechunlearn.model.hooked import load_model
+from mechunlearn.training.covariance import Covariance
 from tests.handmade import axes, entering, mask_of, planted, random_codebook, random_sae
 from tests.models import random_hf, token_prompts
 

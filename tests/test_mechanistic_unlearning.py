@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mechunlearn.compare import select
-from mechunlearn.components import ComponentMask
-from mechunlearn.grid import Grid
+from mechunlearn.artifacts.mask import ComponentMask
+from mechunlearn.core.grid import Grid
+from mechunlearn.evaluation.compare import select
 from mechunlearn.reproduce import mechanistic_unlearning as m
 from mechunlearn.reproduce import mechanistic_unlearning_page as told
 from mechunlearn.reproduce.mechanistic_unlearning import LOOKUP, NAIVE, OUTPUT_TRACING, VALIDATION, Bench, Cell, Plan

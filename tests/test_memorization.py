@@ -9,10 +9,11 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from mechunlearn import MechunlearnError, load_model, memorization
-from mechunlearn.facts import world_facts
-from mechunlearn.hooked import data_folder
-from mechunlearn.memorization import extraction_likelihood, memorization_accuracy, repetition
+from mechunlearn import MechunlearnError, load_model
+from mechunlearn.core.files import data_folder
+from mechunlearn.facts.load import world_facts
+from mechunlearn.metrics import memorization
+from mechunlearn.metrics.memorization import extraction_likelihood, memorization_accuracy, repetition
 from mechunlearn.world import gates, small
 from mechunlearn.world.generate import World
 from mechunlearn.world.packing import batches

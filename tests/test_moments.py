@@ -8,8 +8,9 @@ import torch
 import transformers
 from torch import nn
 
-from mechunlearn import MechunlearnError, moments
-from mechunlearn.moments import DiagonalFisher
+from mechunlearn import MechunlearnError
+from mechunlearn.training import fisher as moments
+from mechunlearn.training.fisher import DiagonalFisher
 from tests.models import random_hf
 
 MODULES = {

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from mechunlearn import Localization, MechunlearnError
-from mechunlearn.corruption import with_corruption
-from mechunlearn.decoder import Decoder
-from mechunlearn.hooked import load_model
+from mechunlearn.facts.prompts import ROLES
 from mechunlearn.localize import activation_patching, attribution_patching, edge_attribution, path_patching
-from mechunlearn.metrics import answer_logprob, logit_diff
-from mechunlearn.prompts import ROLES
+from mechunlearn.metrics.answers import answer_logprob, logit_diff
+from mechunlearn.model.decoder import Decoder
+from mechunlearn.model.hooked import load_model
+from mechunlearn.patching.corruption import with_corruption
 from tests.models import random_hf, token_prompts
 
 UNITS = ["attn.q", "attn.k", "attn.v", "attn.o", "mlp.out"]
@@ -241,7 +241,7 @@ def test_several_answer_tokens_are_patched_too(world, sport):
 def test_running_out_of_memory_halves_the_batch(prompts, monkeypatch):
     model = load_model((random_hf("llama"), None))
     whole = activation_patching(model, prompts, kinds=["attn.o"])
-    from mechunlearn import patching
+    from mechunlearn.patching import sweep as patching
 
     real, sizes = patching._run, []
 

@@ -10,11 +10,10 @@ import pytest
 import torch
 
 from mechunlearn import ComponentMask, Localization, MechunlearnError, plots
-from mechunlearn.activity import Activity
-from mechunlearn.agreement import overlap
-from mechunlearn.dictionaries import load_dictionary
-from mechunlearn.faithfulness import faithfulness_curve
-from mechunlearn.layout import Signature
+from mechunlearn.artifacts.overlap import overlap
+from mechunlearn.core.runcard import RunCard
+from mechunlearn.features.dictionaries import load_dictionary
+from mechunlearn.features.firing import Activity
 from mechunlearn.localize import (
     attribution_patching,
     causal_tracing,
@@ -23,8 +22,9 @@ from mechunlearn.localize import (
     feature_discovery,
     random_units,
 )
+from mechunlearn.model.layout import Signature
+from mechunlearn.patching.faithfulness import faithfulness_curve
 from mechunlearn.plots.style import text
-from mechunlearn.runcard import RunCard
 from tests.browser import NAMES
 from tests.test_report_page import FRAME, MODELS, SCRIPT, attack, report
 

@@ -13,8 +13,8 @@ from peft.tuners.lora import LoraLayer
 from torch.optim import optimizer as torch_optimizer
 
 from mechunlearn import ComponentMask, MechunlearnError
-from mechunlearn.layout import FAMILIES, Layout, Signature
-from mechunlearn.restrict import Restriction
+from mechunlearn.artifacts.restrict import Restriction
+from mechunlearn.model.layout import FAMILIES, Layout, Signature
 from tests.models import CONFIGS, random_hf
 
 TOKENS = torch.randint(2, 97, (80, 10), generator=torch.Generator().manual_seed(2))

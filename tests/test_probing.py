@@ -7,16 +7,16 @@ import pytest
 import torch
 
 from mechunlearn import ComponentMask, MechunlearnError
+from mechunlearn.artifacts.weight_edit import WeightEdit
 from mechunlearn.attack.probing import _Lens, _target_at_read, probing
+from mechunlearn.attack.states import recovery
+from mechunlearn.core.runcard import RunCard
 from mechunlearn.edit import masked_gradient
-from mechunlearn.edits import WeightEdit
-from mechunlearn.facts import load_facts
-from mechunlearn.hooked import load_model
-from mechunlearn.metrics import answered
-from mechunlearn.prompts import Asked, Prompts
-from mechunlearn.recovery import recovery
-from mechunlearn.runcard import RunCard
-from mechunlearn.toy import planted_facts
+from mechunlearn.facts.load import load_facts
+from mechunlearn.facts.prompts import Asked, Prompts
+from mechunlearn.metrics.answers import answered
+from mechunlearn.model.hooked import load_model
+from mechunlearn.world.toy import planted_facts
 from tests.models import random_hf, token_prompts
 from tests.test_relearning import assert_untouched, state_of
 

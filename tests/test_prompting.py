@@ -9,17 +9,19 @@ import pytest
 import torch
 
 from mechunlearn import ComponentMask, MechunlearnError
+from mechunlearn.artifacts.weight_edit import WeightEdit
 from mechunlearn.attack.prompting import _answered, _ways, prompting
+from mechunlearn.attack.states import recovery
+from mechunlearn.core.runcard import RunCard
 from mechunlearn.edit import masked_gradient
-from mechunlearn.edits import WeightEdit
-from mechunlearn.facts import TWO_HOP, Fact, FactDataset, load_facts
-from mechunlearn.formats import Query
-from mechunlearn.hooked import load_model
-from mechunlearn.metrics import measure, next_token_kl, option_logprobs
-from mechunlearn.recovery import recovery
-from mechunlearn.runcard import RunCard
-from mechunlearn.toy import planted_facts
+from mechunlearn.evaluation.drift import next_token_kl
+from mechunlearn.facts.dataset import Fact, FactDataset
+from mechunlearn.facts.formats import Query
+from mechunlearn.facts.load import TWO_HOP, load_facts
+from mechunlearn.metrics.answers import measure, option_logprobs
+from mechunlearn.model.hooked import load_model
 from mechunlearn.world import lexicon as lex
+from mechunlearn.world.toy import planted_facts
 from tests.models import random_hf, token_prompts
 
 LOOK_UP = [f"L{layer}.mlp.{kind}" for layer in (1, 2) for kind in ("in", "gate", "out")]
@@ -346,7 +348,7 @@ class TestKL:
 
     def test_batches_get_smaller_where_logits_would_not_fit(self, world, edits, monkeypatch):
         sizes, forward = [], world.forward
-        monkeypatch.setattr("mechunlearn.metrics.LOGITS", 2 * 16 * world.hf.config.vocab_size)
+        monkeypatch.setattr("mechunlearn.evaluation.drift.LOGITS", 2 * 16 * world.hf.config.vocab_size)
         monkeypatch.setattr(world, "forward", lambda tokens: sizes.append(len(tokens)) or forward(tokens))
         next_token_kl(world, edits["hidden"], self.TEXTS)
         assert sizes == [2, 2, 1, 1]
@@ -354,7 +356,7 @@ class TestKL:
     def test_what_cannot_be_compared_is_named(self, world, edits, monkeypatch):
         with pytest.raises(MechunlearnError, match="after 0 texts: there are none"):
             next_token_kl(world, edits["hidden"], [])
-        monkeypatch.setattr("mechunlearn.metrics.encode", lambda model, texts: [[5], []])
+        monkeypatch.setattr("mechunlearn.evaluation.drift.encode", lambda model, texts: [[5], []])
         with pytest.raises(MechunlearnError, match="after 2 texts: one has no token"):
             next_token_kl(world, edits["hidden"], ["A", ""])
 

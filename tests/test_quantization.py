@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from mechunlearn import ComponentMask, MechunlearnError
+from mechunlearn.artifacts.weight_edit import WeightEdit
 from mechunlearn.attack.quantization import _matrices, _nearest, _rounded, _settings, quantization
+from mechunlearn.attack.states import recovery
+from mechunlearn.core.runcard import RunCard
 from mechunlearn.edit import feature_clamp, masked_gradient
-from mechunlearn.edits import WeightEdit
-from mechunlearn.facts import load_facts
-from mechunlearn.hooked import load_model
-from mechunlearn.metrics import answered
-from mechunlearn.recovery import recovery
-from mechunlearn.runcard import RunCard
-from mechunlearn.toy import D_HEAD, IS_RELATION, IS_SUBJECT, STRANGER, planted_facts
+from mechunlearn.facts.load import load_facts
+from mechunlearn.metrics.answers import answered
+from mechunlearn.model.hooked import load_model
+from mechunlearn.world.toy import D_HEAD, IS_RELATION, IS_SUBJECT, STRANGER, planted_facts
 from tests.handmade import axes, mask_of
 from tests.models import random_hf, token_prompts
 from tests.test_relearning import assert_untouched, hand_made, state_of

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from mechunlearn import load_facts, load_model
-from mechunlearn.components import ComponentMask
+from mechunlearn.artifacts.mask import ComponentMask
+from mechunlearn.attack.states import attack_card, attacked, cell, framed, left_to_run, never_taught, recovery
+from mechunlearn.core.runcard import Stopwatch
 from mechunlearn.edit import masked_gradient
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.recovery import attack_card, attacked, cell, framed, left_to_run, never_taught, recovery
-from mechunlearn.runcard import Stopwatch
-from mechunlearn.toy import planted_facts
+from mechunlearn.world.toy import planted_facts
 
 
 @pytest.fixture(scope="module")

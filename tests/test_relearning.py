@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from mechunlearn import ComponentMask, MechunlearnError
+from mechunlearn.artifacts.weight_edit import WeightEdit
 from mechunlearn.attack import relearning
 from mechunlearn.attack.relearning import RATES, _Attack, _Plan, recovery
+from mechunlearn.core.runcard import RunCard
 from mechunlearn.edit import masked_gradient
-from mechunlearn.edits import WeightEdit
-from mechunlearn.facts import load_facts
-from mechunlearn.hooked import load_model
-from mechunlearn.metrics import measure
-from mechunlearn.runcard import RunCard
-from mechunlearn.toy import planted_facts
+from mechunlearn.facts.load import load_facts
+from mechunlearn.metrics.answers import measure
+from mechunlearn.model.hooked import load_model
+from mechunlearn.world.toy import planted_facts
 from tests.models import random_hf, token_prompts
 
 ONE_EACH = {"lora": [0.01], "full": [0.01]}

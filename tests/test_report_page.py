@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from mechunlearn import Localization
-from mechunlearn.edits import WeightEdit
-from mechunlearn.layout import Signature
-from mechunlearn.recovery import COLUMNS, EDITED, NEVER_TAUGHT, UNEDITED
-from mechunlearn.report import Report
-from mechunlearn.robustness import Attacked
-from mechunlearn.runcard import RunCard
+from mechunlearn.artifacts.weight_edit import WeightEdit
+from mechunlearn.attack.states import COLUMNS, EDITED, NEVER_TAUGHT, UNEDITED
+from mechunlearn.core.runcard import RunCard
+from mechunlearn.evaluation.report import Report
+from mechunlearn.evaluation.robustness import Attacked
+from mechunlearn.model.layout import Signature
 from tests.browser import chromium, needs_browser, screenshots
 
 SCRIPT = "<script>document.title = 'taken'</script>"

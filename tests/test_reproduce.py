@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from mechunlearn import MechunlearnError
-from mechunlearn.grid import Grid
+from mechunlearn.core.grid import Grid
 from mechunlearn.reproduce import loku
 from mechunlearn.reproduce.loku import BOUNDS, METHODS, VALIDATION, Bench, Cell, Plan, choose, measured, stored
 from mechunlearn.reproduce.loku_page import page, results

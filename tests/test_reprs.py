@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from mechunlearn import Circuit, ComponentMask, FactDataset, Localization, load_facts
-from mechunlearn.circuit import readers, writers
-from mechunlearn.edits import WeightEdit
-from mechunlearn.facts import Fact
-from mechunlearn.feature_edits import FeatureEdit, FeaturePart
-from mechunlearn.formats import Query
-from mechunlearn.layout import Signature
-from mechunlearn.runcard import RunCard
+from mechunlearn.artifacts.circuit import readers, writers
+from mechunlearn.artifacts.weight_edit import WeightEdit
+from mechunlearn.core.runcard import RunCard
+from mechunlearn.facts.dataset import Fact
+from mechunlearn.facts.formats import Query
+from mechunlearn.features.feature_edit import FeatureEdit, FeaturePart
+from mechunlearn.model.layout import Signature
 from tests.handmade import random_codebook
 from tests.test_report_page import SCRIPT, report
 

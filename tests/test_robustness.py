@@ -10,17 +10,18 @@ import pytest
 import torch
 
 from mechunlearn import evaluate, load_model
+from mechunlearn.artifacts.mask import ComponentMask
+from mechunlearn.artifacts.weight_edit import WeightEdit
 from mechunlearn.attack.quantization import quantization
-from mechunlearn.components import ComponentMask
+from mechunlearn.core.files import data_folder
+from mechunlearn.core.runcard import RunCard
 from mechunlearn.edit import losses, masked_gradient
-from mechunlearn.edits import WeightEdit
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.facts import FactDataset, _ask_all, world_facts
-from mechunlearn.hooked import data_folder
-from mechunlearn.robustness import ATTACKS, Attacked, attack_all, check_attacks, word
-from mechunlearn.runcard import RunCard
-from mechunlearn.toy import planted_facts
+from mechunlearn.evaluation.robustness import ATTACKS, Attacked, attack_all, check_attacks, word
+from mechunlearn.facts.dataset import FactDataset
+from mechunlearn.facts.load import _ask_all, world_facts
 from mechunlearn.world.generate import generate
+from mechunlearn.world.toy import planted_facts
 
 FORGET, RETAIN = 32, 320
 
@@ -240,7 +241,7 @@ class TestWord:
 
 class TestReport:
     def test_attacks_are_in_the_report_and_its_page(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("mechunlearn.evaluation.LIMIT", 8)
+        monkeypatch.setattr("mechunlearn.evaluation.cells.LIMIT", 8)
         model = load_model("factworld")
         from mechunlearn import load_facts
 

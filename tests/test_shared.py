@@ -8,13 +8,13 @@ import time
 
 import pytest
 
+from mechunlearn.core.grid import Grid
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.grid import Grid
 from mechunlearn.reproduce.shared import attempt, failures, finished, settled, tried, workers
 
 SCRIPT = """
 import sys, time
-from mechunlearn.grid import Grid
+from mechunlearn.core.grid import Grid
 from mechunlearn.reproduce.shared import attempt
 
 def slowly(i):

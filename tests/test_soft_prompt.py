@@ -10,16 +10,16 @@ import pytest
 import torch
 
 from mechunlearn import ComponentMask, MechunlearnError
+from mechunlearn.artifacts.weight_edit import WeightEdit
 from mechunlearn.attack.soft_prompt import _logits, _loss, _Prefix, _right, soft_prompt
+from mechunlearn.attack.states import halves, recovery
+from mechunlearn.core.runcard import RunCard
 from mechunlearn.edit import masked_gradient
-from mechunlearn.edits import WeightEdit
-from mechunlearn.facts import load_facts
-from mechunlearn.hooked import frozen, load_model
-from mechunlearn.metrics import answer_logprob, answered, measure, positions_read
-from mechunlearn.prompts import PAD, Prompts
-from mechunlearn.recovery import halves, recovery
-from mechunlearn.runcard import RunCard
-from mechunlearn.toy import planted_facts
+from mechunlearn.facts.load import load_facts
+from mechunlearn.facts.prompts import PAD, Prompts
+from mechunlearn.metrics.answers import answer_logprob, answered, measure, positions_read
+from mechunlearn.model.hooked import frozen, load_model
+from mechunlearn.world.toy import planted_facts
 from tests.models import random_hf, token_prompts
 from tests.test_relearning import assert_untouched, hand_made, state_of
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mechunlearn import MechunlearnError
-from mechunlearn.solve import Spectrum, cholesky, null_space, solve, within_band
+from mechunlearn.training.solve import Spectrum, cholesky, null_space, solve, within_band
 
 UNITS, COLUMNS = 24, 5
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mechunlearn import MechunlearnError
-from mechunlearn.stats import bootstrap_interval, hierarchical_interval, hierarchical_paired, paired_interval
+from mechunlearn.metrics.stats import bootstrap_interval, hierarchical_interval, hierarchical_paired, paired_interval
 
 DRAWS = 200
 

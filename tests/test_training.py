@@ -10,11 +10,11 @@ from torch.nn import functional as F
 
 from mechunlearn import ComponentMask, MechunlearnError
 from mechunlearn.edit import losses, masked_gradient
-from mechunlearn.hooked import load_model
-from mechunlearn.metrics import measure
-from mechunlearn.prompts import Prompts
-from mechunlearn.trainables import Everything, LowRank, SelectedRows
-from mechunlearn.training import Schedule, Sequences, Stream, Upper, descend
+from mechunlearn.facts.prompts import Prompts
+from mechunlearn.metrics.answers import measure
+from mechunlearn.model.hooked import load_model
+from mechunlearn.training.loop import Schedule, Sequences, Stream, Upper, descend
+from mechunlearn.training.parameterizations import Everything, LowRank, SelectedRows
 from tests.models import CONFIGS, random_hf, token_prompts
 
 OBJECTIVES = {

@@ -8,15 +8,16 @@ import pytest
 import torch
 
 from mechunlearn import ComponentMask, MechunlearnError
+from mechunlearn.artifacts.weight_edit import WeightEdit
+from mechunlearn.attack.states import recovery
 from mechunlearn.attack.unlearning_depth import depth, unlearning_depth
+from mechunlearn.core.files import data_folder
+from mechunlearn.core.runcard import RunCard
 from mechunlearn.edit import masked_gradient
-from mechunlearn.edits import WeightEdit
-from mechunlearn.facts import load_facts, world_facts
-from mechunlearn.hooked import data_folder, load_model
-from mechunlearn.metrics import answered, measure
-from mechunlearn.recovery import recovery
-from mechunlearn.runcard import RunCard
-from mechunlearn.toy import planted_facts
+from mechunlearn.facts.load import load_facts, world_facts
+from mechunlearn.metrics.answers import answered, measure
+from mechunlearn.model.hooked import load_model
+from mechunlearn.world.toy import planted_facts
 from tests.models import random_hf, token_prompts
 from tests.test_relearning import assert_untouched, state_of
 

@@ -10,15 +10,16 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from mechunlearn import ComponentMask, MechunlearnError
-from mechunlearn.edit import closed_form, memit, mlp_washing, null_space, values
-from mechunlearn.edit.contexts import Contexts, openings
-from mechunlearn.edits import WeightEdit
-from mechunlearn.evaluation import evaluate
-from mechunlearn.hooked import BridgedModel, load_model
-from mechunlearn.metrics import measure
-from mechunlearn.moments import Covariance
-from mechunlearn.prompts import PAD, Prompts
-from mechunlearn.report import Report
+from mechunlearn.artifacts.weight_edit import WeightEdit
+from mechunlearn.edit import memit, mlp_washing, null_space
+from mechunlearn.edit.closed_form import target_values, washing
+from mechunlearn.edit.closed_form.edit_prompts import Contexts, openings
+from mechunlearn.evaluation.evaluate import evaluate
+from mechunlearn.evaluation.report import Report
+from mechunlearn.facts.prompts import PAD, Prompts
+from mechunlearn.metrics.answers import measure
+from mechunlearn.model.hooked import HookedModel, load_model
+from mechunlearn.training.covariance import Covariance
 from tests.models import random_hf
 
 FAMILIES = ("gpt2", "gptj", "gpt_neox", "llama", "gemma2")
@@ -39,7 +40,7 @@ def attention(self, query, key, value, attention_mask=None):
     return weights @ value, weights
 
 
-def exact(family: str) -> BridgedModel:
+def exact(family: str) -> HookedModel:
     """A random model in float64."""
     hf = random_hf(family)
     if family == "gptj":
@@ -73,7 +74,7 @@ def ragged(facts: int, seed: int = 0) -> Prompts:
     )
 
 
-def known(model: BridgedModel, prompts: Prompts) -> Prompts:
+def known(model: HookedModel, prompts: Prompts) -> Prompts:
     """The same prompts, of which the model gives every answer: its own greedy ones."""
     with torch.no_grad():
         logits = model.forward(prompts.tokens)
@@ -81,7 +82,7 @@ def known(model: BridgedModel, prompts: Prompts) -> Prompts:
     return replace(prompts, answers=answers, foils=(answers + 1) % 97, targets=(answers + 2) % 97)
 
 
-def seen_by(model: BridgedModel, sites=LAYERS, tokens: int = 400) -> Covariance:
+def seen_by(model: HookedModel, sites=LAYERS, tokens: int = 400) -> Covariance:
     rows = torch.randint(2, 97, (tokens // 10, 10), generator=torch.Generator().manual_seed(9))
     return Covariance(model, sites).update(rows, torch.full((len(rows),), 10))
 
@@ -89,7 +90,7 @@ def seen_by(model: BridgedModel, sites=LAYERS, tokens: int = 400) -> Covariance:
 class Naive:
     """The plain Hugging Face module, and what the published code does with it: one fact and one prompt at a time."""
 
-    def __init__(self, model: BridgedModel) -> None:
+    def __init__(self, model: HookedModel) -> None:
         self.family, self.hf = model.signature.family, copy.deepcopy(model.hf)
         self.blocks = self.hf.get_submodule(BLOCKS.get(self.family, "model.layers"))
 
@@ -168,7 +169,7 @@ def ridge(keys, wanted, left):
     return wanted @ torch.linalg.solve(left, keys).T
 
 
-def change_of(edit: WeightEdit, model: BridgedModel) -> dict[int, torch.Tensor]:
+def change_of(edit: WeightEdit, model: HookedModel) -> dict[int, torch.Tensor]:
     """An edit as D by layer."""
     found = {}
     for site, units in edit.units.items():
@@ -176,7 +177,7 @@ def change_of(edit: WeightEdit, model: BridgedModel) -> dict[int, torch.Tensor]:
     return found
 
 
-def assert_same(edit: WeightEdit, model: BridgedModel, wanted: dict[int, torch.Tensor], rel: float = 1e-9) -> None:
+def assert_same(edit: WeightEdit, model: HookedModel, wanted: dict[int, torch.Tensor], rel: float = 1e-9) -> None:
     found = change_of(edit, model)
     assert found.keys() == wanted.keys()
     for layer, change in wanted.items():
@@ -198,18 +199,18 @@ def llama():
     return model, known(model, ragged(7)), known(model, ragged(5, seed=1)), seen_by(model), 2 * normal(7, 32)
 
 
-def whole_layers(model: BridgedModel, *layers: int) -> dict[int, list[int]]:
+def whole_layers(model: HookedModel, *layers: int) -> dict[int, list[int]]:
     return {layer: list(range(model.signature.d_mlp)) for layer in layers}
 
 
-def mask_of(model: BridgedModel, layers: dict[int, list[int]]) -> ComponentMask:
+def mask_of(model: HookedModel, layers: dict[int, list[int]]) -> ComponentMask:
     return ComponentMask.of([f"L{layer}.mlp.out[{u}]" for layer, us in layers.items() for u in us], model.signature)
 
 
 @pytest.fixture
 def prefixed(monkeypatch):
     """Models without a tokenizer have no openings of text; here they get these."""
-    monkeypatch.setattr(closed_form, "openings", lambda model, texts, count, seed: list(PREFIXES[:count]))
+    monkeypatch.setattr(washing, "openings", lambda model, texts, count, seed: list(PREFIXES[:count]))
 
 
 class TestFormulas:
@@ -390,10 +391,10 @@ class TestFormulas:
     def test_sums_are_plain_numbers(self, small):
         """No graph hangs on them, which would hold every batch of keys."""
         model, forget, retain, covariance, targets = small
-        how = closed_form.How("end-of-text", "subject last", prefixes=0, steps=1, rate=0.1, reach=1, batch=2)
+        how = washing.How("end-of-text", "subject last", prefixes=0, steps=1, rate=0.1, reach=1, batch=2)
         given = {"covariance": covariance, "text": None, "values": targets, "keep": True, "seed": 0, "progress": False}
         mask = ComponentMask.of(LAYERS, model.signature)
-        work = closed_form.washing(model, mask, forget, retain, how, **given)
+        work = washing.washing(model, mask, forget, retain, how, **given)
         sums = work.sums(0)
         assert not sums.gram.requires_grad and not sums.cross.requires_grad
         assert not work.kept(0, 1).requires_grad and not work.weight(0).requires_grad
@@ -481,7 +482,7 @@ class TestContexts:
         assert openings(world, ["of"], 5, 0) == openings(world, text, 0, 0) == openings(world, (), 5, 0) == []
 
 
-def labels_at(model: BridgedModel, contexts: Contexts, delta: torch.Tensor, layer: int) -> torch.Tensor:
+def labels_at(model: HookedModel, contexts: Contexts, delta: torch.Tensor, layer: int) -> torch.Tensor:
     """-log p of the labels, [fact context], with a delta added to what leaves a block at the edited token."""
     hf, block = model.hf, model.hf.get_submodule(BLOCKS.get(model.signature.family, "model.layers"))[layer]
     found = []
@@ -511,7 +512,7 @@ class TestValues:
         labels = torch.tensor([[1, PAD], [1, 30], [12, 13], [40, PAD]])
         contexts = Contexts.of(model, prompts, "subject last", PREFIXES, labels)
         kept = Contexts.of(model, ragged(4, seed=5), "subject last")
-        found = values.optimised_values(model, layer, contexts, kept, steps=steps, rate=rate, batch=64)
+        found = target_values.optimised_values(model, layer, contexts, kept, steps=steps, rate=rate, batch=64)
         reached = []
         for i in range(4):
             mine, its = contexts.select(torch.tensor([i])), kept.select(torch.tensor([i]))
@@ -544,7 +545,7 @@ class TestValues:
         home = Naive(model).columns(llama[1], 1, 1, "last")[2].T
         before = torch.stack([cross_entropy(x, y) for x, y in labels_at(model, contexts, torch.zeros(7, 32), 1)])
         for steps, rate in ((25, 0.2), (25, 5.0)):
-            found = values.optimised_values(model, 1, contexts, None, steps=steps, rate=rate, batch=64)
+            found = target_values.optimised_values(model, 1, contexts, None, steps=steps, rate=rate, batch=64)
             delta = found.double() - home
             assert (delta.norm(dim=1) <= (0.75 + 1e-5) * home.norm(dim=1)).all() and (delta.norm(dim=1) > 0).all()
             after = torch.stack([cross_entropy(x, y) for x, y in labels_at(model, contexts, delta, 1)])
@@ -553,7 +554,7 @@ class TestValues:
 
     def test_batches_do_not_matter(self, llama, contexts):
         together, by_two = (
-            values.optimised_values(llama[0], 1, contexts, contexts, steps=10, rate=0.2, batch=batch)
+            target_values.optimised_values(llama[0], 1, contexts, contexts, steps=10, rate=0.2, batch=batch)
             for batch in (64, 2)
         )
         torch.testing.assert_close(by_two, together, atol=1e-4, rtol=1e-4)
@@ -565,9 +566,9 @@ class TestValues:
         home = Naive(model).columns(prompts, 2, 2, "last")[2].T
         losses = torch.stack([cross_entropy(x, y) for x, y in labels_at(model, contexts, torch.zeros(7, 32), 2)])
         order = losses.argsort()
-        assert values.SETTLED == 0.05, "as in MEMIT's code"
-        monkeypatch.setattr(values, "SETTLED", float(losses[order[3]] + losses[order[4]]) / 2)
-        found = values.optimised_values(model, 2, contexts, None, steps=1, rate=0.1, batch=64)
+        assert target_values.SETTLED == 0.05, "as in MEMIT's code"
+        monkeypatch.setattr(target_values, "SETTLED", float(losses[order[3]] + losses[order[4]]) / 2)
+        found = target_values.optimised_values(model, 2, contexts, None, steps=1, rate=0.1, batch=64)
         moved = (found.double() - home).norm(dim=1) > 1e-4
         assert not moved[order[:4]].any() and moved[order[4:]].all()
 
@@ -579,23 +580,23 @@ class TestValues:
         spans = torch.tensor([[1, 2]] * 4)
         twins = replace(twins, tokens=tokens, spans=spans)
         contexts = Contexts.of(model, twins, "subject last", labels=torch.tensor([[1], [1], [60], [1]]))
-        assert values._owners(contexts).tolist() == [0, 1, 0, 2]
+        assert target_values._owners(contexts).tolist() == [0, 1, 0, 2]
         settings = {"steps": 3, "rate": 0.1, "batch": 64}
-        found = values.optimised_values(model, 1, contexts, None, **settings)
+        found = target_values.optimised_values(model, 1, contexts, None, **settings)
         assert torch.equal(found[0], found[2]) and not torch.equal(found[0], found[1])
-        alone = values.optimised_values(model, 1, contexts.select(torch.tensor([0])), None, **settings)
+        alone = target_values.optimised_values(model, 1, contexts.select(torch.tensor([0])), None, **settings)
         assert not torch.allclose(found[0], alone[0]), "both facts' labels count"
-        single = values.optimised_values(model, 1, contexts.select(torch.tensor([1])), None, **settings)
+        single = target_values.optimised_values(model, 1, contexts.select(torch.tensor([1])), None, **settings)
         torch.testing.assert_close(found[1], single[0], atol=1e-5, rtol=1e-5)
-        twice = values.optimised_values(model, 1, contexts.select(torch.tensor([0, 0])), None, **settings)
+        twice = target_values.optimised_values(model, 1, contexts.select(torch.tensor([0, 0])), None, **settings)
         torch.testing.assert_close(twice[0], alone[0], atol=1e-5, rtol=1e-5)  # a mean of losses, not their sum
         last = Contexts.of(model, twins, "last", labels=contexts.labels)
-        assert values._owners(last).tolist() == [0, 1, 2, 3]
+        assert target_values._owners(last).tolist() == [0, 1, 2, 3]
 
     def test_the_mean_is_that_of_other_facts(self, llama):
         model, forget, retain, *_ = llama
         facts, others = (Contexts.of(model, p, "subject last", PREFIXES) for p in (forget, retain))
-        found = values.average_values(model, 1, facts, others, batch=2)
+        found = target_values.average_values(model, 1, facts, others, batch=2)
         wanted = Naive(model).columns(retain, 1, 1)[2].mean(1)
         torch.testing.assert_close(found, wanted.float().expand(7, -1), atol=1e-5, rtol=1e-5)
 
@@ -604,7 +605,7 @@ class TestValues:
         facts = Contexts.of(model, forget, "last", labels=torch.full((7, 1), 1))
         others = Contexts.of(model, retain, "last")
         settings = {"steps": 10, "rate": 0.1, "batch": 64, "seed": 0}
-        found = values.shared_values(model, 2, facts, others, **settings)
+        found = target_values.shared_values(model, 2, facts, others, **settings)
         home = Naive(model).columns(retain, 2, 2, "last")[2].mean(1)
         assert (found == found[0]).all() and len(found) == 7
         assert 0 < (found[0].double() - home).norm() <= (0.75 + 1e-5) * home.norm()
@@ -615,27 +616,27 @@ class TestValues:
 
         assert likelihood(found[0].double()) > likelihood(home) + 0.1
         one, three = (facts.select(torch.tensor(rows)) for rows in ([0], [0, 0, 0]))
-        one, three = (values.shared_values(model, 2, x, others, **settings)[0] for x in (one, three))
+        one, three = (target_values.shared_values(model, 2, x, others, **settings)[0] for x in (one, three))
         torch.testing.assert_close(three, one, atol=1e-5, rtol=1e-5)  # a mean over facts, not their sum
 
     def test_what_a_subject_is_stays_as_it_is(self, world, sport):
         prompts = sport[0].select(range(3))
-        found = values.described(world, prompts, "subject last")
+        found = target_values.described(world, prompts, "subject last")
         texts = [f"{asked.subject} is a" for asked in prompts.asked]
         for i, text in enumerate(texts):
             ids = world.tokenizer(text)["input_ids"]
             assert found.tokens[i, 0, : len(ids)].tolist() == ids and found.start[i, 0] == len(ids) - 1
             assert found.at[i, 0] == prompts.spans[i, 1]
-        assert values.described(world, replace(prompts, asked=()), "last") is None
+        assert target_values.described(world, replace(prompts, asked=()), "last") is None
 
     def test_end_of_text(self, llama, world, monkeypatch):
-        assert values.end_of_text(world) == world.tokenizer.eos_token_id
+        assert target_values.end_of_text(world) == world.tokenizer.eos_token_id
         model = llama[0]
-        assert values.end_of_text(model) == 1
+        assert target_values.end_of_text(model) == 1
         monkeypatch.setattr(model.hf.config, "eos_token_id", [5, 6])
-        assert values.end_of_text(model) == 5
-        assert values.aims(model, llama[1], "end-of-text").tolist() == [[5]] * 7
-        assert torch.equal(values.aims(model, llama[1], "targets"), llama[1].targets)
+        assert target_values.end_of_text(model) == 5
+        assert target_values.aims(model, llama[1], "end-of-text").tolist() == [[5]] * 7
+        assert torch.equal(target_values.aims(model, llama[1], "targets"), llama[1].targets)
 
 
 PLANTED = {
@@ -909,7 +910,7 @@ class TestBadInput:
         """After the first layer's change is written."""
         model = given[0]
         before = {name: parameter.clone() for name, parameter in model.hf.named_parameters()}
-        sums = closed_form.Washing.sums
+        sums = washing.Washing.sums
 
         def failing(self, layer):
             if layer == 2:
@@ -919,7 +920,7 @@ class TestBadInput:
                 raise RuntimeError("in the middle")
             return sums(self, layer)
 
-        monkeypatch.setattr(closed_form.Washing, "sums", failing)
+        monkeypatch.setattr(washing.Washing, "sums", failing)
         for editor in PLANTED:
             with pytest.raises(RuntimeError, match="in the middle"):
                 editor(*given, **self.settings(llama))

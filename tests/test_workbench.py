@@ -1,6 +1,7 @@
 """The explorer without a screen: what it shows is what the library computes, and a click changes what it should."""
 
 import base64
+import importlib
 import json
 import re
 from dataclasses import replace
@@ -10,13 +11,13 @@ import pytest
 import torch
 
 from mechunlearn import ComponentMask, Localization, MechunlearnError
-from mechunlearn.explore import Explorer, explore, static_view
-from mechunlearn.faithfulness import mask_faithfulness
-from mechunlearn.hooked import load_model
+from mechunlearn.explore.app import ACTIONS, GIVEN, MAPS, METHODS, Workbench
+from mechunlearn.explore.widget import Explorer, explore, static_view
 from mechunlearn.localize import activation_patching, attribution_patching, direct_logit_attribution, fact_lookup
-from mechunlearn.metrics import answer_logprob, logit_diff
-from mechunlearn.toy import planted_facts
-from mechunlearn.workbench import ACTIONS, GIVEN, MAPS, METHODS, Workbench
+from mechunlearn.metrics.answers import answer_logprob, logit_diff
+from mechunlearn.model.hooked import load_model
+from mechunlearn.patching.faithfulness import mask_faithfulness
+from mechunlearn.world.toy import planted_facts
 from tests.models import CONFIGS, random_hf, token_prompts
 
 
@@ -266,7 +267,7 @@ class TestMessages:
         assert before < 0 and toy_bench.detail("L0.mlp.out[1]")["effect"] == 0
 
     def test_results_are_kept_within_bounds(self, toy_bench, monkeypatch):
-        monkeypatch.setattr("mechunlearn.workbench.KEPT", 3)
+        monkeypatch.setattr(importlib.import_module("mechunlearn.explore.app"), "KEPT", 3)
         for fact in range(5):
             toy_bench.choose(fact=fact)
             toy_bench.heat()

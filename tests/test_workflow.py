@@ -8,17 +8,17 @@ import torch
 import transformers
 
 import mechunlearn as mu
+from mechunlearn.artifacts.weight_edit import WeightEdit
 from mechunlearn.edit import masked_gradient
-from mechunlearn.edits import WeightEdit
+from mechunlearn.evaluation.workflow import SHARE, edit_facts, edit_prompts
 from mechunlearn.localize import attribution_patching, fact_lookup
-from mechunlearn.metrics import measure
-from mechunlearn.toy import planted_facts
-from mechunlearn.workflow import SHARE, edit_facts, edit_prompts
+from mechunlearn.metrics.answers import measure
+from mechunlearn.world.toy import planted_facts
 
 
 def quicker(patch: pytest.MonkeyPatch) -> None:
     """Edits take fewer and smaller steps, `evaluate` looks at fewer facts."""
-    patch.setattr("mechunlearn.evaluation.LIMIT", 20)
+    patch.setattr("mechunlearn.evaluation.cells.LIMIT", 20)
     for name, value in {"steps": 12, "batch": 24}.items():
         patch.setitem(inspect.unwrap(masked_gradient).__kwdefaults__, name, value)
 
@@ -106,7 +106,7 @@ def test_a_quarter_is_forgotten_unless_told(table, world, monkeypatch):
         seen.append((len(forget), len(retain)))
         raise Reached
 
-    monkeypatch.setattr("mechunlearn.workflow.edit_prompts", stop)
+    monkeypatch.setattr("mechunlearn.evaluation.workflow.edit_prompts", stop)
     for facts, how in ((table, {}), (table, {"forget": 5}), (mu.load_facts("factworld/sport"), {})):
         with pytest.raises(Reached):
             edit_facts(facts, world, **how)

@@ -13,9 +13,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mechunlearn import MechunlearnError, load_facts
-from mechunlearn.cli import main
-from mechunlearn.hooked import data_folder, load_model
+from mechunlearn.cli.main import main
+from mechunlearn.core.files import data_folder
 from mechunlearn.localize import fact_lookup
+from mechunlearn.model.hooked import load_model
 from mechunlearn.world import lexicon as lex
 from mechunlearn.world.build import TWIN_STEPS, build_twin, build_world
 from mechunlearn.world.corpus import PHASES, Corpus

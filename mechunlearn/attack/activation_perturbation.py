@@ -13,16 +13,8 @@ from rich.progress import track
 from torch import Tensor
 from torch.nn import functional as F
 
-from mechunlearn.components import Component
-from mechunlearn.decoder import Hook
-from mechunlearn.dictionaries import Codebook, check, layer_of
-from mechunlearn.edits import Edit, WeightEdit
-from mechunlearn.errors import MechunlearnError
-from mechunlearn.feature_edits import FeatureEdit, FeaturePart
-from mechunlearn.hooked import HookedModel, frozen
-from mechunlearn.metrics import BATCH, answered
-from mechunlearn.prompts import Prompts
-from mechunlearn.recovery import (
+from mechunlearn.artifacts.weight_edit import Edit, WeightEdit
+from mechunlearn.attack.states import (
     EDITED,
     GATE,
     State,
@@ -36,9 +28,18 @@ from mechunlearn.recovery import (
     halves,
     left_to_run,
 )
-from mechunlearn.runcard import Stopwatch
-from mechunlearn.trainables import add_gradients
-from mechunlearn.training import Schedule, Sequences, Stream, Terms, Upper, descend, epochs, interruptible
+from mechunlearn.core.runcard import Stopwatch
+from mechunlearn.errors import MechunlearnError
+from mechunlearn.facts.prompts import Prompts
+from mechunlearn.features.dictionaries import Codebook, check
+from mechunlearn.features.feature_edit import FeatureEdit, FeaturePart
+from mechunlearn.metrics.answers import BATCH, answered
+from mechunlearn.model.component import Component
+from mechunlearn.model.decoder import Hook
+from mechunlearn.model.hook_points import layer_of
+from mechunlearn.model.hooked import HookedModel, frozen
+from mechunlearn.training.loop import Schedule, Sequences, Stream, Terms, Upper, descend, epochs, interruptible
+from mechunlearn.training.parameterizations import add_gradients
 
 REMOVED = "edited, hook removed"
 RATES = (1e-2, 1e-1)
@@ -111,9 +112,9 @@ def activation_perturbation(
     block's `resid_post`, edited units that leave no direction, and a model that knows less of the retain facts than the
     gate asks for. Not for edits of the last layer: behind them v only shifts all answers' logits.
 
-    >>> from mechunlearn.components import ComponentMask
+    >>> from mechunlearn.artifacts.mask import ComponentMask
     >>> from mechunlearn.edit import masked_gradient
-    >>> from mechunlearn.toy import planted_facts
+    >>> from mechunlearn.world.toy import planted_facts
     >>> toy = planted_facts()
     >>> mask = ComponentMask.of(["L0.mlp.out"], toy.model.signature)
     >>> forget, retain = toy.prompts([0, 1, 2, 3]), toy.prompts([4, 5, 6, 7])

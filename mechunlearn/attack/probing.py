@@ -11,14 +11,14 @@ from jaxtyping import Bool, Float, Int
 from rich.progress import track
 from torch import Tensor
 
-from mechunlearn.edits import Edit
+from mechunlearn.artifacts.weight_edit import Edit
+from mechunlearn.attack.states import GATE, attack_card, attacked, cell, chance, check_gate, framed, left_to_run
+from mechunlearn.core.runcard import Stopwatch
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.hooked import HookedModel
-from mechunlearn.metrics import BATCH, answered
-from mechunlearn.probes import fitted, residuals, streams, subject_ends
-from mechunlearn.prompts import PAD, Prompts
-from mechunlearn.recovery import GATE, attack_card, attacked, cell, chance, check_gate, framed, left_to_run
-from mechunlearn.runcard import Stopwatch
+from mechunlearn.facts.prompts import PAD, Prompts
+from mechunlearn.metrics.answers import BATCH, answered
+from mechunlearn.metrics.probes import fitted, residuals, streams, subject_ends
+from mechunlearn.model.hooked import HookedModel
 
 __all__ = ["probing"]
 
@@ -62,9 +62,9 @@ def probing(
     model that knows less of the retain facts than the gate asks for. Not for what a model could use: that the truth can be read
     does not mean that the model reads it; see `unlearning_depth`.
 
-    >>> from mechunlearn.components import ComponentMask
+    >>> from mechunlearn.artifacts.mask import ComponentMask
     >>> from mechunlearn.edit import masked_gradient
-    >>> from mechunlearn.toy import planted_facts
+    >>> from mechunlearn.world.toy import planted_facts
     >>> toy = planted_facts()
     >>> forget, retain = toy.prompts([0, 1, 2, 3]), toy.prompts(list(range(4, 24)))
     >>> mask = ComponentMask.of([toy.neuron(i) for i in range(4)], toy.model.signature)

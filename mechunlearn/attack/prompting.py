@@ -11,15 +11,15 @@ from jaxtyping import Float
 from rich.progress import track
 from torch import Tensor
 
-from mechunlearn.edits import Edit
+from mechunlearn.artifacts.weight_edit import Edit
+from mechunlearn.attack.states import GATE, attack_card, attacked, cell, chance, check_gate, framed, left_to_run
+from mechunlearn.core.runcard import Stopwatch
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.facts import Fact, FactDataset
-from mechunlearn.formats import Query
-from mechunlearn.hooked import HookedModel
-from mechunlearn.metrics import measure, option_logprobs
-from mechunlearn.prompts import PAD, Asked, Prompts
-from mechunlearn.recovery import GATE, attack_card, attacked, cell, chance, check_gate, framed, left_to_run
-from mechunlearn.runcard import Stopwatch
+from mechunlearn.facts.dataset import Fact, FactDataset
+from mechunlearn.facts.formats import Query
+from mechunlearn.facts.prompts import PAD, Asked, Prompts
+from mechunlearn.metrics.answers import measure, option_logprobs
+from mechunlearn.model.hooked import HookedModel
 
 SHOTS, WATCHED = 4, 100
 TWO_HOP, AMONG = "two-hop", "statement, among options"
@@ -64,7 +64,7 @@ def prompting(
 
     >>> from mechunlearn import ComponentMask
     >>> from mechunlearn.edit import masked_gradient
-    >>> from mechunlearn.toy import planted_facts
+    >>> from mechunlearn.world.toy import planted_facts
     >>> toy = planted_facts()
     >>> mask = ComponentMask.of(["L0.mlp.out"], toy.model.signature)
     >>> forget, retain = toy.prompts([0, 1, 2, 3]), toy.prompts([4, 5, 6, 7])

@@ -13,12 +13,8 @@ from rich.progress import track
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from mechunlearn.edits import Edit
-from mechunlearn.errors import MechunlearnError
-from mechunlearn.hooked import HookedModel
-from mechunlearn.metrics import answered
-from mechunlearn.prompts import Prompts
-from mechunlearn.recovery import (
+from mechunlearn.artifacts.weight_edit import Edit
+from mechunlearn.attack.states import (
     GATE,
     attack_card,
     attacked,
@@ -29,8 +25,12 @@ from mechunlearn.recovery import (
     framed,
     left_to_run,
 )
-from mechunlearn.runcard import Stopwatch
-from mechunlearn.training import interruptible
+from mechunlearn.core.runcard import Stopwatch
+from mechunlearn.errors import MechunlearnError
+from mechunlearn.facts.prompts import Prompts
+from mechunlearn.metrics.answers import answered
+from mechunlearn.model.hooked import HookedModel
+from mechunlearn.training.loop import interruptible
 
 Rounding = Callable[[Tensor], Tensor]
 WATCHED = 100
@@ -74,9 +74,9 @@ def quantization(
     Raises `MechunlearnError` for an empty forget or retain set, bits outside 2 to 8, and a model that knows less of the
     retain facts than the gate asks for. Not for edits of a model that is already stored in 4 or 8 bits.
 
-    >>> from mechunlearn.components import ComponentMask
+    >>> from mechunlearn.artifacts.mask import ComponentMask
     >>> from mechunlearn.edit import masked_gradient
-    >>> from mechunlearn.toy import planted_facts
+    >>> from mechunlearn.world.toy import planted_facts
     >>> toy = planted_facts()
     >>> mask = ComponentMask.of(["L0.mlp.out"], toy.model.signature)
     >>> forget, retain = toy.prompts([0, 1, 2, 3]), toy.prompts([4, 5, 6, 7])

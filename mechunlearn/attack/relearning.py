@@ -12,13 +12,9 @@ from rich.progress import track
 from torch import Tensor
 from torch.nn import functional as F
 
-from mechunlearn.components import ComponentMask
-from mechunlearn.edits import Edit
-from mechunlearn.errors import MechunlearnError
-from mechunlearn.hooked import HookedModel
-from mechunlearn.metrics import measure, text_loss
-from mechunlearn.prompts import Prompts
-from mechunlearn.recovery import (
+from mechunlearn.artifacts.mask import ComponentMask
+from mechunlearn.artifacts.weight_edit import Edit
+from mechunlearn.attack.states import (
     GATE,
     attack_card,
     attacked,
@@ -31,9 +27,13 @@ from mechunlearn.recovery import (
     left_to_run,
     recovery,
 )
-from mechunlearn.runcard import Stopwatch
-from mechunlearn.trainables import Everything, LowRank, Trainable, lora_start, slices
-from mechunlearn.training import (
+from mechunlearn.core.runcard import Stopwatch
+from mechunlearn.errors import MechunlearnError
+from mechunlearn.facts.prompts import Prompts
+from mechunlearn.metrics.answers import measure
+from mechunlearn.metrics.text import text_loss
+from mechunlearn.model.hooked import HookedModel
+from mechunlearn.training.loop import (
     Schedule,
     Sequences,
     Stream,
@@ -44,6 +44,7 @@ from mechunlearn.training import (
     interruptible,
     text_sequences,
 )
+from mechunlearn.training.parameterizations import Everything, LowRank, Trainable, lora_start, slices
 
 __all__ = ["recovery", "relearning"]
 
@@ -117,7 +118,7 @@ def relearning(
     prompt alone: it speaks of those who can train the weights.
 
     >>> from mechunlearn.edit import masked_gradient
-    >>> from mechunlearn.toy import planted_facts
+    >>> from mechunlearn.world.toy import planted_facts
     >>> toy = planted_facts()
     >>> mask = ComponentMask.of(["L0.mlp.out"], toy.model.signature)
     >>> forget, retain = toy.prompts([0, 1, 2, 3]), toy.prompts([4, 5, 6, 7])

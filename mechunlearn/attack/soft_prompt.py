@@ -13,13 +13,8 @@ from rich.progress import track
 from torch import Tensor
 from torch.nn import functional as F
 
-from mechunlearn.decoder import tapped
-from mechunlearn.edits import Edit
-from mechunlearn.errors import MechunlearnError
-from mechunlearn.hooked import HookedModel, frozen
-from mechunlearn.metrics import BATCH, answer_logprob, positions_read
-from mechunlearn.prompts import PAD, Prompts
-from mechunlearn.recovery import (
+from mechunlearn.artifacts.weight_edit import Edit
+from mechunlearn.attack.states import (
     GATE,
     State,
     attack_card,
@@ -32,9 +27,14 @@ from mechunlearn.recovery import (
     halves,
     left_to_run,
 )
-from mechunlearn.runcard import Stopwatch
-from mechunlearn.trainables import add_gradients
-from mechunlearn.training import Schedule, Terms, descend, epochs, interruptible
+from mechunlearn.core.runcard import Stopwatch
+from mechunlearn.errors import MechunlearnError
+from mechunlearn.facts.prompts import PAD, Prompts
+from mechunlearn.metrics.answers import BATCH, answer_logprob, positions_read
+from mechunlearn.model.decoder import tapped
+from mechunlearn.model.hooked import HookedModel, frozen
+from mechunlearn.training.loop import Schedule, Terms, descend, epochs, interruptible
+from mechunlearn.training.parameterizations import add_gradients
 
 RATES = (3e-3, 3e-2)
 WATCHED = 100
@@ -95,9 +95,9 @@ def soft_prompt(
     model's positions, and a model that knows less of the retain facts than the gate asks for. Not a prompt that anyone
     could type: its vectors are no tokens, so it speaks of those who hold the model.
 
-    >>> from mechunlearn.components import ComponentMask
+    >>> from mechunlearn.artifacts.mask import ComponentMask
     >>> from mechunlearn.edit import masked_gradient
-    >>> from mechunlearn.toy import planted_facts
+    >>> from mechunlearn.world.toy import planted_facts
     >>> toy = planted_facts()
     >>> mask = ComponentMask.of(["L0.mlp.out"], toy.model.signature)
     >>> forget, retain = toy.prompts([0, 1, 2, 3]), toy.prompts([4, 5, 6, 7])

@@ -11,15 +11,8 @@ from jaxtyping import Bool, Float
 from rich.progress import track
 from torch import Tensor
 
-from mechunlearn.decoder import Run
-from mechunlearn.edits import Edit
-from mechunlearn.errors import MechunlearnError
-from mechunlearn.hooked import HookedModel
-from mechunlearn.metrics import BATCH, answer_logprob, at_answers, per_fact, positions_read
-from mechunlearn.patching import UnitPatch, sweep
-from mechunlearn.probes import subject_ends
-from mechunlearn.prompts import PAD, Prompts
-from mechunlearn.recovery import (
+from mechunlearn.artifacts.weight_edit import Edit
+from mechunlearn.attack.states import (
     GATE,
     NEVER_TAUGHT,
     State,
@@ -31,8 +24,15 @@ from mechunlearn.recovery import (
     framed,
     left_to_run,
 )
-from mechunlearn.runcard import Stopwatch
-from mechunlearn.stats import bootstrap_interval
+from mechunlearn.core.runcard import Stopwatch
+from mechunlearn.errors import MechunlearnError
+from mechunlearn.facts.prompts import PAD, Prompts
+from mechunlearn.metrics.answers import BATCH, answer_logprob, at_answers, per_fact, positions_read
+from mechunlearn.metrics.probes import subject_ends
+from mechunlearn.metrics.stats import bootstrap_interval
+from mechunlearn.model.decoder import Run
+from mechunlearn.model.hooked import HookedModel
+from mechunlearn.patching.sweep import UnitPatch, sweep
 
 __all__ = ["depth", "unlearning_depth"]
 
@@ -84,9 +84,9 @@ def unlearning_depth(
     than the gate asks for, and if no depth holds the knowledge. Not for knowledge that is not looked up by MLPs at the subject,
     unless you have a `gold` model.
 
-    >>> from mechunlearn.components import ComponentMask
+    >>> from mechunlearn.artifacts.mask import ComponentMask
     >>> from mechunlearn.edit import masked_gradient
-    >>> from mechunlearn.toy import planted_facts
+    >>> from mechunlearn.world.toy import planted_facts
     >>> toy = planted_facts()
     >>> forget, retain = toy.prompts([0, 1, 2, 3]), toy.prompts([4, 5, 6, 7])
     >>> mask = ComponentMask.of(["L0.mlp.out"], toy.model.signature)

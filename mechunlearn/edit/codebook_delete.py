@@ -1,11 +1,11 @@
 """Deletion of codes: a topic is unlearnt with no gradient step (CodeUnlearn)."""
 
-from mechunlearn.activity import Texts
-from mechunlearn.components import ComponentMask
-from mechunlearn.dictionaries import Codebook, Model, fingerprint_of, signature_of
+from mechunlearn.artifacts.mask import ComponentMask
+from mechunlearn.core.runcard import RunCard, Stopwatch
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.feature_edits import FeatureEdit, FeaturePart, feature_units
-from mechunlearn.runcard import RunCard, Stopwatch
+from mechunlearn.features.dictionaries import Codebook, Model, fingerprint_of, signature_of
+from mechunlearn.features.feature_edit import FeatureEdit, FeaturePart, feature_units
+from mechunlearn.features.firing import Texts
 
 DELETIONS = ("reselect", "zero")
 
@@ -32,7 +32,7 @@ def codebook_delete(
     `how`, and if fewer codes are left (of a group) than are used.
 
     >>> from mechunlearn import load_model
-    >>> from mechunlearn.dictionaries import load_dictionary
+    >>> from mechunlearn.features.dictionaries import load_dictionary
     >>> from mechunlearn.localize import feature_discovery
     >>> model, codebook = load_model("factworld"), load_dictionary("factworld-codebook")
     >>> topic, other = ["The knight fought the army."] * 8, ["The cook baked the soup."] * 8

@@ -6,14 +6,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechunlearn.activity import Texts, observed, tokenized
-from mechunlearn.components import ComponentMask
-from mechunlearn.dictionaries import SAE, layer_of
-from mechunlearn.edits import WeightEdit
+from mechunlearn.artifacts.mask import ComponentMask
+from mechunlearn.artifacts.weight_edit import WeightEdit
+from mechunlearn.core.runcard import RunCard, Stopwatch
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.feature_edits import feature_units
-from mechunlearn.hooked import HookedModel
-from mechunlearn.runcard import RunCard, Stopwatch
+from mechunlearn.features.dictionaries import SAE
+from mechunlearn.features.feature_edit import feature_units
+from mechunlearn.features.firing import Texts, observed, tokenized
+from mechunlearn.model.hook_points import layer_of
+from mechunlearn.model.hooked import HookedModel
 
 DAMPING = 0.01  # of the largest gain of a norm: rows are not taken back through smaller ones
 
@@ -41,7 +42,7 @@ def dictionary_rows(
     a hook point that is no residual stream, and if no row has any of the features.
 
     >>> from mechunlearn import load_model
-    >>> from mechunlearn.dictionaries import load_dictionary
+    >>> from mechunlearn.features.dictionaries import load_dictionary
     >>> from mechunlearn.localize import feature_discovery
     >>> model, sae = load_model("factworld"), load_dictionary("factworld-sae")
     >>> topic, other = ["The knight fought the army."] * 8, ["The cook baked the soup."] * 8

@@ -2,13 +2,13 @@
 
 import torch
 
-from mechunlearn.activity import Activity, Texts, observed, tokenized
-from mechunlearn.components import ComponentMask
-from mechunlearn.dictionaries import Codebook, Dictionary, Model, fingerprint_of, signature_of
+from mechunlearn.artifacts.mask import ComponentMask
+from mechunlearn.core.runcard import RunCard, Stopwatch
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.feature_edits import FeatureEdit, FeaturePart, feature_units
-from mechunlearn.interventions import shares
-from mechunlearn.runcard import RunCard, Stopwatch
+from mechunlearn.features.dictionaries import Codebook, Dictionary, Model, fingerprint_of, signature_of
+from mechunlearn.features.feature_edit import FeatureEdit, FeaturePart, feature_units
+from mechunlearn.features.firing import Activity, Texts, observed, tokenized
+from mechunlearn.features.interventions import shares
 
 GATES = ("token", "sequence")
 
@@ -41,7 +41,7 @@ def feature_clamp(
     text, or would never open.
 
     >>> from mechunlearn import load_model
-    >>> from mechunlearn.dictionaries import load_dictionary
+    >>> from mechunlearn.features.dictionaries import load_dictionary
     >>> from mechunlearn.localize import feature_discovery
     >>> model, sae = load_model("factworld"), load_dictionary("factworld-sae")
     >>> topic, other = ["The knight fought the army."] * 8, ["The cook baked the soup."] * 8

@@ -9,17 +9,17 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from mechunlearn.components import ComponentMask
+from mechunlearn.artifacts.mask import ComponentMask
+from mechunlearn.artifacts.weight_edit import WeightEdit
+from mechunlearn.core.runcard import RunCard, Stopwatch, digest
 from mechunlearn.edit import losses
 from mechunlearn.edit.objective import Measure, Objective, Reading, minimise, training_text
-from mechunlearn.edits import WeightEdit
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.hooked import HookedModel
-from mechunlearn.moments import DiagonalFisher
-from mechunlearn.prompts import Prompts
-from mechunlearn.runcard import RunCard, Stopwatch, digest
-from mechunlearn.trainables import Factors, LowRank, lora_start, slices
-from mechunlearn.training import BATCH, Schedule, Sequences
+from mechunlearn.facts.prompts import Prompts
+from mechunlearn.model.hooked import HookedModel
+from mechunlearn.training.fisher import DiagonalFisher
+from mechunlearn.training.loop import BATCH, Schedule, Sequences
+from mechunlearn.training.parameterizations import Factors, LowRank, lora_start, slices
 
 INITS = ("fila", "fila-code-eps", "fila-row-sums", "forget-fisher", "pissa", "random")
 CODE_EPS = 1e-5
@@ -72,7 +72,7 @@ def fisher_lora(
     as `masked_gradient` does. The initialisation's gain over `pissa` and `random` is in docs/reproductions/loku.md: where
     adapters are not wanted, `masked_gradient` with `losses.inverted_hinge` is simpler.
 
-    >>> from mechunlearn.toy import planted_facts
+    >>> from mechunlearn.world.toy import planted_facts
     >>> toy = planted_facts()
     >>> mask = ComponentMask.of(["L0.mlp.out"], toy.model.signature)
     >>> fisher_lora(toy.model, mask, toy.prompts([0]), toy.prompts([1, 2]), rank=2, steps=2).mask == mask

@@ -3,15 +3,15 @@
 import json
 from collections.abc import Sequence
 
-from mechunlearn.components import ComponentMask
+from mechunlearn.artifacts.mask import ComponentMask
+from mechunlearn.artifacts.weight_edit import WeightEdit
+from mechunlearn.core.runcard import RunCard, Stopwatch, digest
 from mechunlearn.edit import losses
 from mechunlearn.edit.objective import Measure, Objective, Reading, minimise, training_text
-from mechunlearn.edits import WeightEdit
-from mechunlearn.hooked import HookedModel
-from mechunlearn.prompts import Prompts
-from mechunlearn.runcard import RunCard, Stopwatch, digest
-from mechunlearn.trainables import SelectedRows
-from mechunlearn.training import Schedule
+from mechunlearn.facts.prompts import Prompts
+from mechunlearn.model.hooked import HookedModel
+from mechunlearn.training.loop import Schedule
+from mechunlearn.training.parameterizations import SelectedRows
 
 
 def masked_gradient(
@@ -60,7 +60,7 @@ def masked_gradient(
     Raises `MechunlearnError` for an empty mask or set, a mask of another architecture or of features, and a loss that is
     not finite. For thousands of facts a closed form is the better tool.
 
-    >>> from mechunlearn.toy import planted_facts
+    >>> from mechunlearn.world.toy import planted_facts
     >>> toy = planted_facts()
     >>> mask = ComponentMask.of(["L0.mlp.out"], toy.model.signature)
     >>> masked_gradient(toy.model, mask, toy.prompts([0]), toy.prompts([1, 2]), steps=2).mask == mask

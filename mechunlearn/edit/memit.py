@@ -5,15 +5,15 @@ from collections.abc import Sequence
 from jaxtyping import Float
 from torch import Tensor
 
-from mechunlearn.components import ComponentMask
-from mechunlearn.edit.closed_form import How, washing
-from mechunlearn.edits import WeightEdit
+from mechunlearn.artifacts.mask import ComponentMask
+from mechunlearn.artifacts.weight_edit import WeightEdit
+from mechunlearn.core.runcard import Stopwatch
+from mechunlearn.edit.closed_form.washing import How, washing
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.hooked import HookedModel
-from mechunlearn.moments import Covariance
-from mechunlearn.prompts import Prompts
-from mechunlearn.runcard import Stopwatch
-from mechunlearn.solve import solve
+from mechunlearn.facts.prompts import Prompts
+from mechunlearn.model.hooked import HookedModel
+from mechunlearn.training.covariance import Covariance
+from mechunlearn.training.solve import solve
 
 
 def memit(
@@ -59,7 +59,7 @@ def memit(
     known fact, no subject where the role needs one. It maps no relation apart from others where keys are the same: at the
     subject's last token the subject's other facts change too.
 
-    >>> from mechunlearn.toy import planted_facts
+    >>> from mechunlearn.world.toy import planted_facts
     >>> toy = planted_facts()
     >>> mask = ComponentMask.of(["L0.mlp.out[0]"], toy.model.signature)
     >>> prompts = toy.prompts()

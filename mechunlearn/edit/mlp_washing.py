@@ -6,15 +6,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechunlearn.components import ComponentMask
-from mechunlearn.edit.closed_form import How, remaining, washing
-from mechunlearn.edits import WeightEdit
+from mechunlearn.artifacts.mask import ComponentMask
+from mechunlearn.artifacts.weight_edit import WeightEdit
+from mechunlearn.core.runcard import Stopwatch
+from mechunlearn.edit.closed_form.washing import How, remaining, washing
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.hooked import HookedModel
-from mechunlearn.moments import Covariance
-from mechunlearn.prompts import Prompts
-from mechunlearn.runcard import Stopwatch
-from mechunlearn.solve import Spectrum, solve, within_band
+from mechunlearn.facts.prompts import Prompts
+from mechunlearn.model.hooked import HookedModel
+from mechunlearn.training.covariance import Covariance
+from mechunlearn.training.solve import Spectrum, solve, within_band
 
 ASCENTS = ("path", "adam", "off")
 BETA, ADAM_STEPS, ADAM_RATE = 1.1, 1000, 1e-7
@@ -64,7 +64,7 @@ def mlp_washing(
     neighbours, pay most: measure them, and compare `memit` with `reach` and retain keys (docs/reproductions/law.md). Where
     the band is out of reach (few facts), the card's `trajectory` says so.
 
-    >>> from mechunlearn.toy import planted_facts
+    >>> from mechunlearn.world.toy import planted_facts
     >>> toy = planted_facts()
     >>> mask = ComponentMask.of([toy.neuron(3)], toy.model.signature)
     >>> prompts = toy.prompts()

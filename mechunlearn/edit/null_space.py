@@ -5,17 +5,17 @@ from collections.abc import Sequence
 from jaxtyping import Float
 from torch import Tensor, eye
 
-from mechunlearn.components import ComponentMask
-from mechunlearn.edit.closed_form import How, washing
-from mechunlearn.edit.contexts import Contexts
-from mechunlearn.edits import WeightEdit
+from mechunlearn.artifacts.mask import ComponentMask
+from mechunlearn.artifacts.weight_edit import WeightEdit
+from mechunlearn.core.runcard import Stopwatch
+from mechunlearn.edit.closed_form.edit_prompts import Contexts
+from mechunlearn.edit.closed_form.washing import How, washing
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.hooked import HookedModel
-from mechunlearn.moments import Covariance
-from mechunlearn.prompts import Prompts
-from mechunlearn.runcard import Stopwatch
-from mechunlearn.solve import null_space as directions
-from mechunlearn.solve import solve
+from mechunlearn.facts.prompts import Prompts
+from mechunlearn.model.hooked import HookedModel
+from mechunlearn.training.covariance import Covariance
+from mechunlearn.training.solve import null_space as directions
+from mechunlearn.training.solve import solve
 
 
 def null_space(
@@ -53,7 +53,7 @@ def null_space(
     Raises `MechunlearnError` as `memit` does, and where no direction is left below the threshold. Not for a model or a mask
     whose text fills every direction: see the card's `trajectory` for how many are left.
 
-    >>> from mechunlearn.toy import planted_facts
+    >>> from mechunlearn.world.toy import planted_facts
     >>> toy = planted_facts()
     >>> mask = ComponentMask.of(["L0.mlp.out"], toy.model.signature)
     >>> others = toy.prompts(list(range(1, 24)))

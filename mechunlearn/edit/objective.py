@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mechunlearn.components import Component, ComponentMask
+from mechunlearn.artifacts.mask import ComponentMask
 from mechunlearn.edit import losses
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.hooked import HookedModel
-from mechunlearn.prompts import Prompts
-from mechunlearn.trainables import Trainable
-from mechunlearn.training import (
+from mechunlearn.facts.prompts import Prompts
+from mechunlearn.model.component import Component
+from mechunlearn.model.hooked import HookedModel
+from mechunlearn.training.loop import (
     Descent,
     Schedule,
     Sequences,
@@ -25,6 +25,7 @@ from mechunlearn.training import (
     epochs,
     text_sequences,
 )
+from mechunlearn.training.parameterizations import Trainable
 
 CHECK_EVERY = 5
 OBJECTIVES: dict[str, dict[str, Any]] = {

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 
-from mechunlearn.components import SCORED, Localization
-from mechunlearn.hooked import HookedModel
-from mechunlearn.metrics import Metric, logit_diff, name_of
-from mechunlearn.patching import effects
-from mechunlearn.prompts import Prompts
-from mechunlearn.runcard import RunCard, Stopwatch
-from mechunlearn.scores import from_effects
+from mechunlearn.artifacts.localization import Localization
+from mechunlearn.core.runcard import RunCard, Stopwatch
+from mechunlearn.facts.prompts import Prompts
+from mechunlearn.metrics.answers import Metric, logit_diff, name_of
+from mechunlearn.model.component import SCORED
+from mechunlearn.model.hooked import HookedModel
+from mechunlearn.patching.scores import from_effects
+from mechunlearn.patching.sweep import effects
 
 
 def activation_patching(
@@ -41,7 +42,7 @@ def activation_patching(
     neurons use `attribution_patching`, whose best candidates can be verified by this method.
     Raises `MechunlearnError` for unknown kinds, corruptions or facts longer than the context.
 
-    >>> from mechunlearn.toy import planted_facts
+    >>> from mechunlearn.world.toy import planted_facts
     >>> toy = planted_facts()
     >>> activation_patching(toy.model, toy.prompts([1]), kinds=["mlp.out"]).ranked()[0]
     L0.mlp.out[1]

@@ -8,18 +8,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechunlearn.batches import in_batches
-from mechunlearn.components import SCORED, Localization
-from mechunlearn.corruption import check_finite, check_prompts, unchanged
-from mechunlearn.decoder import tapped
+from mechunlearn.artifacts.localization import Localization
+from mechunlearn.core.batches import in_batches
+from mechunlearn.core.runcard import RunCard, Stopwatch
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.hooked import HookedModel, frozen
-from mechunlearn.metrics import Metric, logit_diff, name_of, per_fact, positions_read
-from mechunlearn.patching import Effects, check_kinds, effects, rows_of
-from mechunlearn.prompts import Prompts
-from mechunlearn.relevance import relevance_rules
-from mechunlearn.runcard import RunCard, Stopwatch
-from mechunlearn.scores import from_effects
+from mechunlearn.facts.prompts import Prompts
+from mechunlearn.metrics.answers import Metric, logit_diff, name_of, per_fact, positions_read
+from mechunlearn.model.component import SCORED
+from mechunlearn.model.decoder import tapped
+from mechunlearn.model.hooked import HookedModel, frozen
+from mechunlearn.patching.corruption import check_finite, check_prompts, unchanged
+from mechunlearn.patching.relevance import relevance_rules
+from mechunlearn.patching.scores import from_effects
+from mechunlearn.patching.sweep import Effects, check_kinds, effects, rows_of
 
 RULES = ("gradient", "relp")
 
@@ -50,7 +51,7 @@ def attribution_patching(
     Cost: two forward passes and one backward pass of each batch (1 + m of each with `steps=m`).
     Raises `MechunlearnError` for unknown kinds or rules, and facts longer than the context.
 
-    >>> from mechunlearn.toy import planted_facts
+    >>> from mechunlearn.world.toy import planted_facts
     >>> toy = planted_facts()
     >>> attribution_patching(toy.model, toy.prompts([1]), kinds=["mlp.out"]).ranked()[0]
     L0.mlp.out[1]

@@ -2,16 +2,16 @@
 
 from collections.abc import Sequence
 
-from mechunlearn.components import Localization
+from mechunlearn.artifacts.localization import Localization
+from mechunlearn.core.runcard import RunCard, Stopwatch
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.hooked import HookedModel
-from mechunlearn.layout import KINDS
-from mechunlearn.metrics import Metric, answer_probability, name_of
-from mechunlearn.patching import effects
-from mechunlearn.prompts import Prompts
-from mechunlearn.runcard import RunCard, Stopwatch
-from mechunlearn.scores import from_effects
-from mechunlearn.stats import bootstrap_interval
+from mechunlearn.facts.prompts import Prompts
+from mechunlearn.metrics.answers import Metric, answer_probability, name_of
+from mechunlearn.metrics.stats import bootstrap_interval
+from mechunlearn.model.hooked import HookedModel
+from mechunlearn.model.layout import KINDS
+from mechunlearn.patching.scores import from_effects
+from mechunlearn.patching.sweep import effects
 
 
 def causal_tracing(
@@ -42,7 +42,7 @@ def causal_tracing(
     Where no subject is named, the tokens in which clean and corrupt differ are hidden.
     Raises `MechunlearnError` for a window below 1 or of single units, and for unknown kinds.
 
-    >>> from mechunlearn.toy import planted_facts
+    >>> from mechunlearn.world.toy import planted_facts
     >>> toy = planted_facts()
     >>> found = causal_tracing(toy.model, toy.prompts(), kinds=["resid_post"], by="role")
     >>> float(found.by_role["L0.resid_post"][found.roles.index("subject last"), 0]) > 0.1

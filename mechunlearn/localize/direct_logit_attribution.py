@@ -10,16 +10,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechunlearn.components import SCORED, Localization
-from mechunlearn.corruption import check_prompts
-from mechunlearn.decoder import tapped
-from mechunlearn.edges import Norm
+from mechunlearn.artifacts.localization import Localization
+from mechunlearn.core.runcard import RunCard, Stopwatch
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.hooked import HookedModel
-from mechunlearn.prompts import Prompts
-from mechunlearn.runcard import RunCard, Stopwatch
-from mechunlearn.scores import localization
-from mechunlearn.stats import bootstrap_interval
+from mechunlearn.facts.prompts import Prompts
+from mechunlearn.metrics.stats import bootstrap_interval
+from mechunlearn.model.component import SCORED
+from mechunlearn.model.decoder import tapped
+from mechunlearn.model.hooked import HookedModel
+from mechunlearn.patching.corruption import check_prompts
+from mechunlearn.patching.edges import Norm
+from mechunlearn.patching.scores import localization
 
 POST = {"attn.o": "attention_post", "mlp.out": "mlp_post"}
 
@@ -44,7 +45,7 @@ def direct_logit_attribution(
     Raises `MechunlearnError` for kinds other than `attn.o` and `mlp.out`, without facts, and for facts longer than the
     context.
 
-    >>> from mechunlearn.toy import planted_facts
+    >>> from mechunlearn.world.toy import planted_facts
     >>> toy = planted_facts()
     >>> found = direct_logit_attribution(toy.model, toy.prompts([1]))
     >>> list(found.above(1e-4))  # the head that carries the fact, not the neuron that knows it
@@ -89,7 +90,7 @@ def logit_lens(model: HookedModel, prompts: Prompts, batch: int = 128) -> pd.Dat
     (Belrose et al. 2023, arXiv 2303.08112, call it brittle). For what is encoded, train a probe (`fact_lookup`); for
     where it is made, patch. Raises `MechunlearnError` without facts, and for facts longer than the context.
 
-    >>> from mechunlearn.toy import planted_facts
+    >>> from mechunlearn.world.toy import planted_facts
     >>> toy = planted_facts()
     >>> logit_lens(toy.model, toy.prompts()).rank_1.tolist()  # written by the second block
     [0.0, 0.0, 1.0]

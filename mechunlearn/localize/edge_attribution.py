@@ -7,11 +7,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechunlearn.batches import in_batches
-from mechunlearn.circuit import Circuit, edges, readers, writers
-from mechunlearn.corruption import check_finite, check_prompts
-from mechunlearn.decoder import Run, tapped
-from mechunlearn.edges import (
+from mechunlearn.artifacts.circuit import Circuit, edges, readers, writers
+from mechunlearn.core.batches import in_batches
+from mechunlearn.core.runcard import RunCard, Stopwatch
+from mechunlearn.errors import MechunlearnError
+from mechunlearn.facts.prompts import Prompts
+from mechunlearn.metrics.answers import Metric, logit_diff, name_of, per_fact, positions_read
+from mechunlearn.model.decoder import Run, tapped
+from mechunlearn.model.hooked import HookedModel, frozen
+from mechunlearn.patching.corruption import check_finite, check_prompts
+from mechunlearn.patching.edges import (
     ATTENTION,
     attention_gradients,
     check_streams,
@@ -21,12 +26,7 @@ from mechunlearn.edges import (
     writer_sites,
     written,
 )
-from mechunlearn.errors import MechunlearnError
-from mechunlearn.hooked import HookedModel, frozen
-from mechunlearn.metrics import Metric, logit_diff, name_of, per_fact, positions_read
-from mechunlearn.prompts import Prompts
-from mechunlearn.runcard import RunCard, Stopwatch
-from mechunlearn.scores import SAME, editable
+from mechunlearn.patching.scores import SAME, editable
 
 BYTES = {"cpu": 256 * 2**20, "cuda": 4 * 2**30}
 
@@ -54,7 +54,7 @@ def edge_attribution(
     time. It is exact only where the metric is linear in the edge: check circuits with `faithfulness`.
     Raises `MechunlearnError` for a negative `steps`, a metric of another shape, or facts longer than the context.
 
-    >>> from mechunlearn.toy import planted_facts
+    >>> from mechunlearn.world.toy import planted_facts
     >>> toy = planted_facts()
     >>> edge_attribution(toy.model, toy.prompts([1])).top(edges=2).to_frame().source.tolist()
     ['a1.h0', 'm0']

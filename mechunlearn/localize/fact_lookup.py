@@ -5,17 +5,17 @@ from collections import Counter
 import torch
 from torch import Tensor
 
-from mechunlearn.circuit import writers
-from mechunlearn.components import Localization
-from mechunlearn.corruption import check_prompts
+from mechunlearn.artifacts.circuit import writers
+from mechunlearn.artifacts.localization import Localization
+from mechunlearn.core.runcard import RunCard, Stopwatch
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.hooked import HookedModel
-from mechunlearn.metrics import logit_diff
-from mechunlearn.paths import path_effects, readers_named
-from mechunlearn.probes import probe_curve, residuals
-from mechunlearn.prompts import Prompts
-from mechunlearn.runcard import RunCard, Stopwatch
-from mechunlearn.scores import localization
+from mechunlearn.facts.prompts import Prompts
+from mechunlearn.metrics.answers import logit_diff
+from mechunlearn.metrics.probes import probe_curve, residuals
+from mechunlearn.model.hooked import HookedModel
+from mechunlearn.patching.corruption import check_prompts
+from mechunlearn.patching.paths import path_effects, readers_named
+from mechunlearn.patching.scores import localization
 
 CLASSES = 64
 HEADS, SHARE = 10, 0.02
@@ -41,7 +41,7 @@ def fact_lookup(model: HookedModel, prompts: Prompts, *, rule: str = "probe", se
     `evidence` holds the curve or the head and layer scores, and the window; `note` says what was found.
     Raises `MechunlearnError` if there are too few or too many different answers, or no subject is named.
 
-    >>> from mechunlearn.toy import planted_facts
+    >>> from mechunlearn.world.toy import planted_facts
     >>> toy = planted_facts()
     >>> fact_lookup(toy.model, toy.prompts()).evidence["window"]
     [0, 0]

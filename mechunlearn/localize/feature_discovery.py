@@ -7,14 +7,23 @@ from jaxtyping import Float
 from scipy.stats import false_discovery_control, hypergeom
 from torch import Tensor
 
-from mechunlearn.activity import Activity, Texts, tokenized
-from mechunlearn.components import Localization
-from mechunlearn.dictionaries import Codebook, Dictionary, Model, check, fingerprint_of, installed, signature_of
+from mechunlearn.artifacts.localization import Localization
+from mechunlearn.core.runcard import RunCard, Stopwatch
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.hooked import HookedModel, frozen
-from mechunlearn.metrics import Metric, logit_diff, name_of, token_losses
-from mechunlearn.prompts import Prompts
-from mechunlearn.runcard import RunCard, Stopwatch
+from mechunlearn.facts.prompts import Prompts
+from mechunlearn.features.dictionaries import (
+    Codebook,
+    Dictionary,
+    Model,
+    check,
+    fingerprint_of,
+    installed,
+    signature_of,
+)
+from mechunlearn.features.firing import Activity, Texts, tokenized
+from mechunlearn.metrics.answers import Metric, logit_diff, name_of
+from mechunlearn.metrics.text import token_losses
+from mechunlearn.model.hooked import HookedModel, frozen
 
 RULES = ("frequency", "squared", "attribution")
 BATCH = 64
@@ -54,7 +63,7 @@ def feature_discovery(
     compare with. Not a proof that the unit *does* anything: delete it and measure (`edit.codebook_delete`).
 
     >>> from mechunlearn import load_model
-    >>> from mechunlearn.dictionaries import load_dictionary
+    >>> from mechunlearn.features.dictionaries import load_dictionary
     >>> model, codebook = load_model("factworld"), load_dictionary("factworld-codebook")
     >>> topic = ["The knight fought the army.", "The soldier defended the flag."] * 8
     >>> other = ["The cook baked the soup.", "The baker tasted the onion."] * 8

@@ -4,15 +4,15 @@ from collections.abc import Sequence
 
 import torch
 
-from mechunlearn.circuit import Circuit, edges, readers, writers
-from mechunlearn.components import Localization
+from mechunlearn.artifacts.circuit import Circuit, edges, readers, writers
+from mechunlearn.artifacts.localization import Localization
+from mechunlearn.core.runcard import RunCard, Stopwatch
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.hooked import HookedModel
-from mechunlearn.metrics import Metric, logit_diff, name_of
-from mechunlearn.paths import edge_effects, path_effects, readers_named
-from mechunlearn.prompts import Prompts
-from mechunlearn.runcard import RunCard, Stopwatch
-from mechunlearn.scores import SAME, editable, localization
+from mechunlearn.facts.prompts import Prompts
+from mechunlearn.metrics.answers import Metric, logit_diff, name_of
+from mechunlearn.model.hooked import HookedModel
+from mechunlearn.patching.paths import edge_effects, path_effects, readers_named
+from mechunlearn.patching.scores import SAME, editable, localization
 
 
 def path_patching(
@@ -35,7 +35,7 @@ def path_patching(
     Use it to ask how a component reaches another; for all pairs at once use `edge_attribution`.
     Raises `MechunlearnError` for a receiver that the model does not have.
 
-    >>> from mechunlearn.toy import planted_facts
+    >>> from mechunlearn.world.toy import planted_facts
     >>> toy = planted_facts()
     >>> found = path_patching(toy.model, toy.prompts([1]), receivers=["a1.h0<v>"])
     >>> bool(found.scores["L0.mlp.out"][0] < -1), float(found.scores["L1.mlp.out"][0])
@@ -78,7 +78,7 @@ def edge_patching(
     passes the norm behind attention with its scale frozen at clean.
     Raises `MechunlearnError` for a name that is no edge of the model.
 
-    >>> from mechunlearn.toy import planted_facts
+    >>> from mechunlearn.world.toy import planted_facts
     >>> toy = planted_facts()
     >>> edge_patching(toy.model, toy.prompts([1]), ["m0->a1.h0<v>", "m0->a1.h0<q>"]).to_frame().input.tolist()
     ['v', 'q']

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 
 import torch
 
-from mechunlearn.components import SCORED, Localization
-from mechunlearn.hooked import HookedModel
-from mechunlearn.prompts import Prompts
-from mechunlearn.runcard import RunCard
-from mechunlearn.scores import localization
+from mechunlearn.artifacts.localization import Localization
+from mechunlearn.core.runcard import RunCard
+from mechunlearn.facts.prompts import Prompts
+from mechunlearn.model.component import SCORED
+from mechunlearn.model.hooked import HookedModel
+from mechunlearn.patching.scores import localization
 
 
 def random_units(
@@ -26,7 +27,7 @@ def random_units(
     the last one: it then holds the first units of that site.
     The prompts are not looked at; they are in the signature because every localizer has them.
 
-    >>> from mechunlearn.toy import planted_facts
+    >>> from mechunlearn.world.toy import planted_facts
     >>> found = random_units(planted_facts().model, seed=1)
     >>> len(found.top(units=3))
     3

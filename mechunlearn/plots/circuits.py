@@ -5,9 +5,9 @@ from itertools import pairwise
 import numpy as np
 import plotly.graph_objects as go
 
-from mechunlearn.circuit import NEGATIVE, POSITIVE, Circuit
+from mechunlearn.artifacts.circuit import NEGATIVE, POSITIVE, Circuit
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.layout import Signature
+from mechunlearn.model.layout import Signature
 from mechunlearn.plots.style import INK, RULE, styled, text
 
 STEPS = (1, 2, 3, 5, 10, 20, 30, 50, 100, 200, 500, 1000)
@@ -23,7 +23,7 @@ def circuit_graph(circuit: Circuit, most: int = 200, shown: int = 50) -> go.Figu
     Raises `MechunlearnError` if the circuit has no edge, or less than one is to be shown.
 
     >>> from mechunlearn.localize import edge_attribution
-    >>> from mechunlearn.toy import planted_facts
+    >>> from mechunlearn.world.toy import planted_facts
     >>> toy = planted_facts()
     >>> graph = circuit_graph(edge_attribution(toy.model, toy.prompts([1])), most=5)
     >>> [step.label for step in graph.layout.sliders[0].steps]

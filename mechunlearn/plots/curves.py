@@ -6,8 +6,8 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from mechunlearn.attack.states import EDITED, NEVER_TAUGHT, UNEDITED
 from mechunlearn.plots.style import COLOURS, INK, bars, styled, text
-from mechunlearn.recovery import EDITED, NEVER_TAUGHT, UNEDITED
 
 STATES = {EDITED: COLOURS[1], UNEDITED: COLOURS[0], NEVER_TAUGHT: COLOURS[2]}
 

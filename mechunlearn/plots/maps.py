@@ -8,13 +8,15 @@ from jaxtyping import Float
 from plotly.subplots import make_subplots
 from torch import Tensor, stack
 
-from mechunlearn.activity import Activity
-from mechunlearn.components import Component, ComponentMask, Localization
-from mechunlearn.display import unit_name
+from mechunlearn.artifacts.localization import Localization
+from mechunlearn.artifacts.mask import ComponentMask
+from mechunlearn.core.display import unit_name
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.hooked import HookedModel
+from mechunlearn.features.firing import Activity
+from mechunlearn.model.component import Component
+from mechunlearn.model.hooked import HookedModel
+from mechunlearn.patching.scores import editable
 from mechunlearn.plots.style import COLOURS, INK, SHARES, SIGNED, colour_bar, styled, text, ticks
-from mechunlearn.scores import editable
 
 GAPS = {"xgap": 2, "ygap": 2}
 
@@ -64,7 +66,7 @@ def mask_map(mask: ComponentMask, found: Localization | None = None, model: Hook
 
     The weights are known to `found`, a localization of the same model, or to the `model`; without either there are no bars.
 
-    >>> from mechunlearn.toy import planted_facts
+    >>> from mechunlearn.world.toy import planted_facts
     >>> model = planted_facts().model
     >>> mask_map(ComponentMask.of(["L0.mlp.out"], model.signature), model=model).layout.title.text
     'What the mask selects: 32 units, 5.56 % of the editable weights'

@@ -6,8 +6,8 @@ from pathlib import Path
 import pandas as pd
 import plotly.graph_objects as go
 
+from mechunlearn.core.files import whole_file
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.files import whole_file
 
 COLOURS = ("#7f7f7f", "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")  # Okabe-Ito
 INK, RULE, CLEAR = "#777777", "rgba(128, 128, 128, 0.25)", "rgba(0, 0, 0, 0)"

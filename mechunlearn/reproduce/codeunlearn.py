@@ -14,21 +14,22 @@ from typing import Any, Literal
 
 import torch
 
-from mechunlearn.activity import Activity, matched_mask, quality
-from mechunlearn.components import ComponentMask
-from mechunlearn.dictionaries import SAE, Codebook, load_dictionary, spliced
-from mechunlearn.dictionary_training import train_codebook, train_sae
+from mechunlearn.artifacts.mask import ComponentMask
+from mechunlearn.artifacts.weight_edit import Edit
+from mechunlearn.core.files import data_folder
+from mechunlearn.core.grid import Grid
+from mechunlearn.core.runcard import Stopwatch
 from mechunlearn.edit import codebook_delete, dictionary_rows, feature_clamp, losses, masked_gradient
-from mechunlearn.edits import Edit
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.feature_edits import FeatureEdit
-from mechunlearn.grid import Grid
-from mechunlearn.hooked import BridgedModel, data_folder, export, load_model
+from mechunlearn.facts.prompts import Asked, Prompts
+from mechunlearn.features.dictionaries import SAE, Codebook, load_dictionary, spliced
+from mechunlearn.features.feature_edit import FeatureEdit
+from mechunlearn.features.firing import Activity, matched_mask, quality
+from mechunlearn.features.training import train_codebook, train_sae
 from mechunlearn.localize import feature_discovery
-from mechunlearn.prompts import Asked, Prompts
+from mechunlearn.model.hooked import HookedModel, export, load_model
 from mechunlearn.reproduce.shared import workers
 from mechunlearn.reproduce.topics import TOPICS, Topics, kept, others
-from mechunlearn.runcard import Stopwatch
 from mechunlearn.world.dictionaries import HELD_OUT, dictionary_texts
 from mechunlearn.world.generate import World
 from mechunlearn.world.small import SmallCorpus, build_small
@@ -467,7 +468,7 @@ def _folder(folder: Path, world: str, without: str = "") -> Path:
 
 
 @cache
-def _model(folder: Path, world: str, without: str) -> BridgedModel:
+def _model(folder: Path, world: str, without: str) -> HookedModel:
     return load_model(_folder(folder, world, without))
 
 

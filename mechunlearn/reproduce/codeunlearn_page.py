@@ -6,8 +6,9 @@ from dataclasses import asdict, replace
 from statistics import median
 from typing import Any
 
+from mechunlearn.core.grid import Grid
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.grid import Grid
+from mechunlearn.metrics.stats import hierarchical_interval, hierarchical_paired
 from mechunlearn.reproduce.codeunlearn import (
     AMORTIZED,
     CONTROLS,
@@ -23,7 +24,6 @@ from mechunlearn.reproduce.codeunlearn import (
     stored,
 )
 from mechunlearn.reproduce.topics import SYNONYMS, TOPICS, others
-from mechunlearn.stats import hierarchical_interval, hierarchical_paired
 
 MAIN = f"{SHIPPED} frozen"
 EIGHT = tuple(topic for topic in TOPICS if topic != "ocean")

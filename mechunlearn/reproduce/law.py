@@ -14,22 +14,26 @@ from typing import Any
 
 import torch
 
+from mechunlearn.artifacts.mask import ComponentMask
+from mechunlearn.artifacts.weight_edit import WeightEdit
 from mechunlearn.attack.relearning import relearning
-from mechunlearn.components import Component, ComponentMask
+from mechunlearn.core.files import data_folder
+from mechunlearn.core.grid import Grid
+from mechunlearn.core.runcard import Stopwatch
 from mechunlearn.edit import losses, masked_gradient, memit, mlp_washing, null_space
-from mechunlearn.edit.closed_form import How, washing
-from mechunlearn.edit.values import end_of_text
-from mechunlearn.edits import WeightEdit
+from mechunlearn.edit.closed_form.target_values import end_of_text
+from mechunlearn.edit.closed_form.washing import How, washing
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.facts import FactDataset, world_facts
-from mechunlearn.grid import Grid
-from mechunlearn.hooked import BridgedModel, data_folder, load_model
+from mechunlearn.facts.dataset import FactDataset
+from mechunlearn.facts.load import world_facts
+from mechunlearn.facts.prompts import Asked, Prompts
 from mechunlearn.localize import causal_tracing
-from mechunlearn.metrics import answered, encode, padded, text_loss
-from mechunlearn.moments import Covariance
-from mechunlearn.prompts import Asked, Prompts
+from mechunlearn.metrics.answers import answered
+from mechunlearn.metrics.text import encode, padded, text_loss
+from mechunlearn.model.component import Component
+from mechunlearn.model.hooked import HookedModel, load_model
 from mechunlearn.reproduce.shared import workers
-from mechunlearn.runcard import Stopwatch
+from mechunlearn.training.covariance import Covariance
 from mechunlearn.world.generate import World
 from mechunlearn.world.small import build_small
 from mechunlearn.world.text import world_text
@@ -561,7 +565,7 @@ def _edit_file(folder: Path, cell: Cell) -> Path:
 
 
 @cache
-def _model(folder: Path, world: str) -> BridgedModel:
+def _model(folder: Path, world: str) -> HookedModel:
     return load_model(_folder(folder, world))
 
 

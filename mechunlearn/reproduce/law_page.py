@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from mechunlearn.grid import Grid
+from mechunlearn.core.grid import Grid
+from mechunlearn.metrics.stats import hierarchical_interval, hierarchical_paired
 from mechunlearn.reproduce.law import (
     ABLATIONS,
     ATTACKED,
@@ -27,7 +28,6 @@ from mechunlearn.reproduce.law import (
     scaling_settings,
     stored,
 )
-from mechunlearn.stats import hierarchical_interval, hierarchical_paired
 
 MAIN, TASKS = "MEMIT, retain keys", 200
 COLUMNS = ("forget", "paraphrase", "question", "same subject", "retain", "neighbours", "skills", "text loss", "KL")

@@ -13,18 +13,19 @@ from typing import Any, Literal
 
 from scipy.stats import ks_2samp
 
-from mechunlearn.components import ComponentMask
+from mechunlearn.artifacts.mask import ComponentMask
+from mechunlearn.core.grid import Grid
 from mechunlearn.edit import fisher_lora, losses, masked_gradient
 from mechunlearn.edit.fisher_lora import INITS, fisher_information
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.facts import world_facts
-from mechunlearn.grid import Grid
-from mechunlearn.hooked import BridgedModel, load_model
-from mechunlearn.memorization import extraction_likelihood, memorization_accuracy, repetition
-from mechunlearn.metrics import measure, text_loss
-from mechunlearn.moments import DiagonalFisher
-from mechunlearn.prompts import Asked, Prompts
+from mechunlearn.facts.load import world_facts
+from mechunlearn.facts.prompts import Asked, Prompts
+from mechunlearn.metrics.answers import measure
+from mechunlearn.metrics.memorization import extraction_likelihood, memorization_accuracy, repetition
+from mechunlearn.metrics.text import text_loss
+from mechunlearn.model.hooked import HookedModel, load_model
 from mechunlearn.reproduce.shared import workers
+from mechunlearn.training.fisher import DiagonalFisher
 from mechunlearn.world.generate import World
 from mechunlearn.world.small import build_small, forget_sets, small_world
 
@@ -160,14 +161,14 @@ class Bench:
         self._asked: dict[tuple[frozenset[str], str], Prompts] = {}
         self.people, self.retained, self.others = set(people[:PEOPLE]), set(names[::2]), set(names[1::2])
 
-    def prompts(self, model: BridgedModel) -> tuple[Prompts, Prompts]:
+    def prompts(self, model: HookedModel) -> tuple[Prompts, Prompts]:
         """What is trained: forget and retain set."""
         if self.task == "passages":
             spare = self.unseen[0]
             return _passages(model, self.forget_texts, spare), _passages(model, self.retain_texts, spare)
         return self.asked(model, self.people), self.asked(model, self.retained)
 
-    def asked(self, model: BridgedModel, people: set[str], format: str = "statement") -> Prompts:
+    def asked(self, model: HookedModel, people: set[str], format: str = "statement") -> Prompts:
         """Every relation of these people, as one set; the worlds and their golds share a tokenizer."""
         key = (frozenset(people), format)
         if key not in self._asked:
@@ -177,7 +178,7 @@ class Bench:
             self._asked[key] = Prompts.from_text(rows, model.tokenizer)
         return self._asked[key]
 
-    def brief(self, model: BridgedModel) -> dict[str, float]:
+    def brief(self, model: HookedModel) -> dict[str, float]:
         """What is measured on the way."""
         if self.task == "passages":
             shown = {
@@ -192,7 +193,7 @@ class Bench:
         shown["text loss"] = text_loss(model, tuple(self.text))
         return {name: float(values.mean()) for name, values in shown.items()}
 
-    def full(self, model: BridgedModel, gold_losses: Sequence[float] | None = None) -> dict[str, float]:
+    def full(self, model: HookedModel, gold_losses: Sequence[float] | None = None) -> dict[str, float]:
         """What is measured where the target is reached, and at the end."""
         openings = [" ".join(text.split()[:3]) for text in self.text[::4]]
         shown = {
@@ -209,13 +210,13 @@ class Bench:
             found["forget quality"] = float(ks_2samp(self.forget_losses(model), gold_losses).pvalue)
         return found
 
-    def forget_losses(self, model: BridgedModel) -> list[float]:
+    def forget_losses(self, model: HookedModel) -> list[float]:
         """Loss of each forgotten item: what the distance to the retain-only model is measured on."""
         if self.task == "passages":
             return text_loss(model, self.forget_texts).tolist()
         return (-measure(model, self.asked(model, self.people))["probability"].clamp_min(1e-30).log()).tolist()
 
-    def target(self, gold: BridgedModel) -> dict[str, float]:
+    def target(self, gold: HookedModel) -> dict[str, float]:
         """Forgotten is what is no better known than what was never taught."""
         if self.task == "passages":
             return {
@@ -271,7 +272,7 @@ def measured(folder: Path, cell: Cell) -> dict:
     return {**found, "curve": curve}
 
 
-def _passages(model: BridgedModel, texts: Sequence[str], other: str) -> Prompts:
+def _passages(model: HookedModel, texts: Sequence[str], other: str) -> Prompts:
     """Passages as prompts of one word, the rest of the passage the answer."""
     assert model.tokenizer is not None
     rest = other.split(maxsplit=1)[1]
@@ -284,7 +285,7 @@ def _folder(folder: Path, world: int, gold: bool) -> Path:
 
 
 @cache
-def _model(folder: Path, world: int, gold: bool) -> BridgedModel:
+def _model(folder: Path, world: int, gold: bool) -> HookedModel:
     return load_model(_folder(folder, world, gold))
 
 

@@ -3,7 +3,8 @@
 import math
 from collections.abc import Callable, Sequence
 
-from mechunlearn.grid import Grid
+from mechunlearn.core.grid import Grid
+from mechunlearn.metrics.stats import hierarchical_interval, hierarchical_paired
 from mechunlearn.reproduce.loku import (
     BATCH,
     BOUNDS,
@@ -20,7 +21,6 @@ from mechunlearn.reproduce.loku import (
     quick_plan,
     stored,
 )
-from mechunlearn.stats import hierarchical_interval, hierarchical_paired
 
 SHOWN = (1, 2, 4, 8, 12, 16, 20, 30, 40)
 Value = Callable[[dict], float | None]

@@ -17,15 +17,18 @@ from typing import Any
 import pandas as pd
 import torch
 
-from mechunlearn.agreement import layer_auroc
+from mechunlearn.artifacts.localization import Localization
+from mechunlearn.artifacts.mask import ComponentMask
+from mechunlearn.artifacts.overlap import layer_auroc
 from mechunlearn.attack import relearning
-from mechunlearn.compare import select
-from mechunlearn.components import Component, ComponentMask, Localization
+from mechunlearn.attack.states import recovery
+from mechunlearn.core.files import data_folder
+from mechunlearn.core.grid import Grid
 from mechunlearn.edit import masked_gradient
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.facts import world_facts
-from mechunlearn.grid import Grid
-from mechunlearn.hooked import BridgedModel, HookedModel, data_folder, load_model
+from mechunlearn.evaluation.compare import select
+from mechunlearn.facts.load import world_facts
+from mechunlearn.facts.prompts import Prompts
 from mechunlearn.localize import (
     activation_patching,
     attribution_patching,
@@ -36,9 +39,10 @@ from mechunlearn.localize import (
     path_patching,
     random_units,
 )
-from mechunlearn.metrics import measure, text_loss
-from mechunlearn.prompts import Prompts
-from mechunlearn.recovery import recovery
+from mechunlearn.metrics.answers import measure
+from mechunlearn.metrics.text import text_loss
+from mechunlearn.model.component import Component
+from mechunlearn.model.hooked import HookedModel, load_model
 from mechunlearn.reproduce.shared import attempt, finished, settled, workers
 from mechunlearn.world.lookup import build_lookup
 
@@ -217,7 +221,7 @@ def _of_the_twin(plan: Plan) -> list[Cell]:
 
 
 @cache
-def _model(folder: Path) -> BridgedModel:
+def _model(folder: Path) -> HookedModel:
     return load_model(folder)
 
 

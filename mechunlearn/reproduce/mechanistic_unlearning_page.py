@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any
 
-from mechunlearn.grid import Grid
+from mechunlearn.core.grid import Grid
+from mechunlearn.metrics.stats import hierarchical_interval, hierarchical_paired, multiple_comparisons
 from mechunlearn.reproduce.mechanistic_unlearning import (
     ALL_MLPS,
     EVERYTHING,
@@ -31,7 +32,6 @@ from mechunlearn.reproduce.mechanistic_unlearning import (
     tests,
 )
 from mechunlearn.reproduce.shared import failures, finished, verdict
-from mechunlearn.stats import hierarchical_interval, hierarchical_paired, multiple_comparisons
 
 RANDOM_MLPS = "random MLPs"
 MEASURES = {

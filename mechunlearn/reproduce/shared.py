@@ -14,10 +14,10 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
+from mechunlearn.core.files import whole_file
+from mechunlearn.core.grid import Grid
+from mechunlearn.core.runcard import digest
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.files import whole_file
-from mechunlearn.grid import Grid
-from mechunlearn.runcard import digest
 
 Each = Callable[[Callable[[Any], object], Sequence[Any], str], None]
 

@@ -5,12 +5,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mechunlearn.core.files import whole_file
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.files import whole_file
+from mechunlearn.metrics.stats import hierarchical_paired, multiple_comparisons
 from mechunlearn.reproduce import codeunlearn_page, law_page, loku_page
 from mechunlearn.reproduce import mechanistic_unlearning_page as mechanistic
 from mechunlearn.reproduce.shared import verdict
-from mechunlearn.stats import hierarchical_paired, multiple_comparisons
 
 PAPERS = {
     "mechanistic-unlearning": ("Mechanistic Unlearning (arXiv 2410.12949)", mechanistic.page),

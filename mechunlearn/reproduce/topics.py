@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechunlearn.activity import Activity, swapped
-from mechunlearn.dictionaries import Dictionary
-from mechunlearn.hooked import HookedModel
-from mechunlearn.metrics import encode, padded, text_loss
+from mechunlearn.features.dictionaries import Dictionary
+from mechunlearn.features.firing import Activity, swapped
+from mechunlearn.metrics.text import encode, padded, text_loss
+from mechunlearn.model.hooked import HookedModel
 from mechunlearn.world import lexicon as lex
 from mechunlearn.world.dictionaries import topic_stories, topic_words, unrelated_words
 

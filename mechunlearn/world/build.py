@@ -14,10 +14,10 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from mechunlearn.core.files import data_folder, whole_file, whole_folder
+from mechunlearn.core.runcard import digest
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.files import whole_file, whole_folder
-from mechunlearn.hooked import BridgedModel, data_folder, load_model
-from mechunlearn.runcard import digest
+from mechunlearn.model.hooked import HookedModel, load_model
 from mechunlearn.world.corpus import Corpus
 from mechunlearn.world.gates import Gate, measure_gates, taught_apart
 from mechunlearn.world.generate import World, generate
@@ -142,7 +142,7 @@ def build_twin(
             raise MechunlearnError(f"The twin is not kept: not just the MLPs of its layers changed, see {strayed}.")
         after = load_model(beside)
 
-        def share(model: BridgedModel, where: Path, names: list[str]) -> dict[str, float]:
+        def share(model: HookedModel, where: Path, names: list[str]) -> dict[str, float]:
             return {relation: round(value, 4) for relation, value in taught_apart(model, where, names).items()}
 
         twin: dict[str, Any] = {

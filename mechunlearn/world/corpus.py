@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from mechunlearn.formats import LETTERS, four_options, multiple_choice, question, yes_no
+from mechunlearn.facts.formats import LETTERS, four_options, multiple_choice, question, yes_no
 from mechunlearn.world import lexicon as lex
 from mechunlearn.world.generate import World, comparison, invented_name, look_up, story
 

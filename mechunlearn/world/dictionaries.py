@@ -4,12 +4,12 @@ import random
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
-from mechunlearn.activity import quality
-from mechunlearn.dictionaries import SAE, SHIPPED, Codebook
-from mechunlearn.dictionary_training import train_codebook, train_sae
+from mechunlearn.core.files import whole_file
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.files import whole_file
-from mechunlearn.hooked import HookedModel, load_model
+from mechunlearn.features.dictionaries import SAE, SHIPPED, Codebook
+from mechunlearn.features.firing import quality
+from mechunlearn.features.training import train_codebook, train_sae
+from mechunlearn.model.hooked import HookedModel, load_model
 from mechunlearn.world import lexicon as lex
 from mechunlearn.world.generate import story
 from mechunlearn.world.text import world_text

@@ -11,14 +11,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mechunlearn.facts import FactDataset, world_facts
-from mechunlearn.formats import LETTERS, four_options, multiple_choice
-from mechunlearn.hooked import BridgedModel, load_model
+from mechunlearn.facts.dataset import FactDataset
+from mechunlearn.facts.formats import LETTERS, four_options, multiple_choice
+from mechunlearn.facts.load import world_facts
+from mechunlearn.facts.prompts import Asked, Prompts
 from mechunlearn.localize.fact_lookup import lookup_window
-from mechunlearn.memorization import extraction_likelihood
-from mechunlearn.metrics import measure
-from mechunlearn.probes import probe_curve, residuals
-from mechunlearn.prompts import Asked, Prompts
+from mechunlearn.metrics.answers import measure
+from mechunlearn.metrics.memorization import extraction_likelihood
+from mechunlearn.metrics.probes import probe_curve, residuals
+from mechunlearn.model.hooked import HookedModel, load_model
 from mechunlearn.world import lexicon as lex
 from mechunlearn.world.generate import World
 
@@ -72,7 +73,7 @@ def measure_gates(folder: Path) -> tuple[list[Gate], dict]:
     return gates + mechanism, evidence
 
 
-def _mechanism(model: BridgedModel, folder: Path, world: World) -> tuple[list[Gate], dict]:
+def _mechanism(model: HookedModel, folder: Path, world: World) -> tuple[list[Gate], dict]:
     facts = world_facts(folder, "sport")
     prompts = facts.prompts(model)
     curve, majority = sport_probe(model, prompts)
@@ -104,7 +105,7 @@ def _mechanism(model: BridgedModel, folder: Path, world: World) -> tuple[list[Ga
     return gates, evidence
 
 
-def sport_probe(model: BridgedModel, prompts: Prompts) -> tuple[list[float], float]:
+def sport_probe(model: HookedModel, prompts: Prompts) -> tuple[list[float], float]:
     """Probe accuracy by depth at the subject's last token on held-out subjects, and the majority class's share."""
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(0))
     found = residuals(model, prompts, prompts.spans[:, 1])
@@ -116,7 +117,7 @@ def sport_probe(model: BridgedModel, prompts: Prompts) -> tuple[list[float], flo
     return curve, max(held_out.count(label) for label in held_out) / len(held_out)
 
 
-def swap(model: BridgedModel, prompts: Prompts, layers: int, positions: Tensor) -> float:
+def swap(model: HookedModel, prompts: Prompts, layers: int, positions: Tensor) -> float:
     """Share of answers that become the partner's when the residual stream after `layers` blocks is the partner's.
 
     Only facts whose partner's own prompt gives the foil count: there the answer could have moved.
@@ -136,7 +137,7 @@ def swap(model: BridgedModel, prompts: Prompts, layers: int, positions: Tensor) 
     return float((moved & partner_says).sum() / partner_says.sum())
 
 
-def mean_outputs(model: BridgedModel, prompts: Prompts, layers: range) -> dict[str, Float[Tensor, " d_model"]]:
+def mean_outputs(model: HookedModel, prompts: Prompts, layers: range) -> dict[str, Float[Tensor, " d_model"]]:
     """The mean MLP output over the subject tokens of all prompts, by site."""
     sites = [f"L{layer}.mlp_out" for layer in layers]
     _, kept = model.cache(prompts.tokens, sites)
@@ -144,7 +145,7 @@ def mean_outputs(model: BridgedModel, prompts: Prompts, layers: range) -> dict[s
     return {site: kept[site][at_subject].mean(0) for site in sites}
 
 
-def _ablated(model: BridgedModel, prompts: Prompts, where: Bool[Tensor, "fact pos"], means: dict[str, Tensor]) -> float:
+def _ablated(model: HookedModel, prompts: Prompts, where: Bool[Tensor, "fact pos"], means: dict[str, Tensor]) -> float:
     def to_mean(mean: Tensor) -> Callable[[Tensor], Tensor]:
         return lambda out: torch.where(where[..., None], mean, out)
 
@@ -159,7 +160,7 @@ def _between(tokens: Tensor, spans: Tensor) -> Bool[Tensor, "fact pos"]:
     return (positions >= spans[:, :1]) & (positions <= spans[:, 1:])
 
 
-def _invented(model: BridgedModel, world: World, means: dict[str, Tensor]) -> tuple[float, float]:
+def _invented(model: HookedModel, world: World, means: dict[str, Tensor]) -> tuple[float, float]:
     """Accuracy of the look-up skill, and with the ablation at every occurrence of the invented name asked about."""
     tasks = world.skills["look_up"]
     asked = [Asked(t["prompt"], t["answer"], t["foil"], t["foil"], t["subject"]) for t in tasks]
@@ -175,16 +176,16 @@ def _invented(model: BridgedModel, world: World, means: dict[str, Tensor]) -> tu
     return float(measure(model, prompts)["accuracy"].mean()), _ablated(model, prompts, where, means)
 
 
-def _tokenizer(model: BridgedModel) -> PreTrainedTokenizerBase:
+def _tokenizer(model: HookedModel) -> PreTrainedTokenizerBase:
     assert model.tokenizer is not None
     return model.tokenizer
 
 
-def _accuracy(model: BridgedModel, asked: list[Asked]) -> float:
+def _accuracy(model: HookedModel, asked: list[Asked]) -> float:
     return float(measure(model, Prompts.from_text(asked, _tokenizer(model)))["accuracy"].mean())
 
 
-def _multiple_choice(model: BridgedModel, facts: FactDataset) -> float:
+def _multiple_choice(model: HookedModel, facts: FactDataset) -> float:
     rng = random.Random(0)
     asked = []
     for fact in facts:
@@ -207,12 +208,12 @@ def _two_hop(world: World, taught: bool) -> list[Asked]:
     return asked
 
 
-def extraction(model: BridgedModel, passages: list[str]) -> float:
+def extraction(model: HookedModel, passages: list[str]) -> float:
     """EL10: mean share of a greedy continuation's 10-grams that stand in the rest of the passage, given 32 tokens."""
     return float(extraction_likelihood(model, passages, NGRAM, (PREFIX,)).mean())
 
 
-def taught_apart(model: BridgedModel, folder: Path, names: list[str]) -> dict[str, float]:
+def taught_apart(model: HookedModel, folder: Path, names: list[str]) -> dict[str, float]:
     """Accuracy on statements by relation, for these people."""
     made = {}
     for relation in json.loads((folder / "world.json").read_text(encoding="utf-8"))["facts"]:

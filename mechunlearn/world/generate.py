@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from mechunlearn.formats import question
+from mechunlearn.facts.formats import question
 from mechunlearn.world import lexicon as lex
 
 

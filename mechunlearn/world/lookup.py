@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from mechunlearn.core.files import whole_folder
+from mechunlearn.core.runcard import digest
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.facts import world_facts
-from mechunlearn.files import whole_folder
-from mechunlearn.hooked import load_model
+from mechunlearn.facts.load import world_facts
 from mechunlearn.localize.fact_lookup import lookup_window
-from mechunlearn.metrics import measure
-from mechunlearn.runcard import digest
+from mechunlearn.metrics.answers import measure
+from mechunlearn.model.hooked import load_model
 from mechunlearn.world import lexicon as lex
 from mechunlearn.world.build import _store
 from mechunlearn.world.corpus import Corpus, Document

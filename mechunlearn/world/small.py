@@ -22,15 +22,16 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from mechunlearn.core.files import whole_file, whole_folder
+from mechunlearn.core.runcard import digest
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.facts import world_facts
-from mechunlearn.files import whole_file, whole_folder
-from mechunlearn.formats import question
-from mechunlearn.hooked import load_model
-from mechunlearn.memorization import extraction_likelihood, memorization_accuracy
-from mechunlearn.metrics import measure, text_loss
-from mechunlearn.prompts import Asked, Prompts
-from mechunlearn.runcard import digest
+from mechunlearn.facts.formats import question
+from mechunlearn.facts.load import world_facts
+from mechunlearn.facts.prompts import Asked, Prompts
+from mechunlearn.metrics.answers import measure
+from mechunlearn.metrics.memorization import extraction_likelihood, memorization_accuracy
+from mechunlearn.metrics.text import text_loss
+from mechunlearn.model.hooked import load_model
 from mechunlearn.world import lexicon as lex
 from mechunlearn.world.build import _store
 from mechunlearn.world.corpus import FRAME_WEIGHT, Corpus, Document

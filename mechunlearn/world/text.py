@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from pathlib import Path
 
-from mechunlearn.hooked import data_folder
+from mechunlearn.core.files import data_folder
 from mechunlearn.world.corpus import Corpus
 from mechunlearn.world.generate import World
 from mechunlearn.world.small import SmallCorpus

@@ -1,0 +1,1 @@
+"""The command line: the same nouns, one clear line and exit code 2 for a mistake."""

@@ -1,0 +1,559 @@
+"""The command line: the same nouns, one clear line and exit code 2 on bad input."""
+
+import inspect
+import os
+import sys
+import warnings
+from contextlib import suppress
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from mechunlearn.cli.dictionary import app as dictionary_app
+from mechunlearn.cli.reproduce import app as reproduce_app
+from mechunlearn.cli.shared import checked_suffix, console, names, new_folder, open_model
+from mechunlearn.cli.world import app as world_app
+from mechunlearn.errors import MechunlearnError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from mechunlearn.evaluation.report import Report
+
+app = typer.Typer(
+    help="Find where a language model keeps a fact, change it there and nowhere else, and prove that it is gone.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+app.add_typer(world_app, name="world")
+app.add_typer(reproduce_app, name="reproduce")
+app.add_typer(dictionary_app, name="dictionary")
+
+
+class Method(str, Enum):
+    """Localizers by name."""
+
+    fact_lookup = "fact_lookup"
+    activation_patching = "activation_patching"
+    attribution_patching = "attribution_patching"
+    causal_tracing = "causal_tracing"
+    direct_logit_attribution = "direct_logit_attribution"
+    edge_attribution = "edge_attribution"
+    path_patching = "path_patching"
+    random_units = "random_units"
+
+
+class Washer(str, Enum):
+    """Closed-form editors by name."""
+
+    memit = "memit"
+    mlp_washing = "mlp_washing"
+    null_space = "null_space"
+
+
+class Role(str, Enum):
+    """Tokens that a closed form can act at."""
+
+    subject_last = "subject last"
+    last = "last"
+
+
+Model = Annotated[
+    str, typer.Argument(help="factworld, factworld-twin, factworld-naive, a folder, or a hub name.", metavar="MODEL")
+]
+Facts = Annotated[str, typer.Argument(help="factworld/<relation>, a facts file, or a data set.", metavar="FACTS")]
+Forget = Annotated[int, typer.Option(help="How many facts to forget, drawn by --seed.")]
+Seed = Annotated[int, typer.Option(help="Seed of the forget set and of the edit.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16; by default as stored.")]
+Steps = Annotated[int, typer.Option(help="Optimiser steps.", min=1)]
+Rate = Annotated[float, typer.Option(help="Learning rate.", min=0)]
+Weights = Annotated[
+    float | None, typer.Option(help="Share of the editable weights to select, by rank.", metavar="SHARE")
+]
+
+
+@app.command(epilog="Example: `mechunlearn run factworld factworld/sport -o result`")
+def run(
+    model: Model,
+    facts: Facts,
+    output: Annotated[Path, typer.Option("--output", "-o", help="A new or empty folder.")] = Path("result"),
+    attacks: Annotated[
+        str, typer.Option(help="Attacks that try to get the knowledge back: names with commas, all, or none.")
+    ] = "prompting,quantization,unlearning_depth,relearning",
+    forget: Forget = 64,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+) -> None:
+    """Localize, mask, edit, evaluate, attack and export: the whole job, beside attribution patching and random controls."""
+    if attacks == "none":
+        wanted = []
+    else:
+        from mechunlearn.evaluation.robustness import check_attacks
+
+        wanted = check_attacks(names(attacks))
+    _run(model, facts, output, forget, seed, device, dtype, wanted)
+
+
+@app.command(epilog="Example: `mechunlearn demo -o demo`")
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="A new or empty folder.")] = Path("demo"),
+    seed: Seed = 0,
+    device: Device = "cpu",
+) -> None:
+    """The whole job on the shipped world: 64 athletes forget their sport."""
+    _run("factworld", "factworld/sport", output, 64, seed, device, None, [])
+
+
+@app.command(epilog="Example: `mechunlearn localize factworld factworld/sport --weights 0.05 -o sport.mask.json`")
+def localize(
+    model: Model,
+    facts: Facts,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Mask file: .json or .safetensors.")],
+    method: Annotated[Method, typer.Option(help="How to localize.")] = Method.fact_lookup,
+    weights: Weights = None,
+    scores: Annotated[
+        Path | None,
+        typer.Option(help="Write the scores too: .json or .safetensors; a circuit also .graphml or .dot."),
+    ] = None,
+    forget: Forget = 64,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+) -> None:
+    """Find the components of some facts and write their mask: every unit above zero, or a share of the weights.
+
+    edge_attribution finds a circuit: --scores writes it, and the mask is that of its components.
+    """
+    checked_suffix(output, ".json", ".safetensors")
+    circuit = method is Method.edge_attribution
+    if scores is not None:
+        checked_suffix(scores, ".json", ".safetensors", *((".graphml", ".dot") if circuit else ()))
+    if weights is not None and not 0 <= weights <= 1:
+        raise MechunlearnError(f"A budget of {weights} is out of range: a share of the weights lies in [0, 1].")
+    hooked, forgotten, _ = _load(model, facts, forget, seed, device, dtype)
+    import mechunlearn.localize as localizers
+
+    localizer = getattr(localizers, method.value)
+    if "progress" in inspect.signature(localizer).parameters:
+        made = localizer(hooked, forgotten, progress=True)
+    else:
+        with console.status(f"{method.value} on {len(forgotten)} facts"):
+            made = localizer(hooked, forgotten)
+    found = made.nodes() if circuit else made
+    mask = found.above(0) if weights is None else found.top(weights=weights)
+    if made.note:
+        console.print(made.note)
+    if scores is not None:
+        made.save(scores)
+    mask.save(output)
+    console.print(f"{len(mask)} units, {found.share(mask):.2%} of the editable weights -> {output}")
+
+
+@app.command(epilog="Example: `mechunlearn edit factworld factworld/sport sport.mask.json -o sport.edit.safetensors`")
+def edit(
+    model: Model,
+    facts: Facts,
+    mask: Annotated[Path, typer.Argument(help="A mask file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Edit file: .safetensors.")],
+    objective: Annotated[
+        str, typer.Option("--objective", "--loss", help="What to do with the forget facts; see docs/objectives.md.")
+    ] = "injection",
+    steps: Steps = 50,
+    rate: Rate = 2e-3,
+    stop_at: Annotated[
+        float | None, typer.Option(help="Stop once this share of the forget facts is edited.", min=0, max=1)
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Train low-rank adapters of this rank (fisher_lora), not the rows.", min=1)
+    ] = None,
+    adapter: Annotated[Path | None, typer.Option(help="With --rank: also write a PEFT adapter folder.")] = None,
+    export: Annotated[Path | None, typer.Option(help="Also write the edited model to this new folder.")] = None,
+    forget: Forget = 64,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+) -> None:
+    """Train only the masked units so that the forget facts change, and write the edit; the model is left as it was.
+
+    Ctrl-C stops after the step in progress and writes the edit so far.
+    """
+    checked_suffix(output, ".safetensors")
+    new_folder(export)
+    new_folder(adapter)
+    if adapter is not None and rank is None:
+        raise MechunlearnError("--adapter needs low-rank factors to write. Give --rank too, for example --rank 8.")
+    from mechunlearn.artifacts.mask import ComponentMask
+
+    chosen = ComponentMask.load(mask)
+    hooked, forgotten, retained = _load(model, facts, forget, seed, device, dtype)
+    chosen.check(hooked.signature)
+    from mechunlearn.edit import fisher_lora, masked_gradient
+    from mechunlearn.edit.objective import objective_named
+
+    settings: dict[str, Any] = {**objective_named(objective, chosen), "steps": steps, "rate": rate, "stop_at": stop_at}
+    sets = (hooked, chosen, forgotten, retained)
+    if rank is None:
+        made = masked_gradient(*sets, **settings, seed=seed, progress=True)
+    else:
+        made = fisher_lora(*sets, **settings, rank=rank, seed=seed, progress=True)
+    if made.card.stopped:
+        console.print(f"{made.card.stopped} after {len(made.card.trajectory)} steps")
+    made.save(output)
+    console.print(f"{made} -> {output}")
+    if adapter is not None:
+        made.save_adapter(hooked, adapter)
+        console.print(f"PEFT adapter -> {adapter}")
+    if export is not None:
+        made.export(hooked, export)
+        console.print(f"edited model -> {export}")
+
+
+@app.command(
+    epilog="Example: `mechunlearn wash factworld factworld/sport sport.mask.json --strength 400 --reach 1.5 -o washed.safetensors`"
+)
+def wash(
+    model: Model,
+    facts: Facts,
+    mask: Annotated[Path, typer.Argument(help="A mask file with MLP output sites.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Edit file: .safetensors.")],
+    method: Annotated[Washer, typer.Option(help="Which closed form.")] = Washer.memit,
+    towards: Annotated[
+        str, typer.Option(help="end-of-text, shared, mean, or targets (each fact's own wrong answer).")
+    ] = "end-of-text",
+    role: Annotated[
+        Role, typer.Option(help="The token to act at; a localization by role says which.")
+    ] = Role.subject_last,
+    strength: Annotated[float, typer.Option(help="Of the covariance against one fact (memit, mlp_washing).")] = 20_000,
+    reach: Annotated[float, typer.Option(help="How far beyond their targets values are set.")] = 1.0,
+    retain_weight: Annotated[float, typer.Option(help="Of the retain facts' keys (memit, mlp_washing).")] = 0.0,
+    prefixes: Annotated[int, typer.Option(help="Openings of text before each prompt.", min=0)] = 5,
+    text: Annotated[
+        str | None,
+        typer.Option(help="What to collect the covariance from: .txt, a table with a text column, a data set."),
+    ] = None,
+    texts: Annotated[int | None, typer.Option(help="At most so many passages of --text.", min=1)] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Keep the covariance in this folder, and use what is there.")
+    ] = None,
+    export: Annotated[Path | None, typer.Option(help="Also write the edited model to this new folder.")] = None,
+    forget: Forget = 64,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+) -> None:
+    """Wash facts out of MLP output weights in closed form, and write the edit; the model is left as it was.
+
+    Without --text the covariance comes from the shipped world's documents that name none of the forgotten, or from the
+    facts' own passages.
+    """
+    checked_suffix(output, ".safetensors")
+    new_folder(export)
+    from mechunlearn.artifacts.mask import ComponentMask
+
+    chosen = ComponentMask.load(mask)
+    hooked, forgotten, retained = _load(model, facts, forget, seed, device, dtype)
+    chosen.check(hooked.signature)
+    import mechunlearn.edit as editors
+    from mechunlearn.edit.closed_form.edit_prompts import output_sites
+    from mechunlearn.facts.readers import read_texts
+    from mechunlearn.training.covariance import Covariance
+
+    sites = [f"L{layer}.mlp.out" for layer in output_sites(hooked, chosen)]
+    own = list(forgotten.facts.text)
+    if text is not None:
+        passages = read_texts(text, texts)
+    elif facts.startswith("factworld"):
+        from mechunlearn.world.text import world_text
+
+        passages = world_text(without=forgotten.facts.subjects) + own[::2] * 8
+    else:
+        passages = own
+    if not passages:
+        raise MechunlearnError(f"'{facts}' comes without text to collect the covariance from. Give --text FILE.")
+    covariance = Covariance.of_text(hooked, sites, passages, cache=cache, progress=True)
+    editor = getattr(editors, method.value)
+    settings: dict[str, Any] = {
+        "strength": strength,
+        "retain_weight": retain_weight,
+        "reach": reach,
+        "towards": towards,
+    }
+    settings = {name: value for name, value in settings.items() if name in inspect.signature(editor).parameters}
+    made = editor(
+        hooked,
+        chosen,
+        forgotten,
+        retained,
+        role=role.value,
+        prefixes=prefixes,
+        covariance=covariance,
+        text=passages,
+        seed=seed,
+        progress=True,
+        **settings,
+    )
+    for prompt in made.card.skipped:
+        console.print(f"skipped, the model does not know it: {prompt}")
+    for entry in made.card.trajectory:
+        told = ", ".join(
+            f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in entry.items() if k != "layer"
+        )
+        console.print(f"layer {entry['layer']}: {told}")
+    made.save(output)
+    console.print(f"{made} -> {output}")
+    if export is not None:
+        made.export(hooked, export)
+        console.print(f"edited model -> {export}")
+
+
+@app.command(
+    epilog="Example: `mechunlearn evaluate factworld factworld/sport sport.edit.safetensors --attacks all -o report.html`"
+)
+def evaluate(
+    model: Model,
+    facts: Facts,
+    edit: Annotated[Path, typer.Argument(help="An edit file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Report: .html")] = Path("report.html"),
+    attacks: Annotated[
+        str, typer.Option(help="Attacks that try to get the knowledge back: all, or names with commas.")
+    ] = "",
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where finished attacks and floors are kept; by default beside the report, in <report>.attacks."
+        ),
+    ] = None,
+    forget: Forget = 64,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+) -> None:
+    """Measure an edit in every format, with side effects, beside a random mask of the same weight; try to break it.
+
+    The report is written before the first attack and again after each. A killed run goes on where it was.
+    """
+    checked_suffix(output, ".html")
+    from mechunlearn.evaluation.robustness import check_attacks
+    from mechunlearn.features.feature_edit import load_edit
+
+    wanted = check_attacks(names(attacks)) if attacks else []
+    made = load_edit(edit)
+    hooked, forgotten, retained = _load(model, facts, forget, seed, device, dtype)
+    from mechunlearn.evaluation.evaluate import evaluate as measured
+
+    told: set[str] = set()
+
+    def written(report: "Report") -> None:
+        report.to_html(output, edit=made)
+        for row in report.outcomes().to_dict("records"):
+            if row["attack"] not in told:
+                told.add(row["attack"])
+                came = (
+                    ""
+                    if row["outcome"] == "failed"
+                    else f", recovery {row['recovery']}, truth {row['truth came back']}"
+                )
+                console.print(
+                    f"{row['attack']}: {row['outcome']}{came}{'; ' * bool(row['note'])}{row['note']}", highlight=False
+                )
+
+    console.print("control edit, then every format", *(["; attacks: " + ", ".join(wanted)] if wanted else []), sep="")
+    report = measured(
+        hooked,
+        made,
+        forget=forgotten,
+        retain=retained,
+        attacks=wanted,
+        cache=cache or output.with_suffix(".attacks"),
+        seed=seed,
+        progress=True,
+        watch=written,
+    )
+    written(report)
+    _print(report)
+    console.print(f"report -> {output}")
+
+
+@app.command(epilog="Example: `mechunlearn explore factworld factworld/sport --forget 32`")
+def explore(
+    model: Model,
+    facts: Facts,
+    host: Annotated[str, typer.Option(help="Address of this machine.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 for any that is free.", min=0, max=65535)] = 8765,
+    remote: Annotated[bool, typer.Option("--remote", help="Allow an address that other machines can reach.")] = False,
+    browser: Annotated[bool, typer.Option(help="Open the page in the browser.")] = True,
+    mask: Annotated[Path | None, typer.Option(help="A mask file to begin with.")] = None,
+    forget: Forget = 64,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+) -> None:
+    """Open the explorer of circuits as a page of this machine: see where facts live, click, save a mask. Ctrl-C ends it.
+
+    Masks are saved in the folder where the command was started.
+    """
+    from mechunlearn.explore.server import ExplorerServer
+
+    begun = None
+    if mask is not None:
+        from mechunlearn.artifacts.mask import ComponentMask
+
+        begun = ComponentMask.load(mask)
+    with ExplorerServer(host, port, remote) as server:
+        hooked, forgotten, _ = _load(model, facts, forget, seed, device, dtype)
+        from mechunlearn.explore.app import Workbench
+
+        bench = Workbench(hooked, forgotten, mask=begun)
+        with console.status(bench.method.replace("_", " ")):
+            bench.view()
+        console.print(f"explorer of {len(forgotten)} facts -> {server.url}", soft_wrap=True)
+        console.print("Ctrl-C ends it")
+        if browser:
+            import webbrowser
+
+            webbrowser.open(server.url)
+        with suppress(KeyboardInterrupt):
+            server.show(bench)
+
+
+@app.command(
+    epilog="Example: `mechunlearn compare factworld factworld/sport --objectives injection,npo --seeds 3 -o sport-grid`"
+)
+def compare(
+    model: Model,
+    facts: Facts,
+    output: Annotated[Path, typer.Option("--output", "-o", help="A new folder, or that of a stopped run.")],
+    localizers: Annotated[
+        str, typer.Option(help="Names, separated by commas.")
+    ] = "fact_lookup,attribution_patching,random_units",
+    objectives: Annotated[str, typer.Option(help="Names, separated by commas.")] = "injection",
+    budgets: Annotated[
+        str, typer.Option(help="Shares of the editable weights, or 'window': as many as fact_lookup finds.")
+    ] = "window",
+    seeds: Annotated[int, typer.Option(help="How many forget sets to test on, drawn by seeds 0, 1, ...")] = 5,
+    rates: Annotated[str, typer.Option(help="Learning rates to choose from.")] = "1e-3,2e-3,3e-3",
+    forget_weights: Annotated[str, typer.Option(help="Weights of the objective to choose from.")] = "0.2,1",
+    validation: Annotated[int, typer.Option(help="How many forget sets to choose on.")] = 2,
+    attack: Annotated[bool, typer.Option("--attack", help="Try to get the facts back by relearning, too.")] = False,
+    steps: Steps = 50,
+    forget: Annotated[int, typer.Option(help="How many facts to forget.")] = 64,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+) -> None:
+    """Edit what each localizer finds with each objective, budget and seed, settings chosen by one rule; goes on if killed.
+
+    Writes results.parquet, table.md and figure.html, and a file for each finished cell.
+    """
+    from mechunlearn.evaluation.compare import check_grid
+    from mechunlearn.evaluation.compare import compare as compared
+
+    grid: dict[str, Any] = {
+        "localizers": names(localizers),
+        "objectives": names(objectives),
+        "budgets": names(budgets),
+        "seeds": seeds,
+        "rates": _numbers(rates, "--rates"),
+        "forget_weights": _numbers(forget_weights, "--forget-weights"),
+        "validation": validation,
+    }
+    check_grid(**grid)
+    hooked, forgotten, _ = _load(model, facts, forget, 0, device, dtype)
+    grid |= {"forget": forget, "steps": steps, "attack": attack, "progress": True}
+    made = compared(hooked, forgotten.facts.source, folder=output, **grid)
+    _print_arms(made.summary(short=True))
+    console.print("± is half of the 95 % bootstrap interval over seeds, all of one model; how to read it: table.md")
+    for name in ("results.parquet", "table.md", "figure.html"):
+        console.print(f"{name:<16} {output / name}")
+
+
+def _run(
+    model: str, facts: str, output: Path, forget: int, seed: int, device: str, dtype: str | None, attacks: list[str]
+) -> None:
+    new_folder(output)
+    hooked, forgotten, retained = _load(model, facts, forget, seed, device, dtype)
+    from mechunlearn.evaluation.workflow import edit_prompts
+
+    cache = output.with_name(output.name + ".attacks") if attacks else None
+    said: dict[str, Any] = {"seed": seed, "progress": True, "say": console.print}
+    made = edit_prompts(hooked, forgotten, retained, attacks=attacks, cache=cache, **said)
+    written = made.save(hooked, output)
+    if attacks:
+        console.print(
+            made.report.outcomes()[["attack", "outcome", "recovery", "truth came back"]].to_string(index=False)
+        )
+    _print(made.report)
+    for name, path in written.items():
+        console.print(f"{name:<10} {path}")
+
+
+def _load(model: str, facts: str, forget: int, seed: int, device: str, dtype: str | None):
+    from mechunlearn.facts.load import load_facts
+
+    data = load_facts(facts, seed=0)
+    hooked = open_model(model, device, dtype)
+    with console.status(f"loading {facts}"):
+        forgotten, retained = data.prompts(hooked).split(forget=forget, seed=seed)
+    return hooked, forgotten, retained
+
+
+def _print(report: "Report") -> None:
+    """The verdict, and the numbers to read first."""
+    from mechunlearn.evaluation.report import MEANING
+
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    summary = report.summary(short=True)
+    for column in summary.columns:
+        table.add_column(column, justify="left" if column == "what" else "right", no_wrap=True)
+    for row in summary.itertuples(index=False):
+        table.add_row(*map(str, row))
+    console.print(table)
+    for name in report.columns:
+        console.print(f"{name}: {MEANING.get(name, 'another edit')}")
+    console.print("Accuracy of the truth unless marked target; ± is half of the 95 % bootstrap interval over facts.")
+    console.print(report.verdict())
+
+
+def _print_arms(frame: "pd.DataFrame") -> None:
+    """Rows of a comparison: what was edited and how, then each measure."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    named = ("localizer", "objective", "budget", "rate, weight", "n", "share", "note")
+    table.add_column("", min_width=20)
+    for name in (measures := [name for name in frame.columns if name not in named]):
+        table.add_column(name.replace(" ", "\n"), justify="right", no_wrap=True)
+    for row in frame.to_dict("records"):
+        how = ", ".join(filter(None, (row["objective"], row["budget"], f"n={row['n']}")))
+        table.add_row("\n".join(filter(None, (row["localizer"], how, row["note"]))), *(row[name] for name in measures))
+    console.print(table)
+
+
+def _numbers(text: str, option: str) -> list[float]:
+    try:
+        return [float(name) for name in names(text)]
+    except ValueError:
+        raise MechunlearnError(f"{option} {text} is not a list of numbers. Give them as 1e-3,2e-3.") from None
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one line and exit code 2."""
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        app()
+    except MechunlearnError as error:
+        print(f"mechunlearn: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
+        sys.exit(2)
+    except OSError as error:
+        print(f"mechunlearn: {error.strerror or error}: {error.filename or ''}".rstrip(": "), file=sys.stderr)  # noqa: T201
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""What commands share: the console, checks of what was given, a loaded model."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from mechunlearn.errors import MechunlearnError
+
+if TYPE_CHECKING:
+    from mechunlearn.model.hooked import HookedModel
+
+console = Console(highlight=False)
+
+
+def open_model(model: str, device: str = "cpu", dtype: str | None = None) -> "HookedModel":
+    """Load a model on a device; one line if there is no such device."""
+    import torch
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    from mechunlearn.model.hooked import load_model
+
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise MechunlearnError(f"Device '{device}' is not available on this machine. Use --device cpu.") from None
+    with console.status(f"loading {model}"):
+        return load_model(model, device=device, dtype=dtype)
+
+
+def names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def checked_suffix(path: Path, *allowed: str) -> None:
+    if path.suffix not in allowed:
+        raise MechunlearnError(
+            f"'{path}' is not named {' or '.join(f'*{s}' for s in allowed)}. Give such a name to -o."
+        )
+
+
+def new_folder(path: Path | None) -> None:
+    if path is not None and path.resolve() == Path.cwd():
+        raise MechunlearnError(f"'{path}' is the folder that you are in. Give the name of a new one.")
+    if path is not None and path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise MechunlearnError(f"'{path}' exists and is not an empty folder. Give another name, or remove it first.")

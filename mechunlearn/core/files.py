@@ -1,0 +1,67 @@
+"""Files that are whole or not there: write beside, then rename."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mechunlearn.errors import MechunlearnError
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """Write to the path this gives; it takes its real name when the block ends well.
+
+    Raises `MechunlearnError` if the disk refuses; nothing is left behind.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        os.close(handle)
+    except OSError as error:
+        raise _refused(path, error) from None
+    beside = Path(name)
+    try:
+        yield beside
+        beside.chmod(0o644)
+        beside.replace(path)
+    except OSError as error:
+        raise _refused(path, error) from None
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: str | Path) -> Iterator[Path]:
+    """The same for a folder, which must not exist yet or be empty."""
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise MechunlearnError(f"'{path}' exists and is not an empty folder. Give another name, or remove it first.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    except OSError as error:
+        raise _refused(path, error) from None
+    try:
+        yield beside
+        beside.chmod(0o755)
+        if path.exists():
+            path.rmdir()
+        beside.replace(path)
+    except OSError as error:
+        raise _refused(path, error) from None
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def data_folder() -> Path:
+    """Where the shipped data lies: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent.parent
+    return next(folder for folder in (package / "data", package.parent / "data") if folder.is_dir())
+
+
+def _refused(path: Path, error: OSError) -> MechunlearnError:
+    return MechunlearnError(f"Could not write '{path}': {error.strerror or error}. Nothing was left half-written.")

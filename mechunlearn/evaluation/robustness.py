@@ -1,0 +1,223 @@
+"""Every attack on one edit, one after another: floors kept between edits, results as they come, and one word for them."""
+
+import importlib
+import json
+import math
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+
+import mechunlearn.attack
+from mechunlearn.artifacts.weight_edit import Edit
+from mechunlearn.attack.states import EDITED, GATE, NEVER_TAUGHT, UNEDITED, recovery
+from mechunlearn.core.grid import Grid
+from mechunlearn.core.runcard import RunCard, digest
+from mechunlearn.errors import MechunlearnError
+from mechunlearn.facts.prompts import Prompts
+from mechunlearn.model.hooked import HookedModel
+
+VARIANTS: Mapping[str, Mapping] = {
+    "relearning_on_other_facts": {"on": "other facts", "rates": {"lora": (5e-3,), "full": (1e-3,)}, "steps": 10},
+    "relearning_on_text": {"on": "text", "rates": {"lora": (5e-3,), "full": (1e-3,)}, "steps": 10},
+}
+ATTACKS = (*(module.name for module in pkgutil.iter_modules(mechunlearn.attack.__path__)), *VARIANTS)
+PLACED = ("activation_perturbation",)  # its ceiling and floor depend on where the edit is
+BACK = 0.2
+OUTCOME = (
+    *("attack", "outcome", "recovery", "up to", "held out", "low", "high", "n", "floor", "ceiling"),
+    *("never taught", "never low", "never high", "chance", "setting", "settings", "note"),
+)
+Watch = Callable[["Attacked"], object]
+
+
+@dataclass(frozen=True, eq=False)
+class Attacked:
+    """What attacks found: the rows of each by name, and why others failed."""
+
+    rows: Mapping[str, pd.DataFrame] = field(default_factory=dict)
+    failed: Mapping[str, str] = field(default_factory=dict)
+
+    def outcomes(self, state: str = EDITED) -> pd.DataFrame:
+        """One row an attack: how much of the knowledge it brought back, and what its floor and ceiling were.
+
+        `state` is the edit asked about: the one attacked, or one by its name in `beside`.
+
+        `outcome`: "back" if the recovery is .2 or more and the interval of what came back lies above the floor, "not back" if not,
+        "collapsed" if every setting broke the model, "unknown" if the unedited model's facts do not come out above the floor
+        themselves, "failed" with the reason in `note`. `up to` is the recovery at the upper end of that interval (where no fact
+        came back, of the exact binomial one): what the number of facts cannot exclude. `never taught` is the same maximum over
+        settings on facts that the model never knew. Raises `MechunlearnError` for a state that was not attacked.
+        """
+        found = [_outcome(name, rows, state) for name, rows in self.rows.items()]
+        failed = [{"attack": name, "outcome": "failed", "note": reason} for name, reason in self.failed.items()]
+        return pd.DataFrame([*found, *failed], columns=list(OUTCOME))
+
+
+def attack_all(
+    model: HookedModel,
+    edit: Edit | None,
+    forget: Prompts,
+    retain: Prompts,
+    *,
+    attacks: Sequence[str] | str = "all",
+    cache: str | Path | None = None,
+    seed: int = 0,
+    progress: bool = False,
+    watch: Watch | None = None,
+) -> Attacked:
+    """Run attacks by name (`ATTACKS`), each with its floor and its ceiling; one that fails is noted, the rest go on.
+
+    `cache` is a folder in which every finished attack is kept, and ceilings and floors apart from it: the same model, facts and seed
+    find them there, so that a run that was killed goes on, and a second edit costs only its own part. Without an edit ceilings and
+    floors alone are run. `watch` is given what is known after each attack.
+
+    Raises `MechunlearnError` for an unknown name.
+
+    >>> from mechunlearn.edit import masked_gradient
+    >>> from mechunlearn.artifacts.mask import ComponentMask
+    >>> from mechunlearn.world.toy import planted_facts
+    >>> toy = planted_facts()
+    >>> forget, retain = toy.prompts(list(range(8))), toy.prompts(list(range(8, 24)))
+    >>> edit = masked_gradient(toy.model, ComponentMask.of(["L0.mlp.out"], toy.model.signature), forget, retain, steps=2)
+    >>> attack_all(toy.model, edit, forget, retain, attacks=["quantization"]).outcomes()["attack"].tolist()
+    ['quantization']
+    """
+    names = check_attacks(attacks)
+    grid = _kept(model, forget, retain, seed, cache)
+    mark = _digest(model, edit) if edit is not None else ""
+    rows: dict[str, pd.DataFrame] = {}
+    failed: dict[str, str] = {}
+
+    def made(name: str) -> pd.DataFrame | None:
+        module = name.split("_on_")[0]
+        attack = getattr(importlib.import_module(f"mechunlearn.attack.{module}"), module)
+        shared = {"seed": seed, "progress": progress, **VARIANTS.get(name, {})}
+        mine = {"attack": name, "edit": mark}
+        if name in PLACED:
+            if edit is None:
+                return None
+            return _cell(grid, mine, lambda: attack(model, edit, forget, retain, **shared))
+        bounds = _cell(grid, mine | {"edit": ""}, lambda: attack(model, None, forget, retain, **shared))
+        if edit is None:
+            return bounds
+        return _cell(grid, mine, lambda: attack(model, edit, forget, retain, known=bounds, **shared))
+
+    for name in names:
+        try:
+            found = made(name)
+        except Exception as error:
+            failed[name] = str(error) if isinstance(error, MechunlearnError) else f"{type(error).__name__}: {error}"
+        else:
+            if found is None:
+                continue
+            rows[name] = found
+        if watch is not None:
+            watch(Attacked(dict(rows), dict(failed)))
+    return Attacked(rows, failed)
+
+
+def check_attacks(attacks: Sequence[str] | str) -> list[str]:
+    """The attacks that are asked for; "all" is every one. Raises `MechunlearnError` for an unknown name.
+
+    >>> check_attacks("quantization")
+    ['quantization']
+    """
+    asked = [attacks] if isinstance(attacks, str) else list(attacks)
+    names = list(ATTACKS) if asked == ["all"] else asked
+    if unknown := [name for name in names if name not in ATTACKS] or ([""] if not names else []):
+        raise MechunlearnError(
+            f"Unknown attack '{unknown[0]}'. Expected 'all', or one or more of {', '.join(ATTACKS)}."
+        )
+    return list(dict.fromkeys(names))
+
+
+def word(truth: float, retained: float, before: float, chance: float, outcomes: pd.DataFrame) -> tuple[str, str]:
+    """One word for an edit, and the numbers behind it.
+
+    "collapsed": of the `retained` facts fewer than .9 of those `before` are right, so nothing can be said of the others. "still there": the
+    training prompt gives more than .2 of the way from chance to 1. "hidden": some attack brings it back. "gone": none of them
+    does, as far as this many facts can tell. "not known": no attack could tell.
+    """
+    if retained < GATE * before:
+        return "collapsed", f"{retained:.1%} of the retain facts are right (before: {before:.1%})"
+    if (truth - chance) / (1 - chance) > BACK:
+        return "still there", f"{truth:.1%} of the forget facts are still right on the training prompt"
+    back = outcomes[outcomes["outcome"] == "back"].sort_values("recovery", ascending=False)
+    if len(back):
+        told = [
+            f"{row['attack']} recovers {row['recovery']:.2f} (right {row['held out']:.2f} [{row['low']:.2f}, "
+            f"{row['high']:.2f}], floor {row['floor']:.2f}, n = {row['n']:.0f})"
+            for row in back.to_dict("records")
+        ]
+        return "hidden", "; ".join(told)
+    tried = outcomes[outcomes["outcome"] == "not back"]
+    if not len(tried):
+        return "not known", "no attack could tell"
+    most = tried.sort_values("up to", ascending=False).to_dict("records")[0]
+    return "gone", (
+        f"{len(tried)} of {len(outcomes)} attacks measured it and none is seen to bring it back; the facts cannot exclude a recovery of "
+        f"{max(0.0, most['up to']):.2f} by {most['attack']} (n = {most['n']:.0f})"
+    )
+
+
+def _outcome(name: str, rows: pd.DataFrame, state: str) -> dict:
+    found = recovery(rows)
+    if state not in found.index and state != EDITED:
+        raise MechunlearnError(f"'{name}' did not attack '{state}'. Expected one of {', '.join(found.index)}.")
+    row: dict = {"attack": name, "settings": int(rows["setting"].nunique()), "note": ""}
+    never = found.loc[NEVER_TAUGHT] if NEVER_TAUGHT in found.index else None
+    if never is not None:
+        row |= {"never taught": never["held out"], "never low": never["low"], "never high": never["high"]}
+    best = found.loc[state if state in found.index else UNEDITED]
+    row |= {name: best[name] for name in ("held out", "low", "high", "n", "floor", "ceiling", "chance", "setting")}
+    row["recovery"] = best["recovery"]
+    room = best["ceiling"] - best["floor"]
+    high = best["high"] if best["held out"] > 0 else max(best["high"], 1 - 0.025 ** (1 / best["n"]))
+    row["up to"] = (high - best["floor"]) / room if room > 0 else math.nan
+    if best["collapsed"]:
+        row["note"] = f"collapsed: {', '.join(best['collapsed'])}"
+    if best["outcome"] == "collapsed":
+        return row | {"outcome": "collapsed"}
+    if pd.isna(best["recovery"]):
+        return row | {"outcome": "unknown", "note": "the unedited model's facts do not come out above the floor"}
+    return row | {"outcome": "back" if best["recovery"] >= BACK and best["low"] > best["floor"] else "not back"}
+
+
+def _digest(model: HookedModel, edit: Edit) -> str:
+    """An edit by what it does to the weights, and how it was made."""
+    with edit.applied(model):
+        weights = model.fingerprint
+    return digest(
+        weights, edit.card.method, edit.card.mask, json.dumps(edit.card.settings, sort_keys=True, default=str)
+    )
+
+
+def _kept(model: HookedModel, forget: Prompts, retain: Prompts, seed: int, cache: str | Path | None) -> Grid | None:
+    if cache is None:
+        return None
+    about = {
+        "model": model.fingerprint,
+        "forget": forget.fingerprint,
+        "retain": retain.fingerprint,
+        "seed": seed,
+        "versions": RunCard("attacks").versions,
+    }
+    return Grid.open(Path(cache) / digest(json.dumps(about, sort_keys=True)), about)
+
+
+def _cell(grid: Grid | None, description: Mapping, work: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+    """Rows of an attack: out of the cache, or made now."""
+    if grid is None:
+        return work()
+
+    def made() -> dict:
+        rows = work()
+        return {"rows": rows.to_dict("records"), "card": rows.attrs["card"]}
+
+    kept = grid.cell(description, made)
+    rows = pd.DataFrame(kept["rows"])
+    rows.attrs["card"] = kept["card"]
+    return rows

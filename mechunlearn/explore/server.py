@@ -1,0 +1,156 @@
+"""The explorer as a page of this machine: one process, one address, nothing outside."""
+
+import errno
+import ipaddress
+import json
+import secrets
+import socket
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import jinja2
+
+from mechunlearn.errors import MechunlearnError
+from mechunlearn.explore.app import Workbench
+
+STATIC = Path(__file__).parent / "static"
+LOOPBACK, PORT = "127.0.0.1", 8765
+MESSAGE = 1 << 16  # bytes
+
+
+class ExplorerServer(ThreadingHTTPServer):
+    """A page for one workbench; `url` has the key without which nothing is answered.
+
+    The port is taken when it is made, so that a mistake shows before a model is loaded; `show` answers until Ctrl-C.
+    """
+
+    daemon_threads = True
+    allow_reuse_address = False
+
+    def __init__(self, host: str = LOOPBACK, port: int = PORT, remote: bool = False) -> None:
+        """Raises `MechunlearnError` for an address that other machines can reach, unless `remote`, and for a taken port."""
+        if not remote and not _is_loopback(host):
+            raise MechunlearnError(
+                f"The address '{host}' can be reached from other machines. Expected {LOOPBACK}; if others shall see your model "
+                "and facts, say so with --remote."
+            )
+        self.remote, self.key, self.turn = remote, secrets.token_urlsafe(16), threading.Lock()
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        try:
+            super().__init__((host, port), _Handler)
+        except OSError as error:
+            taken = error.errno == errno.EADDRINUSE
+            why = "another program uses it" if taken else (error.strerror or str(error)).lower()
+            raise MechunlearnError(
+                f"Cannot open port {port} of {host}: {why}. Give another with --port, or --port 0 for any that is free."
+            ) from None
+        named = f"[{host}]" if ":" in host else host
+        self.hosts = {f"{name}:{self.server_port}" for name in (named, LOOPBACK, "localhost")}
+        shown = socket.gethostname() if host in ("0.0.0.0", "::") else named
+        self.url = f"http://{shown}:{self.server_port}/?key={self.key}"
+
+    def show(self, bench: Workbench) -> None:
+        """Answer until the program is ended."""
+        self.bench = bench
+        self.serve_forever()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: ExplorerServer
+
+    def do_GET(self) -> None:
+        if self.path != f"/?key={self.server.key}" or not self._known_host():
+            return self._refuse()
+        with self.server.turn:
+            view = self.server.bench.view()
+        page = _PAGE.render(
+            style=(STATIC / "explorer.css").read_text(encoding="utf-8"),
+            script=(STATIC / "explorer.js").read_text(encoding="utf-8").replace("export default", "const explorer ="),
+            view=view,
+            key=self.server.key,
+        )
+        return self._send(page.encode(), "text/html; charset=utf-8")
+
+    def do_POST(self) -> None:
+        given = self.headers.get("X-Explorer-Key", "")
+        size = self.headers.get("Content-Length", "")
+        if (
+            self.path != "/act"
+            or not self._known_host()
+            or not secrets.compare_digest(given.encode(), self.server.key.encode())
+        ):
+            return self._refuse()
+        if not size.isdecimal() or int(size) > MESSAGE:
+            return self._refuse(400)
+        try:
+            message = json.loads(self.rfile.read(int(size)))
+        except ValueError:
+            return self._refuse(400)
+        with self.server.turn:
+            view = self.server.bench.act(message if isinstance(message, dict) else {})
+        return self._send(json.dumps(view).encode(), "application/json")
+
+    def _known_host(self) -> bool:
+        """A page of another name that points here (DNS rebinding) is not answered."""
+        return self.server.remote or self.headers.get("Host", "") in self.server.hosts
+
+    def _refuse(self, code: int = 403) -> None:
+        self._send(b"Open the address that mechunlearn explore printed.", "text/plain", code)
+
+    def _send(self, body: bytes, kind: str, code: int = 200) -> None:
+        self.send_response(code)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Cache-Control", "no-store")
+        self.send_header("Referrer-Policy", "no-referrer")
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.send_header(
+            "Content-Security-Policy",
+            "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:; frame-ancestors 'none'",
+        )
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing is logged: the console belongs to the command."""
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+_PAGE = jinja2.Environment(autoescape=True).from_string("""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>mechunlearn explorer</title><link rel="icon" href="data:,">
+<style>:root { color-scheme: light dark; } body { margin: 1rem auto; padding: 0 .8rem; max-width: 84rem; font-family: system-ui, sans-serif; }
+h1 { font-size: 1.2rem; margin: .2rem 0 .8rem; }
+{{ style|safe }}</style></head>
+<body><h1>Where does the model keep these facts?</h1><main id="explorer"></main>
+<script type="module">
+{{ script|safe }}
+const listeners = [];
+const state = { view: {{ view|tojson }} };
+const show = (view) => { state.view = view; listeners.forEach((draw) => draw()); };
+const model = {
+  get: (name) => state[name],
+  on: (event, draw) => listeners.push(draw),
+  send: async (message) => {
+    let answer;
+    try {
+      answer = await fetch("/act", { method: "POST", headers: { "X-Explorer-Key": {{ key|tojson }} }, body: JSON.stringify(message) });
+    } catch {
+      show({ ...state.view, error: "The program that serves this page has ended. Start mechunlearn explore again." });
+      return;
+    }
+    show(answer.ok ? await answer.json() : { ...state.view, error: await answer.text() });
+  },
+};
+explorer.render({ model, el: document.getElementById("explorer") });
+</script></body></html>
+""")

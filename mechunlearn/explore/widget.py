@@ -1,0 +1,186 @@
+"""Looking around: facts in a model, component by component, or the features and codes of a dictionary."""
+
+import base64
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import anywidget
+import jinja2
+import traitlets
+
+from mechunlearn.artifacts.localization import Localization
+from mechunlearn.artifacts.mask import ComponentMask
+from mechunlearn.explore.app import Workbench
+from mechunlearn.facts.prompts import Prompts
+from mechunlearn.features.dashboard import Exploration, explore_dictionary
+from mechunlearn.features.dictionaries import Dictionary, Model
+from mechunlearn.features.firing import Texts
+from mechunlearn.model.hooked import HookedModel
+
+STATIC = Path(__file__).parent / "static"
+UP, DOWN = "#0072b2", "#d55e00"  # as in the plots
+
+
+class Explorer(anywidget.AnyWidget):
+    """The view of `explore` in a notebook: choose method, metric and fact, click components, put a mask together, save it.
+
+    `mask` is the selection as a `ComponentMask`, `found` the localization on show, `bench` does the work. Where no widget runs (nbconvert, a code-hosting page) the map is a picture.
+    """
+
+    _esm = STATIC / "explorer.js"
+    _css = STATIC / "explorer.css"
+    view = traitlets.Dict().tag(sync=True)
+
+    def __init__(self, bench: Workbench) -> None:
+        super().__init__()
+        self.bench = bench
+        self.view = bench.view()
+        self.on_msg(self._asked)
+
+    @property
+    def mask(self) -> ComponentMask:
+        """What is selected now."""
+        return self.bench.mask
+
+    @property
+    def found(self) -> Localization:
+        """The localization on show."""
+        return self.bench.found
+
+    def choose(self, **what: Any) -> None:
+        """Choose method, metric, fact or map, as `Workbench.choose` takes them."""
+        self._then(self.bench.choose, **what)
+
+    def show(self, component: str) -> None:
+        """Show a component's details: `show("L2.mlp.out[7]")`."""
+        self._then(self.bench.show, component)
+
+    def toggle(self, component: str) -> None:
+        """Add a component to the mask, or take it out if it is there."""
+        self._then(self.bench.toggle, component)
+
+    def take(self, **what: Any) -> None:
+        """Let the mask be the largest units of a share of the weights, or those above a score: `take(share=0.05)`."""
+        self._then(self.bench.take, **what)
+
+    def save(self, path: str | Path) -> None:
+        """Write the mask that is selected now; raises `MechunlearnError` if it is empty."""
+        self.bench.save(path)
+
+    def _then(self, done: Callable, *given: Any, **named: Any) -> None:
+        done(*given, **named)
+        self.view = self.bench.view()
+
+    def _asked(self, widget: object, message: dict, buffers: object) -> None:
+        del widget, buffers
+        answer = self.view.get("answer", 0) + 1  # the view changes, and is drawn, even if nothing else did
+        self.view = self.bench.act(message) | {"answer": answer}
+
+    def __repr__(self) -> str:
+        return f"Explorer({self.bench.method}, {len(self.bench.prompts)} facts; {self.mask!r})"
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> Any:
+        made = super()._repr_mimebundle_(**kwargs)
+        if made is None:
+            return {"text/html": static_view(self.view)}
+        data, more = made if isinstance(made, tuple) else (made, {})
+        return {**data, "text/html": static_view(self.view)}, more
+
+
+@overload
+def explore(
+    model: HookedModel, what: Prompts, *, found: Localization | None = None, mask: ComponentMask | None = None
+) -> Explorer: ...
+@overload
+def explore(
+    model: Model,
+    what: Dictionary,
+    texts: Texts,
+    units: ComponentMask | Sequence[int] | None = None,
+    *,
+    examples: int = 5,
+    window: int = 8,
+    words: int = 8,
+) -> Exploration: ...
+def explore(
+    model: Any,
+    what: Any,
+    texts: Texts | None = None,
+    units: ComponentMask | Sequence[int] | None = None,
+    *,
+    found: Localization | None = None,
+    mask: ComponentMask | None = None,
+    **shown: int,
+) -> Explorer | Exploration:
+    """See where facts live and click through it, or see what a dictionary's units are active on.
+
+    `explore(model, prompts)` opens an interactive view in a notebook: a heat map of any localizer (all facts or one, any
+    metric), and behind each cell the facts that the component changes most, its exact effect by token role, its attention or
+    read-out, and its direct effect. Components are added to the mask and taken out by hand; its share of the weights is shown,
+    its faithfulness measured on demand, and it is saved as `.mask.json`. `found` adds a localization of yours to the methods, `mask` is one to begin with.
+    `mechunlearn explore` opens the same as a local page.
+
+    `explore(model, dictionary, texts, units)` gives an `Exploration` of features or codes: see `explore_dictionary`.
+
+    What is on show describes; whether it matters shows when it is edited. Raises `MechunlearnError` without facts.
+
+    >>> from mechunlearn.world.toy import planted_facts
+    >>> toy = planted_facts()
+    >>> seen = explore(toy.model, toy.prompts())
+    >>> seen.toggle("L0.mlp.out[1]")
+    >>> list(seen.mask)
+    [L0.mlp.out[1]]
+    """
+    if isinstance(what, Prompts):
+        return Explorer(Workbench(model, what, found, mask))
+    return explore_dictionary(model, what, texts if texts is not None else (), units, **shown)
+
+
+def static_view(view: dict) -> str:
+    """The map as a picture, its numbers as a table, and the mask in words, for where no script runs."""
+    picture = base64.b64encode(_PICTURE.render(view=view, shade=_shade(view["heat"]["values"])).encode()).decode()
+    return _STATIC.render(view=view, picture=picture)
+
+
+def _shade(values: list[list[float | None]]) -> Callable[[float | None], tuple[str, str]]:
+    """Colour and opacity of a cell, as the script shades it."""
+    most = max((abs(value) for row in values for value in row if value is not None), default=0.0) or 1.0
+
+    def shaded(value: float | None) -> tuple[str, str]:
+        return (UP if (value or 0) > 0 else DOWN, f"{0.08 + 0.82 * abs(value) / most:.3f}" if value else "0")
+
+    return shaded
+
+
+_JINJA = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+_PICTURE = _JINJA.from_string("""\
+{% set heat, across, down = view.heat, 46, 30 %}
+{% set left = 16 + 8 * heat.rows|map('length')|max %}
+{% set width, height = left + across * heat.columns|length + 10, down * heat.rows|length + 46 %}
+<svg xmlns="http://www.w3.org/2000/svg" width="{{ width }}" height="{{ height }}" viewBox="0 0 {{ width }} {{ height }}"
+ font-family="system-ui, sans-serif" font-size="13" fill="#777777">
+{% for name in heat.rows %}{% set y = down * loop.index0 + 4 %}{% set i = loop.index0 %}
+<text x="{{ left - 10 }}" y="{{ y + 18 }}" text-anchor="end">{{ name }}</text>
+{% for value in heat['values'][i] %}{% set x = left + across * loop.index0 %}{% set colour, opacity = shade(value) %}
+<rect x="{{ x }}" y="{{ y }}" width="{{ across - 3 }}" height="{{ down - 3 }}" rx="3" fill="{{ colour }}" fill-opacity="{{ opacity }}" stroke="#808080" stroke-opacity=".3"/>
+{% set part = heat.selected[i][loop.index0] %}
+{% if part > 0 %}<text x="{{ x + across / 2 - 1.5 }}" y="{{ y + 18 }}" text-anchor="middle">{{ '●' if part == 1 else '◐' }}</text>{% endif %}
+{% endfor %}
+{% endfor %}
+{% for name in heat.columns %}
+<text x="{{ left + across * loop.index0 + across / 2 - 1.5 }}" y="{{ height - 26 }}" text-anchor="middle">{{ name }}</text>
+{% endfor %}
+<text x="{{ left + across * heat.columns|length / 2 }}" y="{{ height - 6 }}" text-anchor="middle">layer</text>
+</svg>
+""")
+_STATIC = _JINJA.from_string("""\
+<p><b>{{ view.method.replace('_', ' ') }}</b>, {{ view.metric.replace('_', ' ') ~ ', ' if view['uses metric'] }}{{ 'all %d facts' % view.facts|length if view.fact is none else 'one fact' }}: {{ view.heat.what }}; blue above zero, orange below. Run it in Jupyter to click through it.</p>
+<img alt="{{ view.heat.rows|length }} x {{ view.heat.columns|length }} map: {{ view.heat.what }}" src="data:image/svg+xml;base64,{{ picture }}">
+<p>Mask: {{ view.mask.units }} units, {{ '%.2f'|format(100 * view.mask.share) }} % of the editable weights{{ ' (● all, ◐ some of it)' if view.mask.units }}.</p>
+<details><summary>The numbers</summary>
+<table><thead><tr><th></th>{% for name in view.heat.columns %}<th>L{{ name }}</th>{% endfor %}</tr></thead>
+{% for name in view.heat.rows %}{% set i = loop.index0 %}
+<tr><th>{{ name }}</th>{% for value in view.heat['values'][i] %}<td>{{ '' if value is none else '%+.2f'|format(value) }}</td>{% endfor %}</tr>
+{% endfor %}</table></details>
+""")

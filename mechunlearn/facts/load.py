@@ -1,0 +1,121 @@
+"""Facts as text: the data set, its formats, and what is related to it."""
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mechunlearn.core.files import data_folder
+from mechunlearn.errors import MechunlearnError
+from mechunlearn.facts.formats import Query, queries
+from mechunlearn.facts.readers import read_facts
+
+if TYPE_CHECKING:
+    pass
+from mechunlearn.facts.dataset import Fact, FactDataset
+
+TWO_HOP = "{s} lives in the country of"
+
+
+def load_facts(source: str | Path, *, seed: int = 0) -> FactDataset:
+    """Load a relation of the shipped world (`factworld/sport`), a file, or a data set known to `datasets`.
+
+    Files: CSV, JSON, JSONL or parquet with the columns of the sports data (`athlete`, `sport`, `prompt`), CounterFact
+    (nested or flattened), zsRE (`subject`, `src`, `answers`), or plain `subject`, `prompt`, `answer` and perhaps
+    `target`, `relation`. Edit targets that the file does not give are drawn once, at random by `seed`, from the other
+    answers of the relation. Raises `MechunlearnError` for a file that is missing, empty, wrongly encoded or lacks columns.
+
+    >>> facts = load_facts("factworld/sport")
+    >>> len(facts), facts.facts[0].queries["question"].prompt[:32]
+    (800, 'Question: What sport does Jelen ')
+    """
+    name = str(source)
+    if name == "factworld" or name.startswith("factworld/"):
+        return world_facts(data_folder() / "factworld", name.partition("/")[2] or "sport", seed)
+    records = read_facts(source)
+    rng = random.Random(seed)
+    answers: dict[str, list[str]] = {}
+    for record in records:
+        known = answers.setdefault(record.relation, [])
+        if record.answer not in known:
+            known.append(record.answer)
+    facts = []
+    for record in records:
+        options = answers[record.relation]
+        others = [answer for answer in options if answer != record.answer]
+        target = record.target or (rng.choice(others) if others else "")
+        if not target:
+            raise MechunlearnError(
+                f"'{name}': every fact of relation '{record.relation}' has the answer '{record.answer}', so no wrong "
+                "answer can be drawn. Add a 'target' column, or facts with other answers."
+            )
+        shown = tuple(options) if 1 < len(options) <= 32 else ()
+        asked = {"statement": Query(record.prompt, record.answer, target, shown)}
+        for other, prompt in record.others.items():
+            asked[other] = Query(prompt, record.answer, target, shown)
+        facts.append(Fact(record.subject, record.relation, asked))
+    return FactDataset(Path(name).stem, tuple(facts))
+
+
+def world_facts(folder: Path, relation: str, seed: int = 0) -> FactDataset:
+    """One relation of the world in a folder, with its other relations, skills and stories."""
+    file = (folder / "world.json").resolve()
+    changed = file.stat().st_mtime_ns
+    world = _world(file, changed)
+    if relation not in world["facts"]:
+        raise MechunlearnError(
+            f"The shipped world has no relation '{relation}'. Its relations: {', '.join(world['facts'])}."
+        )
+    kind = world["relations"][relation]["subject"]
+    same = [name for name, entry in world["relations"].items() if entry["subject"] == kind and name != relation]
+    skills = {
+        name: tuple(Query(task["prompt"], task["answer"], task["foil"]) for task in tasks)
+        for name, tasks in world["skills"].items()
+    }
+    return replace(
+        _asked(file, changed, "facts", relation, seed),
+        related={name: _asked(file, changed, "facts", name, seed) for name in same},
+        skills=skills,
+        text=tuple(text for stories in world["stories"].values() for text in stories),
+        untaught=_asked(file, changed, "untaught", relation, seed) if world["untaught"].get(relation) else None,
+    )
+
+
+@lru_cache(maxsize=2)
+def _world(file: Path, changed: int) -> dict:
+    """A world's file, read once as long as it does not change."""
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+@lru_cache(maxsize=32)
+def _asked(file: Path, changed: int, which: str, name: str, seed: int) -> FactDataset:
+    """A relation's facts, or those that were never taught, in every format."""
+    world = _world(file, changed)
+    asked = _ask_all(world["relations"][name], name, world[which][name], seed)
+    hops = _two_hop(asked, world["facts"].get("country", {})) if name == "city" else {}
+    return FactDataset(f"factworld/{name}", asked, two_hop=hops)
+
+
+def _ask_all(relation: Mapping, name: str, facts: Mapping[str, str], seed: int) -> tuple[Fact, ...]:
+    rng = random.Random(seed)
+    pairs = list(facts.items())
+    made = []
+    for i, (subject, answer) in enumerate(pairs):
+        target = rng.choice([other for other in relation["answers"] if other != answer])
+        example = pairs[(i + 1 + rng.randrange(len(pairs) - 1)) % len(pairs)]
+        made.append(Fact(subject, name, queries(relation, subject, answer, target, example, rng)))
+    return tuple(made)
+
+
+def _two_hop(facts: Sequence[Fact], country: Mapping[str, str]) -> dict[str, Query]:
+    """The country of each person, unless truth and edit target lie in the same one: then it would tell nothing."""
+    made = {}
+    for fact in facts:
+        answer, target = country.get(fact.answer, ""), country.get(fact.target, "")
+        if answer and target and answer != target:
+            options = tuple(dict.fromkeys(country.values()))
+            made[fact.subject] = Query(TWO_HOP.format(s=fact.subject), answer, target, options)
+    return made

@@ -1,0 +1,268 @@
+"""When the units of a dictionary are active: the statistic that discovery, controls and quality are functions of."""
+
+import random
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mechunlearn.artifacts.mask import ComponentMask
+from mechunlearn.core.batches import in_batches
+from mechunlearn.errors import MechunlearnError
+from mechunlearn.facts.prompts import Prompts
+from mechunlearn.features.dictionaries import Codebook, Dictionary, Model, check, installed, place
+from mechunlearn.metrics.text import encode, padded, text_loss
+from mechunlearn.model.decoder import tapped
+from mechunlearn.model.hooked import HookedModel
+
+Texts = Prompts | Sequence[str] | tuple[Tensor, Tensor]
+BATCH = 64
+
+
+def tokenized(model: Model, data: Texts) -> tuple[Int[Tensor, "text pos"], Bool[Tensor, "text pos"]]:
+    """Tokens, padded on the right, and which of them count: no padding, no beginning or end of text.
+
+    `data` is prompts, texts (the model needs a tokenizer), or tokens and their lengths.
+    Raises `MechunlearnError` if there is no text, or nothing in it.
+    """
+    tokenizer = getattr(model, "tokenizer", None)
+    if isinstance(data, Prompts):
+        tokens, lengths = data.tokens, data.lengths
+    elif isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor):
+        tokens, lengths = data
+    else:
+        texts = (data,) if isinstance(data, str) else tuple(str(text) for text in data)
+        if not any(text.strip() for text in texts):
+            raise MechunlearnError(
+                "The text is empty, so no feature can be told from it. Expected passages on the topic."
+            )
+        if tokenizer is None or not isinstance(model, HookedModel):
+            raise MechunlearnError("This model has no tokenizer: give tokens and their lengths, as two tensors.")
+        encoded = encode(model, texts)
+        tokens, lengths = padded(encoded)[0], torch.tensor([len(ids) for ids in encoded])
+    special = torch.tensor(getattr(tokenizer, "all_special_ids", []), dtype=tokens.dtype)
+    counted = (torch.arange(tokens.shape[1]) < lengths[:, None]) & ~torch.isin(tokens, special)
+    if not counted.any():
+        raise MechunlearnError(
+            "The text has no tokens that count, so no feature can be told from it. Expected passages."
+        )
+    return tokens, counted
+
+
+def observed(
+    model: Model,
+    dictionary: Dictionary,
+    tokens: Int[Tensor, "text pos"],
+    see: Any,
+    counted: Bool[Tensor, "text pos"] | None = None,
+) -> None:
+    """A forward pass that ends once the dictionary's hook point has been seen.
+
+    A module without a layout may look both ways: it attends to no padding if `counted` is given.
+    Raises `MechunlearnError` for a hook point outside the encoder of an encoder-decoder model.
+    """
+    name = place(model, dictionary.hook_name)
+    if isinstance(model, HookedModel):
+        flat = (lambda z: see(z.flatten(-2))) if ".attn." in name else see
+        model.decoder.observe(tokens, {name: flat})
+        return
+    part: Any = model
+    module, device = model.get_submodule(name), next(model.parameters()).device
+    if getattr(part.config, "is_encoder_decoder", False):
+        part = part.get_encoder()
+        if module not in part.modules():
+            raise MechunlearnError(f"'{name}' is not in the encoder. Expected a hook point such as 'encoder.block.2'.")
+    mask = None if counted is None else counted.long().to(device)
+    with torch.no_grad(), tapped([(module, "out", see)]):
+        part(input_ids=tokens.to(device), attention_mask=mask)
+
+
+@dataclass(frozen=True, eq=False)
+class Activity:
+    """By text and unit: at how many tokens it is active, its summed squares, and its largest activation.
+
+    One pass over any texts; a topic is then a selection of rows, so that discovery on what has been seen costs no forward
+    pass. Memory: three numbers a text and unit.
+
+    >>> from mechunlearn import load_model
+    >>> from mechunlearn.features.dictionaries import load_dictionary
+    >>> model, codebook = load_model("factworld"), load_dictionary("factworld-codebook")
+    >>> seen = Activity.of(model, codebook, ["The cook baked the soup.", "The knight fought the army."])
+    >>> seen.fired.shape, seen.select([0]).rates().sum().item()
+    (torch.Size([2, 512]), 2.0)
+    """
+
+    fired: Float[Tensor, "text feature"]
+    squared: Float[Tensor, "text feature"]
+    largest: Float[Tensor, "text feature"]
+    tokens: Float[Tensor, " text"]
+
+    @classmethod
+    def of(cls, model: Model, dictionary: Dictionary, data: Texts, nearest: int | None = None) -> "Activity":
+        """See every text once. With `nearest`, a codebook counts so many nearest codes (S'), not only those it uses.
+
+        Raises `MechunlearnError` for a dictionary of another model, for empty text, and for more codes than there are.
+        """
+        check(dictionary, model)
+        if nearest is not None and not (
+            isinstance(dictionary, Codebook) and 0 < nearest <= dictionary.size // dictionary.groups
+        ):
+            raise MechunlearnError(
+                f"Cannot count the {nearest} nearest of {dictionary}. Expected a codebook and at most its number of codes "
+                "(of one group)."
+            )
+        tokens, counted = tokenized(model, data)
+        widths = counted.long().cumsum(1).argmax(1) + 1
+
+        def part(rows: Tensor) -> tuple[Tensor, ...]:
+            found: list[tuple[Tensor, ...]] = []
+            cut = int(widths[rows].max())
+
+            def see(h: Tensor) -> None:
+                kept = counted[rows, :cut].to(h.device)
+                if nearest is not None:
+                    assert isinstance(dictionary, Codebook)
+                    z = dictionary.counted(dictionary.nearest(dictionary.entering(h), nearest))
+                else:
+                    z = dictionary.encode(h)
+                z = z.detach().float() * kept[..., None]
+                found.append(((z > 0).sum(1).float().cpu(), z.square().sum(1).cpu(), z.amax(1).cpu()))
+
+            observed(model, dictionary, tokens[rows, :cut], see, counted[rows, :cut])
+            return (rows, *found[0])
+
+        order = widths.argsort()
+        parts = in_batches(len(tokens), BATCH, lambda rows: part(order[rows]))
+        back = torch.cat([rows for rows, *_ in parts]).argsort()
+        with torch.no_grad():
+            fired, squared, largest = (torch.cat([p[i] for p in parts])[back] for i in (1, 2, 3))
+        return cls(fired, squared, largest, counted.sum(1).float())
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def select(self, rows: Sequence[int] | Tensor) -> "Activity":
+        chosen = torch.as_tensor(rows, dtype=torch.long)
+        return Activity(*(getattr(self, name)[chosen] for name in ("fired", "squared", "largest", "tokens")))
+
+    def rates(self) -> Float[Tensor, " feature"]:
+        """The share of tokens at which each unit is active."""
+        return self.fired.sum(0) / self.tokens.sum()
+
+
+def matched_units(
+    activity: Activity, chosen: Int[Tensor, " unit"], seed: int = 0, among: int = 5
+) -> Int[Tensor, " unit"]:
+    """As many other units, each drawn from the `among` free ones that are active nearly as often: the random control.
+
+    Often used units are taken first, as few others come near them.
+    Raises `MechunlearnError` if there are not enough others.
+
+    >>> seen = Activity(torch.tensor([[9.0, 8.0, 1.0, 1.0]]), *[torch.zeros(1, 4)] * 2, torch.tensor([10.0]))
+    >>> matched_units(seen, torch.tensor([0, 2]), among=1)
+    tensor([1, 3])
+    """
+    used = (activity.fired.sum(0) + 1).log()
+    free = torch.ones(len(used), dtype=torch.bool)
+    free[chosen] = False
+    if int(free.sum()) < len(chosen):
+        raise MechunlearnError(f"{len(chosen)} of {len(used)} units have no {len(chosen)} others to be matched with.")
+    rng, drawn = random.Random(seed), []
+    for unit in sorted(chosen.tolist(), key=lambda u: -float(used[u])):
+        candidates = free.nonzero().flatten()
+        near = candidates[(used[candidates] - used[unit]).abs().argsort(stable=True)[:among]]
+        drawn.append(int(near[rng.randrange(len(near))]))
+        free[drawn[-1]] = False
+    return torch.tensor(sorted(drawn), dtype=torch.long)
+
+
+def matched_mask(activity: Activity, mask: ComponentMask, dictionary: Dictionary, seed: int = 0) -> ComponentMask:
+    """The mask of `matched_units`: random features or codes that are active as often as those of a mask.
+
+    Raises `MechunlearnError` if the mask is not of this dictionary, or there are not enough others.
+    """
+    if dictionary.site not in mask.sites:
+        raise MechunlearnError(
+            f"The mask selects units of {', '.join(mask.sites)}; the dictionary is '{dictionary.site}'."
+        )
+    chosen = matched_units(activity, mask.sites[dictionary.site].nonzero().flatten(), seed)
+    selected = torch.zeros(dictionary.size, dtype=torch.bool)
+    selected[chosen] = True
+    return replace(mask, sites={dictionary.site: selected})
+
+
+def quality(model: HookedModel, dictionary: Dictionary, texts: Sequence[str]) -> dict[str, float]:
+    """What a dictionary costs and says, on texts it was not trained on.
+
+    `explained variance` of the activations by the reconstruction; `loss` of the texts in nats a token, and `loss increase`
+    when the reconstruction takes the activation's place (no error term); `L0`, units active at a token; `dead share`,
+    units active at none of these tokens.
+    """
+    check(dictionary, model)
+    tokens, counted = tokenized(model, texts)
+    n, total, squares, missed = 0, torch.zeros(dictionary.d_model), 0.0, 0.0
+
+    def see(h: Tensor) -> None:
+        nonlocal n, total, squares, missed
+        kept = h.detach()[mask.to(h.device)]
+        gone = kept - dictionary.decode(dictionary.encode(kept)).detach()
+        n, total = n + len(kept), total + kept.float().sum(0).cpu()
+        squares, missed = squares + float(kept.float().square().sum()), missed + float(gone.float().square().sum())
+
+    for rows in torch.arange(len(tokens)).split(BATCH):
+        mask = counted[rows]
+        observed(model, dictionary, tokens[rows], see)
+    active = Activity.of(model, dictionary, texts)
+    plain = text_loss(model, tuple(texts))
+    with (
+        torch.no_grad(),
+        installed(model, dictionary.hook_name, lambda h: dictionary.decode(dictionary.encode(h)).to(h.dtype)),
+    ):
+        spliced = text_loss(model, tuple(texts))
+    variance = squares - float(total.square().sum()) / n
+    return {
+        "tokens": float(n),
+        "explained variance": round(1 - missed / variance, 4),
+        "loss": round(float(plain.mean()), 4),
+        "loss increase": round(float((spliced - plain).mean()), 4),
+        "L0": round(float(active.rates().sum()), 3),
+        "dead share": round(float((active.fired.sum(0) == 0).float().mean()), 4),
+    }
+
+
+def swapped(
+    texts: Sequence[str], words: Sequence[str], others: Mapping[str, Sequence[str]] | Sequence[str], seed: int = 0
+) -> list[str]:
+    """The same sentences with the topic's words replaced by unrelated ones: the text a topic's codes are told from.
+
+    Every word of `words` (whole words, whatever their case) is replaced at each place by one of `others`, drawn by `seed`;
+    `others` may say for each word which (a noun for a noun). A replacement begins with a capital letter where the word did.
+    Raises `MechunlearnError` if no text holds any of the words, or a word has nothing to take its place.
+
+    >>> swapped(["The cook baked soup."], ["cook", "baked", "soup"], {"cook": ["knight"], "baked": ["fought"], "soup": ["army"]})
+    ['The knight fought army.']
+    """
+    rng = random.Random(seed)
+    if not words:
+        raise MechunlearnError("No topic words were given, so nothing can be swapped. Expected words of the topic.")
+    pattern = re.compile(rf"\b({'|'.join(map(re.escape, sorted(words, key=len, reverse=True)))})\b", re.IGNORECASE)
+    pool = others if isinstance(others, Mapping) else {word.lower(): others for word in words}
+    known = {word.lower(): [new for new in replacements if new] for word, replacements in pool.items()}
+    bare = [word for word in words if not known.get(word.lower())]
+    if bare:
+        raise MechunlearnError(f"Nothing is given to take the place of {', '.join(bare[:5])}. Expected words for each.")
+
+    def replaced(found: "re.Match[str]") -> str:
+        new = rng.choice(known[found[0].lower()])
+        return new[0].upper() + new[1:] if found[0][0].isupper() else new
+
+    made = [pattern.sub(replaced, text) for text in texts]
+    if made == list(texts):
+        raise MechunlearnError(
+            f"None of the words {', '.join(list(words)[:5])} is in the text. Expected words of the topic."
+        )
+    return made

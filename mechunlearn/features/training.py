@@ -1,0 +1,388 @@
+"""Train a dictionary at a point of a model: a codebook of ours, or an SAE of sae-lens in a loop one can read."""
+
+import math
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from rich.progress import track
+from sklearn.cluster import MiniBatchKMeans
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mechunlearn.errors import MechunlearnError
+from mechunlearn.features.dictionaries import (
+    SAE,
+    Codebook,
+    Model,
+    fingerprint_of,
+    installed,
+    place,
+    signature_of,
+    width,
+)
+from mechunlearn.features.firing import Texts, observed, tokenized
+from mechunlearn.model.hook_points import hook_name_of
+from mechunlearn.model.hooked import HookedModel, frozen
+
+READ, CLUSTERED = 64, 20_000
+WARM = 10
+
+
+def train_codebook(
+    model: Model,
+    hook_name: str,
+    texts: Texts,
+    *,
+    size: int = 512,
+    used: int = 8,
+    groups: int = 1,
+    linear: int = 2,
+    steps: int = 1500,
+    spliced_steps: int = 200,
+    objective: Literal["kl", "ce"] = "kl",
+    joint: bool = False,
+    labels: Int[Tensor, "text label"] | None = None,
+    reconstruction: float | int = 0.2,
+    l1: float | int = 0.0,
+    rate: float | int = 3e-3,
+    model_rate: float | int = 1e-4,
+    batch: int = 16,
+    restart: int | None = 250,
+    seed: int = 0,
+    progress: bool = False,
+) -> Codebook:
+    """Train a codebook: k-means, then reconstruction of stored activations, then through the model it is spliced into.
+
+    The codes begin as centroids of what is looked up, divided by `used`. For `steps` steps of 512 tokens they learn to
+    reconstruct; every `restart` steps, codes that no token has used since become activations drawn at random (none in the
+    last quarter). For `spliced_steps` steps of `batch` texts the codebook stands in the model: KL from the
+    unspliced model's predictions (`kl`) or cross-entropy of the text (`ce`), plus `reconstruction` times the unexplained
+    variance, plus `l1` times the mean |code entry|; gradients pass straight through to h. The linear map before the look-up
+    stays as it begins, a random rotation and its negative: trained through the look-up it drifts and loses codes. The model
+    is frozen, unless `joint`: then it is trained in place with the codebook (cross-entropy; CodeUnlearn, arXiv 2410.10866),
+    at `model_rate`.
+    Encoder-decoder models take `labels`, -100 where there is none.
+
+    `texts` are texts, prompts, or tokens and lengths. Memory: their tokens times the width. The same seed gives the same
+    codebook on the same machine. Raises `MechunlearnError` for a hook point that does not exist, `used` above `size`, empty
+    text, `joint` with KL, and labels that are missing or for a model that takes none.
+
+    >>> from mechunlearn import load_model
+    >>> model = load_model("factworld")
+    >>> train_codebook(model, "L3.resid_post", ["The cook baked the soup."] * 4, size=8, used=2, steps=5, spliced_steps=1)
+    Codebook(8 codes, 2 used, L3.resid_post, width 128)
+    """
+    if joint and objective == "kl":
+        raise MechunlearnError("A model that is trained too has no fixed predictions to keep: give objective='ce'.")
+    name = place(model, hook_name)
+    module: Any = model.hf if isinstance(model, HookedModel) else model
+    if spliced_steps and getattr(module.config, "is_encoder_decoder", False) != (labels is not None):
+        raise MechunlearnError(
+            "An encoder-decoder model predicts nothing by itself: give labels, -100 where there is none. Other models take "
+            "no labels."
+        )
+    tokens, counted = tokenized(model, texts)
+    predicted = (counted[:, 1:] if labels is None else labels != -100).any(1).nonzero().flatten()
+    if spliced_steps and not len(predicted):
+        raise MechunlearnError("No text has a token to be predicted. Expected texts of two tokens or more.")
+    stored = activations(model, name, tokens, counted)
+    generator = torch.Generator().manual_seed(seed)
+    with _random_state_kept(stored.device):
+        made = Codebook(
+            stored.shape[1],
+            size,
+            used,
+            hook_name=name,
+            groups=groups,
+            linear=linear,
+            signature=signature_of(model),
+            fitted_on=fingerprint_of(model),
+        ).to(stored.device)
+    fit_codebook(made, stored, steps=steps, rate=rate, restart=restart, generator=generator, progress=progress)
+    variance = _variance(stored)
+    trained: list[tuple[list[nn.Parameter], float | int]] = [(list(made.parameters()), rate / 3)]
+    if joint:
+        trained.append(([p for p in module.parameters() if p.requires_grad], model_rate))
+    order: list[Tensor] = []
+
+    def through(_: int) -> Tensor:
+        if not order:
+            order.extend(predicted[torch.randperm(len(predicted), generator=generator)].split(batch))
+        rows = order.pop()
+        batch_, marked, targets = _inputs(module, tokens[rows], counted[rows], None if labels is None else labels[rows])
+        seen: list[Tensor] = []
+
+        def splice(h: Tensor) -> Tensor:
+            new = made(h)
+            told = counted[rows, : h.shape[1]].to(h.device)
+            seen.append((new - h)[told].square().mean() / variance)
+            return new.to(h.dtype)
+
+        if objective == "kl":
+            with torch.no_grad():
+                wanted = module(**batch_).logits[marked].float().log_softmax(-1)
+        with installed(model, name, splice):
+            got = module(**batch_).logits[marked].float().log_softmax(-1)
+        fit = functional.kl_div(got, wanted, log_target=True, reduction="batchmean") if objective == "kl" else None
+        loss = functional.nll_loss(got, targets) if fit is None else fit
+        return loss + reconstruction * seen[0] + l1 * made.codes.abs().mean()
+
+    with nullcontext() if joint else frozen(module):
+        _descend(made, through, spliced_steps, trained, "through the model", progress)
+    if joint:
+        if isinstance(model, HookedModel):
+            model.refresh_()
+        made.fitted_on = fingerprint_of(model)
+    return made.eval()
+
+
+def fit_codebook(
+    codebook: Codebook,
+    stored: Float[Tensor, "token width"],
+    *,
+    steps: int = 1500,
+    rate: float | int = 3e-3,
+    restart: int | None = 250,
+    generator: torch.Generator | None = None,
+    progress: bool = False,
+) -> None:
+    """The first half of `train_codebook`, on activations that you have: k-means, then reconstruction, in place.
+
+    >>> codebook = Codebook(d_model=8, size=4, used=1, hook_name="L0.resid_post")
+    >>> fit_codebook(codebook, torch.randn(64, 8), steps=2)
+    """
+    generator = generator or torch.Generator().manual_seed(0)
+    variance = _variance(stored)
+    _begin(codebook, stored, generator)
+    used_since = torch.zeros(codebook.size, dtype=torch.bool, device=stored.device)
+
+    def reconstruct(step: int) -> Tensor:
+        h = stored[torch.randint(len(stored), (512,), generator=generator).to(stored.device)]
+        if restart and step and step % restart == 0 and step <= 0.75 * steps:
+            _restart(codebook, stored, ~used_since, generator)
+            used_since.zero_()
+        ids = codebook.nearest(codebook.entering(h))
+        used_since[ids.flatten()] = True
+        return (codebook.leaving(codebook.summed(ids)) - h).square().mean() / variance
+
+    _descend(codebook, reconstruct, steps, [(list(codebook.parameters()), rate)], "reconstructing", progress)
+
+
+def train_sae(
+    model: Model,
+    hook_name: str,
+    texts: Texts,
+    *,
+    size: int = 512,
+    used: int = 8,
+    steps: int = 2000,
+    batch: int = 512,
+    rate: float | int = 1e-3,
+    dead_after: int = 200,
+    seed: int = 0,
+    progress: bool = False,
+) -> SAE:
+    """Train a TopK SAE of sae-lens on stored activations: `size` features, of which the `used` largest are kept a token.
+
+    sae-lens's own module and loss (with its auxiliary loss for features that have been dead for `dead_after` steps), Adam
+    with a cosine rate, activations drawn at random by the seed. What comes back is the inference form, which `save` writes
+    as sae-lens does. Memory: tokens of the texts times the width; for texts beyond memory use sae-lens's `SAETrainer`, whose
+    folders `load_dictionary` reads.
+    Raises `MechunlearnError` for a hook point that does not exist, `used` above `size`, and empty text.
+
+    >>> from mechunlearn import load_model
+    >>> train_sae(load_model("factworld"), "L3.resid_post", ["The cook baked the soup."] * 4, size=16, used=2, steps=5)
+    SAE(16 features, topk, L3.resid_post, width 128)
+    """
+    name = place(model, hook_name)
+    _check_used(size, used)
+    stored = activations(model, name, *tokenized(model, texts))
+    sae = fit_sae(
+        stored,
+        size=size,
+        used=used,
+        steps=steps,
+        batch=batch,
+        rate=rate,
+        dead_after=dead_after,
+        seed=seed,
+        progress=progress,
+    )
+    sae.cfg.metadata.hook_name = hook_name_of(name)
+    return SAE(sae, name, signature_of(model), fingerprint_of(model))
+
+
+def fit_sae(
+    stored: Float[Tensor, "token width"],
+    *,
+    size: int = 512,
+    used: int = 8,
+    steps: int = 2000,
+    batch: int = 512,
+    rate: float | int = 1e-3,
+    dead_after: int = 200,
+    seed: int = 0,
+    progress: bool = False,
+) -> Any:
+    """`train_sae` on activations that you have: sae-lens's own object in its inference form. `SAE(it, hook_name)` wraps it.
+
+    Raises `MechunlearnError` for `used` above `size`.
+
+    >>> fit_sae(torch.randn(64, 8), size=16, used=2, steps=2).cfg.d_sae
+    16
+    """
+    _check_used(size, used)
+    from sae_lens import SAE as Loaded  # seconds to import
+    from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+    from sae_lens.saes.sae import TrainStepInput
+
+    cfg = TopKTrainingSAEConfig(d_in=stored.shape[1], d_sae=size, k=used, device=str(stored.device))
+    with _random_state_kept(stored.device):
+        torch.manual_seed(seed)
+        sae = TopKTrainingSAE(cfg)
+    with torch.no_grad():
+        sae.b_dec.copy_(stored.mean(0))
+    generator = torch.Generator().manual_seed(seed)
+    silent = torch.zeros(size, dtype=torch.long, device=stored.device)
+
+    def fit(step: int) -> Tensor:
+        h = stored[torch.randint(len(stored), (batch,), generator=generator).to(stored.device)]
+        out = sae.training_forward_pass(
+            TrainStepInput(
+                sae_in=h,
+                coefficients={},
+                dead_neuron_mask=silent > dead_after,
+                n_training_steps=step,
+                is_logging_step=False,
+            )
+        )
+        fired = (out.feature_acts > 0).any(0)
+        silent.add_(1).masked_fill_(fired, 0)
+        return out.loss
+
+    _descend(sae, fit, steps, [(list(sae.parameters()), rate)], "training the SAE", progress)
+    with tempfile.TemporaryDirectory() as folder:
+        sae.save_inference_model(folder)
+        return Loaded.load_from_disk(Path(folder), device=str(stored.device))
+
+
+@torch.no_grad()
+def activations(model: Model, hook_name: str, tokens: Tensor, counted: Tensor) -> Float[Tensor, "token width"]:
+    """The activations of all counted tokens at a hook point."""
+    found: list[Tensor] = []
+    with _random_state_kept(torch.device("cpu")):
+        probe = Codebook(width(model, hook_name) or 1, 1, 1, hook_name=hook_name)  # only its hook point is asked for
+    for rows in torch.arange(len(tokens)).split(READ):
+
+        def see(h: Tensor, rows: Tensor = rows) -> None:
+            found.append(h.detach()[counted[rows].to(h.device)].float())
+
+        observed(model, probe, tokens[rows], see, counted[rows])
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def _begin(made: Codebook, stored: Tensor, generator: torch.Generator) -> None:
+    """Linear maps that keep everything (a rotation and its negative, and back), and centroids as codes."""
+    mean, size = stored.mean(0), stored.square().mean().sqrt().clamp(min=1e-12)
+    if made.encoder is not None and made.decoder is not None:
+        d = made.d_model
+        q = torch.linalg.qr(torch.randn(d, d, generator=generator))[0].to(stored)
+        signs = [1 if i % 2 == 0 else -1 for i in range(made.linear)]
+        w = torch.cat([sign * q for sign in signs])
+        made.encoder.weight.copy_(w / size)
+        made.encoder.bias.copy_(-w @ mean / size)
+        made.decoder.weight.copy_(w.T * size * 2 / max(2, made.linear))
+        made.decoder.bias.copy_(mean)
+    drawn = stored[torch.randperm(len(stored), generator=generator)[:CLUSTERED].to(stored.device)]
+    parts = made.entering(drawn).unflatten(-1, (made.groups, -1)).cpu()
+    each = made.size // made.groups
+    for group in range(made.groups):
+        points = parts[:, group]
+        if len(points) < each:  # fewer tokens than codes: the rest begins as noisy copies
+            again = points[torch.randint(len(points), (each - len(points),), generator=generator)]
+            centres = torch.cat([points, again + 0.1 * again.std() * torch.randn(again.shape, generator=generator)])
+        else:
+            seed = generator.initial_seed() % 2**32
+            fitted = MiniBatchKMeans(each, n_init=1, max_iter=10, random_state=seed).fit(points.numpy())
+            centres = torch.from_numpy(fitted.cluster_centers_).to(points)
+        made.codes[group * each : (group + 1) * each] = centres.to(made.codes) / made.used
+
+
+@torch.no_grad()
+def _restart(made: Codebook, stored: Tensor, dead: Tensor, generator: torch.Generator) -> None:
+    ids = dead.nonzero().flatten()
+    drawn = stored[torch.randint(len(stored), (len(ids),), generator=generator).to(stored.device)]
+    parts = made.entering(drawn).unflatten(-1, (made.groups, -1))
+    at = torch.arange(len(ids), device=ids.device)
+    made.codes[ids] = parts[at, ids // (made.size // made.groups)] / made.used
+
+
+def _descend(
+    module: nn.Module,
+    loss_of: Callable[[int], Tensor],
+    steps: int,
+    trained: list[tuple[list[nn.Parameter], float | int]],
+    what: str,
+    progress: bool,
+) -> None:
+    """Adam with a warm-up of some steps and a cosine rate. `.grad` of others is left alone."""
+    optimiser = torch.optim.Adam([{"params": parameters, "lr": rate, "full": rate} for parameters, rate in trained])
+    leaves = [p for parameters, _ in trained for p in parameters]
+    module.train()
+    for step in track(range(steps), what, disable=not progress, transient=True):
+        scale = min(1.0, (step + 1) / WARM) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        for group in optimiser.param_groups:
+            group["lr"] = group["full"] * scale
+        with torch.enable_grad():
+            gradients = torch.autograd.grad(loss_of(step), leaves, allow_unused=True)
+        kept = [p.grad for p in leaves]
+        for p, gradient in zip(leaves, gradients, strict=True):
+            p.grad = gradient
+        optimiser.step()
+        for p, old in zip(leaves, kept, strict=True):
+            p.grad = old
+
+
+def _variance(stored: Tensor) -> Tensor:
+    return (stored - stored.mean(0)).square().mean().clamp(min=1e-12)
+
+
+def _check_used(size: int, used: int) -> None:
+    if not 1 <= used <= size:
+        raise MechunlearnError(
+            f"An SAE of {size} features cannot use {used} at a time. Give more features or use fewer."
+        )
+
+
+@contextmanager
+def _random_state_kept(device: torch.device) -> Iterator[None]:
+    """Modules draw their first weights from the global generators, which stay as they were."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+
+
+def _inputs(
+    module: Any, tokens: Tensor, counted: Tensor, labels: Tensor | None
+) -> tuple[dict[str, Any], Tensor, Tensor]:
+    """Arguments of a forward pass, the places whose predictions count, and what they are to predict."""
+    device = next(module.parameters()).device
+    if labels is not None:
+        marked = labels != -100
+        mask = counted.long().to(device)
+        given = {"input_ids": tokens.to(device), "attention_mask": mask, "labels": labels.to(device)}
+        return given, marked.to(device), labels[marked].to(device)
+    cut = int((counted.long().cumsum(1).argmax(1) + 1).max())
+    marked = torch.zeros_like(counted[:, :cut])
+    marked[:, :-1] = counted[:, 1:cut]
+    following = tokens[:, :cut].roll(-1, 1)
+    return (
+        {"input_ids": tokens[:, :cut].to(device), "use_cache": False},
+        marked.to(device),
+        following[marked].to(device),
+    )

@@ -1,0 +1,21 @@
+"""Numbers from logits, and intervals over facts."""
+
+from typing import TYPE_CHECKING
+
+from mechunlearn.core.lazy import lazy
+
+if TYPE_CHECKING:
+    from mechunlearn.metrics.answers import answer_logprob as answer_logprob
+    from mechunlearn.metrics.answers import answer_probability as answer_probability
+    from mechunlearn.metrics.answers import answered as answered
+    from mechunlearn.metrics.answers import at_answers as at_answers
+    from mechunlearn.metrics.answers import logit_diff as logit_diff
+    from mechunlearn.metrics.answers import measure as measure
+    from mechunlearn.metrics.answers import option_logprobs as option_logprobs
+    from mechunlearn.metrics.stats import bootstrap_interval as bootstrap_interval
+    from mechunlearn.metrics.stats import hierarchical_interval as hierarchical_interval
+    from mechunlearn.metrics.stats import paired_interval as paired_interval
+    from mechunlearn.metrics.text import text_loss as text_loss
+    from mechunlearn.metrics.text import token_losses as token_losses
+else:
+    lazy(__name__)

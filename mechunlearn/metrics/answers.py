@@ -1,0 +1,216 @@
+"""Numbers from logits: metrics are functions of `(logits, prompts)`, one value a fact."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mechunlearn.errors import MechunlearnError
+from mechunlearn.facts.prompts import PAD, ROLES, Prompts
+from mechunlearn.model.hooked import HookedModel
+
+Metric = Callable[[Tensor, Prompts], Tensor]
+BATCH = 128
+
+
+def at_answers(metric: Metric) -> Metric:
+    """Mark a metric of yours that reads logits only where the answer is predicted (`prompts.start` and after).
+
+    Methods then unembed only these positions, and give it prompts whose `start` is 0.
+    """
+    metric.at_answers = True  # type: ignore[attr-defined]
+    return metric
+
+
+def name_of(metric: Metric) -> str:
+    """What a run card calls a metric."""
+    return getattr(metric, "__name__", repr(metric))
+
+
+def positions_read(metric: Metric, prompts: Prompts) -> Int[Tensor, "fact read"]:
+    """The positions whose logits a metric reads: those that predict the answer, or all of them."""
+    if not getattr(metric, "at_answers", False):
+        return torch.arange(prompts.tokens.shape[1]).repeat(len(prompts), 1)
+    steps = torch.arange(prompts.answers.shape[1])
+    return torch.minimum(prompts.start[:, None] + steps, prompts.lengths[:, None] - 1)
+
+
+def per_fact(
+    metric: Metric, logits: Float[Tensor, "row read d_vocab"], prompts: Prompts, copies: int = 1
+) -> Float[Tensor, "copy fact"]:
+    """The metric of logits at `positions_read`, for one or more runs of the same facts.
+
+    Raises `MechunlearnError` if the metric does not return one number a fact.
+    """
+    seen = prompts.tiled(copies, at_answers=getattr(metric, "at_answers", False))
+    found = metric(logits, seen)
+    if not isinstance(found, Tensor) or found.shape != (len(seen),):
+        got = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        raise MechunlearnError(
+            f"The metric '{name_of(metric)}' returned {got}. Expected one number a fact: "
+            f"a tensor of shape ({len(seen)},)."
+        )
+    return found.view(copies, len(prompts))
+
+
+@at_answers
+def logit_diff(logits: Float[Tensor, "fact pos d_vocab"], prompts: Prompts) -> Float[Tensor, " fact"]:
+    """Logit of the answer minus logit of the foil, at the first token where they differ.
+
+    Linear in the logits, so attribution is exact behind a linear path. It says nothing of the rest of the vocabulary:
+    use `answer_logprob` for that.
+    """
+    rows = torch.arange(len(logits))
+    at = logits[rows, prompts.read]
+    return at[rows, prompts.answer_at_read] - at[rows, prompts.foil_at_read]
+
+
+@at_answers
+def answer_logprob(logits: Float[Tensor, "fact pos d_vocab"], prompts: Prompts) -> Float[Tensor, " fact"]:
+    """Log-probability of the whole answer, summed over its tokens."""
+    return _continuation(logits, prompts)[0]
+
+
+@at_answers
+def answer_probability(logits: Float[Tensor, "fact pos d_vocab"], prompts: Prompts) -> Float[Tensor, " fact"]:
+    """Probability of the whole answer: the product over its tokens, as causal tracing measures it."""
+    return _continuation(logits, prompts)[0].exp()
+
+
+def supervised(
+    prompts: Prompts, which: str = "answers"
+) -> tuple[Int[Tensor, "fact pos"], Int[Tensor, " token"], Int[Tensor, " token"], Int[Tensor, " token"]]:
+    """Prompts followed by their `answers`, `foils` or `targets`: tokens, and row, position and label of each answer token."""
+    wanted = getattr(prompts, which)
+    sizes = (wanted != PAD).sum(1)
+    steps = torch.arange(wanted.shape[1])
+    valid = steps < sizes[:, None]
+    positions = prompts.start[:, None] + steps
+    tokens = prompts.tokens.new_zeros(len(prompts), int((prompts.start + sizes).max()))
+    width = min(tokens.shape[1], prompts.tokens.shape[1])
+    tokens[:, :width] = prompts.tokens[:, :width]
+    tokens[torch.arange(tokens.shape[1]) > prompts.start[:, None]] = 0
+    given = valid & (steps < sizes[:, None] - 1)
+    rows = torch.arange(len(prompts))[:, None].expand_as(positions)
+    tokens[rows[given], positions[given] + 1] = wanted[given]
+    return tokens, rows[valid], positions[valid], wanted[valid]
+
+
+def with_answers(prompts: Prompts, which: str) -> Prompts:
+    """The same prompts followed by another answer, for scoring: there is no corrupt partner and no role in them."""
+    if which == "answers":
+        return prompts
+    tokens = supervised(prompts, which)[0]
+    roles = torch.full_like(tokens, ROLES.index("padding"))
+    return replace(prompts, tokens=tokens, corrupt=tokens, roles=roles, answers=getattr(prompts, which))
+
+
+def _continuation(logits: Tensor, prompts: Prompts) -> tuple[Float[Tensor, " fact"], Bool[Tensor, " fact"]]:
+    """Log-probability of the answer, and whether greedy decoding gives it."""
+    valid = prompts.answers != PAD
+    rows, steps = valid.nonzero(as_tuple=True)
+    at = logits[rows, prompts.start[rows] + steps]
+    labels = prompts.answers[valid].to(at.device)
+    chosen = at.float().log_softmax(-1).gather(1, labels[:, None])[:, 0].cpu()
+    right = (at.argmax(-1) == labels).cpu()
+    logprob = torch.zeros(len(prompts)).index_add_(0, rows, chosen)
+    wrong = torch.zeros(len(prompts)).index_add_(0, rows, (~right).float())
+    return logprob, wrong == 0
+
+
+@torch.no_grad()
+def answered(model: HookedModel, prompts: Prompts, batch: int = BATCH) -> Bool[Tensor, " fact"]:
+    """Whether greedy decoding gives all tokens of the answer, by fact: one forward pass a batch, nothing else."""
+    right = torch.zeros(len(prompts), dtype=torch.bool)
+    for rows in prompts.lengths.argsort().split(batch):
+        right[rows] = _continuation(*_at_answers(model, prompts.select(rows)))[1]
+    return right
+
+
+def _at_answers(model: HookedModel, part: Prompts) -> tuple[Float[Tensor, "fact read d_vocab"], Prompts]:
+    """Logits of the answer's positions alone, and the same facts with their positions counted from there."""
+    at = (part.start[:, None] + torch.arange(part.answers.shape[1])).clamp(max=part.tokens.shape[1] - 1)
+    run = model.decoder.record(part.tokens[:, : int(at.max()) + 1], at, keys=False)
+    return run.logits, replace(part, start=torch.zeros_like(part.start), read=part.read - part.start)
+
+
+@torch.no_grad()
+def measure(model: HookedModel, prompts: Prompts, batch: int = BATCH) -> dict[str, Float[Tensor, " fact"]]:
+    """Per fact: accuracy and probability of the truth and of the edit target.
+
+    `accuracy` and `target accuracy` are 1 where greedy decoding over the full vocabulary gives all tokens of the answer;
+    `probability` and `target probability` are those of the whole answer; `option probability` is the truth's,
+    renormalised over the answer options (missing if the facts list none).
+    """
+    made: dict[str, Tensor] = {}
+    order = prompts.lengths.argsort()
+    one_token = prompts.targets.shape[1] == 1 and prompts.answers.shape[1] == 1
+    for rows in order.split(batch):
+        part = prompts.select(rows)
+        logits, read = _at_answers(model, part)
+        logprob, right = _continuation(logits, read)
+        if one_token:
+            target_logprob, hit = _continuation(logits, replace(read, answers=part.targets))
+        else:
+            target_logprob, hit = _continuation(*_at_answers(model, with_answers(part, "targets")))
+        values = {
+            "accuracy": right.float(),
+            "target accuracy": hit.float(),
+            "probability": logprob.exp(),
+            "target probability": target_logprob.exp(),
+        }
+        if part.options and all(part.options):
+            values["option probability"] = _option_probability(model, part, logits[:, 0])
+        for name, value in values.items():
+            made.setdefault(name, torch.zeros(len(prompts)))[rows] = value
+    return made
+
+
+@torch.no_grad()
+def option_logprobs(model: HookedModel, prompts: Prompts, batch: int = BATCH) -> Float[Tensor, "fact option"]:
+    """Log-probability of each answer that a fact lists to choose among, summed over its tokens; -inf where it lists fewer.
+
+    It favours short answers: beside options of unequal length a low value may say no more than that one is long.
+    Raises `MechunlearnError` if a fact lists none.
+    """
+    if not prompts.options or not all(prompts.options):
+        raise MechunlearnError("Some of these facts list no options. Expected facts with answers to choose among.")
+    scores = torch.full((len(prompts), max(map(len, prompts.options))), -torch.inf)
+    for rows in prompts.lengths.argsort().split(batch):
+        part = prompts.select(rows)
+        found = _option_logprobs(model, part, _at_answers(model, part)[0][:, 0])
+        scores[rows, : found.shape[1]] = found
+    return scores
+
+
+def _option_logprobs(
+    model: HookedModel, part: Prompts, logits: Float[Tensor, "fact d_vocab"]
+) -> Float[Tensor, "fact option"]:
+    """From the logits of the answer's first token if all options have one token, else from a forward pass a choice."""
+    most = max(map(len, part.options))
+    scores = torch.full((len(part), most), -torch.inf)
+    if all(len(option) == 1 for options in part.options for option in options):
+        at = logits.float().log_softmax(-1).cpu()
+        for i, options in enumerate(part.options):
+            scores[i, : len(options)] = at[i, [option[0] for option in options]]
+        return scores
+    for k in range(most):
+        having = [i for i, options in enumerate(part.options) if k < len(options)]
+        width = max(len(part.options[i][k]) for i in having)
+        chosen = torch.tensor([[*part.options[i][k], *[PAD] * (width - len(part.options[i][k]))] for i in having])
+        asked = with_answers(replace(part.select(having), foils=chosen), "foils")
+        scores[having, k] = _continuation(*_at_answers(model, asked))[0]
+    return scores
+
+
+def _option_probability(
+    model: HookedModel, part: Prompts, logits: Float[Tensor, "fact d_vocab"]
+) -> Float[Tensor, " fact"]:
+    """Probability of the truth among the options."""
+    truth = [tuple(t for t in row if t != PAD) for row in part.answers.tolist()]
+    where = torch.tensor([list(options).index(t) if t in options else -1 for options, t in zip(part.options, truth)])
+    if (where < 0).any():
+        return torch.full((len(part),), torch.nan)
+    return _option_logprobs(model, part, logits).softmax(-1)[torch.arange(len(part)), where]

@@ -1,0 +1,70 @@
+"""Linear probes: what can be read from the residual stream at one position, layer by layer."""
+
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+
+from mechunlearn.errors import MechunlearnError
+from mechunlearn.facts.prompts import Prompts
+from mechunlearn.model.hooked import HookedModel
+
+
+@torch.no_grad()
+def residuals(
+    model: HookedModel, prompts: Prompts, positions: Tensor, batch: int = 128
+) -> Float[Tensor, "layer fact d_model"]:
+    """The layer-normed residual stream at one position a fact, after 0, 1, ... all blocks."""
+    found = streams(model, prompts, positions, batch).float()
+    return torch.nn.functional.layer_norm(found, found.shape[-1:])
+
+
+@torch.no_grad()
+def streams(
+    model: HookedModel, prompts: Prompts, positions: Tensor, batch: int = 128
+) -> Float[Tensor, "layer fact d_model"]:
+    """The residual stream as it is at one position a fact, after 0, 1, ... all blocks."""
+    layers = model.signature.layers
+    sites = [f"L{layer}.resid_pre" for layer in range(layers)] + [f"L{layers - 1}.resid_post"]
+    found = []
+    for rows in torch.arange(len(prompts)).split(batch):
+        _, kept = model.cache(prompts.tokens[rows], sites)
+        found.append(torch.stack([kept[site][torch.arange(len(rows)), positions[rows]] for site in sites]).cpu())
+    return torch.cat(found, 1)
+
+
+def probe_curve(
+    train: Float[Tensor, "layer fact d_model"],
+    train_labels: Sequence[str],
+    test: Float[Tensor, "layer held_out d_model"],
+    test_labels: Sequence[str],
+) -> list[float]:
+    """Accuracy of a multinomial logistic regression on held-out subjects, one number a depth."""
+    labels, held_out = np.asarray(train_labels), np.asarray(test_labels)
+    curve = []
+    for x, x_test in zip(train.numpy(), test.numpy(), strict=True):
+        curve.append(float(np.mean(fitted(x, labels).predict(x_test) == held_out)))
+    return curve
+
+
+def fitted(x: np.ndarray, labels: np.ndarray) -> LogisticRegression:
+    """A multinomial logistic regression of labels on activations, one row a fact."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return LogisticRegression(max_iter=300).fit(x, labels)
+
+
+def subject_ends(prompts: Prompts, name: str) -> Int[Tensor, " fact"]:
+    """The position of each subject's last token. Raises `MechunlearnError` if a fact of this set has no subject."""
+    missing = int((prompts.spans[:, 1] < 0).sum())
+    if missing:
+        raise MechunlearnError(
+            f"{missing} of the {len(prompts)} {name} facts say nothing of where their subject is, and the residual stream is "
+            "read at its last token. Give prompts with subjects, or `spans` to Prompts.from_tokens."
+        )
+    return prompts.spans[:, 1]

@@ -1,0 +1,185 @@
+"""What one component writes and another reads: contributions, linearised norms, and exact patches of single edges.
+
+Writers are the input, each head and each MLP; readers are each query head, each key and value head, each MLP and the
+logits (see `circuit.writers` and `circuit.readers`). In models that normalise what attention writes (Gemma 2 and 3) a
+head's contribution passes that norm with its scale frozen at the clean run.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from mechunlearn.errors import MechunlearnError
+from mechunlearn.model.decoder import Decoder, Run
+from mechunlearn.model.layout import Layout
+
+ATTENTION = ("attn.q", "attn.k", "attn.v")
+
+
+def check_streams(decoder: Decoder) -> None:
+    """Raises `MechunlearnError` if a hook stands at the entry of a block: what is read is then not what was written."""
+    if any(block._forward_pre_hooks for block in decoder.blocks):
+        raise MechunlearnError(
+            "A hook changes the residual stream (resid_pre or resid_mid), so it is not the sum of what components write and "
+            "edges are not defined. Use activation_patching, or hook what is written: attn_out or mlp_out."
+        )
+
+
+def writer_sites(layout: Layout) -> list[str]:
+    """The sites a run must keep so that `written` can be computed."""
+    kinds = ["attn.o", "mlp_out", *(["attn_projected"] if layout.modules.attention_post else [])]
+    return [f"L{layer}.{kind}" for layer in range(layout.signature.layers) for kind in kinds]
+
+
+def rows_before(layout: Layout, layer: int, mlp: bool) -> int:
+    """How many writers come before a reader: those of earlier layers, and the heads of this one for a sequential MLP."""
+    heads = layout.signature.heads
+    return 1 + layer * (heads + 1) + (heads if mlp and not layout.parallel else 0)
+
+
+def written(decoder: Decoder, change: Run, scales: dict[int, Tensor]) -> Float[Tensor, "writer fact pos d_model"]:
+    """What each writer adds to the residual stream, given its activations (or a change of them: it is linear)."""
+    layout = decoder.layout
+    parameters = dict(decoder.hf.named_parameters())
+    first = change.resid[0]
+    made = first.new_empty(1 + layout.signature.layers * (layout.signature.heads + 1), *first.shape)
+    made[0] = first
+    row = 1
+    for layer in range(layout.signature.layers):
+        weight = layout.head_weights(parameters, layer, "attn.o")[0]
+        heads = made[row : row + layout.signature.heads]
+        z = change.kept[f"L{layer}.attn.o"].permute(2, 0, 1, 3).flatten(1, 2)
+        torch.bmm(z, weight, out=heads.flatten(1, 2))
+        if layer in scales:
+            heads *= scales[layer]
+        made[row + layout.signature.heads] = change.kept[f"L{layer}.mlp_out"]
+        row += layout.signature.heads + 1
+    return made
+
+
+def frozen_scales(
+    decoder: Decoder, run: Run, layers: Sequence[int] | None = None
+) -> dict[int, Float[Tensor, "fact pos d_model"]]:
+    """The factor by which each layer's post-norm scales what attention writes in a run; empty without post-norms."""
+    if not decoder.layout.modules.attention_post:
+        return {}
+    found = {}
+    for layer in range(decoder.layout.signature.layers) if layers is None else layers:
+        norm = Norm.of(decoder, decoder.part(layer, "attention_post"))
+        found[layer] = norm.weight / norm.spread(run.kept[f"L{layer}.attn_projected"])
+    return found
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A LayerNorm or RMSNorm by its parts."""
+
+    module: nn.Module
+    weight: Float[Tensor, " d_model"]
+    centred: bool
+    eps: float
+
+    @classmethod
+    def of(cls, decoder: Decoder, module: Any) -> "Norm":
+        modules = decoder.layout.modules
+        eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
+        return cls(module, module.weight.detach() + modules.offset, modules.centred, eps)
+
+    def spread(self, x: Tensor) -> Float[Tensor, "*batch 1"]:
+        """The standard deviation, or root mean square, that the norm divides by."""
+        return self._centre(x.float()).pow(2).mean(-1, keepdim=True).add(self.eps).sqrt().to(x.dtype)
+
+    def normal(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`x` normalised (before the weight), and the inverse of its spread."""
+        centred = self._centre(x.float())
+        inverse = centred.pow(2).mean(-1, keepdim=True).add(self.eps).rsqrt()
+        return (centred * inverse).to(x.dtype), inverse.to(x.dtype)
+
+    def _centre(self, x: Tensor) -> Tensor:
+        return x - x.mean(-1, keepdim=True) if self.centred else x
+
+    def weigh(self, weight: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """Rows of a matrix that reads the norm's output, as rows that read the normalised and centred input."""
+        weight = weight * self.weight
+        return weight - weight.mean(-1, keepdim=True) if self.centred else weight
+
+
+def attention_gradients(
+    decoder: Decoder, layer: int, x: Float[Tensor, "token d_model"], projected: Sequence[Float[Tensor, "token _head d"]]
+) -> Float[Tensor, "reader token d_model"]:
+    """d metric / d residual stream through each query, key and value head alone, given d metric / d (q, k, v).
+
+    The vector-Jacobian product of norm and projection, by hand: with n the normalised input, s the inverse of its
+    spread and w = weight * W (centred for LayerNorm), it is s (w^T g - n (w^T g . n) / d_model).
+    """
+    norm = Norm.of(decoder, decoder.part(layer, "attention_norm"))
+    normal, inverse = norm.normal(x)
+    parameters = dict(decoder.hf.named_parameters())
+    weights = [decoder.layout.head_weights(parameters, layer, kind)[0] for kind in ATTENTION]
+    weight = norm.weigh(torch.cat(weights))
+    gradient = torch.cat(list(projected), 1).transpose(0, 1) * inverse
+    along = torch.bmm(normal.expand(len(weight), -1, -1), weight.transpose(1, 2))
+    along = (along * gradient).sum(-1, keepdim=True) / x.shape[-1]
+    return torch.bmm(gradient, weight).addcmul_(normal, along, value=-1)
+
+
+def mlp_gradient(
+    decoder: Decoder, layer: int, x: Float[Tensor, "token d_model"], gradient: Float[Tensor, "token d_model"]
+) -> Float[Tensor, "token d_model"]:
+    """d metric / d residual stream through the MLP alone, given d metric / d (what it reads, normalised)."""
+    norm = Norm.of(decoder, decoder.part(layer, "mlp_norm"))
+    normal, inverse = norm.normal(x)
+    weighed = norm.weigh(gradient) * inverse
+    return weighed - normal * (weighed * normal).mean(-1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class EdgePatch:
+    """Cells in which one reader alone reads a change of one writer; the interface of `patching.Patch`.
+
+    `change` is what writers add in the other run minus what they add in the base run; the reader's input is that of the
+    base run plus `change[writers[i]]`. The logits read the change on top of the run at hand, unless they are `held` too.
+    """
+
+    layer: int
+    kind: str
+    cells: Int[Tensor, " cell"]
+    where: Tensor
+    rows: Int[Tensor, " cell"]
+    decoder: Decoder
+    read: Float[Tensor, "fact pos d_model"]
+    change: Float[Tensor, "writer fact pos d_model"]
+    writers: Int[Tensor, " cell"]
+    heads: Int[Tensor, " cell"]
+    held: bool = False
+
+    def applied(self, seen: Float[Tensor, "some fact t *unit"], chosen: Tensor, start: int) -> Tensor:
+        span = slice(start, start + seen.shape[2])
+        change = self.change[self.writers[chosen], :, span]
+        if self.kind == "resid_pre" and not self.held:
+            return seen + change
+        x = self.read[:, span] + change
+        if self.kind == "resid_pre":
+            return x
+        if self.kind == "mlp_in":
+            return self.decoder.part(self.layer, "mlp_norm")(x)
+        parameters = dict(self.decoder.hf.named_parameters())
+        weight, bias = self.decoder.layout.head_weights(parameters, self.layer, self.kind)
+        heads = self.heads[chosen]
+        projected = torch.einsum("cfpd,chd->cfph", self.decoder.part(self.layer, "attention_norm")(x), weight[heads])
+        if bias is not None:
+            projected = projected + bias[heads][:, None, None]
+        changed = seen.clone()
+        changed[torch.arange(len(chosen)), :, :, heads] = projected
+        return changed
+
+
+def read_by(run: Run, layout: Layout, layer: int, kind: str) -> Float[Tensor, "fact pos d_model"]:
+    """The residual stream that a reader of this kind reads; the run must keep `resid_mid` of sequential models."""
+    if kind == "mlp_in" and not layout.parallel:
+        return run.kept[f"L{layer}.resid_mid"]
+    return run.resid[layer]

@@ -1,0 +1,362 @@
+"""Exact patching: runs in which some activations come from another run, many at a time.
+
+A cell is one patched run of every fact. It enters the computation at the layer and position of its first patch: what
+lies before is the same as in the base run, whose residual stream, keys and values are reused. Cells that enter at later
+layers join the batch of those already under way.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from mechunlearn.core.batches import enough_memory
+from mechunlearn.errors import MechunlearnError
+from mechunlearn.facts.prompts import ROLES, Prompts
+from mechunlearn.metrics.answers import Metric, per_fact, positions_read
+from mechunlearn.model.decoder import Decoder, Restart, Run
+from mechunlearn.model.hooked import HookedModel
+from mechunlearn.model.layout import KINDS
+from mechunlearn.patching.corruption import Paired, check_prompts, paired, role_means, unchanged, with_corruption
+
+TOKENS = 8192
+
+
+@runtime_checkable
+class Patch(Protocol):
+    """A change of one site in some cells of a sweep.
+
+    `where[rows[i]]` are the positions that change in cell `cells[i]`; `applied` gives the new activations of the cells
+    with the indices `chosen`, from `start` on.
+    """
+
+    @property
+    def layer(self) -> int: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def cells(self) -> Int[Tensor, " cell"]: ...
+    @property
+    def where(self) -> Bool[Tensor, "row fact pos"]: ...
+    @property
+    def rows(self) -> Int[Tensor, " cell"]: ...
+    def applied(self, seen: Tensor, chosen: Tensor, start: int) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class UnitPatch:
+    """What some cells of a sweep take from another run at one site.
+
+    `where[rows[i]]` are the positions and `units[blocks[i]]` the units (all, if None) that cell `cells[i]` takes;
+    `source` holds the activations, for all cells or one entry a cell.
+    """
+
+    layer: int
+    kind: str
+    cells: Int[Tensor, " cell"]
+    where: Bool[Tensor, "row fact pos"]
+    rows: Int[Tensor, " cell"]
+    source: Float[Tensor, "#cell fact pos *unit"]
+    units: Bool[Tensor, "block unit"] | None = None
+    blocks: Int[Tensor, " cell"] | None = None
+
+    def applied(self, seen: Float[Tensor, "some fact t *unit"], chosen: Tensor, start: int) -> Tensor:
+        """The activations of the cells `chosen` (indices into this patch), with what they take put in."""
+        stop = start + seen.shape[2]
+        mask = self.where[self.rows[chosen], :, start:stop]
+        if self.units is not None and self.blocks is not None:
+            mask = mask[..., None] & self.units[self.blocks[chosen]][:, None, None]
+        mask = mask.view(*mask.shape, *[1] * (seen.ndim - mask.ndim))
+        source = self.source[chosen] if len(self.source) > 1 else self.source
+        return torch.where(mask, source[:, :, start:stop].to(seen.dtype), seen)
+
+
+@torch.no_grad()
+def sweep(
+    decoder: Decoder,
+    base: Run,
+    patches: Sequence[Patch],
+    cells: int,
+    metric: Metric,
+    prompts: Prompts,
+    done: "Counter | None" = None,
+) -> Float[Tensor, "cell fact"]:
+    """The metric of every cell. Base, sources, masks and prompts are of the same batch of facts."""
+    layers, facts, length = len(base.resid) - 1, *base.resid[0].shape[:2]
+    at = positions_read(metric, prompts).to(base.resid[0].device)
+    values = per_fact(metric, base.logits, prompts).repeat(cells, 1)
+    enters = torch.full((cells,), layers)
+    begins = torch.full((cells,), length)
+    for patch in patches:
+        taken = patch.where.any(1)
+        first = torch.where(taken.any(1), taken.int().argmax(1), length).cpu()[patch.rows]
+        enters.scatter_reduce_(0, patch.cells, torch.full_like(patch.cells, patch.layer), "amin")
+        begins.scatter_reduce_(0, patch.cells, first, "amin")
+    stop = int(at.max()) + 1
+    begins = torch.where(begins < stop, begins.clamp(max=int(at.min())), length)
+    for start in begins[begins < length].unique().tolist():
+        pending = (begins == start).nonzero().flatten()
+        pending = pending[enters[pending].argsort(stable=True)]
+        restart = decoder.restart(start, stop, base)
+        size = max(1, TOKENS // (facts * (stop - start)))
+        while len(pending):
+            with enough_memory(min(size, len(pending))) as smaller:
+                chunk = pending[:size]
+                hidden = _run(decoder, base, patches, chunk, enters, restart)
+                read = hidden[:, torch.arange(facts, device=at.device)[:, None], at - start]
+                logits = decoder.unembed(read.flatten(0, 1))
+                values[chunk] = per_fact(metric, logits, prompts, copies=len(chunk)).to(values)
+                pending = pending[size:]
+                if done is not None:
+                    done.advance(len(chunk))
+            size = smaller[0] if smaller[1:] else size
+    return values
+
+
+def _run(
+    decoder: Decoder, base: Run, patches: Sequence[Patch], chunk: Tensor, enters: Tensor, restart: Restart
+) -> Tensor:
+    """What leaves the last block in each cell of a chunk, `[cell fact pos d_model]`; the chunk is sorted by layer."""
+    facts, layers = len(base.resid[0]), len(base.resid) - 1
+    place = {cell: i for i, cell in enumerate(chunk.tolist())}
+    begun, at_layer = enters[chunk], _by_layer(patches, place)
+    span = slice(restart.start, restart.stop)
+    hidden = base.resid[0].new_empty(0, facts, restart.stop - restart.start, base.resid[0].shape[-1])
+    for layer in range(int(begun[0]), layers + 1):
+        joining = int((begun == layer).sum())
+        if joining:
+            new = base.resid[layer][None, :, span].expand(joining, -1, -1, -1)
+            hidden = torch.cat([hidden, new]) if len(hidden) else new
+        here = at_layer.get(layer, {})
+        for patch, chosen, targets in here.pop("resid_pre", ()):
+            hidden = hidden.clone()
+            hidden[targets] = patch.applied(hidden[targets], chosen, span.start)
+        if layer == layers:
+            break
+        taps = {f"L{layer}.{kind}": partial(_patched, entries, facts, span.start) for kind, entries in here.items()}
+        with decoder.hooks(taps):
+            hidden = restart.block(layer, hidden.reshape(-1, *hidden.shape[2:])).view(hidden.shape)
+    return hidden
+
+
+def _by_layer(patches: Sequence[Patch], place: dict[int, int]) -> dict[int, dict[str, list]]:
+    """Patches of some cells by layer and kind: patch, indices into it, rows of the cells in the chunk."""
+    found: dict[int, dict[str, list]] = {}
+    wanted = torch.tensor(list(place))
+    for patch in patches:
+        chosen = torch.isin(patch.cells, wanted).nonzero().flatten()
+        if len(chosen):
+            targets = torch.tensor([place[cell] for cell in patch.cells[chosen].tolist()])
+            found.setdefault(patch.layer, {}).setdefault(patch.kind, []).append((patch, chosen, targets))
+    return found
+
+
+def _patched(entries: list, facts: int, start: int, activation: Tensor) -> Tensor:
+    seen = activation.unflatten(0, (-1, facts)).clone()
+    for patch, chosen, targets in entries:
+        seen[targets] = patch.applied(seen[targets], chosen, start)
+    return seen.flatten(0, 1)
+
+
+class Counter:
+    """Cells done, with a bar and a preview of the cost when asked for."""
+
+    def __init__(self, cells: int, shown: bool) -> None:
+        self.cells = cells
+        self._bar = Progress(TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()) if shown else None
+
+    def __enter__(self) -> "Counter":
+        if self._bar is not None:
+            self._bar.start()
+            self._task = self._bar.add_task(f"{self.cells:,} patched runs", total=self.cells)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self, cells: int) -> None:
+        if self._bar is not None:
+            self._bar.advance(self._task, cells)
+
+    def say(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.console.print(text)
+
+
+def preview(model: HookedModel, prompts: Prompts, cells: int, entered: float, batch: int) -> str:
+    """What a sweep will cost, from one timed forward pass: "3,240 cells, about 2 min, 1.1 GB".
+
+    `entered` is the mean share of a forward pass that a cell recomputes.
+    """
+    part = prompts.select(range(min(batch, len(prompts))))
+    at = torch.zeros(len(part), 1, dtype=torch.long, device=model.device)
+    model.decoder.record(part.tokens[:, :1], at)
+    begun = time.perf_counter()
+    run = model.decoder.record(part.tokens, at)
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = (time.perf_counter() - begun) * entered * cells * len(prompts) / len(part)
+    kept = sum(t.nbytes for t in (*run.resid, *run.keys, *run.values))
+    working = min(TOKENS, cells * part.tokens.numel()) * run.resid[0].element_size()
+    working *= 4 * model.signature.d_model + 3 * model.signature.d_mlp
+    took = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+    return f"{cells:,} cells, about {took}, {(2 * kept + working) / 1e9:.1f} GB beside the weights"
+
+
+@dataclass(frozen=True)
+class Effects:
+    """What patching did to the metric: `{site: [row block fact]}`, the rows' names, and both runs' metric by fact.
+
+    A block of `mlp.out` is `neurons` neurons; `unchanged` facts have no corrupt partner that differs from them.
+    """
+
+    by_site: dict[str, Float[Tensor, "row block fact"]]
+    rows: tuple[str, ...]
+    clean: Float[Tensor, " fact"]
+    corrupt: Float[Tensor, " fact"]
+    neurons: int = 1
+    unchanged: int = 0
+
+
+def effects(
+    model: HookedModel,
+    prompts: Prompts,
+    metric: Metric,
+    kinds: Sequence[str],
+    *,
+    by: str | None,
+    denoise: bool,
+    corrupt: str,
+    neurons: int = 1,
+    window: int = 1,
+    seed: int = 0,
+    batch: int = 32,
+    sigma: float | int = 3.0,
+    progress: bool = False,
+    only: Mapping[str, Bool[Tensor, "_block _unit"]] | None = None,
+) -> Effects:
+    """Patch every unit of the sites of some kinds, at all positions and (`by`) at each token role or position.
+
+    With `only` the sites and units that it names, each of its rows as one.
+
+    Raises `MechunlearnError` for an unknown kind, corruption or `by`, and for facts that do not fit.
+    """
+    if only is None:
+        check_kinds(model, kinds)
+    if denoise and corrupt in ("zero", "mean"):
+        raise MechunlearnError(f"There is no corrupt run to restore with corrupt='{corrupt}'. Use denoise=False.")
+    check_prompts(model, prompts, batch)
+    names = rows_of(prompts, by)[1]
+    prompts = with_corruption(prompts, corrupt, seed, model)
+    sites = [f"L{layer}.{kind}" for layer in range(model.signature.layers) for kind in kinds]
+    blocks = dict(only) if only is not None else {s: _blocks(model, s.split(".", 1)[1], neurons) for s in sites}
+    sites = list(blocks)
+    means = role_means(model, prompts, sites, batch) if corrupt == "mean" else None
+    cells = len(names) * sum(1 if chosen is None else len(chosen) for chosen in blocks.values())
+    found: list[Tensor] = []
+    clean, other = [], []
+    with Counter(cells * -(-len(prompts) // batch), progress) as done:
+        if progress:
+            done.say(preview(model, prompts, cells, 0.5 if by is None else 0.3, batch))
+        for rows in torch.arange(len(prompts)).split(batch):
+            pair = paired(model, prompts.select(rows), sites, metric, corrupt, denoise, seed, means, sigma)
+            patches = _patches(model, pair, blocks, by, window)
+            values = sweep(model.decoder, pair.base, patches, cells, metric, pair.prompts, done)
+            found.append(values - (pair.corrupt if denoise else pair.clean).to(values))
+            clean.append(pair.clean)
+            other.append(pair.corrupt)
+    changes = torch.cat(found, 1).float().cpu()
+    by_site, offset = {}, 0
+    for site in sites:
+        chosen = blocks[site]
+        shape = (1 if chosen is None else len(chosen), len(names), len(prompts))
+        count = shape[0] * shape[1]
+        by_site[site] = changes[offset : offset + count].view(shape).transpose(0, 1)
+        offset += count
+    return Effects(
+        by_site,
+        names,
+        torch.cat(clean).float().cpu(),
+        torch.cat(other).float().cpu(),
+        neurons,
+        unchanged(prompts, corrupt),
+    )
+
+
+def check_kinds(model: HookedModel, kinds: Sequence[str]) -> None:
+    """Raises `MechunlearnError` unless every kind is an activation of this model, and none is given twice."""
+    if not kinds or len(set(kinds)) < len(kinds):
+        raise MechunlearnError(
+            f"Kinds {list(kinds)} are none or name one twice. Expected some, such as 'attn.o' and 'mlp.out'."
+        )
+    for kind in kinds:
+        model.decoder.place(f"L0.{kind}")
+    for unit, whole in (("attn.o", "attn_out"), ("mlp.out", "mlp_out")):
+        if unit in kinds and whole in kinds:
+            raise MechunlearnError(f"Kinds '{unit}' and '{whole}' score the same units. Give one of them.")
+
+
+def _blocks(model: HookedModel, kind: str, neurons: int) -> Bool[Tensor, "block unit"] | None:
+    if kind not in KINDS:
+        return None
+    units = model.signature.units(kind)
+    assert units is not None
+    size = neurons if kind == "mlp.out" else 1
+    if size < 1:
+        raise MechunlearnError(f"Cannot patch {neurons} neurons at a time. Expected neurons=1 or more.")
+    return torch.arange(units)[None] // size == torch.arange(-(-units // size))[:, None]
+
+
+def _patches(
+    model: HookedModel, pair: Paired, blocks: Mapping[str, Tensor | None], by: str | None, window: int
+) -> list[UnitPatch]:
+    """One cell a unit (or block of neurons) and row, row 0 being all positions; a window patches layers around."""
+    layers, where = model.signature.layers, _where(pair, by).to(model.device)
+    patches, offset = [], 0
+    for site, chosen in blocks.items():
+        layer, kind = int(site[1:].split(".")[0]), site.split(".", 1)[1]
+        count = 1 if chosen is None else len(chosen)
+        cells = offset + torch.arange(count * len(where))
+        offset += len(cells)
+        before = (window - 1) // 2
+        for at in range(max(0, layer - before), min(layers, layer - before + window)):
+            patches.append(
+                UnitPatch(
+                    at + 1 if kind == "resid_post" else at,
+                    "resid_pre" if kind == "resid_post" else kind,
+                    cells,
+                    where,
+                    torch.arange(len(where)).repeat(count),
+                    pair.source[f"L{at}.{kind}"][None],
+                    None if chosen is None else chosen.to(model.device),
+                    torch.arange(count).repeat_interleave(len(where)),
+                )
+            )
+    return patches
+
+
+def _where(pair: Paired, by: str | None) -> Bool[Tensor, "row fact pos"]:
+    return rows_of(pair.prompts, by)[0] & pair.differs
+
+
+def rows_of(prompts: Prompts, by: str | None) -> tuple[Bool[Tensor, "row fact pos"], tuple[str, ...]]:
+    """The positions of each row and the rows' names: all, then each token role or position."""
+    everywhere = torch.arange(prompts.tokens.shape[1]) < prompts.lengths[:, None]
+    if by is None:
+        return everywhere[None], ("all",)
+    if by == "role":
+        names = [name for name in ROLES if name != "padding"]
+        rows = [prompts.roles == ROLES.index(name) for name in names]
+    elif by == "position":
+        names = [str(i) for i in range(prompts.tokens.shape[1])]
+        rows = [everywhere & (torch.arange(len(names)) == i) for i in range(len(names))]
+    else:
+        raise MechunlearnError(f"Cannot patch by '{by}'. Expected by='role', by='position', or None for all positions.")
+    return torch.stack([everywhere, *rows]), ("all", *names)

@@ -1,0 +1,241 @@
+"""Statistics of a model over a stream of text: a fitter is fed batch by batch, its numbers are read, it is let go."""
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from rich.progress import track
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from mechunlearn.core.runcard import digest
+from mechunlearn.core.tensors import load_tensors, save_tensors
+from mechunlearn.errors import MechunlearnError
+from mechunlearn.model.component import Component
+from mechunlearn.model.hooked import HookedModel
+from mechunlearn.training.solve import add_products, symmetric
+
+SAVE_EVERY = 30.0  # seconds between the saves of sums that are not finished
+
+
+class Covariance:
+    """Which directions of MLP activations text uses, and how much: the uncentred second moment of what enters W_out.
+
+    C = E[k k^T], [neuron neuron], over all tokens of a text, k being the activation at `L<layer>.mlp.out` (MEMIT, arXiv
+    2210.07229, whose C_0 is lambda C; LAW, arXiv 2405.16720). tr(D C D^T) is the mean |D k|^2 by which a change D of
+    W_out moves the MLP's output on that text: closed-form editors keep it small. One pass, which ends at the last of the
+    sites, collects them all. `skip_first` leaves out position 0, whose activations are far larger in many models.
+
+    Products of a few thousand tokens are formed in float32 (float64 if the model is), on and above the diagonal alone, and
+    added in float64. Memory: d_mlp^2 float64 a site, and one batch; as much again for one site while it is written to a
+    cache, and twice that while `matrix` makes it.
+
+    Not for another model, nor for the same one after an edit: collect again. With fewer tokens than neurons C is
+    singular, and it speaks for no text unlike the one it has seen.
+
+    Raises `MechunlearnError` if a site is not `L<layer>.mlp.out` with a layer of the model.
+
+    >>> from mechunlearn.world.toy import planted_facts
+    >>> toy = planted_facts()
+    >>> prompts = toy.prompts()
+    >>> moment = Covariance(toy.model, ["L0.mlp.out"]).update(prompts.tokens, prompts.lengths)
+    >>> moment.check(toy.model, ["L0.mlp.out"])
+    >>> c = moment.matrix("L0.mlp.out")  # each neuron fires on a subject of its own
+    >>> moment.count, torch.equal(c, c.diag().diag()), int((c.diag() > 0).sum())
+    (72, True, 24)
+    """
+
+    def __init__(self, model: HookedModel, sites: Sequence[str], skip_first: bool = False) -> None:
+        self.sites = tuple(sorted({_mlp_out(model, site) for site in sites}, key=Component.parse))
+        if not self.sites:
+            raise MechunlearnError("No site was given. Expected one or more, such as 'L0.mlp.out'.")
+        self.fingerprint, self.skip_first, self.count = model.fingerprint, skip_first, 0
+        """`fingerprint` is the model's, `count` the number of tokens seen so far."""
+        self._model = model
+        units = model.signature.d_mlp
+        self._sums = {site: torch.zeros(units, units, dtype=torch.float64, device=model.device) for site in self.sites}
+
+    def update(self, tokens: Int[Tensor, "row pos"], lengths: Int[Tensor, " row"]) -> "Covariance":
+        """Add a batch of right-padded rows, of which the first `lengths` tokens count. If this raises, start anew.
+
+        Raises `MechunlearnError` if the model's weights have changed since the start, if it is in training mode, or if
+        activations are not finite.
+        """
+        self.count += self._add(tokens, lengths, self.sites)
+        return self
+
+    def matrix(self, site: str) -> Float[Tensor, "unit other"]:
+        """The mean of k k^T at a site, exactly symmetric, in float64 on the model's device.
+
+        Raises `MechunlearnError` if the site was not asked for, or before the first token.
+        """
+        if site not in self._sums or not self.count:
+            raise MechunlearnError(
+                f"No second moment of '{site}' after {self.count} tokens. Expected one of {', '.join(self.sites)}, "
+                "after an update."
+            )
+        return symmetric(self._sums[site] / self.count)
+
+    def check(self, model: HookedModel, sites: Iterable[str]) -> None:
+        """Raises `MechunlearnError` unless these are invertible statistics of this model at these sites."""
+        if model.fingerprint != self.fingerprint:
+            raise MechunlearnError(
+                f"The second moments are of the model {self.fingerprint}, the given one is {model.fingerprint}. "
+                "Collect them again on the model that is edited."
+            )
+        for site in sites:
+            if site not in self._sums:
+                raise MechunlearnError(f"No second moment of '{site}'. Expected one of {', '.join(self.sites)}.")
+            needed = len(self._sums[site])
+            if self.count < needed:
+                raise MechunlearnError(
+                    f"The second moment of '{site}' is singular: {self.count} tokens were seen. Expected at least "
+                    f"{needed}, as many as it has neurons: give more text."
+                )
+
+    @classmethod
+    def of_text(
+        cls,
+        model: HookedModel,
+        sites: Sequence[str],
+        texts: Sequence[str],
+        *,
+        skip_first: bool = False,
+        batch: int = 32,
+        cache: str | Path | None = None,
+        progress: bool = False,
+    ) -> "Covariance":
+        """Collect over texts, shortest first so that little is padding, `batch` texts at a time.
+
+        In the folder `cache` each site has a file, named by the model's fingerprint, the texts' tokens and the site.
+        Sites found there are read, the others collected in one pass. Unfinished sums are kept every `SAVE_EVERY`
+        seconds, so that a killed run goes on to the same bits if called again. Do not cache under hooks that change
+        activations: the name knows the weights alone.
+
+        Raises `MechunlearnError` if the model has no tokenizer, there are no tokens, a text is longer than the model's
+        context, or a cached file is damaged, is not what its name says, or cannot be written.
+        """
+        made = cls(model, sites, skip_first)
+        rows = sorted(_tokenized(model, texts), key=len)
+        made.count = sum(len(row) - skip_first for row in rows)
+        if made.count < 1 or batch < 1:
+            raise MechunlearnError(
+                f"{len(texts)} texts have {made.count} tokens to count, and batch={batch}. Expected one or more of each."
+            )
+        batches = [rows[start : start + batch] for start in range(0, len(rows), batch)]
+        text = digest(str(skip_first), *map(str, rows))
+        about = {"model": made.fingerprint, "text": text, "tokens": str(made.count)}
+        files = None if cache is None else _Files(Path(cache), about, batch, len(batches))
+        done = {site: 0 if files is None else files.read(site, sums) for site, sums in made._sums.items()}
+        saved = time.monotonic()
+        steps = range(min(done.values()), len(batches))
+        for step in track(steps, "collecting second moments", disable=not progress, transient=True):
+            waiting = [site for site in made.sites if done[site] <= step]
+            ids = [torch.tensor(row) for row in batches[step]]
+            made._add(pad_sequence(ids, batch_first=True), torch.tensor([len(row) for row in ids]), waiting)
+            if files is not None and time.monotonic() - saved > SAVE_EVERY:
+                for site in waiting:
+                    files.write(site, made._sums[site], step + 1)
+                saved = time.monotonic()
+        if files is not None:
+            for site, sums in made._sums.items():
+                files.write(site, sums, len(batches))
+        return made
+
+    def _add(self, tokens: Int[Tensor, "row pos"], lengths: Int[Tensor, " row"], sites: Sequence[str]) -> int:
+        """Add a batch to the sums of some sites, and say how many tokens counted."""
+        if self._model.hf.training or self._model.fingerprint != self.fingerprint:
+            raise MechunlearnError(
+                f"The model has the fingerprint {self._model.fingerprint} and is in "
+                f"{'training' if self._model.hf.training else 'evaluation'} mode. Expected evaluation mode and the "
+                f"weights it had at the start ({self.fingerprint}): undo the edit, call hf.eval(), or start anew."
+            )
+        at = torch.arange(tokens.shape[1])
+        counted = (at < lengths.cpu()[:, None]) & (at >= int(self.skip_first))
+
+        def add(site: str, activation: Tensor) -> None:
+            total = self._sums[site]
+            add_products(total, activation[counted.to(activation.device)].to(total.device))
+            if not total.diagonal().isfinite().all():
+                raise MechunlearnError(
+                    f"Activations at '{site}' are not finite in {activation.dtype}. Load the model with "
+                    "dtype='float32' or 'bfloat16', or check its weights."
+                )
+
+        self._model.decoder.observe(tokens, {site: partial(add, site) for site in sites})
+        return int(counted.sum())
+
+
+@dataclass(frozen=True)
+class _Files:
+    """A file of sums a site: a whole one, and before that a partial one of the batches done so far."""
+
+    folder: Path
+    about: dict[str, str]
+    batch: int
+    batches: int
+
+    def path(self, site: str, whole: bool) -> Path:
+        return self.folder / f"{'-'.join(self.about.values())}-{site}{'' if whole else '.partial'}.safetensors"
+
+    def read(self, site: str, sums: Float[Tensor, "unit other"]) -> int:
+        """Fill in the sums of a site as far as they are on disk, and say how many batches that is."""
+        whole = self.path(site, whole=True).exists()
+        path = self.path(site, whole)
+        if not path.exists():
+            return 0
+        try:
+            tensors, found = load_tensors(path, "covariance")
+        except MechunlearnError as error:
+            raise MechunlearnError(f"{error} Delete it, and it is collected again.") from None
+        known = self.about | {"site": site} | ({} if whole else {"batch": str(self.batch)})
+        wrong = [
+            f"{key} {found.get(key)} (expected {value})" for key, value in known.items() if found.get(key) != value
+        ]
+        if wrong or tensors["sums"].shape != sums.shape:
+            wrong = wrong or [f"shape {tuple(tensors['sums'].shape)} (expected {tuple(sums.shape)})"]
+            raise MechunlearnError(f"'{path}' has {', '.join(wrong)}. Delete it, and it is collected again.")
+        sums.copy_(tensors["sums"])
+        return self.batches if whole else int(found["done"])
+
+    def write(self, site: str, sums: Float[Tensor, "unit other"], done: int) -> None:
+        """Write the sums of so many batches; all of them take the place of the partial file."""
+        whole = done == self.batches
+        path = self.path(site, whole)
+        about = {"kind": "covariance", "site": site, **self.about, "batch": str(self.batch), "done": str(done)}
+        try:
+            if not (whole and path.exists()):
+                save_tensors(path, {"sums": sums}, about)
+        except SafetensorError as error:
+            raise MechunlearnError(f"Could not write '{path}': {error}. Nothing was left half-written.") from None
+        if whole:
+            self.path(site, whole=False).unlink(missing_ok=True)
+
+
+def _tokenized(model: HookedModel, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of the texts that have any."""
+    if model.tokenizer is None:
+        raise MechunlearnError("The model has no tokenizer. Load it with one, or give tokens to `update`.")
+    rows = [ids for ids in model.tokenizer(list(texts))["input_ids"] if ids] if texts else []
+    context, longest = getattr(model.hf.config, "max_position_embeddings", None), max(map(len, rows), default=0)
+    if context is not None and longest > context:
+        raise MechunlearnError(
+            f"The longest text has {longest} tokens, the model's context is {context}. Expected texts that fit: cut them."
+        )
+    return rows
+
+
+def _mlp_out(model: HookedModel, site: str) -> str:
+    """The site, if what enters W_out of a layer of the model has this name."""
+    address = Component.parse(site)
+    if address.kind != "mlp.out" or address.unit is not None or address.layer >= model.signature.layers:
+        raise MechunlearnError(
+            f"'{site}' is not what enters a W_out of {model.signature}. Expected L<layer>.mlp.out with a layer below "
+            f"{model.signature.layers} and no [unit]."
+        )
+    return address.site

@@ -1,0 +1,308 @@
+"""Shared machinery of gradient methods: sequences, the layers above the lowest trained one, and the descent itself."""
+
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool, Int
+from rich.progress import track
+from torch import Tensor, nn
+
+from mechunlearn.errors import MechunlearnError
+from mechunlearn.facts.prompts import PAD, Prompts
+from mechunlearn.metrics.answers import supervised
+from mechunlearn.metrics.text import encode, padded
+from mechunlearn.model.decoder import Restart
+from mechunlearn.model.hooked import HookedModel
+from mechunlearn.training.parameterizations import Trainable
+
+BATCH = 64
+
+
+def epochs(count: int, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Batches of row indices without end, each epoch in a new order."""
+    while True:
+        yield from torch.randperm(count, generator=generator).split(batch)
+
+
+@dataclass(frozen=True, eq=False)
+class Sequences:
+    """Token sequences, padded on the right, and the token that each position is to predict (-1: none)."""
+
+    tokens: Int[Tensor, "row pos"]
+    labels: Int[Tensor, "row pos"]
+    lengths: Int[Tensor, " row"]
+
+    @classmethod
+    def of(cls, prompts: Prompts, which: str = "answers") -> "Sequences":
+        """Prompts followed by their `answers` or `targets`; the answer's tokens are to be predicted."""
+        tokens, fact, position, label = supervised(prompts, which)
+        labels = torch.full_like(tokens, PAD)
+        labels[fact, position] = label
+        return cls(tokens, labels, prompts.start + (getattr(prompts, which) != PAD).sum(1))
+
+    @classmethod
+    def of_text(cls, encoded: Sequence[Sequence[int]]) -> "Sequences":
+        """Every next token of a text is to be predicted. Texts of fewer than two tokens are left out."""
+        kept = [list(ids) for ids in encoded if len(ids) > 1]
+        if not kept:
+            return cls(torch.zeros(0, 1, dtype=torch.long), torch.zeros(0, 1, dtype=torch.long), torch.zeros(0).long())
+        tokens, weight = padded(kept)
+        labels = torch.full_like(tokens, PAD)
+        labels[:, :-1] = torch.where(weight > 0, tokens[:, 1:], PAD)
+        return cls(tokens, labels, torch.tensor([len(ids) for ids in kept]))
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def select(self, rows: Tensor) -> "Sequences":
+        """These rows, no wider than the longest of them."""
+        lengths = self.lengths[rows]
+        width = int(lengths.max())
+        return Sequences(self.tokens[rows, :width], self.labels[rows, :width], lengths)
+
+
+class Upper:
+    """A model from its lowest trained layer up.
+
+    What enters that layer is a constant while nothing below is trained: no backward pass goes there, and with `keep` it is
+    computed once an example. `layer` None means that everything is trained, so nothing is constant.
+    """
+
+    def __init__(self, model: HookedModel, layer: int | None, keep: bool = True) -> None:
+        self.model, self.layer, self.keep = model, layer, keep and bool(layer)
+        self._restarts: dict[int, Restart] = {}
+
+    def logits(
+        self, resid: Tensor, part: Sequences, hidden: int | None, wants_logits: bool = True
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Logits at the labelled places, and the residual stream leaving layer `hidden` at every real token."""
+        decoder, device = self.model.decoder, self.model.device
+        rows, places = (part.labels != PAD).to(device).nonzero(as_tuple=True)
+        if self.layer is None:
+            return self.model.hf(input_ids=part.tokens.to(device), use_cache=False).logits[rows, places], None
+        width = resid.shape[1]
+        if width not in self._restarts:
+            self._restarts[width] = decoder.restart(0, width)
+        found = None
+        for layer in range(self.layer, self.model.signature.layers):
+            resid = self._restarts[width].block(layer, resid)
+            if layer == hidden:
+                found = resid[real(part).to(device)]
+                if not wants_logits:
+                    return None, found
+        return decoder.unembed(resid[rows, places]) if wants_logits else None, found
+
+
+def real(part: Sequences) -> Bool[Tensor, "row pos"]:
+    """Which positions hold a token, not padding."""
+    return torch.arange(part.tokens.shape[1]) < part.lengths[:, None]
+
+
+class Stream:
+    """Sequences as the trained part of a model reads them.
+
+    `wanted` names what an objective asks for of the *unedited* model (`reference`, `reference_logits`,
+    `reference_hidden`): it is computed when the stream is made. Memory of what is kept: tokens x d_model, labelled tokens x 1
+    and x d_vocab, tokens x d_model.
+    """
+
+    def __init__(
+        self, upper: Upper, sequences: Sequences, wanted: frozenset[str] = frozenset(), hidden: int | None = None
+    ) -> None:
+        self.upper, self.sequences, self.hidden = upper, sequences, hidden
+        ends = sequences.lengths.cumsum(0)
+        self._begins = ends - sequences.lengths
+        self._kept: Tensor | None = None
+        self._known = torch.zeros(len(sequences), dtype=torch.bool)
+        self._constants: dict[str, list[Tensor]] = {name: [] for name in wanted if name.startswith("reference")}
+        if self._constants:
+            for rows in torch.arange(len(sequences)).split(BATCH):
+                self._remember(rows)
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def read(self, rows: Int[Tensor, " _row"], wanted: frozenset[str] | set[str]) -> dict[str, Tensor]:
+        """What is asked for of these rows: `logits`, `labels`, `fact`, `hidden` and what was remembered."""
+        part = self.sequences.select(rows)
+        found: dict[str, Tensor] = {}
+        if {"logits", "hidden"} & set(wanted):
+            logits, hidden = self.upper.logits(self._entering(rows, part), part, self.hidden, "logits" in wanted)
+            found |= {name: tensor for name, tensor in (("logits", logits), ("hidden", hidden)) if tensor is not None}
+        scored = part.labels != PAD
+        found["labels"] = part.labels[scored].to(self.upper.model.device)
+        found["fact"] = scored.nonzero()[:, 0].to(self.upper.model.device)
+        for name, constants in self._constants.items():
+            found[name] = torch.cat([constants[i] for i in rows.tolist()])
+        return {name: tensor for name, tensor in found.items() if name in wanted}
+
+    @torch.no_grad()
+    def _remember(self, rows: Tensor) -> None:
+        part = self.sequences.select(rows)
+        logits, hidden = self.upper.logits(self._entering(rows, part), part, self.hidden)
+        assert logits is not None
+        counts = (part.labels != PAD).sum(1).tolist()
+        labels = part.labels[part.labels != PAD].to(logits.device)
+        for name, kept in self._constants.items():
+            if name == "reference":
+                kept += logits.float().log_softmax(-1).gather(1, labels[:, None])[:, 0].split(counts)
+            elif name == "reference_logits":
+                kept += [chunk.clone() for chunk in logits.split(counts)]
+            else:
+                assert hidden is not None
+                kept += [chunk.clone() for chunk in hidden.split(part.lengths.tolist())]
+
+    def _entering(self, rows: Tensor, part: Sequences) -> Tensor:
+        decoder, layer = self.upper.model.decoder, self.upper.layer
+        if layer is None:
+            return torch.empty(0)
+        if not self.upper.keep:
+            return decoder.entering(part.tokens, layer)
+        if not self._known[rows].all():
+            resid = decoder.entering(part.tokens, layer)
+            if self._kept is None:
+                self._kept = resid.new_empty(int(self.sequences.lengths.sum()), resid.shape[-1])
+            places = real(part)
+            self._kept[self._at(rows, part)[places].to(resid.device)] = resid[places.to(resid.device)]
+            self._known[rows] = True
+        assert self._kept is not None
+        return self._kept[self._at(rows, part).to(self._kept.device)]
+
+    def _at(self, rows: Tensor, part: Sequences) -> Int[Tensor, "row pos"]:
+        """Where each token's stream is kept; padding reads the last real token's, so that it is finite."""
+        steps = torch.minimum(torch.arange(part.tokens.shape[1]), part.lengths[:, None] - 1)
+        return self._begins[rows][:, None] + steps
+
+    @torch.no_grad()
+    def right(self, batch: int = 2 * BATCH) -> Bool[Tensor, " row"]:
+        """Whether greedy decoding gives all labelled tokens, by row."""
+        wrong = torch.zeros(len(self))
+        for rows in self.sequences.lengths.argsort().split(batch):
+            read = self.read(rows, {"logits", "labels", "fact"})
+            missed = (read["logits"].argmax(-1) != read["labels"]).float().cpu()
+            wrong[rows] = torch.zeros(len(rows)).index_add_(0, read["fact"].cpu(), missed)
+        return wrong == 0
+
+
+def text_sequences(model: HookedModel, texts: Sequence[str]) -> Sequences:
+    """Passages, every next token of which is to be predicted."""
+    return Sequences.of_text(encode(model, tuple(texts)))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """AdamW with a linear warm-up, then a cosine to zero; gradients are clipped to a norm."""
+
+    steps: int
+    rate: float | int
+    warmup: int = 0
+    clip: float | int = 1.0
+    weight_decay: float | int = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rate <= 1000:
+            raise MechunlearnError(f"A rate of {self.rate:g} is out of range. Expected 0 to 1000, for example 2e-3.")
+        if self.steps < 1 or not 0 <= self.warmup < self.steps:
+            raise MechunlearnError(
+                f"{self.steps} steps with {self.warmup} of warm-up. Expected at least one step, and fewer of warm-up."
+            )
+
+    def at(self, step: int) -> float:
+        """The learning rate of a step, counted from 0.
+
+        >>> [Schedule(4, 1.0, warmup=2).at(step) for step in range(4)]
+        [0.5, 1.0, 1.0, 0.5]
+        """
+        if step < self.warmup:
+            return self.rate * (step + 1) / self.warmup
+        return self.rate * 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / (self.steps - self.warmup)))
+
+
+Terms = Mapping[str, tuple[float, float | int, Tensor]]
+
+
+@dataclass
+class Descent:
+    """What happened: one entry a step (the terms of the objective, and what `after` measured), and why it ended."""
+
+    trajectory: list[dict] = field(default_factory=list)
+    stopped: str = ""
+
+
+def descend(
+    trained: Trainable,
+    parts: Callable[[], Iterator[Terms]],
+    schedule: Schedule,
+    *,
+    objective: str,
+    after: Callable[[int], dict] = lambda step: {},
+    until: Callable[[dict], bool] = lambda entry: False,
+    progress: bool = False,
+) -> Descent:
+    """Minimise a weighted sum of terms; the model is left as trained.
+
+    `parts()` yields the micro-batches of one step, `{term: (share of the batch, weight, value)}`. `after(step)` may measure
+    more, `until(entry)` may end it. Ctrl-C ends it after the step in progress, with what was reached so far. Raises
+    `MechunlearnError`, naming step and objective, if a term is not finite; nothing of that step is then written.
+    """
+    optimiser = torch.optim.AdamW(trained.leaves, lr=schedule.rate, weight_decay=schedule.weight_decay)
+    done = Descent()
+    with interruptible() as asked:
+        for step in track(range(schedule.steps), "training", disable=not progress, transient=True):
+            optimiser.zero_grad()
+            entry: dict = {}
+            for terms in parts():
+                total = sum((share * weight * value for share, weight, value in terms.values()), torch.zeros(()))
+                values = torch.stack([value.detach().float() for *_, value in terms.values()]).tolist()
+                for (name, (share, *_)), value in zip(terms.items(), values, strict=True):
+                    if not math.isfinite(value):
+                        raise MechunlearnError(
+                            f"The {name} term of {objective} is {value} at step {step + 1} of {schedule.steps}: the model is "
+                            f"left as it was. Lower the rate ({schedule.rate:g}), or use a bounded objective."
+                        )
+                    entry[name] = entry.get(name, 0.0) + share * value
+                trained.gradient(total)
+            for group in optimiser.param_groups:
+                group["lr"] = schedule.at(step)
+            nn.utils.clip_grad_norm_(trained.leaves, schedule.clip)
+            optimiser.step()
+            trained.write()
+            entry = {"step": step + 1, **{name: round(value, 6) for name, value in entry.items()}}
+            entry |= after(step + 1)
+            done.trajectory.append(entry)
+            if until(entry):
+                done.stopped = "reached"
+                break
+            if asked:
+                done.stopped = "interrupted"
+                break
+    for leaf in trained.leaves:
+        leaf.grad = None
+    return done
+
+
+@contextmanager
+def interruptible() -> Iterator[list[int]]:
+    """Within the block Ctrl-C is only noted in the list; a second one interrupts at once."""
+    asked: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def note(number: int, frame: object) -> None:
+        del frame
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,342 @@
+"""What an optimiser may move: the selected rows of a model, low-rank factors beside them, or everything.
+
+Each holds its numbers as float32 leaf tensors, whatever the dtype of the model, and gives gradients for these alone:
+the matrices that hold selected rows never get a gradient of their own.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from mechunlearn.artifacts.mask import ComponentMask
+from mechunlearn.errors import MechunlearnError
+from mechunlearn.model.component import Component
+from mechunlearn.model.hooked import HookedModel, frozen
+
+
+@runtime_checkable
+class Trainable(Protocol):
+    """The numbers that a gradient method moves. `lowest` is the first layer they are in; None if below all layers."""
+
+    leaves: list[Tensor]
+    lowest: int | None
+
+    def attached(self) -> Any:
+        """A context in which the model computes with the leaves, and in which they get gradients."""
+        ...
+
+    def gradient(self, loss: Tensor) -> None:
+        """Add the loss's gradient to that of the leaves."""
+        ...
+
+    def write(self) -> None:
+        """Bring the model up to date with the leaves."""
+        ...
+
+    def restore(self) -> None:
+        """Put the model back as it was, bit by bit."""
+        ...
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The selected part of one parameter: `index` along `dim`, or all of it if `index` is None."""
+
+    name: str
+    parameter: Tensor
+    dim: int
+    index: Int[Tensor, " _feature"] | None
+
+    @property
+    def shape(self) -> list[int]:
+        """That of the selected part."""
+        sizes = list(self.parameter.shape)
+        if self.index is not None:
+            sizes[self.dim] = len(self.index)
+        return sizes
+
+    def read(self) -> Tensor:
+        chosen = self.parameter.detach()
+        return chosen.clone() if self.index is None else chosen.index_select(self.dim, self.index)
+
+    @torch.no_grad()
+    def write(self, values: Tensor) -> None:
+        new = values.to(self.parameter.dtype)
+        if self.index is None:
+            self.parameter.copy_(new)
+        else:
+            self.parameter.index_copy_(self.dim, self.index, new)
+
+
+def slices(model: HookedModel, mask: ComponentMask) -> list[Slice]:
+    """The selected part of every parameter. A unit's weights are whole rows or whole columns of their matrices.
+
+    Raises `MechunlearnError` for an empty mask, a mask of another architecture, and one with feature sites.
+    """
+    mask.check(model.signature)
+    features = [site for site in mask.sites if ":" in site]
+    if features:
+        raise MechunlearnError(
+            f"The mask names features ({', '.join(features[:3])}): they live in activations, not in weights. A FeatureEdit "
+            "takes them (feature_clamp, codebook_delete); a weight editor takes heads and neurons."
+        )
+    if not len(mask):
+        raise MechunlearnError("The mask selects no unit, so there is nothing to train. See the localization's note.")
+    parameters, found = dict(model.hf.named_parameters()), []
+    for name, chosen in mask.parameter_masks(model).items():
+        by_row = chosen.flatten(1).any(1) if chosen.ndim > 1 else chosen
+        if chosen.all():
+            found.append(Slice(name, parameters[name], 0, None))
+        elif chosen[by_row].all():
+            found.append(Slice(name, parameters[name], 0, by_row.nonzero().flatten()))
+        else:
+            found.append(Slice(name, parameters[name], 1, chosen.any(0).nonzero().flatten()))
+    return found
+
+
+def lowest_layer(mask: ComponentMask) -> int:
+    """The first layer of which a mask selects something: below it nothing changes while an editor trains."""
+    return min(Component.parse(site).layer for site, chosen in mask.sites.items() if chosen.any())
+
+
+class SelectedRows:
+    """The selected rows of a model as float32 leaves: only these rows are ever written.
+
+    What is not selected cannot move, whatever the optimiser does, and costs no gradient, optimiser state or copy: a
+    linear map whose weights are partly selected computes the gradient of its selected features alone.
+    """
+
+    def __init__(self, model: HookedModel, mask: ComponentMask) -> None:
+        self.model, self.mask = model, mask
+        self.slices = slices(model, mask)
+        self.before = [part.read() for part in self.slices]
+        self.leaves = [kept.float().clone().requires_grad_() for kept in self.before]
+        self.lowest: int | None = lowest_layer(mask)
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        modules: dict[str, dict[str, tuple[Slice, Tensor]]] = {}
+        for part, leaf in zip(self.slices, self.leaves, strict=True):
+            owner, _, kind = part.name.rpartition(".")
+            modules.setdefault(owner, {})[kind] = (part, leaf)
+        with ExitStack() as stack:
+            stack.enter_context(frozen(self.model.hf))
+            for name, parts in modules.items():
+                module = self.model.hf.get_submodule(name)
+                stack.enter_context(_computing(module, partial(_selected_forward, module, parts)))
+            yield
+
+    def gradient(self, loss: Tensor) -> None:
+        add_gradients(loss, self.leaves, self.leaves)
+
+    def write(self) -> None:
+        for part, leaf in zip(self.slices, self.leaves, strict=True):
+            part.write(leaf.detach())
+
+    def restore(self) -> None:
+        for part, kept in zip(self.slices, self.before, strict=True):
+            part.write(kept)
+
+    def rows(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Units and their rows as they are in the model now, by site, as `WeightEdit` takes them."""
+        units = {site: chosen.nonzero().flatten() for site, chosen in self.mask.sites.items() if chosen.any()}
+        return units, {
+            site: self.model.rows(site)[chosen.to(self.model.device)].cpu() for site, chosen in units.items()
+        }
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A low-rank change of the selected part of one matrix: scale * (up @ down - up0 @ down0) of shape [out in].
+
+    `up0` and `down0` are what the factors began as (None if that product was zero), so that the change begins at zero
+    exactly whatever the initialisation.
+    """
+
+    part: Slice
+    outputs: bool
+    down: Float[Tensor, "rank _in"]
+    up: Float[Tensor, "_out rank"]
+    down0: Float[Tensor, "rank _in"] | None
+    up0: Float[Tensor, "_out rank"] | None
+    scale: float
+
+
+Start = Callable[[str, Tensor, int], tuple[Tensor, Tensor]]
+
+
+def lora_start(seed: int) -> Start:
+    """Where ordinary LoRA begins: A uniform within 1 / sqrt(in), as peft has it, and B zero (arXiv 2106.09685)."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def start(name: str, weight: Float[Tensor, "out in"], rank: int) -> tuple[Tensor, Tensor]:
+        del name
+        bound = weight.shape[1] ** -0.5
+        down = torch.rand(rank, weight.shape[1], generator=generator) * 2 * bound - bound
+        return down.to(weight), torch.zeros(len(weight), rank).to(weight)
+
+    return start
+
+
+class LowRank:
+    """Low-rank adapters on the selected part of every selected matrix; the model's own weights stay as they are.
+
+    `start(name, weight [out in], rank)` gives the first (down [rank in], up [out rank]). Biases are not adapted. Raises
+    `MechunlearnError` if a rank is larger than a matrix (or the selected part of it).
+    """
+
+    def __init__(self, model: HookedModel, mask: ComponentMask, rank: int, scale: float | int, start: Start) -> None:
+        self.model, self.mask = model, mask
+        self.lowest: int | None = lowest_layer(mask) if len(mask) else 0
+        self.factors: list[Factors] = []
+        parts = [part for part in slices(model, mask) if part.parameter.ndim == 2]
+        for part in parts:
+            rows, columns = part.shape
+            if not 0 < rank <= min(rows, columns):
+                raise MechunlearnError(
+                    f"A rank of {rank} does not fit '{part.name}': the selected part of it is {rows} x {columns}. "
+                    f"Give a rank from 1 to {min(rows, columns)}, or select more units."
+                )
+        for part in parts:
+            transposed = isinstance(model.hf.get_submodule(part.name.rpartition(".")[0]), Conv1D)
+            weight = (part.read().T if transposed else part.read()).float()
+            down, up = start(part.name, weight, rank)
+            down0, up0 = (down.clone(), up.clone()) if up.any() else (None, None)
+            leaves = down.requires_grad_(), up.requires_grad_()
+            self.factors.append(Factors(part, (part.dim == 0) != transposed, *leaves, down0, up0, float(scale)))
+        self.leaves = [leaf for factors in self.factors for leaf in (factors.down, factors.up)]
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(frozen(self.model.hf))
+            for factors in self.factors:
+                module = self.model.hf.get_submodule(factors.part.name.rpartition(".")[0])
+                stack.enter_context(_computing(module, partial(_adapted_forward, module, factors)))
+            yield
+
+    def gradient(self, loss: Tensor) -> None:
+        add_gradients(loss, self.leaves, self.leaves)
+
+    def write(self) -> None:
+        """Nothing to do: the model computes with the factors themselves."""
+
+    def restore(self) -> None:
+        """Nothing to do: the model's weights were never written."""
+
+
+class Everything:
+    """Every parameter of a model, embeddings and norms too: full fine-tuning."""
+
+    def __init__(self, model: HookedModel) -> None:
+        self.model = model
+        self.lowest: int | None = None
+        self.parameters = list(model.hf.parameters())
+        self.before = [parameter.detach().clone() for parameter in self.parameters]
+        self.leaves = [parameter.detach().float() for parameter in self.parameters]  # float32 weights are shared
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        flags = [parameter.requires_grad for parameter in self.parameters]
+        for parameter in self.parameters:
+            parameter.requires_grad_(True)
+        try:
+            yield
+        finally:
+            for parameter, flag in zip(self.parameters, flags, strict=True):
+                parameter.requires_grad_(flag)
+
+    def gradient(self, loss: Tensor) -> None:
+        add_gradients(loss, self.parameters, self.leaves)
+
+    @torch.no_grad()
+    def write(self) -> None:
+        for parameter, leaf in zip(self.parameters, self.leaves, strict=True):
+            if parameter.data_ptr() != leaf.data_ptr():
+                parameter.copy_(leaf)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for parameter, kept in zip(self.parameters, self.before, strict=True):
+            parameter.copy_(kept)
+
+
+def add_gradients(loss: Tensor, of: Sequence[Tensor], to: Sequence[Tensor]) -> None:
+    """Add the loss's gradient with respect to some tensors to the `.grad` of others; parameters' own stay as they are."""
+    for leaf, gradient in zip(to, torch.autograd.grad(loss, of, allow_unused=True), strict=True):
+        new = torch.zeros_like(leaf) if gradient is None else gradient.to(leaf.dtype)
+        leaf.grad = new if leaf.grad is None else leaf.grad + new
+
+
+@contextmanager
+def _computing(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Within the block the module computes so; its hooks stay."""
+    given: Any = module
+    given.forward = forward
+    try:
+        yield
+    finally:
+        del given.forward
+
+
+def _linear(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight [out in] and bias of a linear map."""
+    given: Any = module
+    return given.weight.T if isinstance(module, Conv1D) else given.weight, given.bias
+
+
+def _selected_forward(module: nn.Module, parts: Mapping[str, tuple[Slice, Tensor]], x: Tensor) -> Tensor:
+    transposed = isinstance(module, Conv1D)
+    part, leaf = parts["weight"]
+    leaf_of_bias = parts["bias"][1] if "bias" in parts else None
+    outputs = (part.dim == 0) != transposed
+    weight, bias = _linear(module)
+    return _Selected.apply(x, weight, bias, leaf, leaf_of_bias, part.index, outputs, transposed)
+
+
+class _Selected(torch.autograd.Function):
+    """A linear map whose weights get a gradient for selected input or output features only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+        leaf, leaf_of_bias, index, outputs, transposed = rest
+        ctx.outputs, ctx.transposed, ctx.index, ctx.dtype = outputs, transposed, index, leaf.dtype
+        ctx.has_bias = leaf_of_bias is not None
+        ctx.save_for_backward(x if outputs or index is None else x[..., index], weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        x, weight = ctx.saved_tensors
+        before = gradient @ weight if ctx.needs_input_grad[0] else None
+        chosen = gradient[..., ctx.index] if ctx.outputs and ctx.index is not None else gradient
+        of_leaf = chosen.flatten(0, -2).T @ x.flatten(0, -2)
+        if ctx.transposed:
+            of_leaf = of_leaf.T
+        of_bias = chosen.flatten(0, -2).sum(0).to(ctx.dtype) if ctx.has_bias else None
+        return before, None, None, of_leaf.to(ctx.dtype), of_bias, None, None, None
+
+
+def _through(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    return F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype))
+
+
+def _adapted_forward(module: nn.Module, factors: Factors, x: Tensor) -> Tensor:
+    index = factors.part.index
+    weight, bias = _linear(module)
+    y = F.linear(x, weight, bias)
+    seen = x if factors.outputs or index is None else x[..., index]
+    change = _through(seen, factors.down, factors.up)
+    if factors.down0 is not None and factors.up0 is not None:
+        change = change - _through(seen, factors.down0, factors.up0)
+    change = factors.scale * change
+    return y + change if index is None or not factors.outputs else y.index_add(-1, index, change)
