@@ -41,5 +41,5 @@ def in_a_temporary_folder(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("mechunlearn.evaluation.cells.LIMIT", 30)
-    for name, value in {"steps": 8, "batch": 32}.items():
+    for name, value in {"steps": 8, "batch_size": 32}.items():
         monkeypatch.setitem(inspect.unwrap(masked_gradient).__kwdefaults__, name, value)

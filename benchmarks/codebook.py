@@ -6,7 +6,7 @@ with a hook at the same point that looks and changes nothing. Interventions stan
 and a TopK SAE (4,096 features, 32 kept) with its 5 % most active features clamped, with and without the error term. The
 methods take turns in each round; a ratio is the median over rounds of that round's times, with its range.
 
-Deleting a topic: from what was seen of 2,000 texts (`Activity`, half topic, half not) to the applied edit, that is discovery, mask,
+Deleting a topic: from what was seen of 2,000 texts (`FiringStatistics`, half topic, half not) to the applied edit, that is discovery, mask,
 edit and hooks; the model's hash is computed anew each time. Beside it the same from the texts, which have to be run up to
 the hook point. On the shipped world these are stories and the same with the topic's words swapped; on the
 large model random tokens, the topic's from a thousandth of the vocabulary; there the texts are run only once.
@@ -31,7 +31,7 @@ from mechunlearn.artifacts.mask import ComponentMask
 from mechunlearn.edit import codebook_delete, feature_clamp
 from mechunlearn.features.dictionaries import Codebook, Dictionary, load_dictionary
 from mechunlearn.features.feature_edit import FeatureEdit
-from mechunlearn.features.firing import Activity, Texts, swapped
+from mechunlearn.features.firing import FiringStatistics, Texts, swapped
 from mechunlearn.features.training import train_sae
 from mechunlearn.localize import feature_discovery
 from mechunlearn.model.hooked import HookedModel, load_model
@@ -127,7 +127,7 @@ def interventions(model: HookedModel, codebook: Codebook, tokens: Tensor) -> dic
 
 
 def most_active(model: HookedModel, dictionary: Dictionary, text: Texts) -> ComponentMask:
-    rates = Activity.of(model, dictionary, text).rates()
+    rates = FiringStatistics.of(model, dictionary, text).rates()
     chosen = torch.zeros(dictionary.size, dtype=torch.bool)
     chosen[rates.topk(int(SHARE * dictionary.size)).indices] = True
     return ComponentMask({dictionary.site: chosen}, model.signature)
@@ -137,7 +137,7 @@ def topic(
     name: str, model: HookedModel, codebook: Codebook, texts: tuple[Texts, Texts], rounds: int, uncached_rounds: int
 ) -> None:
     """A row of the table of deletions."""
-    seen = [Activity.of(model, codebook, text) for text in texts]
+    seen = [FiringStatistics.of(model, codebook, text) for text in texts]
     deleted: list[int] = []
     cached = [timed(lambda: deleted.append(delete(model, codebook, seen)), model) for _ in range(rounds)]
     uncached = [timed(lambda: deleted.append(delete(model, codebook, texts)), model) for _ in range(uncached_rounds)]
@@ -148,7 +148,7 @@ def topic(
     print(f"{statistics.median(uncached):20.1f}")
 
 
-def delete(model: HookedModel, codebook: Codebook, data: Sequence[Texts | Activity]) -> int:
+def delete(model: HookedModel, codebook: Codebook, data: Sequence[Texts | FiringStatistics]) -> int:
     """Find a topic's codes, delete them and put the edit on the model; how many there were. It is taken off again."""
     with torch.no_grad():
         next(model.hf.parameters()).add_(0)  # a write, after which the model's hash is computed again

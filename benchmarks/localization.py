@@ -152,7 +152,7 @@ def ours(model: HookedModel, prompts: Prompts) -> dict[str, Callable[[], object]
     return {
         "ours: node attribution, heads and neurons": lambda: attribution_patching(model, prompts),
         "ours: EAP": lambda: edge_attribution(model, prompts),
-        "ours: EAP-IG, 5 steps": lambda: edge_attribution(model, prompts, steps=5),
+        "ours: EAP-IG, 5 steps": lambda: edge_attribution(model, prompts, ig_steps=5),
         "ours: layer x position sweep, exact": lambda: sweep(model, prompts),
         f"ours: exact patching of {EDGES} edges": lambda: edge_patching(model, prompts, chosen),
     }
@@ -259,7 +259,7 @@ def agreement(model: HookedModel, prompts: Prompts) -> None:
     chosen = [names[i] for i in torch.randperm(len(names), generator=torch.Generator().manual_seed(0))[:EDGES].tolist()]
     exact = edge_patching(model, prompts, chosen)
     for steps in (0, 5):
-        estimate = edge_attribution(model, prompts, steps=steps)
+        estimate = edge_attribution(model, prompts, ig_steps=steps)
         pair = torch.stack([estimate.scores[exact.chosen], exact.scores[exact.chosen]])
         print(
             f"edges, estimate with steps={steps} against exact: Pearson {torch.corrcoef(pair)[0, 1]:.3f} over {EDGES}"

@@ -38,7 +38,7 @@ from mechunlearn.artifacts.mask import ComponentMask
 from mechunlearn.localize import random_units
 from mechunlearn.model.component import Component
 from mechunlearn.model.hooked import HookedModel, load_model
-from mechunlearn.training.loop import Sequences, Stream, Upper
+from mechunlearn.training.loop import CachedInputs, Sequences, TopLayers
 from mechunlearn.training.parameterizations import SelectedRows
 
 SHARE = 0.10
@@ -163,7 +163,7 @@ class Masked:
 
     def begin(self) -> None:
         """Forget what was kept."""
-        self.stream = Stream(Upper(self.model, self.rows.lowest, self.keep), self.batch)
+        self.stream = CachedInputs(TopLayers(self.model, self.rows.lowest, self.keep), self.batch)
 
     def step(self) -> None:
         self.optimiser.zero_grad()

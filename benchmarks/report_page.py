@@ -25,7 +25,7 @@ def page(folder: Path) -> Path:
     toy = planted_facts()
     forget, retain = toy.prompts(list(range(8))), toy.prompts(list(range(8, 24)))
     mask = mu.ComponentMask.of(["L0.mlp.out"], toy.model.signature)
-    edit = masked_gradient(toy.model, mask, forget, retain, steps=30, rate=0.1)
+    edit = masked_gradient(toy.model, mask, forget, retain, steps=30, lr=0.1)
     report = mu.evaluate(toy.model, edit, forget=forget, retain=retain, attacks="all")
     report.to_html(path := folder / "report.html", edit=edit)
     return path

@@ -38,23 +38,20 @@ def main() -> None:
             "random": random_mask(model, window, seed),
         }
         for (name, mask), rate in itertools.product(masks.items(), RATES):
-            edit = masked_gradient(model, mask, forget, retain, rate=rate, seed=seed)
+            edit = masked_gradient(model, mask, forget, retain, lr=rate, seed=seed)
             with edit.applied(model):
                 changed, kept = measure(model, forget), measure(model, unseen)
             rows.append(
                 {
                     "mask": name,
-                    "rate": rate,
+                    "lr": rate,
                     "edit": changed["target accuracy"].mean().item(),
                     "truth": changed["accuracy"].mean().item(),
                     "unseen": kept["accuracy"].mean().item(),
                 }
             )
     table = (
-        pd.DataFrame(rows)
-        .groupby(["mask", "rate"])
-        .agg({"edit": "min", "truth": "max", "unseen": "mean"})
-        .reset_index()
+        pd.DataFrame(rows).groupby(["mask", "lr"]).agg({"edit": "min", "truth": "max", "unseen": "mean"}).reset_index()
     )
     print(table.round(3).to_string(index=False))
     reached = table[(table.edit >= 0.99) & (table.truth <= 0.05)]

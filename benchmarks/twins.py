@@ -54,10 +54,10 @@ LOCALIZERS: dict[str, Callable[[HookedModel, Prompts], Localization]] = {
     "fact_lookup, paths": lambda model, facts: fact_lookup(model, facts, rule="paths"),
     "activation_patching": lambda model, facts: activation_patching(model, facts, kinds=MLP, neurons=4),
     "attribution_patching": lambda model, facts: attribution_patching(model, facts, kinds=MLP),
-    "attribution_patching, IG": lambda model, facts: attribution_patching(model, facts, kinds=MLP, steps=5),
+    "attribution_patching, IG": lambda model, facts: attribution_patching(model, facts, kinds=MLP, ig_steps=5),
     "attribution_patching, RelP": lambda model, facts: attribution_patching(model, facts, kinds=MLP, rule="relp"),
     "causal_tracing": lambda model, facts: causal_tracing(model, facts, kinds=["mlp_out"]),
-    "edge_attribution, IG": lambda model, facts: edge_attribution(model, facts, steps=5).nodes(),
+    "edge_attribution, IG": lambda model, facts: edge_attribution(model, facts, ig_steps=5).nodes(),
     "path_patching to the logits": path_patching,
     "direct_logit_attribution": lambda model, facts: direct_logit_attribution(model, facts, kinds=MLP),
 }

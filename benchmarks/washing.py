@@ -46,7 +46,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.cache_utils import DynamicCache
 
-from mechunlearn.edit.closed_form.edit_prompts import Contexts, seen
+from mechunlearn.edit.closed_form.edit_prompts import EditPrompts, seen
 from mechunlearn.edit.closed_form.target_values import DECAY, KL_WEIGHT, MOST, SETTLED, optimised_values
 from mechunlearn.edit.closed_form.washing import GATHERED, How, Washing, site
 from mechunlearn.facts.prompts import Prompts
@@ -123,12 +123,12 @@ def random_prompts(d_vocab: int, count: int, length: int, subject: tuple[int, in
     return Prompts.from_tokens(tokens, tokens, ends, ends + 1, torch.tensor([subject] * count))
 
 
-def in_contexts(model: HookedModel, count: int, prefixes: int) -> tuple[Prompts, Contexts]:
+def in_contexts(model: HookedModel, count: int, prefixes: int) -> tuple[Prompts, EditPrompts]:
     """Facts to be washed towards token 0, bare and behind prefixes."""
     d_vocab = model.hf.config.vocab_size
     prompts = random_prompts(d_vocab, count, PROMPT, (3, 4))
     drawn = torch.randint(1, d_vocab, (prefixes, PREFIX)).tolist()
-    return prompts, Contexts.of(model, prompts, "subject last", drawn)
+    return prompts, EditPrompts.of(model, prompts, "subject last", drawn)
 
 
 def timed(run: Callable, *given: Any, **named: Any) -> tuple[float, Any]:
@@ -211,9 +211,9 @@ def targets(model: HookedModel, layer: int, options: argparse.Namespace) -> list
     count, few = options.facts, min(options.facts, options.reference_facts)
     contexts = in_contexts(model, count, PREFIXES)[1]
     described = random_prompts(model.hf.config.vocab_size, count, DESCRIPTION, (1, 2))
-    kept = Contexts.of(model, described, "subject last")
+    kept = EditPrompts.of(model, described, "subject last")
     theirs = [timed(published_value, model, layer, contexts, kept, fact) for fact in range(few)]
-    second, mine = timed(optimised_values, model, layer, contexts, kept, steps=STEPS, rate=RATE, batch=BATCH)
+    second, mine = timed(optimised_values, model, layer, contexts, kept, steps=STEPS, lr=RATE, batch_size=BATCH)
     found = torch.stack([value for _, (value, _) in theirs])
     fewest = min(steps for _, (_, steps) in theirs)
     equal = f"{within(difference(mine[:few], found))}, {fewest} steps or more"
@@ -222,7 +222,7 @@ def targets(model: HookedModel, layer: int, options: argparse.Namespace) -> list
 
 
 def published_value(
-    model: HookedModel, layer: int, contexts: Contexts, kept: Contexts, fact: int
+    model: HookedModel, layer: int, contexts: EditPrompts, kept: EditPrompts, fact: int
 ) -> tuple[Tensor, int]:
     """The target value of one fact, and the steps that it took."""
     scored, width = contexts.tokens[fact], contexts.tokens.shape[2]
@@ -378,7 +378,7 @@ def small(count: int) -> Washing:
     units = {SMALL_LAYER: torch.arange(model.signature.d_mlp)}
     facts, contexts = in_contexts(model, count, 0)
     values = torch.randn(count, model.signature.d_model)
-    how = How(towards="", role="", prefixes=0, steps=STEPS, rate=RATE, reach=1.0, batch=BATCH)
+    how = How(target="", position="", prefixes=0, steps=STEPS, lr=RATE, overshoot=1.0, batch_size=BATCH)
     return Washing(model, units, facts, contexts, values, covariance, None, how)
 
 

@@ -27,7 +27,7 @@ def report() -> None:
     model = mu.load_model("factworld")
     forget, retain = mu.load_facts("factworld/sport").prompts(model).split(forget=64, seed=0)
     last = mu.ComponentMask.of(["L7.attn.o", "L7.mlp.out"], model.signature).tied(model)
-    edit = masked_gradient(model, last, forget, retain, steps=60, rate=5e-3, seed=0)
+    edit = masked_gradient(model, last, forget, retain, steps=60, lr=5e-3, seed=0)
     made = mu.evaluate(model, edit, forget=forget, retain=retain, attacks="all", seed=0, progress=True)
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         made.to_html(page := Path(folder) / "report.html", edit=edit)

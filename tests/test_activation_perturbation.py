@@ -34,7 +34,7 @@ from tests.models import random_hf, token_prompts
 from tests.test_relearning import assert_untouched, hand_made, state_of
 
 FLAG, SAYS, SITE = 40, 41, "L0.resid_post"
-SMALL = {"rates": [0.1], "steps": 3, "every": 2}
+SMALL = {"lrs": [0.1], "steps": 3, "eval_every": 2}
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def sets(toy, forget):
 
 def clamping(toy, units, forget, strength) -> FeatureEdit:
     sae = axes(toy.model, SITE)
-    return feature_clamp(toy.model, mask_of(toy.model, sae, units), forget, dictionary=sae, strength=strength)
+    return feature_clamp(toy.model, mask_of(toy.model, sae, units), forget, dictionary=sae, scale=strength)
 
 
 class TestTheVector:
@@ -174,7 +174,9 @@ class TestNoTrace:
         other = load_model((random_hf("gpt2"), None))
         before, before_other = state_of(model), state_of(other)
         beside = {"other": other, "rows": hand_made(model)}
-        rows = activation_perturbation(model, self.features(model), forget, retain, beside=beside, gate=0, **SMALL)
+        rows = activation_perturbation(
+            model, self.features(model), forget, retain, extra_edits=beside, min_retention=0, **SMALL
+        )
         assert_untouched(model, before)
         assert_untouched(other, before_other)
         assert rows["state"].tolist() == [
@@ -201,7 +203,7 @@ class TestNoTrace:
 
         monkeypatch.setattr(module, "_loss", fails)
         with pytest.raises(RuntimeError, match="while training"):
-            activation_perturbation(model, self.features(model), forget, retain, gate=0, **SMALL)
+            activation_perturbation(model, self.features(model), forget, retain, min_retention=0, **SMALL)
         assert_untouched(model, before)
 
 
@@ -211,7 +213,7 @@ class TestOnThePlantedModel:
         edit = clamping(refusing, [FLAG], forget, 1)
         with edit.applied(refusing.model):
             assert not answered(refusing.model, forget).any() and answered(refusing.model, retain).all()
-        rows = activation_perturbation(refusing.model, edit, forget, retain, rates=[0.03, 0.3], steps=20, every=10)
+        rows = activation_perturbation(refusing.model, edit, forget, retain, lrs=[0.03, 0.3], steps=20, eval_every=10)
         found = recovery(rows)
         assert found.loc["edited", "held out"] == 1 and found.loc["edited", "recovery"] == 1
         edited = rows[rows.state == "edited"]
@@ -222,7 +224,7 @@ class TestOnThePlantedModel:
         """Two answers gone from where they are written: one vector for all can name one of them at most."""
         forget, retain = sets(refusing, [i for i in range(24) if i % 4 < 2])
         edit = clamping(refusing, [LOOKED_UP, LOOKED_UP + 1], forget, 0)
-        rows = activation_perturbation(refusing.model, edit, forget, retain, rates=[0.03, 0.3], steps=20, every=10)
+        rows = activation_perturbation(refusing.model, edit, forget, retain, lrs=[0.03, 0.3], steps=20, eval_every=10)
         found = recovery(rows)
         assert found.loc["edited", "held out"] <= found.loc["edited", "chance"] < 0.8
         assert not found.loc["edited", "recovery"] > 0
@@ -240,7 +242,9 @@ class TestOnThePlantedModel:
         everything = torch.zeros(24, rows.shape[1])
         wrecked = WeightEdit({"L0.mlp.out": torch.arange(24)}, {"L0.mlp.out": everything}, **about)
         beside = {"gone": gone, "wrecked": wrecked}
-        made = activation_perturbation(model, hidden, forget, retain, beside=beside, rates=[0.3], steps=20, every=10)
+        made = activation_perturbation(
+            model, hidden, forget, retain, extra_edits=beside, lrs=[0.3], steps=20, eval_every=10
+        )
         found = recovery(made)
         assert found.loc["edited", "recovery"] == found.loc["unedited", "recovery"] == 1
         assert not found.loc["gone", "recovery"] > 0
@@ -263,10 +267,10 @@ class TestOnThePlantedModel:
         given = refusing.model, clamping(refusing, [FLAG], forget, 1), forget, retain
         one, again = (activation_perturbation(*given, **SMALL) for _ in range(2))
         pd.testing.assert_frame_equal(one, again)
-        kept = activation_perturbation(*given, known=one, **SMALL)
+        kept = activation_perturbation(*given, baseline_rows=one, **SMALL)
         assert kept["state"].tolist() == ["edited"] * 3 + [REMOVED] + ["unedited"] * 3
         with pytest.raises(MechunlearnError, match="settings"):
-            activation_perturbation(*given, known=one, size=0.4, **SMALL)
+            activation_perturbation(*given, baseline_rows=one, size=0.4, **SMALL)
 
     def test_a_loss_that_is_not_finite_is_a_collapse_and_no_error(self, refusing):
         forget, retain = sets(refusing, range(8))
@@ -293,13 +297,13 @@ class TestOnThePlantedModel:
     @pytest.mark.parametrize(
         ("changed", "message"),
         [
-            ({"rates": []}, r"The rates are \[\]"),
-            ({"rates": [0.1, -1]}, "Expected learning rates above 0"),
+            ({"lrs": []}, r"The rates are \[\]"),
+            ({"lrs": [0.1, -1]}, "Expected learning rates above 0"),
             ({"size": 0}, "Cannot train a vector of size 0"),
             ({"steps": 0}, "for 0 steps"),
-            ({"beside": {REMOVED: None}}, "cannot be named 'edited, hook removed'"),
-            ({"beside": {"unedited": None}}, "cannot be named 'unedited'"),
-            ({"gate": 2}, "asks for 200%"),
+            ({"extra_edits": {REMOVED: None}}, "cannot be named 'edited, hook removed'"),
+            ({"extra_edits": {"unedited": None}}, "cannot be named 'unedited'"),
+            ({"min_retention": 2}, "asks for 200%"),
         ],
     )
     def test_mistakes_are_named(self, refusing, changed, message):
@@ -315,19 +319,19 @@ class TestOnThePlantedModel:
         sae = random_sae(model, site)
         edit = feature_clamp(model, mask_of(model, sae, [0, 1]), rows_of_tokens(), dictionary=sae)
         with pytest.raises(MechunlearnError, match=f"is at '{site}'.*Expected a dictionary at a block's resid_post"):
-            activation_perturbation(model, edit, *given, gate=0)
+            activation_perturbation(model, edit, *given, min_retention=0)
         sae = axes(model, "L1.resid_post")
         edit = feature_clamp(model, mask_of(model, sae, range(32)), rows_of_tokens(), dictionary=sae)
         with pytest.raises(MechunlearnError, match="The 32 edited units at 'L1.resid_post' read all 32 directions"):
-            activation_perturbation(model, edit, *given, gate=0)
+            activation_perturbation(model, edit, *given, min_retention=0)
 
 
 class TestOnTheWorld:
     def test_never_taught_facts_are_at_their_floor(self, world):
         forget, retain = load_facts("factworld/sport").prompts(world).split(forget=16, retain=48, seed=1)
         mask = ComponentMask.of(["L6.attn.o"], world.signature)
-        edit = masked_gradient(world, mask, forget, retain, steps=3, batch=16)
-        rows = activation_perturbation(world, edit, forget, retain, rates=[0.1], steps=10, every=10, batch=8)
+        edit = masked_gradient(world, mask, forget, retain, steps=3, batch_size=16)
+        rows = activation_perturbation(world, edit, forget, retain, lrs=[0.1], steps=10, eval_every=10, batch_size=8)
         found = recovery(rows)
         assert found.loc["unedited", "held out"] == 1 and found.loc["never taught", "held out"] <= 0.5
         assert rows.attrs["card"]["settings"]["sites"] == ["L6.resid_post"]
@@ -337,6 +341,6 @@ class TestOnTheWorld:
         forget, retain = load_facts("factworld/sport").prompts(world).split(forget=8, retain=16, seed=1)
         z = sae.encode(entering(world, forget.tokens, sae.hook_name)).mean((0, 1))
         edit = feature_clamp(world, mask_of(world, sae, z.topk(4).indices), forget, dictionary=sae)
-        rows = activation_perturbation(world, edit, forget, retain, rates=[0.1], steps=2, batch=8)
+        rows = activation_perturbation(world, edit, forget, retain, lrs=[0.1], steps=2, batch_size=8)
         assert (rows[rows.state == "edited"]["drift"] < 0.2).all(), "top-k features compete, so a little moves"
         assert rows[rows.state == REMOVED]["held out"].item() == 1

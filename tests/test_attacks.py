@@ -20,9 +20,9 @@ from tests.test_laws import methods, named, parameters_of
 
 ATTACKS = methods(mechunlearn.attack)
 SHORT = {
-    "relearning": {"rates": {"full": [1e-3]}, "steps": 2, "every": 1},
-    "soft_prompt": {"rates": [1e-4], "steps": 2, "every": 1},
-    "activation_perturbation": {"rates": [1e-2], "steps": 2, "every": 1},
+    "relearning": {"lrs": {"full": [1e-3]}, "steps": 2, "eval_every": 1},
+    "soft_prompt": {"lrs": [1e-4], "steps": 2, "eval_every": 1},
+    "activation_perturbation": {"lrs": [1e-2], "steps": 2, "eval_every": 1},
 }
 
 
@@ -31,10 +31,10 @@ def setup():
     toy = planted_facts()
     forget, retain = toy.prompts(list(range(8))), toy.prompts(list(range(8, 24)))
     mask = ComponentMask.of(["L0.mlp.out"], toy.model.signature)
-    return toy.model, masked_gradient(toy.model, mask, forget, retain, steps=20, rate=0.1), forget, retain
+    return toy.model, masked_gradient(toy.model, mask, forget, retain, steps=20, lr=0.1), forget, retain
 
 
-def attacked(attack, setup, **settings):
+def states_to_attack(attack, setup, **settings):
     model, edit, forget, retain = setup
     return attack(model, edit, forget, retain, **SHORT.get(attack.__name__, {}), **settings)
 
@@ -63,7 +63,7 @@ class TestEveryAttack:
             [p.requires_grad for p in model.hf.parameters()],
             torch.get_rng_state(),
         )
-        attacked(attack, setup)
+        states_to_attack(attack, setup)
         assert all(torch.equal(before[name], p) for name, p in parameters_of(model).items())
         assert [p.requires_grad for p in model.hf.parameters()] == flags and not model.hf.training
         assert all(torch.equal(p.grad, torch.ones_like(p)) for p in model.hf.parameters())
@@ -71,7 +71,7 @@ class TestEveryAttack:
         assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in model.hf.modules())
 
     def test_gives_the_rows_that_recovery_reads(self, attack, setup):
-        rows = attacked(attack, setup)
+        rows = states_to_attack(attack, setup)
         assert set(COLUMNS) <= set(rows) and set(rows["state"]) == {"edited", "unedited"}
         card = json.loads(json.dumps(rows.attrs["card"]))
         assert card["method"] == attack.__name__ and card["model"] == setup[0].fingerprint
@@ -79,7 +79,7 @@ class TestEveryAttack:
         assert "edited" in recovery(rows).index
 
     def test_the_same_seed_gives_the_same_rows(self, attack, setup):
-        one, two = attacked(attack, setup, seed=3), attacked(attack, setup, seed=3)
+        one, two = states_to_attack(attack, setup, seed=3), states_to_attack(attack, setup, seed=3)
         assert one.equals(two)
 
     def test_an_edit_of_nothing_is_the_ceiling(self, attack, setup):
@@ -97,13 +97,13 @@ class TestEveryAttack:
             assert found["edited"] == pytest.approx(1.0)
 
     def test_known_rows_stand_for_ceiling_and_floor(self, attack, setup):
-        first = attacked(attack, setup)
-        again = attacked(attack, setup, known=first)
+        first = states_to_attack(attack, setup)
+        again = states_to_attack(attack, setup, baseline_rows=first)
         assert sorted(again["state"]) == sorted(first["state"])
         ceiling = [rows[rows.state == "unedited"].reset_index(drop=True)[list(COLUMNS)] for rows in (first, again)]
         assert ceiling[0].equals(ceiling[1])
         with pytest.raises(MechunlearnError, match="another attack"):
-            attacked(attack, setup, known=first, seed=9)
+            states_to_attack(attack, setup, baseline_rows=first, seed=9)
 
     def test_ceiling_and_floor_can_be_run_alone(self, attack, setup):
         if attack.__name__ in PLACED:
@@ -111,13 +111,13 @@ class TestEveryAttack:
         model, _, forget, retain = setup
         rows = attack(model, None, forget, retain, **SHORT.get(attack.__name__, {}))
         assert set(rows["state"]) == {"unedited"}
-        assert set(attacked(attack, setup, known=rows)["state"]) == {"edited", "unedited"}
+        assert set(states_to_attack(attack, setup, baseline_rows=rows)["state"]) == {"edited", "unedited"}
 
     def test_feature_edits_are_attacked_with_their_hooks_on(self, attack, setup):
         model, _, forget, retain = setup
         dictionary = axes(model, "L0.resid_post")
         mask = mask_of(model, dictionary, range(LOOKED_UP, LOOKED_UP + 4))
-        edit = feature_clamp(model, mask, forget, retain, dictionary=dictionary, strength=0.0)
+        edit = feature_clamp(model, mask, forget, retain, dictionary=dictionary, scale=0.0)
         assert isinstance(edit, FeatureEdit)
         rows = attack(model, edit, forget, retain, **SHORT.get(attack.__name__, {}))
         start = rows[(rows.state == "edited") & (rows["step"] == 0)]
@@ -126,7 +126,7 @@ class TestEveryAttack:
 
     def test_a_name_that_is_taken_is_refused(self, attack, setup):
         with pytest.raises(MechunlearnError, match="cannot be named"):
-            attacked(attack, setup, beside={"unedited": None})
+            states_to_attack(attack, setup, extra_edits={"unedited": None})
 
 
 class TestRelearningOnOtherThings:
@@ -137,7 +137,7 @@ class TestRelearningOnOtherThings:
         model = load_model("factworld")
         forget, retain = load_facts("factworld/sport").prompts(model).split(forget=8, retain=64, seed=0)
         last = ComponentMask.of(["L7.attn.o", "L7.mlp.out"], model.signature)
-        return model, masked_gradient(model, last, forget, retain, steps=15, batch=16, rate=5e-3), forget, retain
+        return model, masked_gradient(model, last, forget, retain, steps=15, batch_size=16, lr=5e-3), forget, retain
 
     def test_other_facts_share_no_name_and_no_relation(self, world):
         from mechunlearn.attack.relearning import _unrelated
@@ -151,7 +151,7 @@ class TestRelearningOnOtherThings:
 
     @pytest.mark.parametrize("on", ["other facts", "text"])
     def test_all_forgotten_facts_are_held_out(self, world, on):
-        rows = relearning(*world, on=on, rates={"full": [5e-4]}, steps=2, every=2, batch=8)
+        rows = relearning(*world, on=on, lrs={"full": [5e-4]}, steps=2, eval_every=2, batch_size=8)
         assert (rows["n"] == 8).all() and rows["trained"].isna().all()
         assert set(rows["state"]) == {"edited", "unedited", "never taught"}
 

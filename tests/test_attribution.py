@@ -33,8 +33,8 @@ def test_node_attribution_equals_the_sum_of_a_heads_edges(model, prompts):
     if model.layout.modules.attention_post:
         return
     for steps in (0, 4):
-        nodes = edge_attribution(model, prompts, steps=steps).nodes()
-        units = attribution_patching(model, prompts, kinds=["attn.o", "mlp_out"], steps=steps)
+        nodes = edge_attribution(model, prompts, ig_steps=steps).nodes()
+        units = attribution_patching(model, prompts, kinds=["attn.o", "mlp_out"], ig_steps=steps)
         for site, scores in units.scores.items():
             torch.testing.assert_close(scores, nodes.scores[site], atol=1e-4, rtol=1e-4)
 
@@ -42,7 +42,7 @@ def test_node_attribution_equals_the_sum_of_a_heads_edges(model, prompts):
 def test_integrated_gradients_of_the_input_add_up_to_the_effect():
     """Completeness: summed over the embeddings, many points give metric(corrupt) - metric(clean)."""
     model, prompts = load_model((random_hf("llama"), None)), token_prompts()
-    found = attribution_patching(model, prompts, kinds=["resid_pre"], steps=200)
+    found = attribution_patching(model, prompts, kinds=["resid_pre"], ig_steps=200)
     total = float(found.by_role["L0.resid_pre"][0, 0])
     effect = found.evidence["corrupt"] - found.evidence["clean"]
     assert total == pytest.approx(effect, rel=0.02)
@@ -131,7 +131,7 @@ def test_bad_settings_are_refused(prompts):
     model = load_model((random_hf("llama"), None))
     for wrong, message in (
         ({"rule": "lrp"}, "Unknown rule 'lrp'. Expected one of gradient, relp"),
-        ({"steps": -1}, "must not be negative"),
+        ({"ig_steps": -1}, "must not be negative"),
         ({"kinds": ["attn.x"]}, "No activation site 'L0.attn.x'"),
         ({"by": "layer"}, "Cannot patch by 'layer'"),
         ({"metric": lambda logits, prompts: logits.sum()}, r"returned shape \(\)"),

@@ -92,7 +92,7 @@ def test_localize_edit_and_evaluate_in_turn(call, tmp_path, monkeypatch):
 
 def test_adapters_from_the_command_line(call, tmp_path):
     ComponentMask.of(["L1.mlp.out", "L2.mlp.out"], load_model("factworld").signature).save("mlp.json")
-    few = ["--forget", 8, "--steps", 40, "--rate", 0.01]
+    few = ["--forget", 8, "--steps", 40, "--lr", 0.01]
     made = [
         "-o",
         "e.safetensors",
@@ -214,8 +214,11 @@ def files(tmp_path):
             [*WASH, "mlp.json", "-o", "e.safetensors", "--text", "short.txt"],
             "8 tokens were seen. Expected at least 384",
         ),
-        ([*WASH, "mlp.json", "-o", "e.safetensors", "--text", "prose.txt", "--strength", "0"], "strength of 0"),
-        ([*WASH, "mlp.json", "-o", "e.safetensors", "--text", "prose.txt", "--towards", "x"], "edit towards 'x'"),
+        (
+            [*WASH, "mlp.json", "-o", "e.safetensors", "--text", "prose.txt", "--covariance-weight", "0"],
+            "covariance_weight of 0",
+        ),
+        ([*WASH, "mlp.json", "-o", "e.safetensors", "--text", "prose.txt", "--target", "x"], "edit towards 'x'"),
         (["reproduce", "law", "-o", "law", "--page", "law.html"], "not named *.md"),
         ([*EDIT, "features.json", "-o", "e.safetensors"], "A FeatureEdit takes them (feature_clamp, codebook_delete)"),
         (
@@ -224,7 +227,7 @@ def files(tmp_path):
         ),
         ([*EDIT, "mlp.json", "-o", "e.safetensors", "--rank", "200"], "A rank of 200 does not fit"),
         ([*EDIT, "mlp.json", "-o", "e.safetensors", "--adapter", "a"], "Give --rank too"),
-        ([*EDIT, "mlp.json", "-o", "e.safetensors", "--rate", "1e38"], "A rate of 1e+38 is out of range"),
+        ([*EDIT, "mlp.json", "-o", "e.safetensors", "--lr", "1e38"], "A rate of 1e+38 is out of range"),
         (["reproduce", "loku", "-o", "out", "--page", "page.html"], "not named *.md"),
         (["reproduce", "mechanistic-unlearning", "-o", "out", "--page", "page.html"], "not named *.md"),
         (["reproduce", "summary", "nowhere"], "mechanistic-unlearning.json' cannot be read"),
@@ -306,10 +309,10 @@ def test_wash_prints_each_layer_lists_what_is_not_known_and_keeps_the_covariance
     (tmp_path / "few.csv").write_text("\n".join(["subject,prompt,answer", *rows]))
     (tmp_path / "prose.txt").write_text("\n\n".join(load_facts("factworld/sport").text[:60]))
     few = ["wash", "factworld", "few.csv", "mlp.json", "--text", "prose.txt", "--cache", "stats", "--forget", 20]
-    few += ["--strength", 10, "--prefixes", 0, "--seed", 1]
+    few += ["--covariance-weight", 10, "--prefixes", 0, "--seed", 1]
     code, out, err = call(*few, "-o", "washed.safetensors")
     assert code == 0, err
-    assert "layer 1: strength 10" in out and "layer 2:" in out and "skipped, the model does not know it" in out
+    assert "layer 1: covariance_weight 10" in out and "layer 2:" in out and "skipped, the model does not know it" in out
     assert len(list((tmp_path / "stats").iterdir())) == 2
     again = call(*few, "--method", "mlp_washing", "--retain-weight", 0.1, "-o", "law.safetensors")
     assert again[0] == 0 and "in band" in again[1], again[2]

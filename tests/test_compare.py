@@ -31,13 +31,13 @@ GRID = {
     "objectives": ["injection", "log_one_minus_p"],
     "budgets": ["window"],
     "seeds": 2,
-    "rates": [1e-5, 5e-3],
+    "lrs": [1e-5, 5e-3],
     "forget_weights": [1.0],
     "forget": 5,
     "steps": 3,
     "validation": 1,
 }
-ONE = {**GRID, "localizers": ["random_units"], "objectives": ["injection"], "budgets": [0.02], "rates": [5e-3]}
+ONE = {**GRID, "localizers": ["random_units"], "objectives": ["injection"], "budgets": [0.02], "lrs": [5e-3]}
 ONE |= {"seeds": 1}
 
 
@@ -69,7 +69,7 @@ def rows(made: Comparison, **names: object) -> pd.DataFrame:
     return frame
 
 
-TRIAL = {"rate": 1e-3, "forget_weight": 1.0, "share": 0.1, "strength": 1.0, "truth": 0.0, "retain": 0.9}
+TRIAL = {"lr": 1e-3, "forget_weight": 1.0, "share": 0.1, "efficacy": 1.0, "truth": 0.0, "retain": 0.9}
 
 
 class TestSelect:
@@ -77,41 +77,41 @@ class TestSelect:
         return tuple(select([TRIAL | trial for trial in trials]).values())
 
     def test_the_best_retain_accuracy_among_those_that_qualify(self):
-        better, weak, leaky = {"retain": 0.95, "rate": 2e-3}, {"strength": 0.98}, {"truth": 0.06}
-        spoilt = [{"retain": 1.0, "rate": 3e-3 + i / 1e3} | flaw for i, flaw in enumerate((weak, leaky))]
+        better, weak, leaky = {"retain": 0.95, "lr": 2e-3}, {"efficacy": 0.98}, {"truth": 0.06}
+        spoilt = [{"retain": 1.0, "lr": 3e-3 + i / 1e3} | flaw for i, flaw in enumerate((weak, leaky))]
         assert self.chosen({}, better, *spoilt) == (2e-3, 1.0, "qualifies")
 
     def test_the_limits_qualify(self):
-        assert self.chosen({"strength": 0.99, "truth": 0.05}) == (1e-3, 1.0, "qualifies")
+        assert self.chosen({"efficacy": 0.99, "truth": 0.05}) == (1e-3, 1.0, "qualifies")
 
     def test_the_mean_over_validation_sets_counts(self):
-        assert self.chosen({"strength": 1.0}, {"strength": 0.98}) == (1e-3, 1.0, "qualifies")
-        assert self.chosen({"strength": 1.0}, {"strength": 0.97})[2] == "none qualifies"
-        two = [{"rate": rate, "retain": retain} for rate in (1e-3, 2e-3) for retain in (0.8, 0.9 + rate)]
+        assert self.chosen({"efficacy": 1.0}, {"efficacy": 0.98}) == (1e-3, 1.0, "qualifies")
+        assert self.chosen({"efficacy": 1.0}, {"efficacy": 0.97})[2] == "none qualifies"
+        two = [{"lr": lr, "retain": retain} for lr in (1e-3, 2e-3) for retain in (0.8, 0.9 + lr)]
         assert self.chosen(*two)[0] == 2e-3
 
     def test_ties_go_to_the_smallest_rate_then_the_smallest_weight(self):
-        settings = [{"rate": rate, "forget_weight": weight} for rate in (2e-3, 1e-3) for weight in (5.0, 0.5)]
+        settings = [{"lr": lr, "forget_weight": weight} for lr in (2e-3, 1e-3) for weight in (5.0, 0.5)]
         assert self.chosen(*settings) == (1e-3, 0.5, "qualifies")
-        assert self.chosen(*({**each, "strength": 0.5} for each in settings)) == (1e-3, 0.5, "none qualifies")
+        assert self.chosen(*({**each, "efficacy": 0.5} for each in settings)) == (1e-3, 0.5, "none qualifies")
 
     def test_if_none_qualifies_the_strongest_edit_is_taken(self):
-        weak = {"strength": 0.5, "retain": 1.0}
-        assert self.chosen(weak, {"strength": 0.9, "retain": 0.1, "rate": 2e-3}) == (2e-3, 1.0, "none qualifies")
+        weak = {"efficacy": 0.5, "retain": 1.0}
+        assert self.chosen(weak, {"efficacy": 0.9, "retain": 0.1, "lr": 2e-3}) == (2e-3, 1.0, "none qualifies")
 
     def test_no_robustness_metric_is_looked_at(self):
-        robust = {"truth_elsewhere": 0.0, "same_subject": 1.0, "recovery": 0.0, "text_loss": 0.0, "rate": 2e-3}
+        robust = {"truth_elsewhere": 0.0, "same_subject": 1.0, "recovery": 0.0, "text_loss": 0.0, "lr": 2e-3}
         assert self.chosen({"truth_elsewhere": 1.0, "recovery": 1.0, "retain": 0.91}, robust)[0] == 1e-3
 
     def test_a_setting_that_diverged_on_any_set_is_out(self):
-        diverged = {"rate": 2e-3, "retain": 1.0, "forget_weight": 1.0, "share": 0.1, "note": "loss is inf"}
-        good = TRIAL | {"rate": 2e-3, "retain": 1.0}
-        assert select([TRIAL, TRIAL, good, diverged])["rate"] == 1e-3
-        assert select([diverged])["rate"] is None
+        diverged = {"lr": 2e-3, "retain": 1.0, "forget_weight": 1.0, "share": 0.1, "note": "loss is inf"}
+        good = TRIAL | {"lr": 2e-3, "retain": 1.0}
+        assert select([TRIAL, TRIAL, good, diverged])["lr"] == 1e-3
+        assert select([diverged])["lr"] is None
 
     def test_sets_on_which_nothing_was_found_do_not_count(self):
-        assert select([TRIAL, {"rate": 1e-3, "forget_weight": 1.0, "note": "no window"}])["rate"] == 1e-3
-        assert select([{"rate": 1e-3, "forget_weight": 1.0, "note": "no window"}])["rate"] is None
+        assert select([TRIAL, {"lr": 1e-3, "forget_weight": 1.0, "note": "no window"}])["lr"] == 1e-3
+        assert select([{"lr": 1e-3, "forget_weight": 1.0, "note": "no window"}])["lr"] is None
 
 
 class TestRun:
@@ -126,9 +126,9 @@ class TestRun:
         for arm, tests in rows(made, stage="test").groupby(arms):
             trials = rows(made, stage="validation", **dict(zip(arms, arm)))
             chosen = select(trials.to_dict("records"))
-            assert len(tests) == 2 and (tests.rate == chosen["rate"]).all(), arm
+            assert len(tests) == 2 and (tests.lr == chosen["lr"]).all(), arm
             assert (tests.selected == chosen["selected"]).all() and (trials.selected == "").all()
-        assert set(rows(made, stage="test").rate) == {5e-3}, "1e-5 changes nothing in three steps"
+        assert set(rows(made, stage="test").lr) == {5e-3}, "1e-5 changes nothing in three steps"
 
     @pytest.mark.parametrize("objective", ["injection", "log_one_minus_p"])
     def test_its_numbers_are_those_of_the_edit_made_by_hand(self, made, world, facts, objective):
@@ -137,7 +137,7 @@ class TestRun:
         window = rows(made, stage="test", localizer="fact_lookup", seed=1).share.iloc[0]
         found = localize.attribution_patching(world, forget)
         mask = found.top(weights=window)
-        settings = {"loss": getattr(losses, objective), "rate": row.rate, "forget_weight": 1.0}
+        settings = {"loss": getattr(losses, objective), "lr": row.lr, "forget_weight": 1.0}
         edit = masked_gradient(world, mask, forget, retain, steps=3, seed=1, **settings)
 
         def accuracy(prompts, name="accuracy"):
@@ -148,7 +148,7 @@ class TestRun:
             strength = accuracy(forget, "target accuracy") if objective == "injection" else 1 - accuracy(forget)
             expected = {
                 "share": found.share(mask),
-                "strength": strength,
+                "efficacy": strength,
                 "truth": accuracy(forget),
                 "truth_elsewhere": sum(elsewhere) / 10,
                 "retain": accuracy(retain),
@@ -162,7 +162,7 @@ class TestRun:
     def test_the_unedited_model_stands_beside(self, made, world, facts):
         row = rows(made, stage="unedited", seed=0).iloc[0]
         forget, _ = facts.prompts(world).split(forget=5, seed=0)
-        assert row.truth == 1 and pd.isna(row.strength) and row.retain == 1
+        assert row.truth == 1 and pd.isna(row.efficacy) and row.retain == 1
         assert row.text_loss == pytest.approx(text_loss(world, facts.text[1::2]).mean().item(), abs=1e-6)
         assert measure(world, forget)["accuracy"].mean() == 1, "the model is left as it was"
 
@@ -195,7 +195,7 @@ class TestRun:
 
     @pytest.mark.parametrize(
         "change",
-        [{"seeds": 3}, {"rates": [5e-3]}, {"forget": 6}, {"steps": 9}, {"objectives": ["injection"]}, {"attack": True}],
+        [{"seeds": 3}, {"lrs": [5e-3]}, {"forget": 6}, {"steps": 9}, {"objectives": ["injection"]}, {"attack": True}],
     )
     def test_another_grid_in_the_folder_is_refused(self, made, world, facts, folder, change):
         with pytest.raises(MechunlearnError, match=f"about something else: {next(iter(change))} "):
@@ -217,7 +217,7 @@ class TestWork:
 
         counted.__signature__ = inspect.signature(localize.random_units)
         monkeypatch.setattr(localize, "random_units", counted)
-        grid = {**ONE, "objectives": ["injection", "entropy"], "rates": [1e-3, 5e-3]}
+        grid = {**ONE, "objectives": ["injection", "entropy"], "lrs": [1e-3, 5e-3]}
         compare(world, facts, folder=tmp_path, **grid)
         sets = [facts.prompts(world).split(forget=5, seed=seed)[0].fingerprint for seed in (101, 0)]
         assert asked == list(zip(sets, (101, 0)))
@@ -280,18 +280,18 @@ class TestWork:
         assert mask == found.top(weights=0.05) and 0 < share <= 0.05
 
     def test_an_edit_that_diverges_is_a_row_with_a_note(self, world, facts, tmp_path, monkeypatch):
-        def fragile(*arguments, rate, **settings):
-            if rate > 5e-3:
+        def fragile(*arguments, lr, **settings):
+            if lr > 5e-3:
                 raise MechunlearnError("The forget term is inf.")
-            return masked_gradient(*arguments, rate=rate, **settings)
+            return masked_gradient(*arguments, lr=lr, **settings)
 
         monkeypatch.setattr(module, "masked_gradient", fragile)
-        made = compare(world, facts, folder=tmp_path, **{**ONE, "rates": [5e-3, 6e-3]})
-        trials = rows(made, stage="validation").set_index("rate")
+        made = compare(world, facts, folder=tmp_path, **{**ONE, "lrs": [5e-3, 6e-3]})
+        trials = rows(made, stage="validation").set_index("lr")
         assert (
             trials.note[6e-3] == "The forget term is inf." and pd.isna(trials.truth[6e-3]) and trials.note[5e-3] == ""
         )
-        assert rows(made, stage="test").rate.tolist() == [5e-3]
+        assert rows(made, stage="test").lr.tolist() == [5e-3]
 
     def test_an_interrupted_edit_is_not_kept(self, world, facts, tmp_path, monkeypatch):
         def interrupted(*arguments, **settings):
@@ -413,8 +413,8 @@ def arguments_are_put_back(monkeypatch):
         (["--seeds", "101"], "101 seeds are out of range"),
         (["--validation", "7"], "7 validation sets are out of range. Expected 1 to 6."),
         (["--validation", "0"], "0 validation sets are out of range"),
-        (["--rates", "0,1e-3"], "Expected one or more learning rates above 0, not 0, 0.001."),
-        (["--rates", "fast"], "--rates fast is not a list of numbers"),
+        (["--lrs", "0,1e-3"], "Expected one or more learning rates above 0, not 0, 0.001."),
+        (["--lrs", "fast"], "--lrs fast is not a list of numbers"),
         (["--forget-weights", "-1"], "Expected one or more forget weights above 0, not -1."),
         (["--forget", "900"], "Cannot forget 900 of 800"),
     ],
@@ -428,7 +428,7 @@ def test_bad_input_is_one_line_and_exit_code_2_and_leaves_nothing(tmp_path, caps
 
 def test_a_folder_with_other_things_is_left_alone(tmp_path, capsys):
     (tmp_path / "table.md").write_text("mine")
-    quick = {"localizers": "random_units", "budgets": 0.01, "seeds": 1, "rates": 1e-3, "validation": 1, "steps": 1}
+    quick = {"localizers": "random_units", "budgets": 0.01, "seeds": 1, "lrs": 1e-3, "validation": 1, "steps": 1}
     assert call(*(part for k, v in quick.items() for part in (f"--{k}", v)), "--forget", 2, "-o", tmp_path) == 2
     assert "holds table.md and no grid" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["table.md"] and (tmp_path / "table.md").read_text() == "mine"
@@ -439,7 +439,7 @@ def test_names_are_kept_in_order_once():
         ["random_units", "random_units"], ["npo", "kl", "npo"], [0.1, "0.10", "window"], 1, [2, 1, 2], [1], 1
     )
     assert kept["localizers"] == ["random_units"] and kept["objectives"] == ["npo", "kl"]
-    assert kept["budgets"] == ["0.1", "window"] and kept["rates"] == [1.0, 2.0]
+    assert kept["budgets"] == ["0.1", "window"] and kept["lrs"] == [1.0, 2.0]
 
 
 TINY = {
@@ -447,7 +447,7 @@ TINY = {
     "objectives": ["injection", "npo"],
     "budgets": [0.01],
     "seeds": 2,
-    "rates": [1e-3],
+    "lrs": [1e-3],
     "forget_weights": [1.0],
     "forget": 8,
     "steps": 2,

@@ -56,7 +56,7 @@ def texts() -> list[str]:
 @pytest.fixture(scope="module")
 def collected(world, texts) -> Covariance:
     """Uninterrupted and uncached, six batches."""
-    return Covariance.of_text(world, LATER, texts, batch=7)
+    return Covariance.of_text(world, LATER, texts, batch_size=7)
 
 
 @pytest.fixture
@@ -172,7 +172,7 @@ def test_short_texts_come_first_and_an_empty_one_is_none(world, monkeypatch):
     widths: list[int] = []
     monkeypatch.setattr(world, "tokenizer", by_word)
     monkeypatch.setattr(Decoder, "observe", lambda self, tokens, hooks: widths.append(tokens.shape[1]))
-    moment = Covariance.of_text(world, LATER, ["a b c d", "", "a", "a b c", "a b"], batch=2)
+    moment = Covariance.of_text(world, LATER, ["a b c d", "", "a", "a b c", "a b"], batch_size=2)
     assert widths == [2, 4] and moment.count == 10
     with pytest.raises(MechunlearnError, match="2 texts have 0 tokens"):
         Covariance.of_text(world, LATER, ["a", "b"], skip_first=True)
@@ -181,13 +181,13 @@ def test_short_texts_come_first_and_an_empty_one_is_none(world, monkeypatch):
 
 
 def test_what_is_cached_is_not_computed_again(world, texts, collected, passes, tmp_path):
-    first = Covariance.of_text(world, LATER[:1], texts, batch=7, cache=tmp_path / "cache")
+    first = Covariance.of_text(world, LATER[:1], texts, batch_size=7, cache=tmp_path / "cache")
     assert passes == [LATER[:1]] * 6 and len(names(tmp_path / "cache")) == 1
     passes.clear()
-    both = Covariance.of_text(world, LATER, texts, batch=7, cache=tmp_path / "cache")
+    both = Covariance.of_text(world, LATER, texts, batch_size=7, cache=tmp_path / "cache")
     assert passes == [LATER[1:]] * 6 and len(names(tmp_path / "cache")) == 2
     passes.clear()
-    again = Covariance.of_text(world, LATER, texts, batch=13, cache=tmp_path / "cache")
+    again = Covariance.of_text(world, LATER, texts, batch_size=13, cache=tmp_path / "cache")
     assert not passes
     assert same(first, both) and same(both, collected) and same(again, collected)
 
@@ -216,7 +216,7 @@ def killed(world, texts, folder: Path, monkeypatch, owner: object, name: str, ca
         patch.setattr(owner, name, dying)
         patch.setattr(moments, "SAVE_EVERY", -1)
         with pytest.raises(KeyboardInterrupt):
-            Covariance.of_text(world, LATER, texts, batch=7, cache=folder)
+            Covariance.of_text(world, LATER, texts, batch_size=7, cache=folder)
 
 
 @pytest.mark.parametrize(
@@ -233,22 +233,22 @@ def test_a_killed_run_goes_on_to_the_same_bits(
 ):
     killed(world, texts, tmp_path, monkeypatch, owner, name, calls)
     passes.clear()
-    assert same(Covariance.of_text(world, LATER, texts, batch=7, cache=tmp_path), collected)
+    assert same(Covariance.of_text(world, LATER, texts, batch_size=7, cache=tmp_path), collected)
     assert passes == left
     assert len(names(tmp_path)) == 2 and not any(".part" in name for name in names(tmp_path))
 
 
 def test_a_partial_file_of_another_batch_size_is_refused(world, texts, tmp_path, monkeypatch):
     killed(world, texts, tmp_path, monkeypatch, Decoder, "observe", 3)
-    with pytest.raises(MechunlearnError, match=r"\.partial\.safetensors' has batch 7 \(expected 8\)\. Delete it"):
-        Covariance.of_text(world, LATER, texts, batch=8, cache=tmp_path)
+    with pytest.raises(MechunlearnError, match=r"\.partial\.safetensors' has batch_size 7 \(expected 8\)\. Delete it"):
+        Covariance.of_text(world, LATER, texts, batch_size=8, cache=tmp_path)
 
 
 def test_nothing_is_saved_between_times(world, texts, tmp_path, monkeypatch):
     written: list[str] = []
     save = moments.save_tensors
     monkeypatch.setattr(moments, "save_tensors", lambda path, *rest: (written.append(path.name), save(path, *rest)))
-    Covariance.of_text(world, LATER, texts, batch=7, cache=tmp_path)
+    Covariance.of_text(world, LATER, texts, batch_size=7, cache=tmp_path)
     assert sorted(written) == names(tmp_path) and len(written) == 2
 
 
@@ -295,7 +295,7 @@ def test_a_full_disk_leaves_nothing(world, texts, tmp_path, monkeypatch, error, 
     monkeypatch.setattr(tensors, "save_file", full)
     monkeypatch.setattr(moments, "SAVE_EVERY", every)
     with pytest.raises(MechunlearnError, match="Could not write '.*No space left on device. Nothing was left"):
-        Covariance.of_text(world, LATER, texts, batch=7, cache=tmp_path)
+        Covariance.of_text(world, LATER, texts, batch_size=7, cache=tmp_path)
     assert names(tmp_path) == []
 
 
@@ -343,8 +343,8 @@ def test_mistakes_are_named(llama, world, texts):
         Covariance.of_text(llama, SITES, texts)
     with pytest.raises(MechunlearnError, match="0 texts have 0 tokens"):
         Covariance.of_text(world, LATER, [])
-    with pytest.raises(MechunlearnError, match="batch=0"):
-        Covariance.of_text(world, LATER, texts, batch=0)
+    with pytest.raises(MechunlearnError, match="batch_size=0"):
+        Covariance.of_text(world, LATER, texts, batch_size=0)
 
 
 def test_a_model_that_changes_on_the_way_is_refused():

@@ -29,7 +29,7 @@ from mechunlearn.features.dictionaries import (
     spliced,
     width,
 )
-from mechunlearn.features.firing import Activity, matched_mask, matched_units, quality, swapped, tokenized
+from mechunlearn.features.firing import FiringStatistics, matched_mask, matched_units, quality, swapped, tokenized
 from mechunlearn.features.interventions import CodeDeletion, FeatureClamp, PlainSAE, build
 from mechunlearn.model.hook_points import HOOK_POINTS, hook_name_of, site_of
 from tests.models import random_hf, token_prompts
@@ -338,7 +338,7 @@ def test_a_model_of_lower_precision_takes_the_same_dictionaries():
         with spliced(model, made):
             out = model.forward(tokens())
         assert out.dtype == torch.bfloat16
-        seen = Activity.of(model, made, (tokens(), torch.tensor([8, 8, 8])))
+        seen = FiringStatistics.of(model, made, (tokens(), torch.tensor([8, 8, 8])))
         assert seen.fired.dtype == torch.float32 and seen.fired.sum() > 0
     assert (out.float() - plain).abs().max() < 0.05 * plain.abs().max()
 
@@ -398,7 +398,10 @@ def test_a_dictionary_of_another_model_or_width_is_refused():
             check(made, model)
     with pytest.raises(MechunlearnError, match="width 32; 'L1.mlp.out' of .* has 48"):
         check(codebook(hook_name="L1.mlp.out"), model)
-    for function in (lambda: Activity.of(model, codebook(16), TEXTS), lambda: quality(model, codebook(16), TEXTS)):
+    for function in (
+        lambda: FiringStatistics.of(model, codebook(16), TEXTS),
+        lambda: quality(model, codebook(16), TEXTS),
+    ):
         with pytest.raises(MechunlearnError, match="width 16"):
             function()
     assert [width(model, f"L0.{kind}") for kind in ("attn.q", "attn.k", "attn.o", "mlp.out", "mlp_out")] == [
@@ -431,9 +434,9 @@ def test_what_does_not_fit_a_t5_is_refused(t5):
     with pytest.raises(MechunlearnError, match="was made for .llama"):
         check(codebook(16, hook_name="encoder.block.1", signature=family("llama").signature), t5)
     with pytest.raises(MechunlearnError, match="'decoder.block.1' is not in the encoder"):
-        Activity.of(t5, codebook(16, hook_name="decoder.block.1"), (tokens(), torch.tensor([8, 8, 8])))
+        FiringStatistics.of(t5, codebook(16, hook_name="decoder.block.1"), (tokens(), torch.tensor([8, 8, 8])))
     with pytest.raises(MechunlearnError, match="no tokenizer: give tokens"):
-        Activity.of(t5, codebook(16, hook_name="encoder.block.1"), ["some text"])
+        FiringStatistics.of(t5, codebook(16, hook_name="encoder.block.1"), ["some text"])
 
 
 # activity
@@ -464,7 +467,7 @@ def test_activity_equals_a_loop_over_texts(made, monkeypatch):
     monkeypatch.setattr("mechunlearn.features.firing.BATCH", 3)
     model, lengths = family("llama"), torch.tensor([5, 8, 1, 8, 3, 2, 8])
     ids = tokens(7)
-    seen = Activity.of(model, made, (ids, lengths))
+    seen = FiringStatistics.of(model, made, (ids, lengths))
     expected = [by_hand(model, made, one[:length]) for one, length in zip(ids, lengths)]
     assert torch.equal(seen.fired, torch.stack([fired for fired, *_ in expected]))
     torch.testing.assert_close(seen.squared, torch.stack([e[1] for e in expected]), rtol=1e-3, atol=1e-4)
@@ -472,7 +475,7 @@ def test_activity_equals_a_loop_over_texts(made, monkeypatch):
     assert seen.tokens.tolist() == lengths.tolist() and len(seen) == 7
     other = ids.clone()
     other[torch.arange(8) >= lengths[:, None]] = 0
-    assert torch.equal(Activity.of(model, made, (other, lengths)).fired, seen.fired)
+    assert torch.equal(FiringStatistics.of(model, made, (other, lengths)).fired, seen.fired)
     part = seen.select([4, 1])
     assert torch.equal(part.fired, seen.fired[[4, 1]]) and torch.equal(part.largest, seen.largest[[4, 1]])
     torch.testing.assert_close(part.rates(), (seen.fired[4] + seen.fired[1]) / 11)
@@ -482,22 +485,22 @@ def test_activity_equals_a_loop_over_texts(made, monkeypatch):
 def test_more_codes_than_are_used_can_be_counted(groups):
     model, made = family("llama"), codebook(groups=groups)
     ids, lengths = tokens(), torch.tensor([8, 2, 5])
-    seen = Activity.of(model, made, (ids, lengths), nearest=6)
+    seen = FiringStatistics.of(model, made, (ids, lengths), nearest=6)
     expected = [by_hand(model, made, one[:length], nearest=6)[0] for one, length in zip(ids, lengths)]
     assert torch.equal(seen.fired, torch.stack(expected)) and float(seen.rates().sum()) == pytest.approx(6 * groups)
-    everything = Activity.of(model, made, (ids, lengths), nearest=24 // groups)
+    everything = FiringStatistics.of(model, made, (ids, lengths), nearest=24 // groups)
     assert torch.equal(everything.fired, lengths[:, None].expand(3, 24).float())
     for nearest in (0, 24 // groups + 1):
         with pytest.raises(MechunlearnError, match=f"Cannot count the {nearest} nearest"):
-            Activity.of(model, made, (ids, lengths), nearest=nearest)
+            FiringStatistics.of(model, made, (ids, lengths), nearest=nearest)
     with pytest.raises(MechunlearnError, match="Expected a codebook"):
-        Activity.of(model, sae(), (ids, lengths), nearest=2)
+        FiringStatistics.of(model, sae(), (ids, lengths), nearest=2)
 
 
 def test_activity_of_a_t5_does_not_see_padding(t5):
     made = codebook(16, 40, 2, hook_name="encoder.block.1")
     ids, lengths = tokens(), torch.tensor([8, 2, 5])
-    seen = Activity.of(t5, made, (ids, lengths))
+    seen = FiringStatistics.of(t5, made, (ids, lengths))
     expected = [by_hand(t5, made, one[:length])[0] for one, length in zip(ids, lengths)]
     assert torch.equal(seen.fired, torch.stack(expected))
 
@@ -509,7 +512,7 @@ def test_beginnings_and_ends_of_text_do_not_count(spoken):
     assert tokenized(spoken, ["w05 w01 w09"])[1].tolist() == [[False, True, False, True]]
     assert torch.equal(tokenized(spoken, TEXTS[0])[0], ids[:1, :4])
     made = sae("standard")
-    seen = Activity.of(spoken, made, TEXTS)
+    seen = FiringStatistics.of(spoken, made, TEXTS)
     for row, text in enumerate(TEXTS):
         whole = torch.tensor(spoken.tokenizer(text)["input_ids"])
         first = by_hand(spoken, made, whole[:1])[0]
@@ -525,7 +528,7 @@ def test_text_that_says_nothing_is_refused(spoken):
             tokenized(spoken, nothing)
     for nothing in (["w00 w01"], (tokens(), torch.zeros(3, dtype=torch.long))):
         with pytest.raises(MechunlearnError, match="no tokens that count"):
-            Activity.of(spoken, codebook(), nothing)
+            FiringStatistics.of(spoken, codebook(), nothing)
     with pytest.raises(MechunlearnError, match="no tokenizer"):
         tokenized(family("llama"), TEXTS)
 
@@ -560,9 +563,9 @@ def test_quality_by_hand(spoken, made):
 # controls
 
 
-def usage(counts) -> Activity:
+def usage(counts) -> FiringStatistics:
     fired = torch.tensor([counts]).float()
-    return Activity(fired, fired, fired, torch.tensor([1000.0]))
+    return FiringStatistics(fired, fired, fired, torch.tensor([1000.0]))
 
 
 def test_matched_units_are_as_many_others_that_are_used_as_often():
@@ -587,7 +590,7 @@ def test_matching_refuses_where_there_is_nothing_to_match_with():
         matched_units(usage([5, 4, 3, 2, 1]), torch.tensor([0, 1, 2]))
     made, other = codebook(), codebook(hook_name="L0.resid_post")
     mask = ComponentMask({made.site: torch.arange(24) < 4}, family("llama").signature)
-    seen = Activity.of(family("llama"), made, (tokens(), torch.tensor([8, 8, 8])))
+    seen = FiringStatistics.of(family("llama"), made, (tokens(), torch.tensor([8, 8, 8])))
     drawn = matched_mask(seen, mask, made, seed=2)
     assert drawn.sites[made.site].nonzero().flatten().equal(matched_units(seen, torch.arange(4), 2))
     assert len(drawn) == 4 and not (drawn & mask)

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from mechunlearn import MechunlearnError, load_model
 from mechunlearn.features.dictionaries import SAE, Codebook, fingerprint_of, load_dictionary, spliced
-from mechunlearn.features.firing import Activity
+from mechunlearn.features.firing import FiringStatistics
 from mechunlearn.features.training import _inputs, activations, fit_codebook, fit_sae, train_codebook, train_sae
 from tests.models import random_hf
 from tests.test_dictionaries import bits, family, random_t5, same
@@ -54,7 +54,7 @@ def unexplained(h, new) -> float:
 def test_planted_directions_are_found():
     directions, h = sparse_sums(20_000, 32, 40, 3)
     h = h + 5.0  # a mean, as residual streams have one
-    made = fit_sae(h, size=64, used=3, steps=600, rate=3e-3, batch=256)
+    made = fit_sae(h, size=64, used=3, steps=600, lr=3e-3, batch_size=256)
     assert found(directions, made.W_dec.detach()) >= 0.95
     assert found(directions, fit_sae(h, size=64, used=3, steps=0).W_dec.detach()) < 0.6
     with torch.no_grad():
@@ -142,7 +142,7 @@ def loss(model, made, ids) -> float:
 
 
 def test_training_through_the_model_brings_its_predictions_closer():
-    model, settings = family("llama"), {"size": 16, "used": 2, "steps": 20, "rate": 1e-2}
+    model, settings = family("llama"), {"size": 16, "used": 2, "steps": 20, "lr": 1e-2}
     ids = texts()[0][LENGTHS == 9]
 
     def book(spliced_steps: int = 25, **given) -> Codebook:
@@ -166,7 +166,7 @@ def test_any_hook_point_of_any_model_can_be_trained_at(name):
         for made in (book, sparse):
             assert made.hook_name == point.replace("blocks.1.hook_", "L1.")
             assert made.signature == model.signature and made.fitted_on == model.fingerprint
-            assert Activity.of(model, made, texts()).tokens.sum() == LENGTHS.sum()
+            assert FiringStatistics.of(model, made, texts()).tokens.sum() == LENGTHS.sum()
         assert not book.training and book.codes.isfinite().all() and sparse.sae.W_dec.isfinite().all()
 
 
@@ -322,7 +322,9 @@ def test_texts_with_nothing_to_predict_are_left_out():
     model, (ids, lengths) = family("llama"), texts()
     lengths = lengths.clone()
     lengths[::2] = 1
-    made = train_codebook(model, "L1.resid_post", (ids, lengths), size=8, used=2, steps=3, spliced_steps=12, batch=1)
+    made = train_codebook(
+        model, "L1.resid_post", (ids, lengths), size=8, used=2, steps=3, spliced_steps=12, batch_size=1
+    )
     assert made.codes.isfinite().all()
     with pytest.raises(MechunlearnError, match="has a token to be predicted"):
         train_codebook(model, "L1.resid_post", (ids, torch.ones_like(lengths)), size=8, used=2, steps=3)

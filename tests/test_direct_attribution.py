@@ -109,7 +109,7 @@ def test_a_unit_scores_what_it_alone_writes(model):
 def test_scores_of_a_batch_are_the_mean_over_facts(world, sport):
     chosen = sport[0].select(range(6))
     assert len(set(chosen.lengths.tolist())) > 1, "the batch must be ragged"
-    together = direct_logit_attribution(world, chosen, batch=4)
+    together = direct_logit_attribution(world, chosen, batch_size=4)
     single = [direct_logit_attribution(world, _unpadded(chosen, i)) for i in range(6)]
     for site, scores in together.scores.items():
         mean = torch.stack([found.scores[site] for found in single]).mean(0)
@@ -197,7 +197,7 @@ def test_the_lens_ends_at_the_model_itself(model):
 def test_the_lens_reads_each_depth_as_if_it_were_the_last(model):
     """Blocks that write nothing leave the stream as it is, so a model cut short is the lens at that depth."""
     prompts = ragged_prompts()
-    lens = logit_lens(model, prompts, batch=3)
+    lens = logit_lens(model, prompts, batch_size=3)
     assert len(set(lens.logit_diff.round(5))) == 4, "every block writes something"
     for depth in (0, 1, 2):
         skipped = {f"L{k}.{out}": torch.zeros_like for k in range(depth, 3) for out in ("attn_out", "mlp_out")}

@@ -77,7 +77,7 @@ def start_from(model, point: torch.Tensor, hooks: dict) -> dict:
 @pytest.mark.parametrize("steps", [0, 3])
 def test_edges_into_a_reader_add_up_to_the_attribution_of_its_input(model, prompts, steps):
     """Brute force: a zero added to what one reader reads, and autograd."""
-    circuit = edge_attribution(model, prompts, steps=steps)
+    circuit = edge_attribution(model, prompts, ig_steps=steps)
     into = circuit.scores.sum(0)
     if model.signature.family in POST_NORMS:
         return  # heads pass the post-norm with a frozen scale: they do not add up to the change of the stream
@@ -139,7 +139,7 @@ def test_gradients_at_both_ends_are_those_of_both_runs(family, prompts):
     clean, corrupt = edge_attribution(model, prompts).scores, -edge_attribution(model, swapped).scores
     both = edge_attribution(model, prompts, both_ends=True).scores
     torch.testing.assert_close(both, (clean + corrupt) / 2, atol=1e-6, rtol=1e-4)
-    torch.testing.assert_close(edge_attribution(model, prompts, steps=1).scores, corrupt, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(edge_attribution(model, prompts, ig_steps=1).scores, corrupt, atol=1e-6, rtol=1e-4)
     assert not torch.allclose(clean, corrupt, atol=1e-4)
 
 
@@ -153,9 +153,11 @@ def test_half_precision_gives_nearly_the_same_scores(family, prompts):
 
 def test_scores_by_fact_are_those_of_single_facts(prompts):
     model = load_model((random_hf("qwen3"), None))
-    by_fact = edge_scores(model, prompts, steps=2)
-    torch.testing.assert_close(by_fact.mean(0), edge_attribution(model, prompts, steps=2).scores, atol=1e-6, rtol=1e-4)
-    single = edge_attribution(model, prompts.select([2]), steps=2).scores
+    by_fact = edge_scores(model, prompts, ig_steps=2)
+    torch.testing.assert_close(
+        by_fact.mean(0), edge_attribution(model, prompts, ig_steps=2).scores, atol=1e-6, rtol=1e-4
+    )
+    single = edge_attribution(model, prompts.select([2]), ig_steps=2).scores
     torch.testing.assert_close(by_fact[2], single, atol=1e-6, rtol=1e-4)
 
 
@@ -283,13 +285,13 @@ def test_bad_names_are_refused(prompts):
     with pytest.raises(MechunlearnError, match="There is no receiver"):
         path_patching(model, prompts, receivers=[])
     with pytest.raises(MechunlearnError, match="A batch of 0 facts"):
-        edge_attribution(model, prompts, batch=0)
+        edge_attribution(model, prompts, batch_size=0)
     with pytest.raises(MechunlearnError, match="Cannot follow paths 'sideways'"):
         path_patching(model, prompts, through="sideways")
     with pytest.raises(MechunlearnError, match="Cannot integrate over -1 points"):
-        edge_attribution(model, prompts, steps=-1)
+        edge_attribution(model, prompts, ig_steps=-1)
     with pytest.raises(MechunlearnError, match="two ways to place gradients"):
-        edge_attribution(model, prompts, steps=2, both_ends=True)
+        edge_attribution(model, prompts, ig_steps=2, both_ends=True)
     with pytest.raises(MechunlearnError, match="has 70 tokens, the model's context is 64"):
         edge_attribution(model, token_prompts(length=70))
 

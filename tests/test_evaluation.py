@@ -18,7 +18,7 @@ def found(world, sport):
 
 @pytest.fixture(scope="module")
 def edit(world, sport, found):
-    return masked_gradient(world, found.above(0), *sport, steps=30, batch=16)
+    return masked_gradient(world, found.above(0), *sport, steps=30, batch_size=16)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_unlearning_losses_remove_the_truth_and_the_retain_term_keeps_the_rest(l
     kept = []
     for weight in (0, 1):
         made = masked_gradient(
-            world, found.above(0), forget, retain, loss=loss, steps=20, batch=16, retain_weight=weight
+            world, found.above(0), forget, retain, loss=loss, steps=20, batch_size=16, retain_weight=weight
         )
         with made.applied(world):
             assert measure(world, forget)["probability"].mean() < 0.8 * before

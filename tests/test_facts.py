@@ -306,6 +306,6 @@ def test_answered_is_the_accuracy_of_measure(world, sport):
     ]
     several = Prompts.from_text(asked, world.tokenizer)
     for prompts in (sport[0], several):
-        right = answered(world, prompts, batch=3)
+        right = answered(world, prompts, batch_size=3)
         assert torch.equal(right.float(), measure(world, prompts)["accuracy"])
     assert answered(world, several).tolist() == [True, True, False, False]

@@ -13,7 +13,7 @@ from mechunlearn.artifacts.overlap import overlap, rank_correlation
 from mechunlearn.edit import codebook_delete
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.features.dictionaries import installed, load_dictionary, signature_of, spliced
-from mechunlearn.features.firing import Activity, matched_units, swapped
+from mechunlearn.features.firing import FiringStatistics, matched_units, swapped
 from mechunlearn.features.training import train_codebook
 from mechunlearn.localize import feature_discovery
 from mechunlearn.metrics.answers import logit_diff
@@ -41,14 +41,14 @@ def codebook(language):
     return train_codebook(language.model, "L1.resid_post", (tokens, torch.full((256,), 20)), **settings)
 
 
-def by_token(language, codebook, seed: int) -> tuple[Activity, torch.Tensor]:
+def by_token(language, codebook, seed: int) -> tuple[FiringStatistics, torch.Tensor]:
     """What is active at each token of some texts, a row each, and the token's state; first tokens are in none."""
     tokens, states = language.sequences(256, seed=seed)
     z = codebook.encode(entering(language.model, tokens, codebook.hook_name)[:, 1:]).flatten(0, 1)
-    return Activity((z > 0).float(), z.square(), z, torch.ones(len(z))), states[:, 1:].flatten()
+    return FiringStatistics((z > 0).float(), z.square(), z, torch.ones(len(z))), states[:, 1:].flatten()
 
 
-def detection(seen: Activity, states, state: int, codes) -> tuple[float, float]:
+def detection(seen: FiringStatistics, states, state: int, codes) -> tuple[float, float]:
     """Precision and recall of "one of the codes is active" for "the token is in the state"."""
     hit, true = seen.fired[:, codes].any(1), states == state
     return float((hit & true).sum() / hit.sum().clamp(min=1)), float((hit & true).sum() / true.sum())
@@ -126,10 +126,10 @@ class TestStates:
         assert np.mean(drops, axis=0)[0] > 0.25
 
 
-def activity(*fired, tokens=100.0) -> Activity:
+def activity(*fired, tokens=100.0) -> FiringStatistics:
     """One text of so many tokens, with each unit active at some of them."""
     counts = torch.tensor([[float(n) for n in fired]])
-    return Activity(counts, counts * 2, counts.clamp(max=1), torch.tensor([float(tokens)]))
+    return FiringStatistics(counts, counts * 2, counts.clamp(max=1), torch.tensor([float(tokens)]))
 
 
 def discover(model, here, there, dictionary, **settings):
@@ -398,7 +398,7 @@ class TestAgainst:
         try:
             told = discover(model, here, there, dictionary, by=by)
             assert len(passes) == 2
-            seen = [Activity.of(model, dictionary, text) for text in (here, there)]
+            seen = [FiringStatistics.of(model, dictionary, text) for text in (here, there)]
             passes.clear()
             assert torch.equal(discover(model, *seen, dictionary, by=by), told) and not passes
             assert torch.equal(discover(model, seen[0], there, dictionary, by=by), told) and len(passes) == 1
@@ -477,7 +477,7 @@ class TestTheShippedWorld:
         found = feature_discovery(world, topic, dictionary=codebook, against=swap)
         mine = found.above(1)
         assert 0 < len(mine) < 80
-        seen = [Activity.of(world, codebook, text).rates() for text in (topic, swap)]
+        seen = [FiringStatistics.of(world, codebook, text).rates() for text in (topic, swap)]
         chosen = mine.sites[codebook.site]
         assert (seen[0][chosen] > 2 * seen[1][chosen]).all()
         assert not feature_discovery(world, swap, dictionary=codebook, against=swap).scores[codebook.site].any()
@@ -494,8 +494,8 @@ class TestTheShippedWorld:
 
 def test_bad_input(model):
     dictionary, text = random_codebook(model, "L1.resid_post"), rows_of_tokens()
-    seen = Activity.of(model, dictionary, text)
-    smaller = Activity.of(model, random_codebook(model, "L1.resid_post", size=8), text)
+    seen = FiringStatistics.of(model, dictionary, text)
+    smaller = FiringStatistics.of(model, random_codebook(model, "L1.resid_post", size=8), text)
     other = load_model((random_hf("gpt2"), None))
     cases = [
         (model, text, {}, "There is nothing to compare the topic with. Give against="),

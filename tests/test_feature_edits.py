@@ -19,7 +19,7 @@ from mechunlearn.artifacts.weight_edit import Edit, WeightEdit
 from mechunlearn.edit import codebook_delete, dictionary_rows, feature_clamp
 from mechunlearn.features.dictionaries import check, installed, signature_of, spliced
 from mechunlearn.features.feature_edit import FeatureEdit
-from mechunlearn.features.firing import Activity
+from mechunlearn.features.firing import FiringStatistics
 from mechunlearn.model.hooked import load_model
 from tests.handmade import axes, entering, mask_of, random_codebook, random_sae, rows_of_tokens, seldom
 from tests.models import CONFIGS, random_hf
@@ -94,7 +94,7 @@ class TestWhileItIsApplied:
 
     def test_a_clamp_changes_nothing_where_no_feature_is_active(self, model, tokens):
         sae = random_sae(model, "L1.resid_post")
-        edit = clamping(model, sae, [3], strength=4)
+        edit = clamping(model, sae, [3], scale=4)
         h = entering(model, tokens, "L1.resid_post")
         active = sae.encode(h)[..., 3] > 0
         assert active.any() and not active.all()
@@ -194,10 +194,10 @@ class TestAsAValue:
     @pytest.fixture
     def both(self, model) -> FeatureEdit:
         """A deletion, and clamps of two kinds, at three hook points."""
-        clamp = clamping(model, random_sae(model, "L1.mlp.out", "topk"), [1, 2], error=False, strength=2)
+        clamp = clamping(model, random_sae(model, "L1.mlp.out", "topk"), [1, 2], error=False, scale=2)
         last = random_sae(model, "L2.resid_pre", "jumprelu")
         some = seldom(model, last, 2)
-        gated = clamping(model, last, some, retain=rows_of_tokens(seed=4), gate="sequence", quantile=0.6, strength=5)
+        gated = clamping(model, last, some, retain=rows_of_tokens(seed=4), gate="sequence", quantile=0.6, scale=5)
         return deletion(model, random_codebook(model, "L0.resid_post", groups=2), [0, 5, 20], "zero") | clamp | gated
 
     def test_saving_and_loading_is_bit_identical(self, model, tokens, both, tmp_path):
@@ -339,7 +339,7 @@ class TestExport:
         sae = random_sae(each, "L1.mlp_out")
         edit = deletion(each, random_codebook(each, "L0.resid_post", groups=2), [0, 3, 15])
         gate = {"gate": "sequence", "retain": rows_of_tokens(texts=20, seed=3), "quantile": 0.4}
-        edit |= clamping(each, sae, seldom(each, sae, 3), strength=5, **gate)
+        edit |= clamping(each, sae, seldom(each, sae, 3), scale=5, **gate)
         loaded = exported(edit, each, tmp_path / "edited")
         wanted = logits_of(each, tokens, edit)
         with torch.no_grad():
@@ -352,8 +352,8 @@ class TestExport:
     def test_empty_places_and_clamps_by_token(self, each, tokens, tmp_path):
         codebook = random_codebook(each, "L1.resid_pre", linear=0)
         edit = deletion(each, codebook, [0, 1, 2, 3, 4, 5, 6], "zero")
-        edit |= clamping(each, random_sae(each, "L0.attn.o", "jumprelu"), range(12), error=False, strength=3)
-        edit |= clamping(each, random_sae(each, "L2.mlp.out", "topk"), range(8), strength=3)
+        edit |= clamping(each, random_sae(each, "L0.attn.o", "jumprelu"), range(12), error=False, scale=3)
+        edit |= clamping(each, random_sae(each, "L2.mlp.out", "topk"), range(8), scale=3)
         loaded = exported(edit, each, tmp_path / "edited")
         wanted = logits_of(each, tokens, edit)
         with torch.no_grad():
@@ -407,7 +407,7 @@ class TestExport:
     def test_generation_sees_what_a_gate_on_the_sequence_sees(self, model, tokens, tmp_path):
         sae = random_sae(model, "L1.resid_post")
         gate = {"gate": "sequence", "retain": rows_of_tokens(texts=20, seed=3), "quantile": 0.7}
-        edit = clamping(model, sae, seldom(model, sae, 4), strength=20, **gate)
+        edit = clamping(model, sae, seldom(model, sae, 4), scale=20, **gate)
         loaded = exported(edit, model, tmp_path / "edited")
         grown = tokens
         with edit.applied(model), torch.no_grad():
@@ -588,19 +588,19 @@ class TestFeatureClamp:
             h = entering(model, row[None, :length], sae.hook_name)
             largest = torch.maximum(largest, sae.encode(h).amax((0, 1)))
         units = [0, 3, 7, 12]
-        edit = feature_clamp(model, mask_of(model, sae, units), forget, dictionary=sae, strength=strength)
+        edit = feature_clamp(model, mask_of(model, sae, units), forget, dictionary=sae, scale=strength)
         assert edit.parts[0].units.tolist() == units
         torch.testing.assert_close(edit.parts[0].values, -strength * largest[units], atol=1e-5, rtol=1e-5)
-        assert edit.card.settings["strength"] == strength
-        seen = Activity.of(model, sae, forget)
-        again = feature_clamp(model, mask_of(model, sae, units), seen, dictionary=sae, strength=strength)
+        assert edit.card.settings["scale"] == strength
+        seen = FiringStatistics.of(model, sae, forget)
+        again = feature_clamp(model, mask_of(model, sae, units), seen, dictionary=sae, scale=strength)
         assert torch.equal(again.parts[0].values, edit.parts[0].values)
 
     @pytest.mark.parametrize("error", [True, False])
     @pytest.mark.parametrize("gate", ["token", "sequence"])
     def test_against_a_slow_loop(self, model, sae, tokens, error, gate):
         units, retain = seldom(model, sae, 3), rows_of_tokens(texts=20, seed=5)
-        edit = clamping(model, sae, units, strength=2, error=error, gate=gate, retain=retain, quantile=0.6)
+        edit = clamping(model, sae, units, scale=2, error=error, gate=gate, retain=retain, quantile=0.6)
         part = replace(edit.parts[0], share=0.5)
         h = entering(model, tokens, sae.hook_name)
         with torch.no_grad():
@@ -647,7 +647,7 @@ class TestFeatureClamp:
     def test_the_gate_on_the_sequence_opens_above_its_share(self, model):
         """Active at every other token from the second on: shares of 0, 1/2, 1/3, 1/2."""
         sae = axes(model, "L1.resid_post")
-        part = clamping(model, sae, [4], strength=2).parts[0]
+        part = clamping(model, sae, [4], scale=2).parts[0]
         h = torch.ones(1, 4, 32)
         h[0, [0, 2], 4] = 0
         for share, opened in ((0.5, []), (0.49, [1, 3]), (0.0, [1, 3])):
@@ -658,7 +658,7 @@ class TestFeatureClamp:
     def test_strength_0_ablates(self, model, tokens):
         sae = axes(model, "L1.resid_post")
         h = entering(model, tokens, sae.hook_name)
-        out = clamping(model, sae, [4, 5], strength=0).parts[0].intervention()(h)
+        out = clamping(model, sae, [4, 5], scale=0).parts[0].intervention()(h)
         assert (out[..., 4:6] <= 0).all() and (h[..., 4:6] > 0).any()
         below = h[..., 4:6].clamp(max=0)  # what this dictionary misses, and the error term keeps
         torch.testing.assert_close(out[..., 4:6], below, atol=1e-6, rtol=0)
@@ -668,12 +668,12 @@ class TestFeatureClamp:
         sae, codebook = random_sae(model, "L1.resid_post"), random_codebook(model, "L1.resid_post")
         mask, forget = mask_of(model, sae, [0, 1]), rows_of_tokens()
         other = random_sae(model, "L1.resid_post", seed=1)
-        smaller = Activity.of(model, random_sae(model, "L1.resid_post", size=8), forget)
+        smaller = FiringStatistics.of(model, random_sae(model, "L1.resid_post", size=8), forget)
         with torch.no_grad():
             other.sae.b_enc[2] = -100.0
         cases = [
             ((mask, forget), {"dictionary": codebook}, "has codes, which are used or not: delete them with codebook_delete"),
-            ((mask, forget), {"strength": -1}, "A strength of -1 would amplify"),
+            ((mask, forget), {"scale": -1}, "A scale of -1 would amplify"),
             ((mask_of(model, sae, []), forget), {}, "The mask selects nothing of SAE"),
             ((mask_of(model, other, [0]), forget), {}, "selects units of .*; the dictionary is"),
             ((mask_of(model, other, [2]), forget), {"dictionary": other}, "activates none of the mask's features"),
@@ -694,7 +694,7 @@ class TestDictionaryRows:
     @pytest.mark.parametrize("strength", [0, 1, 2])
     def test_against_a_slow_loop(self, model, strength):
         sae, units, forget = random_sae(model, "L1.resid_post"), [0, 3, 7], rows_of_tokens()
-        edit = dictionary_rows(model, mask_of(model, sae, units), forget, dictionary=sae, strength=strength)
+        edit = dictionary_rows(model, mask_of(model, sae, units), forget, dictionary=sae, scale=strength)
         tokens, lengths = forget
         norms = [
             h.norm()
@@ -738,7 +738,7 @@ class TestDictionaryRows:
         """What a changed row adds to the residual stream, behind the norm that may follow the MLP, lacks the direction."""
         site = "L1.resid_post"
         sae, unit = axes(each, site), 5
-        edit = dictionary_rows(each, mask_of(each, sae, [unit]), rows_of_tokens(), dictionary=sae, strength=0)
+        edit = dictionary_rows(each, mask_of(each, sae, [unit]), rows_of_tokens(), dictionary=sae, scale=0)
         for layer in (0, 1):
             rows = each.rows(f"L{layer}.mlp.out")
             with edit.applied(each):
@@ -759,12 +759,12 @@ class TestDictionaryRows:
         sae = axes(model, "L0.resid_post")
         with pytest.raises(MechunlearnError, match="No MLP row has any of the mask's features"):
             dictionary_rows(model, mask_of(model, sae, [sae_dim]), rows_of_tokens(), dictionary=sae)
-        edit = dictionary_rows(model, mask_of(model, sae, [4]), rows_of_tokens(), dictionary=sae, strength=0)
+        edit = dictionary_rows(model, mask_of(model, sae, [4]), rows_of_tokens(), dictionary=sae, scale=0)
         assert edit.rows["L0.mlp.out"][:, 4].abs().max() < 0.01 * model.rows("L0.mlp.out")[:, 4].abs().max()
 
     def test_the_export_is_an_ordinary_checkpoint(self, model, tokens, tmp_path):
         sae = random_sae(model, "L1.resid_post")
-        edit = dictionary_rows(model, mask_of(model, sae, [0, 1]), rows_of_tokens(), dictionary=sae, strength=5)
+        edit = dictionary_rows(model, mask_of(model, sae, [0, 1]), rows_of_tokens(), dictionary=sae, scale=5)
         assert isinstance(edit, WeightEdit)
         edit.export(model, tmp_path / "edited")
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "edited")
@@ -782,7 +782,7 @@ class TestDictionaryRows:
         cases = [
             (codebook, [0], {}, "is no SAE: its codes are not directions"),
             (sae, [], {}, "The mask selects nothing of SAE"),
-            (sae, [0], {"strength": -0.5}, "A strength of -0.5 would keep or amplify"),
+            (sae, [0], {"scale": -0.5}, "A scale of -0.5 would keep or amplify"),
             (inner, [0], {}, "'L1.mlp_out' is no residual stream"),
             (early, [0], {}, "No MLP row has any of the mask's features"),
             (silent, [2], {}, "No MLP row has any of the mask's features"),
@@ -800,6 +800,6 @@ def test_the_dictionaries_of_the_tests_fit_their_models(each):
     for site in ("L1.resid_post", "L0.attn.o", "L2.mlp.out"):
         check(random_codebook(each, site), each)
         check(random_sae(each, site), each)
-    seen = Activity.of(each, random_sae(each, "L1.resid_post"), rows_of_tokens())
+    seen = FiringStatistics.of(each, random_sae(each, "L1.resid_post"), rows_of_tokens())
     assert ((seen.rates() > 0) & (seen.rates() < 1)).sum() > 5
     assert signature_of(each) == each.signature

@@ -106,7 +106,7 @@ class TestFormula:
         assert not torch.allclose(
             wanted["fila"] / wanted["fila"].max(), wanted["fila-code-eps"] / wanted["fila-code-eps"].max()
         )
-        given = [fisher_lora(model, mask, forget, retain, rank=2, steps=2, rate=0.01, fisher=f) for f in (None, known)]
+        given = [fisher_lora(model, mask, forget, retain, rank=2, steps=2, lr=0.01, fisher=f) for f in (None, known)]
         assert all(torch.equal(a, b) for a, b in zip(*(edit.low_rank[name] for edit in given), strict=True))
 
 
@@ -119,7 +119,7 @@ def test_the_model_is_unchanged_before_the_first_step(family, init):
     first = []
     for mask in (ComponentMask.everything(model), ComponentMask.of(PARTIAL, model.signature)):
         rank = 1
-        edit = fisher_lora(model, mask, forget, retain, rank=rank, init=init, steps=1, rate=0.0)
+        edit = fisher_lora(model, mask, forget, retain, rank=rank, init=init, steps=1, lr=0.0)
         with edit.applied(model):
             torch.testing.assert_close(model.forward(forget.tokens), before, atol=1e-5, rtol=1e-5)
         first.append(edit.card.trajectory[0]["forget"])
@@ -153,7 +153,7 @@ def test_the_adapter_does_in_peft_what_the_edit_does(family, addresses, tmp_path
         addresses = [a.replace("attn.v[1]", "attn.v[0]") for a in addresses]
     mask = ComponentMask.of(addresses, model.signature) if addresses else ComponentMask.everything(model)
     forget, retain = halves()
-    edit = fisher_lora(model, mask, forget, retain, rank=1 if addresses else 3, steps=3, rate=0.05)
+    edit = fisher_lora(model, mask, forget, retain, rank=1 if addresses else 3, steps=3, lr=0.05)
     before = model.forward(forget.tokens)
     with edit.applied(model), torch.no_grad():
         edited = model.forward(forget.tokens)
@@ -172,7 +172,7 @@ class TestLowRankEdits:
     def made(self):
         model = load_model((random_hf("llama"), None))
         forget, retain = halves()
-        return model, fisher_lora(model, ComponentMask.everything(model), forget, retain, rank=2, steps=2, rate=0.05)
+        return model, fisher_lora(model, ComponentMask.everything(model), forget, retain, rank=2, steps=2, lr=0.05)
 
     def test_it_is_small_and_survives_saving(self, made, tmp_path):
         model, edit = made
@@ -212,7 +212,7 @@ class TestLowRankEdits:
 
 def test_it_forgets_on_the_shipped_world_and_keeps_what_is_to_be_kept(world, sport):
     forget, retain = sport
-    edit = fisher_lora(world, ComponentMask.everything(world), forget, retain, steps=120, rate=2e-3, stop_at=0.9)
+    edit = fisher_lora(world, ComponentMask.everything(world), forget, retain, steps=120, lr=2e-3, stop_at=0.9)
     assert edit.card.stopped == "reached"
     assert measure(world, forget)["accuracy"].mean() == 1
     with edit.applied(world):

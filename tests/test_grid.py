@@ -179,7 +179,7 @@ class TestCell:
 
     def test_numbers_of_another_type_or_value_are_another_cell(self, grid):
         for rate in (1, 1.5, "1", True, None, math.nan, [1], [1, 2]):
-            grid.cell({"rate": rate}, lambda: {})
+            grid.cell({"lr": rate}, lambda: {})
         assert grid.done() == 8
 
     def test_the_first_call_gives_what_later_ones_give(self, grid):
@@ -193,11 +193,11 @@ class TestCell:
         }  # fmt: skip
 
     def test_a_file_holds_what_it_is(self, grid):
-        grid.cell({"editor": "ROME, MLP", "rate": 1e-4}, lambda: {"accuracy": 0.5})
+        grid.cell({"editor": "ROME, MLP", "lr": 1e-4}, lambda: {"accuracy": 0.5})
         [path] = files(grid)
-        assert path.name.startswith("editor-ROME-MLP-rate-0.0001-")
+        assert path.name.startswith("editor-ROME-MLP-lr-0.0001-")
         kept = json.loads(path.read_text())
-        assert kept["description"] == {"editor": "ROME, MLP", "rate": 1e-4} and kept["result"] == {"accuracy": 0.5}
+        assert kept["description"] == {"editor": "ROME, MLP", "lr": 1e-4} and kept["result"] == {"accuracy": 0.5}
         assert kept["seconds"] >= 0
 
     @pytest.mark.parametrize(
@@ -266,8 +266,8 @@ class TestFrame:
 
     def test_what_is_not_a_number_comes_after_numbers(self, grid):
         for i, rate in enumerate((3, math.nan, 1, None, 2.5, "x", 0)):
-            grid.cell({"rate": rate, "also": i}, lambda: {})
-        assert [str(rate) for rate in grid.frame()["rate"]] == ["0", "1", "2.5", "3", "nan", "x", "None"]
+            grid.cell({"lr": rate, "also": i}, lambda: {})
+        assert [str(rate) for rate in grid.frame()["lr"]] == ["0", "1", "2.5", "3", "nan", "x", "None"]
 
     def test_cells_need_not_have_the_same_columns(self, grid):
         grid.cell({"editor": "rome", "layers": [1, 2]}, lambda: {"accuracy": math.nan})
@@ -314,7 +314,7 @@ class TestOpen:
         assert (grid.folder / "about.json").read_text() == before
 
     def test_not_a_number_equals_itself(self, tmp_path):
-        about = {"rate": math.nan}
+        about = {"lr": math.nan}
         assert Grid.open(tmp_path, about).key == Grid.open(tmp_path, about).key
 
     def test_an_unreadable_about_is_refused(self, grid):

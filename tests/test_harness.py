@@ -39,7 +39,7 @@ def setup(world):
     forget, retain = load_facts("factworld/sport").prompts(world).split(forget=12, retain=24, seed=1)
     sites = [f"L{layer}.mlp.{kind}" for layer in (1, 2) for kind in ("in", "gate", "out")]
     mask = ComponentMask.of(sites, world.signature)
-    return masked_gradient(world, mask, forget, retain, steps=20, batch=12), forget, retain
+    return masked_gradient(world, mask, forget, retain, steps=20, batch_size=12), forget, retain
 
 
 @pytest.fixture

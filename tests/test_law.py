@@ -180,7 +180,7 @@ class TestARun:
             "STEPS": 3,
         }.items():
             patch.setattr(law, name, value)
-        patch.setattr(law, "RELEARNING", {"rates": {"full": [1e-3]}, "steps": 1, "every": 1, "gate": 0.5})
+        patch.setattr(law, "RELEARNING", {"lrs": {"full": [1e-3]}, "steps": 1, "eval_every": 1, "min_retention": 0.5})
         yield tmp_path_factory.mktemp("law")
         patch.undo()
 

@@ -255,7 +255,7 @@ class TestEditors:
         before = parameters_of(model)
         grads = [p.grad for p in model.hf.parameters()]
         halves = prompts.select(range(4)), prompts.select(range(4, 8))
-        edit = edited(editor, model, mask, *halves, steps=3, rate=0.05, weight_decay=0.1)
+        edit = edited(editor, model, mask, *halves, steps=3, lr=0.05, weight_decay=0.1)
         assert all(torch.equal(before[name], p) for name, p in parameters_of(model).items()), "the model was changed"
         assert [p.grad for p in model.hf.parameters()] == grads
         return model, mask, edit, before, prompts
@@ -309,7 +309,7 @@ class TestEditors:
     def test_the_same_seed_gives_the_same_edit(self, made, editor, family):
         model, mask, edit, _, prompts = made
         halves = prompts.select(range(4)), prompts.select(range(4, 8))
-        again = edited(editor, model, mask, *halves, steps=3, rate=0.05, weight_decay=0.1)
+        again = edited(editor, model, mask, *halves, steps=3, lr=0.05, weight_decay=0.1)
         one, other = content(edit, model), content(again, model)
         assert one and one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
@@ -348,7 +348,7 @@ def edited_toy(editor, toy, neuron: int, fact: int, retain: list[int]):
     text = toy.prompts(
         [i for i in range(24) if i not in (neuron, fact) or "energy" not in inspect.signature(editor).parameters]
     )
-    settings = {"steps": 100, "rate": 0.1, "towards": "targets", "strength": 1e-6, "ridge": 1e-6, "band": (1, 20)}
+    settings = {"steps": 100, "lr": 0.1, "target": "targets", "covariance_weight": 1e-6, "ridge": 1e-6, "band": (1, 20)}
     mask = ComponentMask.of([toy.neuron(neuron)], toy.model.signature)
     return edited(editor, toy.model, mask, toy.prompts([fact]), toy.prompts(retain), text, **settings)
 
@@ -402,7 +402,7 @@ def test_the_laws_of_an_edit_hold_on_cuda(dtype):
     before = parameters_of(model)
     for editor in WEIGHTS:
         halves = prompts.select(range(4)), prompts.select(range(4, 8))
-        edit = edited(editor, model, mixed_mask(model), *halves, steps=3, rate=0.05)
+        edit = edited(editor, model, mixed_mask(model), *halves, steps=3, lr=0.05)
         with edit.applied(model):
             assert not torch.equal(
                 before["gpt_neox.layers.0.mlp.dense_4h_to_h.weight"],

@@ -8,7 +8,6 @@ import torch
 
 from mechunlearn.artifacts.mask import ComponentMask
 from mechunlearn.core.grid import Grid
-from mechunlearn.evaluation.compare import select
 from mechunlearn.reproduce import mechanistic_unlearning as m
 from mechunlearn.reproduce import mechanistic_unlearning_page as told
 from mechunlearn.reproduce.mechanistic_unlearning import LOOKUP, NAIVE, OUTPUT_TRACING, VALIDATION, Bench, Cell, Plan
@@ -80,7 +79,7 @@ class TestMasks:
 class TestCells:
     @pytest.fixture()
     def small(self, monkeypatch):
-        monkeypatch.setattr(m, "ATTACK", {"rates": {"full": (2e-3,)}, "steps": 2, "every": 2, "batch": 4})
+        monkeypatch.setattr(m, "ATTACK", {"lrs": {"full": (2e-3,)}, "steps": 2, "eval_every": 2, "batch_size": 4})
         monkeypatch.setattr(m, "STEPS", 12)
         monkeypatch.setattr(m, "FORGET", 8)
         monkeypatch.setattr(m, "RETAIN", 24)
@@ -152,7 +151,7 @@ class TestPlan:
         best = m.chosen(grid, "1", "sport", LOOKUP)
         assert (best["rate"], best["forget_weight"], best["selected"]) == (m.RATES[-1], m.WEIGHTS[-1], "qualifies")
         assert [cell.seed for cell in m.tests(Plan(tmp_path), grid, "1", "sport", LOOKUP)] == [0, 1, 2, 3, 4]
-        assert select([])["rate"] is None and m.tests(Plan(tmp_path), grid, "1", "sport", "causal_tracing") == []
+        assert m.select([])["lr"] is None and m.tests(Plan(tmp_path), grid, "1", "sport", "causal_tracing") == []
 
     def test_the_quick_plan_says_so(self, tmp_path):
         plan = m.quick_plan(tmp_path)

@@ -62,7 +62,7 @@ def test_memorization_accuracy_counts_next_tokens_ranked_first(model, passages):
     for ids in ([0, *ids] for ids in mixed):
         hits = [written(model.hf, ids[:t], 1)[0] == ids[t] for t in range(1, len(ids))]
         expected.append(sum(hits) / len(hits))
-    found = memorization_accuracy(model, [words(ids) for ids in mixed], batch=2)
+    found = memorization_accuracy(model, [words(ids) for ids in mixed], batch_size=2)
     assert found.tolist() == pytest.approx(expected) and found[0] >= 6 / 11
     assert memorization_accuracy(model, [words(own[1:])]).tolist() == [1.0]
 

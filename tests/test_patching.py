@@ -172,7 +172,7 @@ def test_every_corruption_is_what_it_says(corrupt, prompts):
     model = load_model((random_hf("llama"), None))
     found = activation_patching(model, prompts, kinds=["attn.o"], corrupt=corrupt, seed=3)
     again = activation_patching(
-        model, prompts, kinds=["attn.o"], corrupt=corrupt, seed=3, batch=1 if corrupt != "resample" else 4
+        model, prompts, kinds=["attn.o"], corrupt=corrupt, seed=3, batch_size=1 if corrupt != "resample" else 4
     )
     torch.testing.assert_close(found.scores["L1.attn.o"], again.scores["L1.attn.o"], atol=1e-5, rtol=1e-4)
     assert found.scores["L1.attn.o"].abs().max() > 1e-4
@@ -299,7 +299,7 @@ class TestBadInput:
             ({"neurons": 0}, "Cannot patch 0 neurons"),
             ({"kinds": []}, "Expected some, such as"),
             ({"kinds": ["attn.o", "attn.o"]}, "name one twice"),
-            ({"batch": 0}, "A batch of 0 facts is out of range"),
+            ({"batch_size": 0}, "A batch of 0 facts is out of range"),
         ):
             with pytest.raises(MechunlearnError, match=message):
                 activation_patching(model, prompts, **wrong)

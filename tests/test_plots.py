@@ -13,7 +13,7 @@ from mechunlearn import ComponentMask, Localization, MechunlearnError, plots
 from mechunlearn.artifacts.overlap import overlap
 from mechunlearn.core.runcard import RunCard
 from mechunlearn.features.dictionaries import load_dictionary
-from mechunlearn.features.firing import Activity
+from mechunlearn.features.firing import FiringStatistics
 from mechunlearn.localize import (
     attribution_patching,
     causal_tracing,
@@ -50,7 +50,7 @@ def circuit(world, few):
 @pytest.fixture(scope="module")
 def activities(world):
     codebook = load_dictionary("factworld-codebook")
-    here, there = (Activity.of(world, codebook, texts) for texts in (TOPIC, OTHER))
+    here, there = (FiringStatistics.of(world, codebook, texts) for texts in (TOPIC, OTHER))
     return here, there, feature_discovery(world, here, dictionary=codebook, against=there)
 
 

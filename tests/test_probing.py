@@ -44,7 +44,7 @@ class TestOnThePlantedModel:
             "not carried": rewritten(model, "L1.attn.o", [0]),
             "nothing": rewritten(model, "L0.mlp.out", list(range(24))),
         }
-        return probing(*setup, beside=beside)
+        return probing(*setup, extra_edits=beside)
 
     def of(self, rows, state, setting, column="held out"):
         return rows[(rows.state == state) & (rows.setting == setting)][column].item()
@@ -111,13 +111,13 @@ class TestOnThePlantedModel:
         assert_untouched(model, before)
 
     def test_known_ceilings_are_not_run_again(self, setup, rows):
-        again = probing(*setup, known=rows)
+        again = probing(*setup, baseline_rows=rows)
         assert again["state"].drop_duplicates().tolist() == ["edited", "unedited"]
         for state in ("edited", "unedited"):
             one, other = (part[part.state == state].reset_index(drop=True) for part in (rows, again))
             pd.testing.assert_frame_equal(one, other)
         with pytest.raises(MechunlearnError, match="are of another attack: seed"):
-            probing(*setup, known=rows, seed=1)
+            probing(*setup, baseline_rows=rows, seed=1)
         assert json.loads(json.dumps(again.attrs["card"]))["method"] == "probing"
 
     def test_mistakes_are_named(self, setup):
@@ -137,11 +137,15 @@ class TestOnTheWorld:
     def rows(self, world):
         forget, retain = load_facts("factworld/sport").prompts(world).split(forget=16, retain=240, seed=1)
         last = ComponentMask.of(["L7.attn.o", "L7.mlp.out"], world.signature)
-        hidden = masked_gradient(world, last, forget, retain, steps=40, batch=16)
+        hidden = masked_gradient(world, last, forget, retain, steps=40, batch_size=16)
         site = [f"L{layer}.mlp.{kind}" for layer in (1, 2) for kind in ("in", "gate", "out")]
-        removed = masked_gradient(world, ComponentMask.of(site, world.signature), forget, retain, steps=40, batch=16)
+        removed = masked_gradient(
+            world, ComponentMask.of(site, world.signature), forget, retain, steps=40, batch_size=16
+        )
         wrecked = rewritten(world, "L7.mlp.out", list(range(384)), 0.5)
-        return probing(world, removed, forget, retain, beside={"hidden": hidden, "wrecked": wrecked}, gate=0.8)
+        return probing(
+            world, removed, forget, retain, extra_edits={"hidden": hidden, "wrecked": wrecked}, min_retention=0.8
+        )
 
     def test_what_is_hidden_by_the_last_layer_is_read_before_it_and_what_is_gone_is_not(self, rows):
         found = recovery(rows)
@@ -210,7 +214,11 @@ def test_the_logit_lens_after_all_blocks_is_the_model(family):
     answers = torch.where(torch.arange(24) % 3 > 0, said, (said + 1) % 97)
     prompts = Prompts.from_tokens(prompts.tokens, prompts.corrupt, answers, (answers + 5) % 97, prompts.spans)
     rows = probing(
-        model, rewritten(model, "L1.mlp.out", [0]), prompts.select(range(9)), prompts.select(range(9, 24)), gate=0
+        model,
+        rewritten(model, "L1.mlp.out", [0]),
+        prompts.select(range(9)),
+        prompts.select(range(9, 24)),
+        min_retention=0,
     )
     last = rows[(rows.state == "unedited") & (rows.setting == "logit lens, after 3 blocks")]
     assert last["held out"].item() == pytest.approx(6 / 9)

@@ -30,7 +30,7 @@ LAST = ["L7.attn.o", "L7.mlp.out"]
 
 def edited(model, sites, forget, retain, **settings):
     mask = ComponentMask.of(sites, model.signature)
-    return masked_gradient(model, mask, forget, retain, batch=12, **settings)
+    return masked_gradient(model, mask, forget, retain, batch_size=12, **settings)
 
 
 def in_few_ways(prompts, *formats):
@@ -70,7 +70,7 @@ def edits(world, sport):
 @pytest.fixture(scope="module")
 def rows(world, sport, edits):
     beside = {"hidden": edits["hidden"], "wrecked": wrecked(world)}
-    return prompting(world, edits["gone"], *sport, beside=beside)
+    return prompting(world, edits["gone"], *sport, extra_edits=beside)
 
 
 class TestOnTheWorld:
@@ -114,12 +114,12 @@ class TestOnTheWorld:
             assert cells.loc[setting, "retain"] == kept["accuracy"].mean()
 
     def test_known_rows_stand_for_the_bounds(self, world, sport, edits, rows):
-        again = prompting(world, edits["gone"], *sport, known=rows)
+        again = prompting(world, edits["gone"], *sport, baseline_rows=rows)
         assert set(again["state"]) == {"edited", "unedited", "never taught"}
         own = rows[rows.state.isin(set(again["state"]))]
         pd.testing.assert_frame_equal(again, own.reset_index(drop=True)[list(again)])
         with pytest.raises(MechunlearnError, match="settings"):
-            prompting(world, edits["gone"], *sport, known=rows, shots=2)
+            prompting(world, edits["gone"], *sport, baseline_rows=rows, shots=2)
 
     def test_the_model_is_left_as_it_was_also_after_an_error(self, world, sport, edits, monkeypatch):
         weights = [p.detach().clone() for p in world.hf.parameters()]
@@ -140,7 +140,7 @@ class TestOnTheWorld:
     def test_the_rows_carry_a_run_card(self, rows, edits):
         card = json.loads(json.dumps(rows.attrs["card"]))
         assert (card["method"], card["mask"]) == ("prompting", edits["gone"].card.mask)
-        assert card["settings"] == {"shots": 4, "gate": 0.9}
+        assert card["settings"] == {"shots": 4, "min_retention": 0.9}
 
 
 class TestFewShot:
@@ -233,7 +233,7 @@ class TestOptions:
         ]
         names = ("Anna Belton", "Marco Belton")
         data = FactDataset("two", tuple(Fact(n, "sport", {"statement": q}) for n, q in zip(names, queries)))
-        found = option_logprobs(world, data.prompts(world), batch=1)
+        found = option_logprobs(world, data.prompts(world), batch_size=1)
         assert found.shape == (2, 3) and found[1, 2] == -torch.inf
         for i, query in enumerate(queries):
             for k, option in enumerate(query.options):
@@ -284,8 +284,8 @@ class TestWhatIsGiven:
         toy = planted_facts()
         forget, retain = toy.prompts(list(range(8))), toy.prompts(list(range(8, 24)))
         mask = ComponentMask.of([toy.neuron(i) for i in range(8)], toy.model.signature)
-        edit = masked_gradient(toy.model, mask, forget, retain, steps=100, rate=0.1)
-        found = prompting(toy.model, edit, forget, retain, beside={"same": toy.model}).set_index("state")
+        edit = masked_gradient(toy.model, mask, forget, retain, steps=100, lr=0.1)
+        found = prompting(toy.model, edit, forget, retain, extra_edits={"same": toy.model}).set_index("state")
         assert found["setting"].tolist() == ["statement"] * 3
         assert found["held out"].tolist() == [0, 1, 1] and found["edit target"].tolist() == [1, 0, 0]
         assert found["retain"].tolist() == [1, 1, 1] and found["chance"].tolist() == [0.25] * 3
@@ -296,7 +296,7 @@ class TestWhatIsGiven:
             ([0], [4, 5], {}, "There are 1 forget facts, 2 retain facts and 4 shots. Expected at least 2"),
             ([0, 1], [4], {}, "1 retain facts"),
             ([0, 1], [4, 5], {"shots": -1}, "-1 shots"),
-            ([0, 1], [4, 5], {"beside": {"edited": None}}, "cannot be named 'edited'"),
+            ([0, 1], [4, 5], {"extra_edits": {"edited": None}}, "cannot be named 'edited'"),
         ],
     )
     def test_mistakes_are_named(self, forget, retain, settings, message):
@@ -342,7 +342,7 @@ class TestKL:
     def test_padding_and_batches_change_nothing(self, world, edits):
         alone = torch.cat([next_token_kl(world, edits["hidden"], [text]) for text in self.TEXTS])
         together = next_token_kl(world, edits["hidden"], self.TEXTS)
-        in_pairs = next_token_kl(world, edits["hidden"], self.TEXTS, batch=2)
+        in_pairs = next_token_kl(world, edits["hidden"], self.TEXTS, batch_size=2)
         assert torch.allclose(together, alone, rtol=1e-4) and torch.allclose(in_pairs, alone, rtol=1e-4)
         assert together.min() > 0
 

@@ -115,7 +115,7 @@ class TestNoTrace:
         model, edit, forget, retain = setup
         other = load_model((random_hf("gpt2"), None))
         before, before_other = state_of(model), state_of(other)
-        rows = quantization(model, edit, forget, retain, beside={"other": other}, gate=0)
+        rows = quantization(model, edit, forget, retain, extra_edits={"other": other}, min_retention=0)
         assert_untouched(model, before)
         assert_untouched(other, before_other)
         assert rows["setting"].tolist()[:2] == ["int8", "int4"] and rows["bits"].tolist()[:2] == [8, 4]
@@ -134,7 +134,7 @@ class TestNoTrace:
 
         monkeypatch.setattr(importlib.import_module("mechunlearn.attack.quantization"), "answered", fails)
         with pytest.raises(RuntimeError, match="while measuring"):
-            quantization(model, edit, forget, retain, gate=0)
+            quantization(model, edit, forget, retain, min_retention=0)
         assert_untouched(model, before)
 
 
@@ -156,7 +156,7 @@ class TestOnThePlantedModel:
         assert found["recovery"] == 1 and found["outcome"] == "measured"
 
     def test_what_is_gone_or_hidden_above_the_grid_does_not_come_back(self, refusing, sets):
-        rows = quantization(refusing.model, removing(refusing), *sets, beside={"loud": hiding(refusing, 1.0)})
+        rows = quantization(refusing.model, removing(refusing), *sets, extra_edits={"loud": hiding(refusing, 1.0)})
         found = recovery(rows)
         assert found.loc["edited", "held out"] == found.loc["loud", "held out"] == 0
         assert found.loc["unedited", "held out"] == 1
@@ -170,19 +170,19 @@ class TestOnThePlantedModel:
         """A clamp is no weight: rounding does not take it off."""
         sae = axes(refusing.model, "L0.resid_post")
         mask = mask_of(refusing.model, sae, [24, 25, 26, 27])
-        edit = feature_clamp(refusing.model, mask, sets[0], dictionary=sae, strength=0)
+        edit = feature_clamp(refusing.model, mask, sets[0], dictionary=sae, scale=0)
         rows = quantization(refusing.model, edit, *sets)
         edited = rows[rows.state == "edited"]
         assert (edited["held out"] == 0).all() and (edited["retain"] == 0).all()
 
     def test_ceilings_of_an_earlier_call_are_taken_as_they_are(self, refusing, sets, monkeypatch):
         first = quantization(refusing.model, removing(refusing), *sets)
-        again = quantization(refusing.model, hiding(refusing, 0.05), *sets, known=first)
+        again = quantization(refusing.model, hiding(refusing, 0.05), *sets, baseline_rows=first)
         assert again["state"].tolist() == ["edited"] * 2 + ["unedited"] * 2
         kept = again[again.state == "unedited"].reset_index(drop=True)
         pd.testing.assert_frame_equal(kept, first[first.state == "unedited"].reset_index(drop=True))
         with pytest.raises(MechunlearnError, match="settings"):
-            quantization(refusing.model, hiding(refusing, 0.05), *sets, known=first, bits=[8])
+            quantization(refusing.model, hiding(refusing, 0.05), *sets, baseline_rows=first, bits=[8])
 
     def test_retain_facts_are_measured_rounded_too(self, refusing, sets):
         rows = quantization(refusing.model, removing(refusing), *sets, bits=[8, 2])
@@ -207,7 +207,7 @@ class TestOnThePlantedModel:
         with pytest.raises(MechunlearnError, match="The retain set has 0 facts"):
             quantization(refusing.model, removing(refusing), sets[0], sets[1].select([]))
         with pytest.raises(MechunlearnError, match="knows 100% .*asks for 200%"):
-            quantization(refusing.model, removing(refusing), *sets, gate=2)
+            quantization(refusing.model, removing(refusing), *sets, min_retention=2)
 
 
 def call_without_types(function, *arguments):
@@ -219,7 +219,7 @@ class TestOnTheWorld:
     def test_never_taught_facts_are_at_their_floor_and_the_ceiling_holds(self, world):
         forget, retain = load_facts("factworld/sport").prompts(world).split(forget=16, retain=48, seed=1)
         mask = ComponentMask.of(["L7.attn.o", "L7.mlp.out"], world.signature)
-        edit = masked_gradient(world, mask, forget, retain, steps=4, batch=16)
+        edit = masked_gradient(world, mask, forget, retain, steps=4, batch_size=16)
         rows = quantization(world, edit, forget, retain)
         found = recovery(rows)
         assert found.loc["unedited", "held out"] == 1

@@ -8,7 +8,15 @@ import torch
 
 from mechunlearn import load_facts, load_model
 from mechunlearn.artifacts.mask import ComponentMask
-from mechunlearn.attack.states import attack_card, attacked, cell, framed, left_to_run, never_taught, recovery
+from mechunlearn.attack.states import (
+    attack_card,
+    cell,
+    never_taught,
+    recovery,
+    states_to_attack,
+    states_to_run,
+    to_frame,
+)
 from mechunlearn.core.runcard import Stopwatch
 from mechunlearn.edit import masked_gradient
 from mechunlearn.errors import MechunlearnError
@@ -41,7 +49,7 @@ class TestStates:
         forget, retain = load_facts("factworld/sport").prompts(model).split(forget=6, retain=6)
         mask = ComponentMask.of(["L1.mlp.out"], model.signature)
         edit = masked_gradient(model, mask, forget, retain, steps=1)
-        states = {state.name: state for state in attacked(model, edit, forget, {"again": edit, "other": model})}
+        states = {state.name: state for state in states_to_attack(model, edit, forget, {"again": edit, "other": model})}
         assert list(states) == ["edited", "unedited", "never taught", "again", "other"]
         strangers = states["never taught"].facts
         assert len(strangers) == 6 and not strangers.facts.subjects & forget.facts.source.subjects
@@ -50,7 +58,7 @@ class TestStates:
             with states[name].applied() as target:
                 assert (target.fingerprint != clean) == changed, name
         assert model.fingerprint == clean
-        assert [state.name for state in attacked(model, None, forget)] == ["unedited", "never taught"]
+        assert [state.name for state in states_to_attack(model, None, forget)] == ["unedited", "never taught"]
 
     def test_strangers_are_drawn_by_the_seed_and_asked_in_the_same_format(self):
         model = load_model("factworld")
@@ -60,12 +68,12 @@ class TestStates:
 
     def test_facts_as_tokens_have_no_strangers(self, setup):
         model, edit, forget, _ = setup
-        assert [state.name for state in attacked(model, edit, forget)] == ["edited", "unedited"]
+        assert [state.name for state in states_to_attack(model, edit, forget)] == ["edited", "unedited"]
 
     def test_a_taken_name_is_refused(self, setup):
         model, edit, forget, _ = setup
         with pytest.raises(MechunlearnError, match="cannot be named 'unedited'"):
-            attacked(model, edit, forget, {"unedited": None})
+            states_to_attack(model, edit, forget, {"unedited": None})
 
 
 class TestKnown:
@@ -73,15 +81,15 @@ class TestKnown:
         model, edit, forget, retain = setup
         card = attack_card("rounding", model, edit, forget, retain, 0, settings)
         made = [cell(name, "int4", torch.ones(4)) | {"retain": 1.0, "chance": 0.25} for name in names]
-        return framed(made, None, 0.9, card, Stopwatch()), card
+        return to_frame(made, None, 0.9, card, Stopwatch()), card
 
     def test_ceiling_and_floor_are_not_run_again(self, setup):
         model, edit, forget, _ = setup
         known, card = self.rows(setup, {"bits": [4]})
-        states = attacked(model, edit, forget)
-        assert [state.name for state in left_to_run(states, known, card)] == ["edited"]
-        assert [state.name for state in left_to_run(states, None, card)] == ["edited", "unedited"]
-        again = framed([row("edited", "int4", 0.0)], known, 0.9, card, Stopwatch())
+        states = states_to_attack(model, edit, forget)
+        assert [state.name for state in states_to_run(states, known, card)] == ["edited"]
+        assert [state.name for state in states_to_run(states, None, card)] == ["edited", "unedited"]
+        again = to_frame([row("edited", "int4", 0.0)], known, 0.9, card, Stopwatch())
         assert again["state"].tolist() == ["edited", "unedited"], "the old edited rows are not this edit's"
 
     def test_rows_of_other_settings_are_refused(self, setup):
@@ -89,7 +97,7 @@ class TestKnown:
         known, _ = self.rows(setup, {"bits": [8]})
         _, card = self.rows(setup, {"bits": [4]})
         with pytest.raises(MechunlearnError, match="another attack: settings"):
-            left_to_run(attacked(model, edit, forget), known, card)
+            states_to_run(states_to_attack(model, edit, forget), known, card)
 
 
 class TestRecovery:

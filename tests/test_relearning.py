@@ -74,7 +74,15 @@ class TestNoTrace:
         other = load_model((random_hf("gpt2"), None))
         before, before_other = state_of(model), state_of(other)
         rows = relearning(
-            model, edit, forget, retain, beside={"other": other}, rates=ONE_EACH, steps=3, every=2, gate=0
+            model,
+            edit,
+            forget,
+            retain,
+            extra_edits={"other": other},
+            lrs=ONE_EACH,
+            steps=3,
+            eval_every=2,
+            min_retention=0,
         )
         assert_untouched(model, before)
         assert_untouched(other, before_other)
@@ -92,7 +100,7 @@ class TestNoTrace:
 
         self.at_measurement(call, fail, monkeypatch)
         with pytest.raises(RuntimeError, match="while measuring"):
-            relearning(model, edit, forget, retain, rates={method: [0.01]}, steps=2, every=1, gate=0)
+            relearning(model, edit, forget, retain, lrs={method: [0.01]}, steps=2, eval_every=1, min_retention=0)
         assert_untouched(model, before)
 
     @pytest.mark.parametrize("method", ["lora", "full"])
@@ -102,7 +110,7 @@ class TestNoTrace:
         before = state_of(model)
         made = self.at_measurement(call, lambda: os.kill(os.getpid(), signal.SIGINT), monkeypatch)
         with pytest.raises(KeyboardInterrupt):
-            relearning(model, edit, forget, retain, rates={method: [0.01, 0.02]}, steps=3, every=1, gate=0)
+            relearning(model, edit, forget, retain, lrs={method: [0.01, 0.02]}, steps=3, eval_every=1, min_retention=0)
         assert_untouched(model, before)
         assert len(made) < 10, "it ended at once, not after the last setting"
 
@@ -128,11 +136,11 @@ class TestOnThePlantedModel:
         toy = planted_facts()
         forget, retain = toy.prompts(list(range(8))), toy.prompts(list(range(8, 24)))
         mask = ComponentMask.of([toy.neuron(i) for i in range(8)], toy.model.signature)
-        edit = masked_gradient(toy.model, mask, forget, retain, steps=100, rate=0.1)
+        edit = masked_gradient(toy.model, mask, forget, retain, steps=100, lr=0.1)
         return toy.model, edit, forget, retain
 
     def test_what_shares_nothing_does_not_come_back(self, setup):
-        rows = relearning(*setup, rates={"lora": [5e-3], "full": [3e-3]}, steps=40, every=20)
+        rows = relearning(*setup, lrs={"lora": [5e-3], "full": [3e-3]}, steps=40, eval_every=20)
         edited = rows[rows.state == "edited"]
         assert (edited[edited.step == 40]["trained"] == 1).all()
         assert (edited["held out"] == 0).all()
@@ -141,7 +149,7 @@ class TestOnThePlantedModel:
 
     def test_step_0_is_the_model_as_it_is(self, setup):
         model, edit, forget, _ = setup
-        rows = relearning(*setup, rates={"full": [1e-3]}, steps=1)
+        rows = relearning(*setup, lrs={"full": [1e-3]}, steps=1)
         start = rows[rows.step == 0].set_index("state")
         whole = (start["held out"] + start["trained"]) / 2
         with edit.applied(model):
@@ -170,7 +178,7 @@ class TestOnThePlantedModel:
         assert not subjects(attack.sets["retain"].tokens) & subjects(attack.watched.tokens)
 
     def test_the_same_seed_gives_the_same_rows(self, setup):
-        given = {"rates": ONE_EACH, "steps": 2}
+        given = {"lrs": ONE_EACH, "steps": 2}
         one, again = relearning(*setup, **given), relearning(*setup, **given)
         pd.testing.assert_frame_equal(one, again)
 
@@ -184,7 +192,7 @@ class TestOnThePlantedModel:
     def test_edits_and_models_beside_are_attacked_alike(self, setup):
         edit = setup[1]
         beside = {"again": edit, "as it is": None, "a model": planted_facts().model}
-        rows = relearning(*setup, beside=beside, rates={"full": [0.01]}, steps=4)
+        rows = relearning(*setup, extra_edits=beside, lrs={"full": [0.01]}, steps=4)
         cells = {state: part.drop(columns="state").reset_index(drop=True) for state, part in rows.groupby("state")}
         pd.testing.assert_frame_equal(cells["again"], cells["edited"])
         pd.testing.assert_frame_equal(cells["as it is"], cells["unedited"])
@@ -201,7 +209,7 @@ class TestOnThePlantedModel:
             return None if torch.equal(embedding, start) else resid * torch.nan
 
         with model.hooks({"L0.resid_post": breaks}):
-            rows = relearning(*setup, rates={"full": [0.01], "lora": [5e-3]}, steps=6, every=2)
+            rows = relearning(*setup, lrs={"full": [0.01], "lora": [5e-3]}, steps=6, eval_every=2)
         found = recovery(rows).loc["edited"]
         assert found["collapsed"] == ("full 0.01",)
         assert found["outcome"] == "measured" and found["setting"] == "lora 0.005"
@@ -210,26 +218,26 @@ class TestOnThePlantedModel:
 
     def test_the_rows_carry_a_run_card(self, setup):
         model, edit, *_ = setup
-        rows = relearning(*setup, rates={"full": [0.01]}, steps=1, seed=4)
+        rows = relearning(*setup, lrs={"full": [0.01]}, steps=1, seed=4)
         card = json.loads(json.dumps(rows.attrs["card"]))
         assert (card["method"], card["seed"], card["mask"]) == ("relearning", 4, edit.card.mask)
-        assert card["model"] == model.fingerprint and card["settings"]["rates"] == {"full": [0.01]}
+        assert card["model"] == model.fingerprint and card["settings"]["lrs"] == {"full": [0.01]}
 
     @pytest.mark.parametrize(
         ("changed", "message"),
         [
             ({"forget": [0]}, "The forget set has 1 facts: .*Expected at least 2"),
             ({"retain": [9]}, "The retain set has 1 facts"),
-            ({"rates": {}}, r"The rates are \{\}. Expected .*'lora', 'full' or both"),
-            ({"rates": {"lora": []}}, "Expected learning rates above 0"),
-            ({"rates": {"full": [0.1, 0]}}, "Expected learning rates above 0"),
-            ({"rates": {"full": [0.1, 1e4]}}, "Expected learning rates above 0 and up to 1000"),
-            ({"rates": {"soft prompt": [0.1]}}, "soft prompt.*Expected learning rates .*for 'lora', 'full'"),
+            ({"lrs": {}}, r"The rates are \{\}. Expected .*'lora', 'full' or both"),
+            ({"lrs": {"lora": []}}, "Expected learning rates above 0"),
+            ({"lrs": {"full": [0.1, 0]}}, "Expected learning rates above 0"),
+            ({"lrs": {"full": [0.1, 1e4]}}, "Expected learning rates above 0 and up to 1000"),
+            ({"lrs": {"soft prompt": [0.1]}}, "soft prompt.*Expected learning rates .*for 'lora', 'full'"),
             ({"rank": 33}, "A rank of 33 does not fit.*smallest matrix has 32.*from 1 to 32"),
             ({"rank": 0}, "A rank of 0 does not fit"),
-            ({"every": 0}, "every 0 of 20 steps"),
+            ({"eval_every": 0}, "every 0 of 20 steps"),
             ({"steps": 0}, "every 5 of 0 steps"),
-            ({"beside": {"unedited": None}}, "cannot be named 'unedited'"),
+            ({"extra_edits": {"unedited": None}}, "cannot be named 'unedited'"),
         ],
     )
     def test_mistakes_are_named(self, setup, changed, message):
@@ -257,7 +265,9 @@ class TestOnTheWorld:
         sites = {"last layer": ["L7.attn.o", "L7.mlp.out"]}
         sites["look-up"] = [f"L{layer}.mlp.{kind}" for layer in (1, 2) for kind in ("in", "gate", "out")]
         edits = {
-            name: masked_gradient(world, ComponentMask.of(chosen, world.signature), forget, retain, steps=30, batch=16)
+            name: masked_gradient(
+                world, ComponentMask.of(chosen, world.signature), forget, retain, steps=30, batch_size=16
+            )
             for name, chosen in sites.items()
         }
         return forget, retain, edits
@@ -271,11 +281,11 @@ class TestOnTheWorld:
             edits["look-up"],
             forget,
             retain,
-            beside={"last layer": edits["last layer"]},
-            rates=rates,
+            extra_edits={"last layer": edits["last layer"]},
+            lrs=rates,
             steps=6,
-            every=6,
-            batch=16,
+            eval_every=6,
+            batch_size=16,
         )
 
     def test_what_is_hidden_at_the_output_comes_back_and_what_is_gone_from_the_look_up_does_not(self, rows):
@@ -296,7 +306,7 @@ class TestOnTheWorld:
         found = recovery(rows)
         assert all("full 1" in collapsed for collapsed in found["collapsed"])
         assert (found["setting"] != "full 1").all()
-        broken = rows[(rows["rate"] == 1.0) & (rows["step"] > 0)]
+        broken = rows[(rows["lr"] == 1.0) & (rows["step"] > 0)]
         assert (broken["retain"] < 0.5).all() and not broken["valid"].any()
 
     def test_every_state_trains_on_text_and_measures_it(self, rows, world, setup):

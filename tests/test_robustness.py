@@ -67,16 +67,16 @@ def cases(twin):
     return {
         "removed": weights(model, stored),
         "hidden": masked_gradient(
-            model, last, forget, retain, loss=losses.log_one_minus_p, steps=40, rate=5e-3, forget_weight=2.0
+            model, last, forget, retain, loss=losses.log_one_minus_p, steps=40, lr=5e-3, forget_weight=2.0
         ),
         "wrecked": weights(model, noisy),
     }
 
 
 QUICK = {
-    "relearning": {"rates": {"full": (1e-3,)}, "steps": 6, "every": 3, "batch": 16},
-    "soft_prompt": {"rates": (3e-2,), "steps": 15, "every": 15},
-    "activation_perturbation": {"rates": (1e-1,), "steps": 15, "every": 15},
+    "relearning": {"lrs": {"full": (1e-3,)}, "steps": 6, "eval_every": 3, "batch_size": 16},
+    "soft_prompt": {"lrs": (3e-2,), "steps": 15, "eval_every": 15},
+    "activation_perturbation": {"lrs": (1e-1,), "steps": 15, "eval_every": 15},
 }
 
 
@@ -91,7 +91,7 @@ def outcomes(twin, cases):
         settings = QUICK.get(attack, {})
         kept = retain if attack == "probing" else retain.select(range(64))
         beside = {name: cases[name] for name in others}
-        rows[attack] = function(model, cases[first], forget, kept, beside=beside, **settings)
+        rows[attack] = function(model, cases[first], forget, kept, extra_edits=beside, **settings)
     found = Attacked(rows)
     return {name: found.outcomes(*[name] * (name != first)).set_index("attack") for name in cases}
 
@@ -132,7 +132,7 @@ def toy():
     model = planted_facts()
     forget, retain = model.prompts(list(range(8))), model.prompts(list(range(8, 24)))
     mask = ComponentMask.of(["L0.mlp.out"], model.model.signature)
-    return model.model, masked_gradient(model.model, mask, forget, retain, steps=20, rate=0.1), forget, retain
+    return model.model, masked_gradient(model.model, mask, forget, retain, steps=20, lr=0.1), forget, retain
 
 
 class TestRunning:
@@ -143,7 +143,7 @@ class TestRunning:
         whole = module.quantization
 
         def counted(model, edit, *args, **more):
-            ran.append((edit is not None, more.get("known") is not None))
+            ran.append((edit is not None, more.get("baseline_rows") is not None))
             return whole(model, edit, *args, **more)
 
         monkeypatch.setattr(module, "quantization", counted)
@@ -189,7 +189,7 @@ class TestRunning:
         model, edit, forget, retain = toy
         nothing = replace(edit, rows={site: model.rows(site)[edit.units[site]] for site in edit.units})
         together = Attacked(
-            {"quantization": quantization(model, None, forget, retain, beside={"a": edit, "b": nothing})}
+            {"quantization": quantization(model, None, forget, retain, extra_edits={"a": edit, "b": nothing})}
         )
         for name, each in {"a": edit, "b": nothing}.items():
             alone = Attacked({"quantization": quantization(model, each, forget, retain)})
@@ -247,7 +247,9 @@ class TestReport:
 
         forget, retain = load_facts("factworld/sport").prompts(model).split(forget=16, retain=48, seed=0)
         last = ComponentMask.of(["L7.attn.o", "L7.mlp.out"], model.signature)
-        edit = masked_gradient(model, last, forget, retain, loss=losses.log_one_minus_p, steps=20, rate=5e-3, batch=16)
+        edit = masked_gradient(
+            model, last, forget, retain, loss=losses.log_one_minus_p, steps=20, lr=5e-3, batch_size=16
+        )
         shown = []
         report = evaluate(
             model,

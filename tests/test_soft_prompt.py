@@ -24,7 +24,7 @@ from tests.models import random_hf, token_prompts
 from tests.test_relearning import assert_untouched, hand_made, state_of
 
 FAMILIES = ("gpt2", "gpt_neox", "qwen2", "llama", "gemma", "gemma2", "gemma3_text")
-SMALL = {"tokens": 3, "rates": [0.1], "steps": 3, "every": 2}
+SMALL = {"tokens": 3, "lrs": [0.1], "steps": 3, "eval_every": 2}
 
 
 def ragged(seed: int = 0) -> Prompts:
@@ -128,7 +128,7 @@ class TestNoTrace:
         model, edit, forget, retain = setup
         other = load_model((random_hf("gpt2"), None))
         before, before_other = state_of(model), state_of(other)
-        rows = soft_prompt(model, edit, forget, retain, beside={"other": other}, gate=0, **SMALL)
+        rows = soft_prompt(model, edit, forget, retain, extra_edits={"other": other}, min_retention=0, **SMALL)
         assert_untouched(model, before)
         assert_untouched(other, before_other)
         assert rows["step"].tolist() == [0, 2, 3] * 3
@@ -143,7 +143,7 @@ class TestNoTrace:
 
         self.at_measurement(call, fail, monkeypatch)
         with pytest.raises(RuntimeError, match="while measuring"):
-            soft_prompt(model, edit, forget, retain, gate=0, **SMALL)
+            soft_prompt(model, edit, forget, retain, min_retention=0, **SMALL)
         assert_untouched(model, before)
 
     @pytest.mark.parametrize("call", [2, 5])
@@ -152,7 +152,7 @@ class TestNoTrace:
         before = state_of(model)
         made = self.at_measurement(call, lambda: os.kill(os.getpid(), signal.SIGINT), monkeypatch)
         with pytest.raises(KeyboardInterrupt):
-            soft_prompt(model, edit, forget, retain, gate=0, **{**SMALL, "rates": [0.1, 0.2]})
+            soft_prompt(model, edit, forget, retain, min_retention=0, **{**SMALL, "lrs": [0.1, 0.2]})
         assert_untouched(model, before)
         assert len(made) < 20, "it ended at once, not after the last setting"
 
@@ -182,7 +182,7 @@ class TestOnThePlantedModel:
         return toy.model, edit, toy.prompts(list(range(8))), toy.prompts(list(range(8, 24)))
 
     def test_what_is_gone_does_not_come_back(self, setup):
-        found = recovery(soft_prompt(*setup, tokens=4, rates=[0.1], steps=15)).loc["edited"]
+        found = recovery(soft_prompt(*setup, tokens=4, lrs=[0.1], steps=15)).loc["edited"]
         assert found["held out"] <= found["chance"] == 0.5 and not found["recovery"] > 0
 
     def test_step_0_is_the_model_as_it_is(self, setup):
@@ -234,16 +234,16 @@ class TestOnThePlantedModel:
             return logits * torch.nan if len(made) > 8 else logits
 
         monkeypatch.setattr(module, "_logits", breaks)
-        rows = soft_prompt(*setup, beside=None, known=None, **{**SMALL, "steps": 9})
+        rows = soft_prompt(*setup, extra_edits=None, baseline_rows=None, **{**SMALL, "steps": 9})
         ended = rows[rows.state == "edited"]
         assert 0 < ended["step"].max() < 9 and not ended["valid"].iloc[-1]
 
     def test_ceilings_of_an_earlier_call_are_taken_as_they_are(self, setup):
         first = soft_prompt(*setup, **SMALL)
-        again = soft_prompt(*setup, known=first, **SMALL)
+        again = soft_prompt(*setup, baseline_rows=first, **SMALL)
         assert again["state"].tolist() == ["edited"] * 3 + ["unedited"] * 3
         with pytest.raises(MechunlearnError, match="settings"):
-            soft_prompt(*setup, known=first, **{**SMALL, "tokens": 2})
+            soft_prompt(*setup, baseline_rows=first, **{**SMALL, "tokens": 2})
 
     def test_the_budget_is_on_the_card(self, setup):
         model, edit, *_ = setup
@@ -254,12 +254,12 @@ class TestOnThePlantedModel:
     @pytest.mark.parametrize(
         ("changed", "message"),
         [
-            ({"rates": []}, r"The rates are \[\]"),
-            ({"rates": [0.1, 0]}, "Expected learning rates above 0"),
+            ({"lrs": []}, r"The rates are \[\]"),
+            ({"lrs": [0.1, 0]}, "Expected learning rates above 0"),
             ({"tokens": 0}, "Cannot train 0 tokens"),
-            ({"every": 0}, "measured every 0"),
+            ({"eval_every": 0}, "measured every 0"),
             ({"tokens": 14}, "A prefix of 14 vectors and prompts of 3 tokens do not fit the 16 positions.*at most 13"),
-            ({"beside": {"unedited": None}}, "cannot be named 'unedited'"),
+            ({"extra_edits": {"unedited": None}}, "cannot be named 'unedited'"),
         ],
     )
     def test_mistakes_are_named(self, setup, changed, message):
@@ -271,7 +271,7 @@ class TestOnThePlantedModel:
         with pytest.raises(MechunlearnError, match="The forget set has 1 facts"):
             soft_prompt(model, edit, forget.select([0]), retain)
         with pytest.raises(MechunlearnError, match="asks for 200%"):
-            soft_prompt(*setup, gate=2)
+            soft_prompt(*setup, min_retention=2)
 
 
 class TestOnTheWorld:
@@ -279,10 +279,12 @@ class TestOnTheWorld:
     def rows(self, world):
         forget, retain = load_facts("factworld/sport").prompts(world).split(forget=16, retain=48, seed=1)
         mask = ComponentMask.of(["L7.attn.o", "L7.mlp.out"], world.signature)
-        edit = masked_gradient(world, mask, forget, retain, steps=30, batch=16)
+        edit = masked_gradient(world, mask, forget, retain, steps=30, batch_size=16)
         with edit.applied(world):
             assert measure(world, forget)["accuracy"].mean() < 0.5
-        return soft_prompt(world, edit, forget, retain, tokens=4, rates=[0.1], steps=20, every=10, batch=8, gate=0.8)
+        return soft_prompt(
+            world, edit, forget, retain, tokens=4, lrs=[0.1], steps=20, eval_every=10, batch_size=8, min_retention=0.8
+        )
 
     def test_what_is_hidden_at_the_output_comes_back(self, rows):
         found = recovery(rows)

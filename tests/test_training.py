@@ -13,7 +13,7 @@ from mechunlearn.edit import losses, masked_gradient
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.metrics.answers import measure
 from mechunlearn.model.hooked import load_model
-from mechunlearn.training.loop import Schedule, Sequences, Stream, Upper, descend
+from mechunlearn.training.loop import CachedInputs, Schedule, Sequences, TopLayers, train
 from mechunlearn.training.parameterizations import Everything, LowRank, SelectedRows
 from tests.models import CONFIGS, random_hf, token_prompts
 
@@ -57,7 +57,7 @@ def random_model(family: str = "llama", dtype: torch.dtype = torch.float32):
 def test_every_objective_moves_what_the_mask_selects_and_no_other_bit(family, objective, granularity):
     model = random_model(family)
     mask, before = ComponentMask.of(MASKS[granularity], model.signature), parameters_of(model)
-    settings = {"steps": 3, "rate": 0.05, "weight_decay": 0.1, **OBJECTIVES[objective]}
+    settings = {"steps": 3, "lr": 0.05, "weight_decay": 0.1, **OBJECTIVES[objective]}
     edit = masked_gradient(model, mask, *halves(), **settings)
     assert all(torch.equal(before[name], p) for name, p in parameters_of(model).items()), "the model was changed"
     inside = mask.parameter_masks(model)
@@ -78,7 +78,7 @@ def test_the_gradient_of_the_selected_rows_is_that_of_the_whole_matrices(family)
     sequences = Sequences.of(forget)
     trained = SelectedRows(model, mask)
     with trained.attached():
-        read = Stream(Upper(model, trained.lowest), sequences).read(torch.arange(4), {"logits", "labels"})
+        read = CachedInputs(TopLayers(model, trained.lowest), sequences).read(torch.arange(4), {"logits", "labels"})
         trained.gradient(losses.cross_entropy(read["logits"], read["labels"]))
     logits = model.hf(forget.tokens).logits[:, -1]
     torch.testing.assert_close(read["logits"], logits, atol=1e-5, rtol=1e-4)
@@ -103,11 +103,11 @@ def test_kept_constants_give_the_same_edit_and_are_computed_once(monkeypatch):
         return entering(self, tokens, layer)
 
     monkeypatch.setattr(type(model.decoder), "entering", counted)
-    kept = masked_gradient(model, mask, forget, retain, steps=6, batch=2, rate=0.05)
+    kept = masked_gradient(model, mask, forget, retain, steps=6, batch_size=2, lr=0.05)
     assert sum(rows for rows, _ in calls) == len(forget) + len(retain), "each example once, whatever the epochs"
     assert {layer for _, layer in calls} == {2}
     calls.clear()
-    again = masked_gradient(model, mask, forget, retain, steps=6, batch=2, rate=0.05, cache=False)
+    again = masked_gradient(model, mask, forget, retain, steps=6, batch_size=2, lr=0.05, cache=False)
     assert sum(rows for rows, _ in calls) == 6 * 2 * 2
     torch.testing.assert_close(kept.rows["L2.mlp.out"], again.rows["L2.mlp.out"], atol=1e-6, rtol=1e-5)
 
@@ -116,7 +116,7 @@ def test_padding_does_not_leak_between_examples_of_different_length(world, sport
     forget, _ = sport
     part = forget.select(range(12))
     assert len(set(part.lengths.tolist())) > 1
-    stream = Stream(Upper(world, 4), Sequences.of(part))
+    stream = CachedInputs(TopLayers(world, 4), Sequences.of(part))
     with torch.no_grad():
         wanted = world.forward(part.tokens)[torch.arange(12), part.start]
         for rows in (torch.arange(5), torch.arange(12), torch.tensor([11, 0, 3])):
@@ -131,7 +131,9 @@ def test_nothing_below_the_lowest_masked_layer_has_a_backward_pass():
     trained = SelectedRows(model, ComponentMask.of(["L2.mlp.out[0]"], model.signature))
     forget, _ = halves()
     with trained.attached():
-        read = Stream(Upper(model, trained.lowest, keep=False), Sequences.of(forget)).read(torch.arange(4), {"logits"})
+        read = CachedInputs(TopLayers(model, trained.lowest, keep=False), Sequences.of(forget)).read(
+            torch.arange(4), {"logits"}
+        )
         seen, nodes = [], [read["logits"].grad_fn]
         while nodes:
             node = nodes.pop()
@@ -145,9 +147,9 @@ def test_accumulated_parts_give_the_step_of_the_whole_batch():
     model = random_model()
     mask = ComponentMask.of(MASKS["matrix"], model.signature)
     forget, retain = halves(12)
-    whole = masked_gradient(model, mask, forget, retain, steps=3, rate=0.01, batch=6)
+    whole = masked_gradient(model, mask, forget, retain, steps=3, lr=0.01, batch_size=6)
     for parts in (2, 4, 9):
-        split = masked_gradient(model, mask, forget, retain, steps=3, rate=0.01, batch=6, accumulate=parts)
+        split = masked_gradient(model, mask, forget, retain, steps=3, lr=0.01, batch_size=6, accumulate=parts)
         for site in whole.rows:
             torch.testing.assert_close(split.rows[site], whole.rows[site], atol=2e-5, rtol=1e-3)
         assert split.card.trajectory[0]["forget"] == pytest.approx(whole.card.trajectory[0]["forget"], abs=1e-5)
@@ -159,8 +161,8 @@ def test_bfloat16_weights_are_trained_through_float32_copies():
     mask = ComponentMask.of(["L2.mlp.out"], model.signature)
     weight = model.hf.model.layers[2].mlp.down_proj.weight
     tiny = float(weight.detach().abs().median()) / 2**10
-    one = masked_gradient(model, mask, *halves(), steps=1, rate=tiny, clip=1e9)
-    many = masked_gradient(model, mask, *halves(), steps=40, rate=tiny, clip=1e9)
+    one = masked_gradient(model, mask, *halves(), steps=1, lr=tiny, clip=1e9)
+    many = masked_gradient(model, mask, *halves(), steps=40, lr=tiny, clip=1e9)
     before = model.rows("L2.mlp.out")
     moved = [(edit.rows["L2.mlp.out"] != before).float().mean() for edit in (one, many)]
     assert moved[0] < 0.5 < moved[1]
@@ -178,18 +180,18 @@ class TestStopping:
     def test_training_ends_at_the_stated_strength(self, toy):
         mask = ComponentMask.of([toy.neuron(5)], toy.model.signature)
         forget, retain = toy.prompts([5]), toy.prompts([0, 1, 2])
-        edit = masked_gradient(toy.model, mask, forget, retain, steps=400, rate=0.004, stop_at=0.99)
+        edit = masked_gradient(toy.model, mask, forget, retain, steps=400, lr=0.004, stop_at=0.99)
         steps = len(edit.card.trajectory)
         assert edit.card.stopped == "reached" and steps < 400 and steps % 5 == 0
-        assert [e["step"] for e in edit.card.trajectory if "strength" in e] == list(range(5, steps + 1, 5))
-        assert edit.card.trajectory[-1]["strength"] == 1.0 > edit.card.trajectory[4]["strength"]
+        assert [e["step"] for e in edit.card.trajectory if "efficacy" in e] == list(range(5, steps + 1, 5))
+        assert edit.card.trajectory[-1]["efficacy"] == 1.0 > edit.card.trajectory[4]["efficacy"]
         with edit.applied(toy.model):
             assert measure(toy.model, forget)["target accuracy"].item() == 1
 
     def test_strength_is_the_share_that_lost_the_truth_where_no_target_is_asked_for(self, toy):
         mask = ComponentMask.of([toy.neuron(5)], toy.model.signature)
         edit = masked_gradient(
-            toy.model, mask, toy.prompts([5]), toy.prompts([0]), loss=losses.log_one_minus_p, rate=0.1, stop_at=1.0
+            toy.model, mask, toy.prompts([5]), toy.prompts([0]), loss=losses.log_one_minus_p, lr=0.1, stop_at=1.0
         )
         with edit.applied(toy.model):
             assert edit.card.stopped == "reached" and measure(toy.model, toy.prompts([5]))["accuracy"].item() == 0
@@ -221,7 +223,7 @@ class TestStopping:
                 os.kill(os.getpid(), signal.SIGINT)
 
         def edit():
-            return masked_gradient(model, mask, *halves(), steps=50, rate=0.01, measure=press)
+            return masked_gradient(model, mask, *halves(), steps=50, lr=0.01, measure=press)
 
         if presses == 2:
             with pytest.raises(KeyboardInterrupt):
@@ -274,8 +276,8 @@ class TestBadInput:
     @pytest.mark.parametrize(
         "settings, message",
         [
-            ({"rate": float("nan")}, "rate of nan is out of range"),
-            ({"rate": -1e-3}, "rate of -0.001 is out of range"),
+            ({"lr": float("nan")}, "rate of nan is out of range"),
+            ({"lr": -1e-3}, "rate of -0.001 is out of range"),
             ({"steps": 0}, "0 steps with 0 of warm-up"),
             ({"steps": 5, "warmup": 5}, "5 steps with 5 of warm-up"),
         ],
@@ -298,7 +300,7 @@ def test_full_fine_tuning_moves_everything_and_restores_every_bit(dtype):
     before, flags = parameters_of(model), [p.requires_grad for p in model.hf.parameters()]
     trained = Everything(model)
     sequences = Sequences.of(token_prompts())
-    stream = Stream(Upper(model, None), sequences)
+    stream = CachedInputs(TopLayers(model, None), sequences)
     rows = torch.arange(4)
 
     def parts():
@@ -306,7 +308,7 @@ def test_full_fine_tuning_moves_everything_and_restores_every_bit(dtype):
         yield {"forget": (1.0, 1.0, losses.cross_entropy(read["logits"], read["labels"]))}
 
     with trained.attached():
-        done = descend(trained, parts, Schedule(20, 0.01), objective="relearning")
+        done = train(trained, parts, Schedule(20, 0.01), objective="relearning")
     assert done.trajectory[-1]["forget"] < done.trajectory[0]["forget"] / 2
     moved = [name for name, p in model.hf.named_parameters() if not torch.equal(p, before[name])]
     assert set(moved) == set(before), "embeddings and norms too"

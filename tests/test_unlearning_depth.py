@@ -41,7 +41,7 @@ class TestOnThePlantedModel:
     @pytest.fixture(scope="class")
     def rows(self, setup):
         carried = silenced(setup[0], "L1.attn.o", [0])
-        return unlearning_depth(*setup, beside={"not carried": carried})
+        return unlearning_depth(*setup, extra_edits={"not carried": carried})
 
     def test_a_silenced_look_up_is_erased_from_the_block_that_holds_it(self, rows):
         edited = rows[rows.state == "edited"]
@@ -105,17 +105,17 @@ class TestOnThePlantedModel:
         assert_untouched(model, before)
 
         with pytest.raises(MechunlearnError, match="The edit is for"):
-            unlearning_depth(*setup, beside={"of another model": elsewhere})
+            unlearning_depth(*setup, extra_edits={"of another model": elsewhere})
         assert_untouched(model, before)
 
     def test_known_ceilings_are_not_run_again(self, setup, rows, monkeypatch):
-        again = unlearning_depth(*setup, known=rows)
+        again = unlearning_depth(*setup, baseline_rows=rows)
         assert again["state"].drop_duplicates().tolist() == ["edited", "unedited"]
         for state in ("edited", "unedited"):
             one, other = (part[part.state == state].reset_index(drop=True) for part in (rows, again))
             pd.testing.assert_frame_equal(one, other)
         with pytest.raises(MechunlearnError, match="are of another attack: settings"):
-            unlearning_depth(*setup, known=rows, threshold=0.1)
+            unlearning_depth(*setup, baseline_rows=rows, threshold=0.1)
         assert json.loads(json.dumps(again.attrs["card"]))["method"] == "unlearning_depth"
 
     def test_facts_without_a_subject_and_models_of_another_shape_are_refused(self, setup):
@@ -125,7 +125,7 @@ class TestOnThePlantedModel:
             unlearning_depth(model, edit, bare, retain)
         other = load_model((random_hf("gpt2"), None))
         with pytest.raises(MechunlearnError, match="'other' is .*Give models of one architecture"):
-            unlearning_depth(model, edit, forget, retain, beside={"other": other})
+            unlearning_depth(model, edit, forget, retain, extra_edits={"other": other})
         with pytest.raises(MechunlearnError, match="'gold' is "):
             unlearning_depth(model, edit, forget, retain, gold=other)
         with pytest.raises(MechunlearnError, match="The frame lacks score"):
@@ -141,7 +141,9 @@ def test_after_all_blocks_the_accuracy_is_the_edited_models_own(family):
     edit = silenced(model, "L1.mlp.out", list(range(40)))
     gold = load_model((random_hf(family), None))
     silenced(gold, "L0.attn.o", [0, 1, 2]).apply_(gold)
-    rows = unlearning_depth(model, edit, prompts.select(range(4)), prompts.select(range(4, 8)), gold=gold, gate=0)
+    rows = unlearning_depth(
+        model, edit, prompts.select(range(4)), prompts.select(range(4, 8)), gold=gold, min_retention=0
+    )
     with edit.applied(model):
         own = measure(model, prompts)["accuracy"]
     edited = rows[rows.state == "edited"]
@@ -167,8 +169,8 @@ class TestOnTheTwin:
         units = {site: torch.arange(len(each)) for site, each in rows.items()}
         removed = WeightEdit(units, rows, twin.signature, RunCard("put back"))
         last = ComponentMask.of(["L7.attn.o", "L7.mlp.out"], twin.signature)
-        hidden = masked_gradient(twin, last, forget, retain, steps=60, batch=16)
-        given = {"beside": {"hidden": hidden}}
+        hidden = masked_gradient(twin, last, forget, retain, steps=60, batch_size=16)
+        given = {"extra_edits": {"hidden": hidden}}
         return {
             None: unlearning_depth(twin, removed, forget, retain, **given),
             "gold": unlearning_depth(twin, removed, forget, retain, gold=world, **given),

@@ -13,7 +13,7 @@ from mechunlearn import ComponentMask, MechunlearnError
 from mechunlearn.artifacts.weight_edit import WeightEdit
 from mechunlearn.edit import memit, mlp_washing, null_space
 from mechunlearn.edit.closed_form import target_values, washing
-from mechunlearn.edit.closed_form.edit_prompts import Contexts, openings
+from mechunlearn.edit.closed_form.edit_prompts import EditPrompts, sampled_prefixes
 from mechunlearn.evaluation.evaluate import evaluate
 from mechunlearn.evaluation.report import Report
 from mechunlearn.facts.prompts import PAD, Prompts
@@ -151,11 +151,11 @@ class Naive:
                 wanted[:, i] = wanted[:, i] * slope / (slope**2 + (0.01 * slope.abs().max()) ** 2)
         return keys, wanted
 
-    def wash(self, prompts, layers, targets, covariance, formula, reach=1, **how) -> dict[int, torch.Tensor]:
+    def wash(self, prompts, layers, targets, covariance, formula, overshoot=1, **how) -> dict[int, torch.Tensor]:
         """Every layer's D, [d_model, unit], lowest first; each is written before the next is measured."""
         made, last = {}, max(layers)
         home = self.columns(prompts, last, last, how.get("place", "subject last"))[2].T
-        targets = home + reach * (targets.double() - home)
+        targets = home + overshoot * (targets.double() - home)
         for layer, units in layers.items():
             keys, wanted = self.residual(prompts, layers, layer, targets, **how)
             moment = covariance.matrix(f"L{layer}.mlp.out")[units][:, units]
@@ -210,7 +210,7 @@ def mask_of(model: HookedModel, layers: dict[int, list[int]]) -> ComponentMask:
 @pytest.fixture
 def prefixed(monkeypatch):
     """Models without a tokenizer have no openings of text; here they get these."""
-    monkeypatch.setattr(washing, "openings", lambda model, texts, count, seed: list(PREFIXES[:count]))
+    monkeypatch.setattr(washing, "sampled_prefixes", lambda model, texts, count, seed: list(PREFIXES[:count]))
 
 
 class TestFormulas:
@@ -223,16 +223,24 @@ class TestFormulas:
             kept = naive.columns(retain, layer, 2, place)[0][units]
             return ridge(keys, wanted, 7.0 * moment + keys @ keys.T + retain_weight * kept @ kept.T)
 
-        settings = {"covariance": covariance, "values": targets, "role": place, "prefixes": 2, "reach": reach}
-        edit = memit(model, mask_of(model, layers), forget, retain, strength=7, retain_weight=retain_weight, **settings)
-        how = {"reach": reach, "place": place, "prefixes": PREFIXES}
+        settings = {
+            "covariance": covariance,
+            "target_values": targets,
+            "position": place,
+            "prefixes": 2,
+            "overshoot": reach,
+        }
+        edit = memit(
+            model, mask_of(model, layers), forget, retain, covariance_weight=7, retain_weight=retain_weight, **settings
+        )
+        how = {"overshoot": reach, "place": place, "prefixes": PREFIXES}
         wanted = naive.wash(forget, layers, targets, covariance, formula, **how)
         assert_same(edit, model, wanted)
         norms = [float(change.norm()) for change in wanted.values()]
         assert [entry["norm"] for entry in edit.card.trajectory] == pytest.approx(norms, rel=1e-9)
         sizes = [float(Naive(model).weight(layer).norm()) for layer in layers]
         assert [entry["weight norm"] for entry in edit.card.trajectory] == pytest.approx(sizes, rel=1e-9)
-        assert [entry["strength"] for entry in edit.card.trajectory] == [7, 7]
+        assert [entry["covariance_weight"] for entry in edit.card.trajectory] == [7, 7]
 
     @pytest.mark.parametrize("start, retain_weight", [(1e-3, 3.0), (1e5, 0)])
     def test_law_before_the_ascent(self, small, prefixed, start, retain_weight):
@@ -257,11 +265,11 @@ class TestFormulas:
             chosen.append(middle)
             return at(middle)
 
-        settings = {"covariance": covariance, "values": targets, "prefixes": 2, "retain_weight": retain_weight}
-        settings |= {"strength": start, "ascent": "off", "eliminate": False}
+        settings = {"covariance": covariance, "target_values": targets, "prefixes": 2, "retain_weight": retain_weight}
+        settings |= {"covariance_weight": start, "ascent": "off", "eliminate": False}
         edit = mlp_washing(model, mask_of(model, layers), forget, retain, **settings)
         assert_same(edit, model, naive.wash(forget, layers, targets, covariance, formula, prefixes=PREFIXES))
-        assert [entry["strength"] for entry in edit.card.trajectory] == pytest.approx(chosen, rel=1e-7)
+        assert [entry["covariance_weight"] for entry in edit.card.trajectory] == pytest.approx(chosen, rel=1e-7)
         assert all(entry["in band"] and entry["known before"] == 7 for entry in edit.card.trajectory)
         assert all(entry["moved"] == 0 for entry in edit.card.trajectory) and edit.card.stopped == ""
 
@@ -288,8 +296,8 @@ class TestFormulas:
             naive.weight(layer).add_(wanted[layer])
             logits = [naive.hf(forget.tokens[i : i + 1, : int(forget.lengths[i])]).logits[0, -1] for i in left]
             left = left[torch.stack([x.argmax() for x in logits]) == forget.answers[left, 0]]
-        settings = {"covariance": covariance, "values": targets, "prefixes": 2, "growth": growth}
-        settings |= {"strength": 100, "band": (1e-6, 1e6)}
+        settings = {"covariance": covariance, "target_values": targets, "prefixes": 2, "growth": growth}
+        settings |= {"covariance_weight": 100, "band": (1e-6, 1e6)}
         edit = mlp_washing(model, mask_of(model, layers), forget, retain, **settings)
         assert_same(edit, model, wanted, rel=1e-8)
         assert [entry["known before"] for entry in edit.card.trajectory] == counts and 0 < counts[1] < 7
@@ -310,7 +318,7 @@ class TestFormulas:
             left = before @ p + keys @ keys.T @ p + 0.3 * torch.eye(len(units), dtype=torch.float64)
             return torch.linalg.solve(left.T, (wanted @ keys.T @ p).T).T
 
-        settings = {"covariance": covariance, "values": targets, "prefixes": 2, "earlier": earlier}
+        settings = {"covariance": covariance, "target_values": targets, "prefixes": 2, "earlier": earlier}
         edit = null_space(model, mask_of(model, layers), forget, retain, energy=0.1, ridge=0.3, **settings)
         assert_same(edit, model, naive.wash(forget, layers, targets, covariance, formula, prefixes=PREFIXES))
         assert [entry["directions"] for entry in edit.card.trajectory] == found
@@ -332,11 +340,13 @@ class TestFormulas:
             return torch.linalg.solve(left.T, (wanted @ keys.T @ p).T).T
 
         settings = {
-            memit: {"strength": 2},
-            mlp_washing: {"strength": 2, "band": (1e-9, 1e9), "ascent": "off", "eliminate": False},
+            memit: {"covariance_weight": 2},
+            mlp_washing: {"covariance_weight": 2, "band": (1e-9, 1e9), "ascent": "off", "eliminate": False},
             null_space: {"energy": 0.4, "ridge": 2},
         }[editor]
-        edit = editor(model, mask_of(model, layers), forget, retain, covariance=covariance, values=targets, **settings)
+        edit = editor(
+            model, mask_of(model, layers), forget, retain, covariance=covariance, target_values=targets, **settings
+        )
         assert_same(edit, model, naive.wash(forget, layers, targets, covariance, formula))
         before = {name: parameter.clone() for name, parameter in model.hf.named_parameters()}
         with edit.applied(model):
@@ -352,18 +362,19 @@ class TestFormulas:
     def test_other_sites_of_the_mask_are_left_alone(self, llama):
         model, forget, retain, covariance, targets = llama
         mask = ComponentMask.of(["L0.attn.q", "L1.mlp.in[3]", *LAYERS], model.signature)
-        edit = memit(model, mask, forget, retain, covariance=covariance, values=targets)
+        edit = memit(model, mask, forget, retain, covariance=covariance, target_values=targets)
         assert edit.mask == ComponentMask.of(LAYERS, model.signature)
         assert edit.card.weights == 2 * 48 * 32 and edit.card.mask == mask.fingerprint
 
     @pytest.mark.parametrize("editor", [memit, mlp_washing, null_space])
     def test_results_do_not_depend_on_the_batch(self, llama, prefixed, editor):
         model, forget, retain, covariance, targets = llama
-        settings = {"covariance": covariance, "values": targets, "prefixes": 2}
+        settings = {"covariance": covariance, "target_values": targets, "prefixes": 2}
         settings |= {"retain_weight": 0.5} if editor is not null_space else {"earlier": [retain]}
         made = [
             change_of(
-                editor(model, mask_of(model, whole_layers(model, 0, 2)), forget, retain, batch=n, **settings), model
+                editor(model, mask_of(model, whole_layers(model, 0, 2)), forget, retain, batch_size=n, **settings),
+                model,
             )
             for n in (64, 5, 1)
         ]
@@ -382,7 +393,9 @@ class TestFormulas:
             return kept["L2.resid_post"][torch.arange(7), forget.spans[:, 1].minimum(forget.start)]
 
         targets = now() + 0.3 * now().norm(dim=1, keepdim=True) * torch.nn.functional.normalize(normal(7, 32), dim=1)
-        edit = memit(model, mask, forget, forget, strength=1e-6, covariance=seen_by(model), values=targets)
+        edit = memit(
+            model, mask, forget, forget, covariance_weight=1e-6, covariance=seen_by(model), target_values=targets
+        )
         before = (now() - targets).norm(dim=1)
         with edit.applied(model):
             after = (now() - targets).norm(dim=1)
@@ -391,8 +404,15 @@ class TestFormulas:
     def test_sums_are_plain_numbers(self, small):
         """No graph hangs on them, which would hold every batch of keys."""
         model, forget, retain, covariance, targets = small
-        how = washing.How("end-of-text", "subject last", prefixes=0, steps=1, rate=0.1, reach=1, batch=2)
-        given = {"covariance": covariance, "text": None, "values": targets, "keep": True, "seed": 0, "progress": False}
+        how = washing.How("end-of-text", "subject last", prefixes=0, steps=1, lr=0.1, overshoot=1, batch_size=2)
+        given = {
+            "covariance": covariance,
+            "texts": None,
+            "target_values": targets,
+            "keep": True,
+            "seed": 0,
+            "progress": False,
+        }
         mask = ComponentMask.of(LAYERS, model.signature)
         work = washing.washing(model, mask, forget, retain, how, **given)
         sums = work.sums(0)
@@ -404,7 +424,12 @@ class TestFormulas:
         mask, moved, washed = ComponentMask.of(["L1.mlp.out"], model.signature), [], []
         covariance = seen_by(model, ["L1.mlp.out"])
         for weight in (0, 1, 1000):
-            settings = {"covariance": covariance, "values": targets, "retain_weight": weight, "strength": 1}
+            settings = {
+                "covariance": covariance,
+                "target_values": targets,
+                "retain_weight": weight,
+                "covariance_weight": 1,
+            }
             change = change_of(memit(model, mask, forget, retain, **settings), model)[1]
             moved.append(float((change @ Naive(model).columns(retain, 1, 1)[0]).norm()))
             washed.append(float((change @ Naive(model).columns(forget, 1, 1)[0]).norm()))
@@ -415,7 +440,7 @@ class TestFormulas:
         """What text uses is moved less by each editor than the facts are, by key length."""
         model, forget, retain, covariance, targets = llama
         mask = ComponentMask.of(["L2.mlp.out"], model.signature)
-        edit = editor(model, mask, forget, retain, covariance=covariance, values=targets)
+        edit = editor(model, mask, forget, retain, covariance=covariance, target_values=targets)
         change, moment = change_of(edit, model)[2], covariance.matrix("L2.mlp.out")
         keys = Naive(model).columns(forget, 2, 2)[0]
         text = (change @ moment @ change.T).trace() / moment.trace()
@@ -427,7 +452,13 @@ class TestFormulas:
         keys = Naive(model).columns(retain, 2, 2)[0]
         moved = []
         for earlier in ((), (retain,)):
-            settings = {"covariance": covariance, "values": targets, "energy": 0.2, "ridge": 1e-3, "earlier": earlier}
+            settings = {
+                "covariance": covariance,
+                "target_values": targets,
+                "energy": 0.2,
+                "ridge": 1e-3,
+                "earlier": earlier,
+            }
             moved.append(
                 float((change_of(null_space(model, mask, forget, retain, **settings), model)[2] @ keys).norm())
             )
@@ -441,7 +472,7 @@ class TestContexts:
         behind = torch.arange(9) > prompts.start[:, None]  # what the prompts themselves are followed by
         prompts = replace(prompts, tokens=torch.where(behind, 77, prompts.tokens))
         labels = torch.tensor([[5, 6, 7], [8, PAD, PAD], [9, 10, PAD], *[[4, PAD, PAD]] * 4])
-        found = Contexts.of(model, prompts, place, PREFIXES, labels)
+        found = EditPrompts.of(model, prompts, place, PREFIXES, labels)
         assert found.weight.tolist() == [0.5, 0.25, 0.25] and len(found) == 7
         for i in range(7):
             start, own = int(prompts.start[i]), [x for x in labels[i].tolist() if x != PAD]
@@ -461,12 +492,12 @@ class TestContexts:
 
     def test_without_prefixes_the_bare_prompt_is_the_key(self, llama):
         model, prompts, *_ = llama
-        found = Contexts.of(model, prompts, "last")
+        found = EditPrompts.of(model, prompts, "last")
         assert found.weight.tolist() == [1] and torch.equal(found.labels, prompts.answers)
 
     def test_a_special_token_stays_in_front(self, world, sport):
         prompts = sport[0].select(range(5))
-        found = Contexts.of(world, prompts, "subject last", PREFIXES)
+        found = EditPrompts.of(world, prompts, "subject last", PREFIXES)
         assert prompts.tokens[0, 0] in world.tokenizer.all_special_ids
         for i in range(5):
             wanted = [int(prompts.tokens[i, 0]), *PREFIXES[0], *prompts.tokens[i, 1 : prompts.start[i] + 1].tolist()]
@@ -474,15 +505,20 @@ class TestContexts:
 
     def test_openings_are_first_tokens_of_passages(self, world, sport):
         text = sport[0].facts.text
-        found = openings(world, text, 5, seed=3)
+        found = sampled_prefixes(world, text, 5, seed=3)
         assert len(found) == 5 and all(len(ids) == 10 for ids in found)
         starts = [world.tokenizer(t, add_special_tokens=False)["input_ids"][:10] for t in text]
-        assert all(ids in starts for ids in found) and found == openings(world, text, 5, seed=3)
-        assert found != openings(world, text, 5, seed=4)
-        assert openings(world, ["of"], 5, 0) == openings(world, text, 0, 0) == openings(world, (), 5, 0) == []
+        assert all(ids in starts for ids in found) and found == sampled_prefixes(world, text, 5, seed=3)
+        assert found != sampled_prefixes(world, text, 5, seed=4)
+        assert (
+            sampled_prefixes(world, ["of"], 5, 0)
+            == sampled_prefixes(world, text, 0, 0)
+            == sampled_prefixes(world, (), 5, 0)
+            == []
+        )
 
 
-def labels_at(model: HookedModel, contexts: Contexts, delta: torch.Tensor, layer: int) -> torch.Tensor:
+def labels_at(model: HookedModel, contexts: EditPrompts, delta: torch.Tensor, layer: int) -> torch.Tensor:
     """-log p of the labels, [fact context], with a delta added to what leaves a block at the edited token."""
     hf, block = model.hf, model.hf.get_submodule(BLOCKS.get(model.signature.family, "model.layers"))[layer]
     found = []
@@ -510,9 +546,9 @@ class TestValues:
         model, layer, steps, rate = exact(family), 1, 4, 0.1
         prompts = ragged(4)
         labels = torch.tensor([[1, PAD], [1, 30], [12, 13], [40, PAD]])
-        contexts = Contexts.of(model, prompts, "subject last", PREFIXES, labels)
-        kept = Contexts.of(model, ragged(4, seed=5), "subject last")
-        found = target_values.optimised_values(model, layer, contexts, kept, steps=steps, rate=rate, batch=64)
+        contexts = EditPrompts.of(model, prompts, "subject last", PREFIXES, labels)
+        kept = EditPrompts.of(model, ragged(4, seed=5), "subject last")
+        found = target_values.optimised_values(model, layer, contexts, kept, steps=steps, lr=rate, batch_size=64)
         reached = []
         for i in range(4):
             mine, its = contexts.select(torch.tensor([i])), kept.select(torch.tensor([i]))
@@ -538,14 +574,14 @@ class TestValues:
     @pytest.fixture(scope="class")
     def contexts(self, llama):
         model, prompts, *_ = llama
-        return Contexts.of(model, prompts, "last", PREFIXES[:1], torch.full((7, 1), 1))
+        return EditPrompts.of(model, prompts, "last", PREFIXES[:1], torch.full((7, 1), 1))
 
     def test_they_make_the_labels_likelier_and_stay_near(self, llama, contexts):
         model = llama[0]
         home = Naive(model).columns(llama[1], 1, 1, "last")[2].T
         before = torch.stack([cross_entropy(x, y) for x, y in labels_at(model, contexts, torch.zeros(7, 32), 1)])
         for steps, rate in ((25, 0.2), (25, 5.0)):
-            found = target_values.optimised_values(model, 1, contexts, None, steps=steps, rate=rate, batch=64)
+            found = target_values.optimised_values(model, 1, contexts, None, steps=steps, lr=rate, batch_size=64)
             delta = found.double() - home
             assert (delta.norm(dim=1) <= (0.75 + 1e-5) * home.norm(dim=1)).all() and (delta.norm(dim=1) > 0).all()
             after = torch.stack([cross_entropy(x, y) for x, y in labels_at(model, contexts, delta, 1)])
@@ -554,7 +590,7 @@ class TestValues:
 
     def test_batches_do_not_matter(self, llama, contexts):
         together, by_two = (
-            target_values.optimised_values(llama[0], 1, contexts, contexts, steps=10, rate=0.2, batch=batch)
+            target_values.optimised_values(llama[0], 1, contexts, contexts, steps=10, lr=0.2, batch_size=batch)
             for batch in (64, 2)
         )
         torch.testing.assert_close(by_two, together, atol=1e-4, rtol=1e-4)
@@ -562,13 +598,13 @@ class TestValues:
     def test_a_fact_that_is_settled_stays(self, llama, monkeypatch):
         """Once below the threshold a fact moves no more, whatever the others do."""
         model, prompts, *_ = llama
-        contexts = Contexts.of(model, prompts, "last", labels=torch.full((7, 1), 1))
+        contexts = EditPrompts.of(model, prompts, "last", labels=torch.full((7, 1), 1))
         home = Naive(model).columns(prompts, 2, 2, "last")[2].T
         losses = torch.stack([cross_entropy(x, y) for x, y in labels_at(model, contexts, torch.zeros(7, 32), 2)])
         order = losses.argsort()
         assert target_values.SETTLED == 0.05, "as in MEMIT's code"
         monkeypatch.setattr(target_values, "SETTLED", float(losses[order[3]] + losses[order[4]]) / 2)
-        found = target_values.optimised_values(model, 2, contexts, None, steps=1, rate=0.1, batch=64)
+        found = target_values.optimised_values(model, 2, contexts, None, steps=1, lr=0.1, batch_size=64)
         moved = (found.double() - home).norm(dim=1) > 1e-4
         assert not moved[order[:4]].any() and moved[order[4:]].all()
 
@@ -579,9 +615,9 @@ class TestValues:
         tokens[2, int(twins.start[2])] = 50  # behind the subject
         spans = torch.tensor([[1, 2]] * 4)
         twins = replace(twins, tokens=tokens, spans=spans)
-        contexts = Contexts.of(model, twins, "subject last", labels=torch.tensor([[1], [1], [60], [1]]))
+        contexts = EditPrompts.of(model, twins, "subject last", labels=torch.tensor([[1], [1], [60], [1]]))
         assert target_values._owners(contexts).tolist() == [0, 1, 0, 2]
-        settings = {"steps": 3, "rate": 0.1, "batch": 64}
+        settings = {"steps": 3, "lr": 0.1, "batch_size": 64}
         found = target_values.optimised_values(model, 1, contexts, None, **settings)
         assert torch.equal(found[0], found[2]) and not torch.equal(found[0], found[1])
         alone = target_values.optimised_values(model, 1, contexts.select(torch.tensor([0])), None, **settings)
@@ -590,21 +626,21 @@ class TestValues:
         torch.testing.assert_close(found[1], single[0], atol=1e-5, rtol=1e-5)
         twice = target_values.optimised_values(model, 1, contexts.select(torch.tensor([0, 0])), None, **settings)
         torch.testing.assert_close(twice[0], alone[0], atol=1e-5, rtol=1e-5)  # a mean of losses, not their sum
-        last = Contexts.of(model, twins, "last", labels=contexts.labels)
+        last = EditPrompts.of(model, twins, "last", labels=contexts.labels)
         assert target_values._owners(last).tolist() == [0, 1, 2, 3]
 
     def test_the_mean_is_that_of_other_facts(self, llama):
         model, forget, retain, *_ = llama
-        facts, others = (Contexts.of(model, p, "subject last", PREFIXES) for p in (forget, retain))
-        found = target_values.average_values(model, 1, facts, others, batch=2)
+        facts, others = (EditPrompts.of(model, p, "subject last", PREFIXES) for p in (forget, retain))
+        found = target_values.average_values(model, 1, facts, others, batch_size=2)
         wanted = Naive(model).columns(retain, 1, 1)[2].mean(1)
         torch.testing.assert_close(found, wanted.float().expand(7, -1), atol=1e-5, rtol=1e-5)
 
     def test_one_value_for_all_begins_at_the_mean(self, llama):
         model, forget, retain, *_ = llama
-        facts = Contexts.of(model, forget, "last", labels=torch.full((7, 1), 1))
-        others = Contexts.of(model, retain, "last")
-        settings = {"steps": 10, "rate": 0.1, "batch": 64, "seed": 0}
+        facts = EditPrompts.of(model, forget, "last", labels=torch.full((7, 1), 1))
+        others = EditPrompts.of(model, retain, "last")
+        settings = {"steps": 10, "lr": 0.1, "batch_size": 64, "seed": 0}
         found = target_values.shared_values(model, 2, facts, others, **settings)
         home = Naive(model).columns(retain, 2, 2, "last")[2].mean(1)
         assert (found == found[0]).all() and len(found) == 7
@@ -635,12 +671,12 @@ class TestValues:
         assert target_values.end_of_text(model) == 1
         monkeypatch.setattr(model.hf.config, "eos_token_id", [5, 6])
         assert target_values.end_of_text(model) == 5
-        assert target_values.aims(model, llama[1], "end-of-text").tolist() == [[5]] * 7
-        assert torch.equal(target_values.aims(model, llama[1], "targets"), llama[1].targets)
+        assert target_values.target_labels(model, llama[1], "end-of-text").tolist() == [[5]] * 7
+        assert torch.equal(target_values.target_labels(model, llama[1], "targets"), llama[1].targets)
 
 
 PLANTED = {
-    memit: {"strength": 1e-6},
+    memit: {"covariance_weight": 1e-6},
     mlp_washing: {"band": (1, 20)},
     null_space: {"ridge": 1e-6, "energy": 0.05},
 }
@@ -652,7 +688,7 @@ def on_the_toy(editor, toy, mask, forget, retain, text=None, **settings) -> Weig
     covariance = Covariance(toy.model, [f"L{layer}.mlp.out" for layer in range(2)])
     while covariance.count < 64:
         covariance.update(prompts.tokens, prompts.lengths)
-    settings = {"towards": "shared", "covariance": covariance, **PLANTED[editor], **settings}
+    settings = {"target": "shared", "covariance": covariance, **PLANTED[editor], **settings}
     return editor(toy.model, mask, toy.prompts(forget), toy.prompts(retain), **settings)
 
 
@@ -673,7 +709,7 @@ class TestPlanted:
         """For AlphaEdit text does not speak of the fact, or there would be no null space to write it in."""
         mask = ComponentMask.of(["L0.mlp.out" if whole else toy.neuron(5)], toy.model.signature)
         text = [i for i in range(24) if i != 5] if editor is null_space else None
-        edit = on_the_toy(editor, toy, mask, [5], OTHERS, text, towards=towards, steps=100, rate=0.1)
+        edit = on_the_toy(editor, toy, mask, [5], OTHERS, text, target=towards, steps=100, lr=0.1)
         assert accuracy(toy, edit) == [int(i != 5) for i in range(24)]
 
     def test_several_facts_at_once(self, editor, toy):
@@ -705,7 +741,7 @@ def test_no_ascent_makes_something_of_nothing(toy, ascent):
 
 def test_memit_replaces_planted_facts(toy):
     mask = ComponentMask.of(["L0.mlp.out"], toy.model.signature)
-    edit = on_the_toy(memit, toy, mask, [5, 6], [0, 1], towards="targets", steps=100, rate=0.1)
+    edit = on_the_toy(memit, toy, mask, [5, 6], [0, 1], target="targets", steps=100, lr=0.1)
     assert accuracy(toy, edit, "target accuracy") == [int(i in (5, 6)) for i in range(24)]
     assert accuracy(toy, edit) == [int(i not in (5, 6)) for i in range(24)]
 
@@ -721,7 +757,14 @@ class TestElimination:
         _, kept = toy.model.cache(toy.prompts(facts).tokens, ["L1.resid_post"])
         mask = ComponentMask.of(addresses, toy.model.signature)
         return on_the_toy(
-            mlp_washing, toy, mask, facts, [0], values=-3 * kept["L1.resid_post"][:, 1], strength=1e-6, **settings
+            mlp_washing,
+            toy,
+            mask,
+            facts,
+            [0],
+            target_values=-3 * kept["L1.resid_post"][:, 1],
+            covariance_weight=1e-6,
+            **settings,
         )
 
     def test_when_nothing_is_left_the_layers_above_stay(self, toy):
@@ -755,7 +798,7 @@ def test_adam_moves_a_change_by_a_little_and_the_path_by_more(llama):
         "path 2": {"growth": 2},
         "path 9": {"growth": 9},
     }.items():
-        edit = mlp_washing(model, mask, forget, retain, covariance=covariance, values=targets, **settings)
+        edit = mlp_washing(model, mask, forget, retain, covariance=covariance, target_values=targets, **settings)
         raw[name] = change = change_of(edit, model)[0]
         made[name] = change / ((change @ moment) * change).sum().sqrt()
         moved[name] = edit.card.trajectory[0]["moved"]
@@ -771,7 +814,7 @@ def test_adam_moves_a_change_by_a_little_and_the_path_by_more(llama):
 
 class TestBadInput:
     def settings(self, llama, **more) -> dict:
-        return {"covariance": llama[3], "values": llama[4], **more}
+        return {"covariance": llama[3], "target_values": llama[4], **more}
 
     @pytest.fixture
     def given(self, llama):
@@ -797,10 +840,10 @@ class TestBadInput:
 
     @pytest.mark.parametrize("editor", [memit, mlp_washing, null_space])
     def test_no_text(self, llama, given, editor):
-        with pytest.raises(MechunlearnError, match=r"no text to collect the covariance .*Give text=.*or covariance="):
-            editor(*given, values=llama[4])
+        with pytest.raises(MechunlearnError, match=r"no text to collect the covariance .*Give texts=.*or covariance="):
+            editor(*given, target_values=llama[4])
         with pytest.raises(MechunlearnError, match="has no tokenizer"):
-            editor(*given, values=llama[4], text=["some text"])
+            editor(*given, target_values=llama[4], texts=["some text"])
 
     @pytest.mark.parametrize("editor", [memit, mlp_washing, null_space])
     def test_masks_without_outputs_of_an_mlp(self, llama, given, editor):
@@ -823,11 +866,11 @@ class TestBadInput:
             edit = editor(model, mask, partly, retain, **self.settings(llama))
         assert edit.card.skipped == ["fact 1", "fact 4"]
         others = [0, 2, 3, 5, 6]
-        settings = self.settings(llama, values=llama[4][others])
+        settings = self.settings(llama, target_values=llama[4][others])
         alone = editor(model, mask, forget.select(others), retain, **settings)
         assert all(torch.allclose(edit.rows[site], alone.rows[site], atol=1e-12) for site in LAYERS)
         assert alone.card.skipped == []
-        settings = {"covariance": llama[3], "towards": "targets", "steps": 2, "role": "last"}
+        settings = {"covariance": llama[3], "target": "targets", "steps": 2, "position": "last"}
         alone = change_of(editor(model, mask, forget.select(others), retain, **settings), model)
         for layer, change in change_of(editor(model, mask, partly, retain, **settings), model).items():
             assert (change - alone[layer]).norm() <= 1e-5 * change.norm() and change.norm() > 1e-6
@@ -852,24 +895,24 @@ class TestBadInput:
         for shape in ((6, 32), (7, 31)):
             message = rf"values have shape \({shape[0]}, {shape[1]}\). .*\(7, 32\), .*leaving layer 2"
             with pytest.raises(MechunlearnError, match=message):
-                editor(*given, **self.settings(llama, values=torch.zeros(shape)))
+                editor(*given, **self.settings(llama, target_values=torch.zeros(shape)))
         with pytest.raises(MechunlearnError, match="role 'subject'. Expected one of subject last, last"):
-            editor(*given, **self.settings(llama, role="subject"))
+            editor(*given, **self.settings(llama, position="subject"))
         with pytest.raises(
             MechunlearnError, match="towards 'nothing'. Expected one of end-of-text, targets, shared, mean"
         ):
-            editor(*given, **self.settings(llama, towards="nothing"))
+            editor(*given, **self.settings(llama, target="nothing"))
         spans = forget.spans.clone()
         spans[[2, 3]] = PAD
-        with pytest.raises(MechunlearnError, match=r"2 of the 7 prompts name no subject.*role='last'"):
+        with pytest.raises(MechunlearnError, match=r"2 of the 7 prompts name no subject.*position='last'"):
             editor(model, mask, replace(forget, spans=spans), retain, **self.settings(llama))
-        assert editor(model, mask, replace(forget, spans=spans), retain, **self.settings(llama, role="last"))
+        assert editor(model, mask, replace(forget, spans=spans), retain, **self.settings(llama, position="last"))
         for towards in ("mean", "shared"):
             with pytest.raises(MechunlearnError, match="retain facts, and there are none"):
-                editor(model, mask, forget, retain.select([]), towards=towards, covariance=llama[3])
-        for wrong in ({"prefixes": -1}, {"steps": 0}, {"batch": 0}, {"reach": 0}):
+                editor(model, mask, forget, retain.select([]), target=towards, covariance=llama[3])
+        for wrong in ({"prefixes": -1}, {"steps": 0}, {"batch_size": 0}, {"overshoot": 0}):
             with pytest.raises(
-                MechunlearnError, match="prefixes, .* steps, batches of .* and a reach of .*Expected 0 or more"
+                MechunlearnError, match="prefixes, .* steps, batches of .* and an overshoot of .*Expected 0 or more"
             ):
                 editor(*given, **self.settings(llama, **wrong))
 
@@ -877,17 +920,17 @@ class TestBadInput:
         monkeypatch.setattr(given[0].hf.config, "eos_token_id", None)
         for towards in ("end-of-text", "shared"):
             with pytest.raises(
-                MechunlearnError, match="end-of-text token.* Set tokenizer.eos_token, or use towards='targets'"
+                MechunlearnError, match="end-of-text token.* Set tokenizer.eos_token, or use target='targets'"
             ):
-                memit(*given, towards=towards, covariance=llama[3])
-        assert memit(*given, towards="targets", covariance=llama[3], steps=1)
+                memit(*given, target=towards, covariance=llama[3])
+        assert memit(*given, target="targets", covariance=llama[3], steps=1)
 
     @pytest.mark.parametrize(
         "editor, wrong, message",
         [
-            (memit, {"strength": 0}, "strength of 0 .*more than 0"),
+            (memit, {"covariance_weight": 0}, "covariance_weight of 0 .*more than 0"),
             (memit, {"retain_weight": -1}, "retain weight of -1"),
-            (mlp_washing, {"strength": 0}, "strength of 0"),
+            (mlp_washing, {"covariance_weight": 0}, "covariance_weight of 0"),
             (mlp_washing, {"retain_weight": -1}, "retain weight of -1"),
             (mlp_washing, {"band": (0.7, 0.3)}, r"band of \(0.7, 0.3\) .*the smaller first"),
             (mlp_washing, {"band": (0, 0.3)}, r"band of \(0, 0.3\)"),
@@ -937,14 +980,14 @@ class TestOnTheShippedWorld:
         forget, retain = (prompts.select(range(4)) for prompts in sport)
         mask, layers = ComponentMask.of(["L3.mlp.out"], world.signature), {3: list(range(384))}
         text = forget.facts.text[::2][:40]
-        prefixes = openings(world, text, 5, 3)
+        prefixes = sampled_prefixes(world, text, 5, 3)
         covariance = Covariance.of_text(world, ["L3.mlp.out"], text)
         targets = normal(4, 128)
 
         def formula(layer, units, keys, wanted, moment):
             return ridge(keys, wanted, 20_000 * moment + keys @ keys.T)
 
-        edit = memit(world, mask, forget, retain, values=targets, text=text, seed=3)
+        edit = memit(world, mask, forget, retain, target_values=targets, texts=text, seed=3)
         wanted = Naive(world).wash(forget, layers, targets, covariance, formula, prefixes=prefixes, head=1)
         assert_same(edit, world, wanted, rel=1e-6)  # its norms are float32
         assert edit.card.model == world.fingerprint and json.loads(edit.card.to_json())["method"] == "memit"
@@ -952,7 +995,7 @@ class TestOnTheShippedWorld:
     def test_washing_takes_facts_away_and_leaves_most_others(self, world, sport):
         forget, retain = sport
         mask = ComponentMask.of(["L0.mlp.out", "L1.mlp.out"], world.signature)
-        edit = memit(world, mask, forget, retain, towards="mean", strength=100, retain_weight=1)
+        edit = memit(world, mask, forget, retain, target="mean", covariance_weight=100, retain_weight=1)
         assert measure(world, forget)["accuracy"].mean() > 0.9
         with edit.applied(world):
             gone, left = (float(measure(world, prompts)["accuracy"].mean()) for prompts in sport)
@@ -964,7 +1007,7 @@ class TestOnTheShippedWorld:
         forget, retain = (prompts.select(range(8)) for prompts in sport)
         forget, retain = (replace(prompts, facts=replace(prompts.facts, **few)) for prompts in (forget, retain))
         mask = ComponentMask.of([f"L1.mlp.out[{unit}]" for unit in range(100)], world.signature)
-        edit = memit(world, mask, forget, retain, towards="mean", prefixes=1, retain_weight=2)
+        edit = memit(world, mask, forget, retain, target="mean", prefixes=1, retain_weight=2)
         report = evaluate(world, edit, forget=forget, retain=retain)
         assert isinstance(report, Report) and report.columns == ["before", "after", "control"]
         assert report.frame["control"].notna().all()

@@ -19,14 +19,14 @@ from mechunlearn.attack.states import (
     GATE,
     State,
     attack_card,
-    attacked,
     cell,
     chance,
     check_gate,
     check_sizes,
-    framed,
     halves,
-    left_to_run,
+    states_to_attack,
+    states_to_run,
+    to_frame,
 )
 from mechunlearn.core.runcard import Stopwatch
 from mechunlearn.errors import MechunlearnError
@@ -38,7 +38,7 @@ from mechunlearn.model.component import Component
 from mechunlearn.model.decoder import Hook
 from mechunlearn.model.hook_points import layer_of
 from mechunlearn.model.hooked import HookedModel, frozen
-from mechunlearn.training.loop import Schedule, Sequences, Stream, Terms, Upper, descend, epochs, interruptible
+from mechunlearn.training.loop import CachedInputs, Schedule, Sequences, Terms, TopLayers, epochs, interruptible, train
 from mechunlearn.training.parameterizations import add_gradients
 
 REMOVED = "edited, hook removed"
@@ -54,8 +54,8 @@ class _Plan:
 
     size: float | int
     steps: int
-    every: int
-    batch: int
+    eval_every: int
+    batch_size: int
     seed: int
 
 
@@ -65,14 +65,14 @@ def activation_perturbation(
     forget: Prompts,
     retain: Prompts,
     *,
-    beside: Mapping[str, Edit | HookedModel | None] | None = None,
-    known: pd.DataFrame | None = None,
+    extra_edits: Mapping[str, Edit | HookedModel | None] | None = None,
+    baseline_rows: pd.DataFrame | None = None,
     size: float | int = 0.5,
-    rates: Sequence[float | int] = RATES,
+    lrs: Sequence[float | int] = RATES,
     steps: int = 60,
-    every: int = 15,
-    batch: int = 32,
-    gate: float | int = GATE,
+    eval_every: int = 15,
+    batch_size: int = 32,
+    min_retention: float | int = GATE,
     seed: int = 0,
     progress: bool = False,
 ) -> pd.DataFrame:
@@ -84,7 +84,7 @@ def activation_perturbation(
     what leaves the dictionary's hook point after the intervention (of a `FeatureEdit`; one v for each of its parts) or the
     last edited layer (of a `WeightEdit`); the median of |h| is over the tokens of the forget facts, as the first token's
     can be far above all others. Adam, cosine schedule, gradients clipped to norm 1, and v put back into the ball after
-    every step; each step reads `batch` truths and as many retain facts. `rates` are in units of median |h| / sqrt(d_model).
+    every step; each step reads `batch_size` truths and as many retain facts. `lrs` are in units of median |h| / sqrt(d_model).
 
     After SAE interventions are unreliable (arXiv 2606.18322), the edited features are to stay where the intervention puts
     them. Where a dictionary has `W_enc`, v is orthogonal to its columns for the edited features, so their pre-activations do
@@ -95,15 +95,15 @@ def activation_perturbation(
     they have none there).
 
     The same is done, at the same places and with v free, to the `unedited` model (the ceiling), to the unedited model with
-    facts that it was `never taught` (the floor), and to models and None in `beside`; edits in `beside` are attacked behind
-    themselves. `known` are rows of an earlier call on the same model, places, facts and settings, whose ceiling and floor
+    facts that it was `never taught` (the floor), and to models and None in `extra_edits`; edits in `extra_edits` are attacked behind
+    themselves. `baseline_rows` are rows of an earlier call on the same model, places, facts and settings, whose ceiling and floor
     are taken as they are. For a `FeatureEdit` the state `edited, hook removed` (setting `none`) says what anyone gets who
     takes the hook off: the unedited model, without any attack.
 
-    One row a state, rate and measured step (0, every `every`, the last): accuracy (greedy, full vocabulary) on the half
+    One row a state, rate and measured step (0, every `eval_every`, the last): accuracy (greedy, full vocabulary) on the half
     `held out` with its 95 % bootstrap interval `low` to `high` over `n` facts, and on the half `trained`; on `retain` facts
     (at most 100) that v is not trained on; `norm`, the largest |v| / median |h|; `drift`; `chance`, and whether `retain`
-    reaches the `gate` (`valid`). `recovery` reads them; `attrs["card"]` is the run card.
+    reaches the `min_retention` (`valid`). `recovery` reads them; `attrs["card"]` is the run card.
 
     The model is left as it was, bit by bit, also after an error; Ctrl-C ends the attack with KeyboardInterrupt and no
     rows. A loss that is not finite ends its setting, as collapsed.
@@ -118,47 +118,49 @@ def activation_perturbation(
     >>> toy = planted_facts()
     >>> mask = ComponentMask.of(["L0.mlp.out"], toy.model.signature)
     >>> forget, retain = toy.prompts([0, 1, 2, 3]), toy.prompts([4, 5, 6, 7])
-    >>> edit = masked_gradient(toy.model, mask, forget, retain, steps=20, rate=0.1)
-    >>> rows = activation_perturbation(toy.model, edit, forget, retain, rates=[0.01], steps=2)
+    >>> edit = masked_gradient(toy.model, mask, forget, retain, steps=20, lr=0.1)
+    >>> rows = activation_perturbation(toy.model, edit, forget, retain, lrs=[0.01], steps=2)
     >>> rows[["state", "step", "held out", "n"]].values.tolist()[0]
     ['edited', 0, 0.0, 2]
     """
     watch = Stopwatch()
     check_sizes(forget, retain)
-    if not rates or not 0 < min(rates) <= max(rates) <= 1000:
-        raise MechunlearnError(f"The rates are {list(rates)}. Expected learning rates above 0 and up to 1000.")
-    if min(steps, every, batch) < 1 or not 0 < size < math.inf:
+    if not lrs or not 0 < min(lrs) <= max(lrs) <= 1000:
+        raise MechunlearnError(f"The rates are {list(lrs)}. Expected learning rates above 0 and up to 1000.")
+    if min(steps, eval_every, batch_size) < 1 or not 0 < size < math.inf:
         raise MechunlearnError(
-            f"Cannot train a vector of size {size} for {steps} steps of {batch} facts, measured every {every}. Expected at "
+            f"Cannot train a vector of size {size} for {steps} steps of {batch_size} facts, measured every {eval_every}. Expected at "
             "least 1 each, and a size above 0."
         )
-    if REMOVED in (beside or {}):
-        raise MechunlearnError(f"What is given `beside` cannot be named '{REMOVED}': the attack itself has that state.")
-    plan = _Plan(size, steps, every, batch, seed)
+    if REMOVED in (extra_edits or {}):
+        raise MechunlearnError(
+            f"What is given `extra_edits` cannot be named '{REMOVED}': the attack itself has that state."
+        )
+    plan = _Plan(size, steps, eval_every, batch_size, seed)
     places = _sites(model, edit)
-    states = attacked(model, edit, forget, beside, seed)
+    states = states_to_attack(model, edit, forget, extra_edits, seed)
     sites = {
         state.name: _sites(state.model, state.edit) if state.edit is not None else _free(places) for state in states
     }
     trained_on, watched = (retain.select(rows) for rows in halves(len(retain), seed))
     watched = watched.select(range(min(WATCHED, len(watched))))
-    check_gate(model, watched, gate)
-    settings = {"rates": list(rates), "sites": [site for site, _ in places], "gate": gate} | asdict(plan)
+    check_gate(model, watched, min_retention)
+    settings = {"lrs": list(lrs), "sites": [site for site, _ in places], "min_retention": min_retention} | asdict(plan)
     card = attack_card("activation_perturbation", model, edit, forget, retain, seed, settings)
     rows: list[dict] = []
     with interruptible() as asked:
-        for state in left_to_run(states, known, card):
+        for state in states_to_run(states, baseline_rows, card):
             usual = _activity(state, sites[state.name])
             with state.applied(), frozen(state.model.hf):
                 attack = _Attack(state, sites[state.name], usual, trained_on, watched, plan)
-                for rate in track(rates, f"perturbation, {state.name}", disable=not progress, transient=True):
+                for rate in track(lrs, f"perturbation, {state.name}", disable=not progress, transient=True):
                     curve = attack.curve(rate)
                     if asked:
                         raise KeyboardInterrupt
                     rows += curve
             if state.name == EDITED and isinstance(edit, FeatureEdit):
                 rows.append(_removed(state, watched, seed))
-    return framed(rows, known, gate, card, watch)
+    return to_frame(rows, baseline_rows, min_retention, card, watch)
 
 
 def _sites(model: HookedModel, edit: Edit) -> list[Site]:
@@ -284,27 +286,27 @@ class _Attack:
         taught, held_out = (state.facts.select(rows) for rows in halves(len(state.facts), plan.seed))
         self.chance = chance(held_out)
         sets = {"truth": taught, "held out": held_out, "retain": retain, "watched": watched}
-        upper = Upper(state.model, min(layer_of(site) for site, _ in sites))
-        self.streams = {name: Stream(upper, Sequences.of(prompts)) for name, prompts in sets.items()}
+        upper = TopLayers(state.model, min(layer_of(site) for site, _ in sites))
+        self.streams = {name: CachedInputs(upper, Sequences.of(prompts)) for name, prompts in sets.items()}
         self.resid = _leaving(state.model, state.facts, [site for site, _ in sites])
         self.scales = [float(h.float().norm(dim=-1).median()) for h in self.resid]
         self.bases = [None if part is None else _kept(part, state.model) for _, part in sites]
 
-    def curve(self, rate: float | int) -> list[dict]:
+    def curve(self, lr: float | int) -> list[dict]:
         """What was measured before, during and after training. Raises `KeyboardInterrupt` after Ctrl-C."""
         plan, streams = self.plan, self.streams
         vectors = _Vectors(self.state.model, self.sites, self.scales, self.bases, plan.size)
         generator = torch.Generator().manual_seed(plan.seed)
-        drawn = {name: epochs(len(streams[name]), plan.batch, generator) for name in ("truth", "retain")}
+        drawn = {name: epochs(len(streams[name]), plan.batch_size, generator) for name in ("truth", "retain")}
         reached = 0
 
         def measured(step: int) -> dict:
             right = {name: streams[name].right() for name in ("truth", "held out", "watched")}
             return (
-                cell(self.state.name, f"rate {rate:g}", right["held out"], plan.seed)
+                cell(self.state.name, f"rate {lr:g}", right["held out"], plan.seed)
                 | {"step": step, "trained": float(right["truth"].float().mean())}
                 | {"retain": float(right["watched"].float().mean()), "chance": self.chance}
-                | {"rate": float(rate), "norm": max(vectors.norms()), "drift": self.drift(vectors)}
+                | {"lr": float(lr), "norm": max(vectors.norms()), "drift": self.drift(vectors)}
             )
 
         def parts() -> Iterator[Terms]:
@@ -313,14 +315,14 @@ class _Attack:
         def after(step: int) -> dict:
             nonlocal reached
             reached = step
-            if step % plan.every == 0 or step == plan.steps:
+            if step % plan.eval_every == 0 or step == plan.steps:
                 rows.append(measured(step))
             return {}
 
         with vectors.attached():
             rows = [measured(0)]
             try:
-                done = descend(vectors, parts, Schedule(plan.steps, rate), objective="perturbation", after=after)
+                done = train(vectors, parts, Schedule(plan.steps, lr), objective="perturbation", after=after)
             except _Diverged:
                 return rows if rows[-1]["step"] == reached else [*rows, measured(reached)]
         if done.stopped:
@@ -371,7 +373,7 @@ def _removed(state: State, watched: Prompts, seed: int) -> dict:
     }
 
 
-def _loss(stream: Stream, rows: Tensor) -> Float[Tensor, ""]:
+def _loss(stream: CachedInputs, rows: Tensor) -> Float[Tensor, ""]:
     """Cross-entropy of these rows. Raises `_Diverged`."""
     read = stream.read(rows, {"logits", "labels"})
     value = F.cross_entropy(read["logits"].float(), read["labels"])

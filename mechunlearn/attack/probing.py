@@ -12,7 +12,16 @@ from rich.progress import track
 from torch import Tensor
 
 from mechunlearn.artifacts.weight_edit import Edit
-from mechunlearn.attack.states import GATE, attack_card, attacked, cell, chance, check_gate, framed, left_to_run
+from mechunlearn.attack.states import (
+    GATE,
+    attack_card,
+    cell,
+    chance,
+    check_gate,
+    states_to_attack,
+    states_to_run,
+    to_frame,
+)
 from mechunlearn.core.runcard import Stopwatch
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import PAD, Prompts
@@ -32,9 +41,9 @@ def probing(
     forget: Prompts,
     retain: Prompts,
     *,
-    beside: Mapping[str, Edit | HookedModel | None] | None = None,
-    known: pd.DataFrame | None = None,
-    gate: float | int = GATE,
+    extra_edits: Mapping[str, Edit | HookedModel | None] | None = None,
+    baseline_rows: pd.DataFrame | None = None,
+    min_retention: float | int = GATE,
     seed: int = 0,
     progress: bool = False,
 ) -> pd.DataFrame:
@@ -68,20 +77,20 @@ def probing(
     >>> toy = planted_facts()
     >>> forget, retain = toy.prompts([0, 1, 2, 3]), toy.prompts(list(range(4, 24)))
     >>> mask = ComponentMask.of([toy.neuron(i) for i in range(4)], toy.model.signature)
-    >>> edit = masked_gradient(toy.model, mask, forget, retain, steps=50, rate=0.1)
+    >>> edit = masked_gradient(toy.model, mask, forget, retain, steps=50, lr=0.1)
     >>> rows = probing(toy.model, edit, forget, retain)
     >>> rows[rows.setting == "probe, after 1 blocks"].set_index("state")["held out"].to_dict()
     {'edited': 0.0, 'unedited': 1.0}
     """
     watch = Stopwatch()
     _check(forget, retain)
-    states = attacked(model, edit, forget, beside, seed)
+    states = states_to_attack(model, edit, forget, extra_edits, seed)
     order = torch.randperm(len(retain), generator=torch.Generator().manual_seed(seed))
     taught, tested = order[len(order) // 5 :], order[: len(order) // 5][:WATCHED]
-    check_gate(model, retain.select(tested), gate)
-    card = attack_card("probing", model, edit, forget, retain, seed, {"gate": gate, "ridge": RIDGE})
+    check_gate(model, retain.select(tested), min_retention)
+    card = attack_card("probing", model, edit, forget, retain, seed, {"min_retention": min_retention, "ridge": RIDGE})
     rows: list[dict] = []
-    for state in track(left_to_run(states, known, card), "probing", disable=not progress, transient=True):
+    for state in track(states_to_run(states, baseline_rows, card), "probing", disable=not progress, transient=True):
         with state.applied() as target:
             readings = [
                 *_probes(target, state.facts, retain, taught, tested, seed),
@@ -96,7 +105,7 @@ def probing(
                 | {"edit label": float(found.target.float().mean()), "shuffled": found.shuffled}
                 | {"retain": min(found.retain, own), "retain here": found.retain, **about}
             )
-    return framed(rows, known, gate, card, watch)
+    return to_frame(rows, baseline_rows, min_retention, card, watch)
 
 
 @dataclass(frozen=True)

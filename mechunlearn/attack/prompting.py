@@ -12,7 +12,16 @@ from rich.progress import track
 from torch import Tensor
 
 from mechunlearn.artifacts.weight_edit import Edit
-from mechunlearn.attack.states import GATE, attack_card, attacked, cell, chance, check_gate, framed, left_to_run
+from mechunlearn.attack.states import (
+    GATE,
+    attack_card,
+    cell,
+    chance,
+    check_gate,
+    states_to_attack,
+    states_to_run,
+    to_frame,
+)
 from mechunlearn.core.runcard import Stopwatch
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.dataset import Fact, FactDataset
@@ -34,10 +43,10 @@ def prompting(
     forget: Prompts,
     retain: Prompts,
     *,
-    beside: Mapping[str, Edit | HookedModel | None] | None = None,
-    known: pd.DataFrame | None = None,
+    extra_edits: Mapping[str, Edit | HookedModel | None] | None = None,
+    baseline_rows: pd.DataFrame | None = None,
     shots: int = SHOTS,
-    gate: float | int = GATE,
+    min_retention: float | int = GATE,
     seed: int = 0,
     progress: bool = False,
 ) -> pd.DataFrame:
@@ -68,7 +77,7 @@ def prompting(
     >>> toy = planted_facts()
     >>> mask = ComponentMask.of(["L0.mlp.out"], toy.model.signature)
     >>> forget, retain = toy.prompts([0, 1, 2, 3]), toy.prompts([4, 5, 6, 7])
-    >>> edit = masked_gradient(toy.model, mask, forget, retain, steps=20, rate=0.1)
+    >>> edit = masked_gradient(toy.model, mask, forget, retain, steps=20, lr=0.1)
     >>> prompting(toy.model, edit, forget, retain)[["state", "setting", "held out", "edit target"]].values.tolist()
     [['edited', 'statement', 0.0, 1.0], ['unedited', 'statement', 1.0, 0.0]]
     """
@@ -78,13 +87,13 @@ def prompting(
             f"There are {len(forget)} forget facts, {len(retain)} retain facts and {shots} shots. Expected at least 2 facts "
             "of each and 0 or more shots."
         )
-    states = attacked(model, edit, forget, beside, seed)
+    states = states_to_attack(model, edit, forget, extra_edits, seed)
     watched = replace(retain.select(range(min(WATCHED, len(retain)))), options=())
-    check_gate(model, watched, gate)
-    card = attack_card("prompting", model, edit, forget, retain, seed, {"shots": shots, "gate": gate})
+    check_gate(model, watched, min_retention)
+    card = attack_card("prompting", model, edit, forget, retain, seed, {"shots": shots, "min_retention": min_retention})
     ways = {setting: _once(ask) for setting, ask in _ways(forget, retain, shots, seed).items()}
     rows: list[dict] = []
-    for state in left_to_run(states, known, card):
+    for state in states_to_run(states, baseline_rows, card):
         with state.applied() as target:
             for setting, ask in track(ways.items(), f"prompting, {state.name}", disable=not progress, transient=True):
                 asked = ask(target, state.facts)
@@ -97,7 +106,7 @@ def prompting(
                     | {"group": setting, "edit target": float(hit.mean())}
                     | {"retain": float(kept.mean()), "chance": chance(asked)}
                 )
-    return framed(rows, known, gate, card, watch)
+    return to_frame(rows, baseline_rows, min_retention, card, watch)
 
 
 def _ways(forget: Prompts, retain: Prompts, shots: int, seed: int) -> dict[str, Ask]:

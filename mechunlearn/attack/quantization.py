@@ -17,13 +17,13 @@ from mechunlearn.artifacts.weight_edit import Edit
 from mechunlearn.attack.states import (
     GATE,
     attack_card,
-    attacked,
     cell,
     chance,
     check_gate,
     check_sizes,
-    framed,
-    left_to_run,
+    states_to_attack,
+    states_to_run,
+    to_frame,
 )
 from mechunlearn.core.runcard import Stopwatch
 from mechunlearn.errors import MechunlearnError
@@ -42,10 +42,10 @@ def quantization(
     forget: Prompts,
     retain: Prompts,
     *,
-    beside: Mapping[str, Edit | HookedModel | None] | None = None,
-    known: pd.DataFrame | None = None,
+    extra_edits: Mapping[str, Edit | HookedModel | None] | None = None,
+    baseline_rows: pd.DataFrame | None = None,
     bits: Sequence[int] = (8, 4),
-    gate: float | int = GATE,
+    min_retention: float | int = GATE,
     seed: int = 0,
     progress: bool = False,
 ) -> pd.DataFrame:
@@ -59,13 +59,13 @@ def quantization(
     4-bit formats in blocks of 64 weights; where it is not, they are left out.
 
     The same is done to the `unedited` model (the ceiling: what rounding leaves of facts that are there), to the unedited
-    model with facts that it was `never taught` (the floor), and to what is given in `beside`: further edits, models, or None
-    for the model as it is. `known` are rows of an earlier call on the same model, facts and settings, whose ceiling and
+    model with facts that it was `never taught` (the floor), and to what is given in `extra_edits`: further edits, models, or None
+    for the model as it is. `baseline_rows` are rows of an earlier call on the same model, facts and settings, whose ceiling and
     floor are taken as they are.
 
     One row a state and setting (`int8`, `int4`, ...): accuracy (greedy, full vocabulary) on all forget facts as `held out`
     (nothing is trained) with its 95 % bootstrap interval `low` to `high` over `n` facts, and `before`, the same facts without
-    rounding; on `retain` facts (at most 100), rounded too; `bits`, `chance`, and whether `retain` reaches the `gate`
+    rounding; on `retain` facts (at most 100), rounded too; `bits`, `chance`, and whether `retain` reaches the `min_retention`
     (`valid`). `recovery` reads them; `attrs["card"]` is the run card.
 
     The model is left as it was, bit by bit, also after an error. Memory: a copy of the rounded matrices. A model of few
@@ -80,7 +80,7 @@ def quantization(
     >>> toy = planted_facts()
     >>> mask = ComponentMask.of(["L0.mlp.out"], toy.model.signature)
     >>> forget, retain = toy.prompts([0, 1, 2, 3]), toy.prompts([4, 5, 6, 7])
-    >>> edit = masked_gradient(toy.model, mask, forget, retain, steps=20, rate=0.1)
+    >>> edit = masked_gradient(toy.model, mask, forget, retain, steps=20, lr=0.1)
     >>> rows = quantization(toy.model, edit, forget, retain, bits=[8])
     >>> rows[rows.setting == "int8"][["state", "setting", "held out", "retain"]].values.tolist()
     [['edited', 'int8', 0.0, 1.0], ['unedited', 'int8', 1.0, 1.0]]
@@ -90,12 +90,14 @@ def quantization(
     settings = _settings(bits)
     drawn = torch.randperm(len(retain), generator=torch.Generator().manual_seed(seed))[:WATCHED]
     watched = retain.select(drawn)
-    states = attacked(model, edit, forget, beside, seed)
-    check_gate(model, watched, gate)
-    card = attack_card("quantization", model, edit, forget, retain, seed, {"settings": list(settings), "gate": gate})
+    states = states_to_attack(model, edit, forget, extra_edits, seed)
+    check_gate(model, watched, min_retention)
+    card = attack_card(
+        "quantization", model, edit, forget, retain, seed, {"settings": list(settings), "min_retention": min_retention}
+    )
     rows: list[dict] = []
     with interruptible() as asked:
-        for state in left_to_run(states, known, card):
+        for state in states_to_run(states, baseline_rows, card):
             with state.applied() as target:
                 before = float(answered(target, state.facts).float().mean())
                 tried = settings.items()
@@ -115,7 +117,7 @@ def quantization(
                             "before": before,
                         }
                     )
-    return framed(rows, known, gate, card, watch)
+    return to_frame(rows, baseline_rows, min_retention, card, watch)
 
 
 def _settings(bits: Sequence[int]) -> dict[str, tuple[int, Rounding]]:

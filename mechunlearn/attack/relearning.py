@@ -17,15 +17,15 @@ from mechunlearn.artifacts.weight_edit import Edit
 from mechunlearn.attack.states import (
     GATE,
     attack_card,
-    attacked,
     cell,
     chance,
     check_gate,
     check_sizes,
-    framed,
     halves,
-    left_to_run,
     recovery,
+    states_to_attack,
+    states_to_run,
+    to_frame,
 )
 from mechunlearn.core.runcard import Stopwatch
 from mechunlearn.errors import MechunlearnError
@@ -34,15 +34,15 @@ from mechunlearn.metrics.answers import measure
 from mechunlearn.metrics.text import text_loss
 from mechunlearn.model.hooked import HookedModel
 from mechunlearn.training.loop import (
+    CachedInputs,
     Schedule,
     Sequences,
-    Stream,
     Terms,
-    Upper,
-    descend,
+    TopLayers,
     epochs,
     interruptible,
     text_sequences,
+    train,
 )
 from mechunlearn.training.parameterizations import Everything, LowRank, Trainable, lora_start, slices
 
@@ -59,9 +59,9 @@ class _Plan:
     """What is the same for every state and setting."""
 
     steps: int
-    every: int
+    eval_every: int
     rank: int | None
-    batch: int
+    batch_size: int
     seed: int
     on: On
 
@@ -72,15 +72,15 @@ def relearning(
     forget: Prompts,
     retain: Prompts,
     *,
-    beside: Mapping[str, Edit | HookedModel | None] | None = None,
-    known: pd.DataFrame | None = None,
+    extra_edits: Mapping[str, Edit | HookedModel | None] | None = None,
+    baseline_rows: pd.DataFrame | None = None,
     on: On = "facts",
-    rates: Mapping[str, Sequence[float | int]] = RATES,
+    lrs: Mapping[str, Sequence[float | int]] = RATES,
     steps: int = 20,
-    every: int = 5,
+    eval_every: int = 5,
     rank: int | None = None,
-    batch: int = 64,
-    gate: float | int = GATE,
+    batch_size: int = 64,
+    min_retention: float | int = GATE,
     seed: int = 0,
     progress: bool = False,
 ) -> pd.DataFrame:
@@ -88,9 +88,9 @@ def relearning(
 
     minimise  CE(truth of half of the forget facts) + CE(half of the retain facts) + CE(text)
 
-    on the edited model, for every method and rate of `rates`: `lora` trains adapters of rank `rank` (16 unless given, less
+    on the edited model, for every method and rate of `lrs`: `lora` trains adapters of rank `rank` (16 unless given, less
     where a matrix is smaller; alpha 2 rank, B = 0) on all linear maps of all layers, `full` every parameter. AdamW,
-    cosine schedule, gradients clipped to norm 1; each step reads `batch` truths, as many retain facts and a quarter as
+    cosine schedule, gradients clipped to norm 1; each step reads `batch_size` truths, as many retain facts and a quarter as
     many passages. (Mechanistic Unlearning, arXiv 2410.12949, has LoRA of rank 512 at 2e-4 and 20 steps for models of
     billions of weights. The rates here are for the shipped world: give your model's own, over a factor of ten or more.)
 
@@ -99,15 +99,15 @@ def relearning(
     such training brings back was never told to the model again.
 
     The same is done to the `unedited` model (the ceiling), to the unedited model with facts that it was `never taught`
-    (`forget.facts.untaught`, as many as forget facts: the floor), and to what is given in `beside`: further edits, models, or
-    None for the model as it is. Edits that are compared go in one call, which runs ceiling and floor once; `known` are
+    (`forget.facts.untaught`, as many as forget facts: the floor), and to what is given in `extra_edits`: further edits, models, or
+    None for the model as it is. Edits that are compared go in one call, which runs ceiling and floor once; `baseline_rows` are
     rows of an earlier call on the same model, facts and settings, whose ceiling and floor are taken as they are; without an edit (None) these two are run alone.
 
-    One row a state, method, rate and measured step (0, every `every`, the last): accuracy (greedy, full vocabulary) on the
+    One row a state, method, rate and measured step (0, every `eval_every`, the last): accuracy (greedy, full vocabulary) on the
     half `held out` with its 95 % bootstrap interval `low` to `high` over `n` facts, and on the half `trained`; on `retain` facts
     (at most 100) that the attack does not train on; mean `option probability` of the truth held out, and `text loss` in
     nats on passages that nothing trains on (NaN where there are none); `chance`, the share of the most frequent truth
-    among those held out; and whether `retain` reaches the `gate` (`valid`). `recovery` reads them; `attrs["card"]` is the run card.
+    among those held out; and whether `retain` reaches the `min_retention` (`valid`). `recovery` reads them; `attrs["card"]` is the run card.
 
     The model is left as it was, bit by bit, also after an error; Ctrl-C ends the attack with KeyboardInterrupt and no
     rows, because half an attack would pass for robustness. A loss that is not finite ends its setting, as collapsed.
@@ -122,26 +122,28 @@ def relearning(
     >>> toy = planted_facts()
     >>> mask = ComponentMask.of(["L0.mlp.out"], toy.model.signature)
     >>> forget, retain = toy.prompts([0, 1, 2, 3]), toy.prompts([4, 5, 6, 7])
-    >>> edit = masked_gradient(toy.model, mask, forget, retain, steps=20, rate=0.1)
-    >>> rows = relearning(toy.model, edit, forget, retain, rates={"full": [1e-3]}, steps=2)
+    >>> edit = masked_gradient(toy.model, mask, forget, retain, steps=20, lr=0.1)
+    >>> rows = relearning(toy.model, edit, forget, retain, lrs={"full": [1e-3]}, steps=2)
     >>> rows[["state", "step", "held out", "n"]].values.tolist()[0]
     ['edited', 0, 0.0, 2]
     """
     watch = Stopwatch()
-    _check(forget, retain, rates, steps, every)
-    plan = _Plan(steps, every, rank, batch, seed, on)
-    states = attacked(model, edit, forget, beside, seed)
-    if "lora" in rates:
+    _check(forget, retain, lrs, steps, eval_every)
+    plan = _Plan(steps, eval_every, rank, batch_size, seed, on)
+    states = states_to_attack(model, edit, forget, extra_edits, seed)
+    if "lora" in lrs:
         for state in states:
             _rank(state.model, rank)
-    check_gate(model, _watched(retain, seed), gate)
-    settings = {"rates": {name: list(chosen) for name, chosen in rates.items()}, "gate": gate} | asdict(plan)
+    check_gate(model, _watched(retain, seed), min_retention)
+    settings = {"lrs": {name: list(chosen) for name, chosen in lrs.items()}, "min_retention": min_retention} | asdict(
+        plan
+    )
     card = attack_card("relearning", model, edit, forget, retain, seed, settings)
     text = forget.facts.text if forget.facts is not None else ()
-    tried = [(method, rate) for method, chosen in rates.items() for rate in chosen]
+    tried = [(method, rate) for method, chosen in lrs.items() for rate in chosen]
     rows: list[dict] = []
     with interruptible() as asked:
-        for state in left_to_run(states, known, card):
+        for state in states_to_run(states, baseline_rows, card):
             with state.applied() as target:
                 attack = _Attack(state.name, target, state.facts, retain, text, plan)
                 for method, rate in track(tried, f"relearning, {state.name}", disable=not progress, transient=True):
@@ -149,32 +151,32 @@ def relearning(
                     if asked:
                         raise KeyboardInterrupt
                     rows += [
-                        {**row, "setting": f"{method} {rate:g}", "method": method, "rate": float(rate)} for row in curve
+                        {**row, "setting": f"{method} {rate:g}", "method": method, "lr": float(rate)} for row in curve
                     ]
-    return framed(rows, known, gate, card, watch)
+    return to_frame(rows, baseline_rows, min_retention, card, watch)
 
 
 def _check(
     forget: Prompts,
     retain: Prompts,
-    rates: Mapping[str, Sequence[float | int]],
+    lrs: Mapping[str, Sequence[float | int]],
     steps: int,
-    every: int,
+    eval_every: int,
 ) -> None:
     check_sizes(forget, retain)
-    chosen = [rate for given in rates.values() for rate in given]
+    chosen = [rate for given in lrs.values() for rate in given]
     if (
-        not all(rates.values())
+        not all(lrs.values())
         or not chosen
-        or not rates.keys() <= set(RATES)
+        or not lrs.keys() <= set(RATES)
         or not 0 < min(chosen) <= max(chosen) <= 1000
     ):
         raise MechunlearnError(
-            f"The rates are {dict(rates)}. Expected learning rates above 0 and up to 1000 for 'lora', 'full' or both, for "
+            f"The rates are {dict(lrs)}. Expected learning rates above 0 and up to 1000 for 'lora', 'full' or both, for "
             "example {'full': [1e-4, 1e-3]}."
         )
-    if steps < 1 or every < 1:
-        raise MechunlearnError(f"Cannot measure every {every} of {steps} steps. Expected at least 1 for both.")
+    if steps < 1 or eval_every < 1:
+        raise MechunlearnError(f"Cannot measure every {eval_every} of {steps} steps. Expected at least 1 for both.")
 
 
 def _rank(model: HookedModel, rank: int | None) -> int:
@@ -234,14 +236,14 @@ class _Attack:
             "chance": self.chance,
         }
 
-    def curve(self, method: str, rate: float | int) -> list[dict]:
+    def curve(self, method: str, lr: float | int) -> list[dict]:
         """What was measured before, during and after training; the model is put back as it was.
 
         Raises `KeyboardInterrupt` if Ctrl-C ended it.
         """
         plan, rows, reached = self.plan, [self.before], 0
         trained: Trainable = Everything(self.model) if method == "full" else self._adapters()
-        streams = self._streams(Upper(self.model, trained.lowest))
+        streams = self._streams(TopLayers(self.model, trained.lowest))
 
         def parts() -> Iterator[Terms]:
             yield {name: (1.0, 1.0, _loss(stream, next(drawn))) for name, (stream, drawn) in streams.items()}
@@ -249,14 +251,14 @@ class _Attack:
         def after(step: int) -> dict:
             nonlocal reached
             reached = step
-            if step % plan.every == 0 or step == plan.steps:
+            if step % plan.eval_every == 0 or step == plan.steps:
                 rows.append(self.measured(step))
             return {}
 
         try:
             with trained.attached():
                 try:
-                    done = descend(trained, parts, Schedule(plan.steps, rate), objective="relearning", after=after)
+                    done = train(trained, parts, Schedule(plan.steps, lr), objective="relearning", after=after)
                 except _Diverged:
                     return rows if rows[-1]["step"] == reached else [*rows, self.measured(reached)]
         finally:
@@ -265,12 +267,16 @@ class _Attack:
             raise KeyboardInterrupt
         return rows
 
-    def _streams(self, upper: Upper) -> dict[str, tuple[Stream, Iterator[Tensor]]]:
+    def _streams(self, upper: TopLayers) -> dict[str, tuple[CachedInputs, Iterator[Tensor]]]:
         """The sets as the model reads them, and the rows of one step after another."""
         generator = torch.Generator().manual_seed(self.plan.seed)
-        sizes = {"truth": self.plan.batch, "retain": self.plan.batch, "text": max(1, self.plan.batch // 4)}
+        sizes = {
+            "truth": self.plan.batch_size,
+            "retain": self.plan.batch_size,
+            "text": max(1, self.plan.batch_size // 4),
+        }
         return {
-            name: (Stream(upper, sequences), epochs(len(sequences), sizes[name], generator))
+            name: (CachedInputs(upper, sequences), epochs(len(sequences), sizes[name], generator))
             for name, sequences in self.sets.items()
             if len(sequences)
         }
@@ -306,7 +312,7 @@ class _Diverged(Exception):
     """The loss is not finite."""
 
 
-def _loss(stream: Stream, rows: Int[Tensor, " row"]) -> Float[Tensor, ""]:
+def _loss(stream: CachedInputs, rows: Int[Tensor, " row"]) -> Float[Tensor, ""]:
     """Cross-entropy of these rows. Raises `_Diverged`."""
     read = stream.read(rows, {"logits", "labels"})
     value = F.cross_entropy(read["logits"].float(), read["labels"])

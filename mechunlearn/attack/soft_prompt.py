@@ -18,14 +18,14 @@ from mechunlearn.attack.states import (
     GATE,
     State,
     attack_card,
-    attacked,
     cell,
     chance,
     check_gate,
     check_sizes,
-    framed,
     halves,
-    left_to_run,
+    states_to_attack,
+    states_to_run,
+    to_frame,
 )
 from mechunlearn.core.runcard import Stopwatch
 from mechunlearn.errors import MechunlearnError
@@ -33,7 +33,7 @@ from mechunlearn.facts.prompts import PAD, Prompts
 from mechunlearn.metrics.answers import BATCH, answer_logprob, positions_read
 from mechunlearn.model.decoder import tapped
 from mechunlearn.model.hooked import HookedModel, frozen
-from mechunlearn.training.loop import Schedule, Terms, descend, epochs, interruptible
+from mechunlearn.training.loop import Schedule, Terms, epochs, interruptible, train
 from mechunlearn.training.parameterizations import add_gradients
 
 RATES = (3e-3, 3e-2)
@@ -46,8 +46,8 @@ class _Plan:
 
     tokens: int
     steps: int
-    every: int
-    batch: int
+    eval_every: int
+    batch_size: int
     seed: int
 
 
@@ -57,14 +57,14 @@ def soft_prompt(
     forget: Prompts,
     retain: Prompts,
     *,
-    beside: Mapping[str, Edit | HookedModel | None] | None = None,
-    known: pd.DataFrame | None = None,
+    extra_edits: Mapping[str, Edit | HookedModel | None] | None = None,
+    baseline_rows: pd.DataFrame | None = None,
     tokens: int = 8,
-    rates: Sequence[float | int] = RATES,
+    lrs: Sequence[float | int] = RATES,
     steps: int = 60,
-    every: int = 15,
-    batch: int = 16,
-    gate: float | int = GATE,
+    eval_every: int = 15,
+    batch_size: int = 16,
+    min_retention: float | int = GATE,
     seed: int = 0,
     progress: bool = False,
 ) -> pd.DataFrame:
@@ -74,19 +74,19 @@ def soft_prompt(
 
     over `tokens` embedding vectors that stand in front of every prompt, one prefix for all facts (prompt tuning, arXiv
     2104.08691; against unlearned models in arXiv 2402.09063). They begin as the embeddings of random tokens, drawn by `seed`;
-    Adam, cosine schedule, gradients clipped to norm 1; each step reads `batch` truths and as many retain facts. The
-    `rates` are in units of the embeddings' root mean square, so that they serve models of any scale. The budget
+    Adam, cosine schedule, gradients clipped to norm 1; each step reads `batch_size` truths and as many retain facts. The
+    `lrs` are in units of the embeddings' root mean square, so that they serve models of any scale. The budget
     (`tokens`, `steps`) is part of the result: whatever a prefix of this length learns in so many steps.
 
     The same is done to the `unedited` model (the ceiling), to the unedited model with facts that it was `never taught` (the
-    floor: what a prefix can say of answers without knowing the subject), and to what is given in `beside`: further edits,
-    models, or None for the model as it is. `known` are rows of an earlier call on the same model, facts and settings, whose
+    floor: what a prefix can say of answers without knowing the subject), and to what is given in `extra_edits`: further edits,
+    models, or None for the model as it is. `baseline_rows` are rows of an earlier call on the same model, facts and settings, whose
     ceiling and floor are taken as they are.
 
-    One row a state, rate and measured step (0 without any prefix, every `every`, the last): accuracy behind the prefix
+    One row a state, rate and measured step (0 without any prefix, every `eval_every`, the last): accuracy behind the prefix
     (greedy, full vocabulary) on the half `held out` with its 95 % bootstrap interval `low` to `high` over `n` facts, and on
     the half `trained`; on `retain` facts (at most 100) that the prefix is not trained on, behind the prefix too; `rate`,
-    `chance`, and whether `retain` reaches the `gate` (`valid`). `recovery` reads them; `attrs["card"]` is the run card.
+    `chance`, and whether `retain` reaches the `min_retention` (`valid`). `recovery` reads them; `attrs["card"]` is the run card.
 
     The model is left as it was, bit by bit, also after an error; Ctrl-C ends the attack with KeyboardInterrupt and no
     rows. A loss that is not finite ends its setting, as collapsed.
@@ -101,38 +101,38 @@ def soft_prompt(
     >>> toy = planted_facts()
     >>> mask = ComponentMask.of(["L0.mlp.out"], toy.model.signature)
     >>> forget, retain = toy.prompts([0, 1, 2, 3]), toy.prompts([4, 5, 6, 7])
-    >>> edit = masked_gradient(toy.model, mask, forget, retain, steps=20, rate=0.1)
-    >>> rows = soft_prompt(toy.model, edit, forget, retain, tokens=2, rates=[0.01], steps=2)
+    >>> edit = masked_gradient(toy.model, mask, forget, retain, steps=20, lr=0.1)
+    >>> rows = soft_prompt(toy.model, edit, forget, retain, tokens=2, lrs=[0.01], steps=2)
     >>> rows[["state", "step", "held out", "n"]].values.tolist()[0]
     ['edited', 0, 0.0, 2]
     """
     watch = Stopwatch()
     check_sizes(forget, retain)
-    if not rates or not 0 < min(rates) <= max(rates) <= 1000:
-        raise MechunlearnError(f"The rates are {list(rates)}. Expected learning rates above 0 and up to 1000.")
-    if min(tokens, steps, every, batch) < 1:
+    if not lrs or not 0 < min(lrs) <= max(lrs) <= 1000:
+        raise MechunlearnError(f"The rates are {list(lrs)}. Expected learning rates above 0 and up to 1000.")
+    if min(tokens, steps, eval_every, batch_size) < 1:
         raise MechunlearnError(
-            f"Cannot train {tokens} tokens for {steps} steps of {batch} facts, measured every {every}. Expected at least 1 each."
+            f"Cannot train {tokens} tokens for {steps} steps of {batch_size} facts, measured every {eval_every}. Expected at least 1 each."
         )
-    plan = _Plan(tokens, steps, every, batch, seed)
-    states = attacked(model, edit, forget, beside, seed)
+    plan = _Plan(tokens, steps, eval_every, batch_size, seed)
+    states = states_to_attack(model, edit, forget, extra_edits, seed)
     for state in states:
         _check_room(state, retain, tokens)
     trained_on, watched = (retain.select(rows) for rows in halves(len(retain), seed))
     watched = watched.select(range(min(WATCHED, len(watched))))
-    check_gate(model, watched, gate)
-    settings = {"rates": list(rates), "gate": gate} | asdict(plan)
+    check_gate(model, watched, min_retention)
+    settings = {"lrs": list(lrs), "min_retention": min_retention} | asdict(plan)
     card = attack_card("soft_prompt", model, edit, forget, retain, seed, settings)
     rows: list[dict] = []
     with interruptible() as asked:
-        for state in left_to_run(states, known, card):
+        for state in states_to_run(states, baseline_rows, card):
             with state.applied(), frozen(state.model.hf):
-                for rate in track(rates, f"soft prompt, {state.name}", disable=not progress, transient=True):
+                for rate in track(lrs, f"soft prompt, {state.name}", disable=not progress, transient=True):
                     curve = _curve(state, trained_on, watched, rate, plan)
                     if asked:
                         raise KeyboardInterrupt
                     rows += curve
-    return framed(rows, known, gate, card, watch)
+    return to_frame(rows, baseline_rows, min_retention, card, watch)
 
 
 class _Prefix:
@@ -171,13 +171,13 @@ class _Diverged(Exception):
     """The loss is not finite."""
 
 
-def _curve(state: State, retain: Prompts, watched: Prompts, rate: float | int, plan: _Plan) -> list[dict]:
+def _curve(state: State, retain: Prompts, watched: Prompts, lr: float | int, plan: _Plan) -> list[dict]:
     """What was measured without a prefix, and during and after its training. Raises `KeyboardInterrupt` after Ctrl-C."""
     taught, held_out = (state.facts.select(rows) for rows in halves(len(state.facts), plan.seed))
     prefix = _Prefix(state.model, plan.tokens, plan.seed)
     generator = torch.Generator().manual_seed(plan.seed)
     sets = {"truth": taught, "retain": retain}
-    drawn = {name: epochs(len(prompts), plan.batch, generator) for name, prompts in sets.items()}
+    drawn = {name: epochs(len(prompts), plan.batch_size, generator) for name, prompts in sets.items()}
     reached = 0
 
     def measured(step: int, vectors: Tensor | None) -> dict:
@@ -185,9 +185,9 @@ def _curve(state: State, retain: Prompts, watched: Prompts, rate: float | int, p
             name: _right(state.model, prompts, vectors) for name, prompts in (("trained", taught), ("retain", watched))
         }
         return (
-            cell(state.name, f"rate {rate:g}", _right(state.model, held_out, vectors), plan.seed)
+            cell(state.name, f"rate {lr:g}", _right(state.model, held_out, vectors), plan.seed)
             | {name: float(found.float().mean()) for name, found in right.items()}
-            | {"step": step, "chance": chance(held_out), "rate": float(rate)}
+            | {"step": step, "chance": chance(held_out), "lr": float(lr)}
         )
 
     def parts() -> Iterator[Terms]:
@@ -199,14 +199,14 @@ def _curve(state: State, retain: Prompts, watched: Prompts, rate: float | int, p
     def after(step: int) -> dict:
         nonlocal reached
         reached = step
-        if step % plan.every == 0 or step == plan.steps:
+        if step % plan.eval_every == 0 or step == plan.steps:
             rows.append(measured(step, prefix.vectors))
         return {}
 
     rows = [measured(0, None)]
     with prefix.attached():
         try:
-            done = descend(prefix, parts, Schedule(plan.steps, rate), objective="soft_prompt", after=after)
+            done = train(prefix, parts, Schedule(plan.steps, lr), objective="soft_prompt", after=after)
         except _Diverged:
             return rows if rows[-1]["step"] == reached else [*rows, measured(reached, prefix.vectors)]
     if done.stopped:

@@ -42,28 +42,28 @@ class State:
             yield self.model
 
 
-def attacked(
+def states_to_attack(
     model: HookedModel,
     edit: Edit | None,
     forget: Prompts,
-    beside: Mapping[str, Edit | HookedModel | None] | None = None,
+    extra_edits: Mapping[str, Edit | HookedModel | None] | None = None,
     seed: int = 0,
 ) -> list[State]:
     """What an attack is tried on: the edited model, the unedited one (ceiling), never-taught facts (floor), what is beside.
 
     Without an edit there are ceiling and floor alone. Never-taught facts are as many of `forget.facts.untaught` as there are forget facts, drawn by `seed`, in the same format, on the
-    unedited model; without such facts there is no such state. Raises `MechunlearnError` if a name in `beside` is taken.
+    unedited model; without such facts there is no such state. Raises `MechunlearnError` if a name in `extra_edits` is taken.
     """
-    if taken := set(beside or {}) & {EDITED, UNEDITED, NEVER_TAUGHT}:
+    if taken := set(extra_edits or {}) & {EDITED, UNEDITED, NEVER_TAUGHT}:
         raise MechunlearnError(
-            f"What is given `beside` cannot be named '{min(taken)}': the attack itself has that state."
+            f"What is given `extra_edits` cannot be named '{min(taken)}': the attack itself has that state."
         )
     states = [State(EDITED, model, edit, forget)] if edit is not None else []
     states.append(State(UNEDITED, model, None, forget))
     strangers = never_taught(model, forget, seed)
     if strangers is not None:
         states.append(State(NEVER_TAUGHT, model, None, strangers))
-    for name, other in (beside or {}).items():
+    for name, other in (extra_edits or {}).items():
         if other is None or isinstance(other, Edit):
             states.append(State(name, model, other, forget))
         else:
@@ -80,21 +80,21 @@ def never_taught(model: HookedModel, forget: Prompts, seed: int = 0) -> Prompts 
     return untaught.select(drawn.tolist()).prompts(model, forget.format)
 
 
-def left_to_run(states: Sequence[State], known: pd.DataFrame | None, card: RunCard) -> list[State]:
+def states_to_run(states: Sequence[State], baseline_rows: pd.DataFrame | None, card: RunCard) -> list[State]:
     """The states without those whose rows are known from an earlier call.
 
-    `known` are rows of that call; its `unedited` and `never taught` states stand for this call's if both cards agree on
+    `baseline_rows` are rows of that call; its `unedited` and `never taught` states stand for this call's if both cards agree on
     method, model, data, seed and settings. Raises `MechunlearnError` if they do not.
     """
-    if known is None:
+    if baseline_rows is None:
         return list(states)
-    there, here = known.attrs.get("card", {}), asdict(card)
+    there, here = baseline_rows.attrs.get("card", {}), asdict(card)
     if differ := [k for k in ("method", "model", "data", "seed", "settings") if there.get(k) != here[k]]:
         raise MechunlearnError(
             f"The known rows are of another attack: {', '.join(f'{k} {there.get(k)}, here {here[k]}' for k in differ)}. "
             "Give rows of the same attack on the same model, facts, seed and settings, or none."
         )
-    have = set(known["state"])
+    have = set(baseline_rows["state"])
     return [state for state in states if state.name not in have & {UNEDITED, NEVER_TAUGHT}]
 
 
@@ -113,14 +113,18 @@ def attack_card(
     )
 
 
-def framed(
-    rows: Sequence[Mapping], known: pd.DataFrame | None, gate: float | int, card: RunCard, watch: Stopwatch
+def to_frame(
+    rows: Sequence[Mapping],
+    baseline_rows: pd.DataFrame | None,
+    min_retention: float | int,
+    card: RunCard,
+    watch: Stopwatch,
 ) -> pd.DataFrame:
     """Rows of an attack as a table, with those known before, `valid` by the gate and the card in `attrs`."""
     frame = pd.DataFrame(list(rows))
-    frame["valid"] = frame["retain"] >= gate
-    if known is not None:
-        bounds = known[known["state"].isin([UNEDITED, NEVER_TAUGHT])]
+    frame["valid"] = frame["retain"] >= min_retention
+    if baseline_rows is not None:
+        bounds = baseline_rows[baseline_rows["state"].isin([UNEDITED, NEVER_TAUGHT])]
         frame = pd.concat([frame, bounds[[name for name in bounds if name in frame]]], ignore_index=True)
     frame.attrs["card"] = asdict(watch.stamp(card))
     return frame
@@ -164,13 +168,13 @@ def check_sizes(forget: Prompts, retain: Prompts, least: int = 2) -> None:
             )
 
 
-def check_gate(model: HookedModel, retain: Prompts, gate: float | int) -> None:
+def check_gate(model: HookedModel, retain: Prompts, min_retention: float | int) -> None:
     """Raises `MechunlearnError` if the unedited model itself knows less of the retain facts than the gate asks for."""
     known = float(measure(model, retain)["accuracy"].mean())
-    if known < gate:
+    if known < min_retention:
         raise MechunlearnError(
             f"Before any edit the model knows {known:.0%} of the retain facts that are measured, and the gate asks for "
-            f"{gate:.0%}: every setting would count as collapsed. Give retain facts that the model knows, or a lower gate."
+            f"{min_retention:.0%}: every setting would count as collapsed. Give retain facts that the model knows, or a lower gate."
         )
 
 

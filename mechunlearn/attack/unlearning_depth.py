@@ -17,12 +17,12 @@ from mechunlearn.attack.states import (
     NEVER_TAUGHT,
     State,
     attack_card,
-    attacked,
     cell,
     chance,
     check_gate,
-    framed,
-    left_to_run,
+    states_to_attack,
+    states_to_run,
+    to_frame,
 )
 from mechunlearn.core.runcard import Stopwatch
 from mechunlearn.errors import MechunlearnError
@@ -48,10 +48,10 @@ def unlearning_depth(
     retain: Prompts,
     *,
     gold: HookedModel | None = None,
-    beside: Mapping[str, Edit | HookedModel | None] | None = None,
-    known: pd.DataFrame | None = None,
+    extra_edits: Mapping[str, Edit | HookedModel | None] | None = None,
+    baseline_rows: pd.DataFrame | None = None,
     threshold: float | int = THRESHOLD,
-    gate: float | int = GATE,
+    min_retention: float | int = GATE,
     seed: int = 0,
     progress: bool = False,
 ) -> pd.DataFrame:
@@ -90,7 +90,7 @@ def unlearning_depth(
     >>> toy = planted_facts()
     >>> forget, retain = toy.prompts([0, 1, 2, 3]), toy.prompts([4, 5, 6, 7])
     >>> mask = ComponentMask.of(["L0.mlp.out"], toy.model.signature)
-    >>> edit = masked_gradient(toy.model, mask, forget, retain, steps=20, rate=0.1)
+    >>> edit = masked_gradient(toy.model, mask, forget, retain, steps=20, lr=0.1)
     >>> rows = unlearning_depth(toy.model, edit, forget, retain)
     >>> rows[["state", "setting", "held out", "erased"]].values.tolist()[1]
     ['edited', 'after 1 blocks', 0.0, 1.0]
@@ -99,15 +99,19 @@ def unlearning_depth(
     for name, prompts in (("forget", forget), ("retain", retain)):
         subject_ends(prompts, name)
     retain = retain.select(range(min(WATCHED, len(retain))))
-    states = attacked(model, edit, forget, beside, seed)
+    states = states_to_attack(model, edit, forget, extra_edits, seed)
     for name, other in [(state.name, state.model) for state in states] + ([("gold", gold)] if gold is not None else []):
         if other.signature != model.signature:
             raise MechunlearnError(
                 f"The model '{name}' is ({other.signature}), the original one ({model.signature}): streams are moved between "
                 "them layer by layer. Give models of one architecture and size."
             )
-    check_gate(model, retain, gate)
-    settings = {"gold": gold.fingerprint if gold is not None else None, "threshold": threshold, "gate": gate}
+    check_gate(model, retain, min_retention)
+    settings = {
+        "gold": gold.fingerprint if gold is not None else None,
+        "threshold": threshold,
+        "min_retention": min_retention,
+    }
     card = attack_card("unlearning_depth", model, edit, forget, retain, seed, settings)
     without = partial(_run, gold) if gold is not None else partial(_without_look_up, model, _mean_writes(model, retain))
     needed = _patched(model, forget, without).lost
@@ -119,7 +123,9 @@ def unlearning_depth(
             f"{threshold:g}: no depth holds it. Give facts that the model knows, or a `gold` model that does not know them."
         )
     rows: list[dict] = []
-    for state in track(left_to_run(states, known, card), "unlearning depth", disable=not progress, transient=True):
+    for state in track(
+        states_to_run(states, baseline_rows, card), "unlearning depth", disable=not progress, transient=True
+    ):
         there, kept = (_patched(model, facts, partial(_of_state, state)) for facts in (state.facts, retain))
         erased = torch.where(needed > threshold, there.lost / needed, math.nan).clamp(0, 1) if _scored(state) else None
         about = {"retain": float(kept.right[-1].mean()), "chance": chance(state.facts), **_score(needed, erased, seed)}
@@ -135,7 +141,7 @@ def unlearning_depth(
                 }
                 | {"retain here": float(kept.right[blocks].mean()), **about}
             )
-    return framed(rows, known, gate, card, watch)
+    return to_frame(rows, baseline_rows, min_retention, card, watch)
 
 
 def depth(rows: pd.DataFrame) -> pd.DataFrame:

@@ -119,7 +119,7 @@ def delete(
     swap: Annotated[str | None, typer.Option(help="Unrelated words to swap them for.")] = None,
     threshold: Annotated[float, typer.Option(help="Least log2 enrichment of a unit on the topic.", min=0)] = 1.0,
     how: Annotated[How, typer.Option(help="Of a codebook: reselect or zero.")] = How.reselect,
-    strength: Annotated[float, typer.Option(help="Of an SAE: clamp to minus so many times the maximum.", min=0)] = 1.0,
+    scale: Annotated[float, typer.Option(help="Of an SAE: clamp to minus so many times the maximum.", min=0)] = 1.0,
     export: Annotated[Path | None, typer.Option(help="Also write a folder with a loader to this new folder.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the swap.")] = 0,
     device: Device = "cpu",
@@ -151,7 +151,7 @@ def delete(
     if isinstance(book, Codebook):
         edit = codebook_delete(hooked, mask, dictionary=book, how=how.value)
     else:
-        edit = feature_clamp(hooked, mask, mine, other, dictionary=book, strength=strength)
+        edit = feature_clamp(hooked, mask, mine, other, dictionary=book, scale=scale)
     table = Table("loss, nats a token", "model", "edited", box=None)
     with edit.applied(hooked):
         after = [float(text_loss(hooked, tuple(texts)).mean()) for texts in (mine, other)]

@@ -166,7 +166,7 @@ def edit(
         str, typer.Option("--objective", "--loss", help="What to do with the forget facts; see docs/objectives.md.")
     ] = "injection",
     steps: Steps = 50,
-    rate: Rate = 2e-3,
+    lr: Rate = 2e-3,
     stop_at: Annotated[
         float | None, typer.Option(help="Stop once this share of the forget facts is edited.", min=0, max=1)
     ] = None,
@@ -197,7 +197,7 @@ def edit(
     from mechunlearn.edit import fisher_lora, masked_gradient
     from mechunlearn.edit.objective import objective_named
 
-    settings: dict[str, Any] = {**objective_named(objective, chosen), "steps": steps, "rate": rate, "stop_at": stop_at}
+    settings: dict[str, Any] = {**objective_named(objective, chosen), "steps": steps, "lr": lr, "stop_at": stop_at}
     sets = (hooked, chosen, forgotten, retained)
     if rank is None:
         made = masked_gradient(*sets, **settings, seed=seed, progress=True)
@@ -216,7 +216,7 @@ def edit(
 
 
 @app.command(
-    epilog="Example: `mechunlearn wash factworld factworld/sport sport.mask.json --strength 400 --reach 1.5 -o washed.safetensors`"
+    epilog="Example: `mechunlearn wash factworld factworld/sport sport.mask.json --covariance-weight 400 --overshoot 1.5 -o washed.safetensors`"
 )
 def wash(
     model: Model,
@@ -224,14 +224,16 @@ def wash(
     mask: Annotated[Path, typer.Argument(help="A mask file with MLP output sites.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Edit file: .safetensors.")],
     method: Annotated[Washer, typer.Option(help="Which closed form.")] = Washer.memit,
-    towards: Annotated[
+    target: Annotated[
         str, typer.Option(help="end-of-text, shared, mean, or targets (each fact's own wrong answer).")
     ] = "end-of-text",
-    role: Annotated[
+    position: Annotated[
         Role, typer.Option(help="The token to act at; a localization by role says which.")
     ] = Role.subject_last,
-    strength: Annotated[float, typer.Option(help="Of the covariance against one fact (memit, mlp_washing).")] = 20_000,
-    reach: Annotated[float, typer.Option(help="How far beyond their targets values are set.")] = 1.0,
+    covariance_weight: Annotated[
+        float, typer.Option(help="Of the covariance against one fact (memit, mlp_washing).")
+    ] = 20_000,
+    overshoot: Annotated[float, typer.Option(help="How far beyond their targets values are set.")] = 1.0,
     retain_weight: Annotated[float, typer.Option(help="Of the retain facts' keys (memit, mlp_washing).")] = 0.0,
     prefixes: Annotated[int, typer.Option(help="Openings of text before each prompt.", min=0)] = 5,
     text: Annotated[
@@ -280,10 +282,10 @@ def wash(
     covariance = Covariance.of_text(hooked, sites, passages, cache=cache, progress=True)
     editor = getattr(editors, method.value)
     settings: dict[str, Any] = {
-        "strength": strength,
+        "covariance_weight": covariance_weight,
         "retain_weight": retain_weight,
-        "reach": reach,
-        "towards": towards,
+        "overshoot": overshoot,
+        "target": target,
     }
     settings = {name: value for name, value in settings.items() if name in inspect.signature(editor).parameters}
     made = editor(
@@ -291,10 +293,10 @@ def wash(
         chosen,
         forgotten,
         retained,
-        role=role.value,
+        position=position.value,
         prefixes=prefixes,
         covariance=covariance,
-        text=passages,
+        texts=passages,
         seed=seed,
         progress=True,
         **settings,
@@ -438,7 +440,7 @@ def compare(
         str, typer.Option(help="Shares of the editable weights, or 'window': as many as fact_lookup finds.")
     ] = "window",
     seeds: Annotated[int, typer.Option(help="How many forget sets to test on, drawn by seeds 0, 1, ...")] = 5,
-    rates: Annotated[str, typer.Option(help="Learning rates to choose from.")] = "1e-3,2e-3,3e-3",
+    lrs: Annotated[str, typer.Option(help="Learning rates to choose from.")] = "1e-3,2e-3,3e-3",
     forget_weights: Annotated[str, typer.Option(help="Weights of the objective to choose from.")] = "0.2,1",
     validation: Annotated[int, typer.Option(help="How many forget sets to choose on.")] = 2,
     attack: Annotated[bool, typer.Option("--attack", help="Try to get the facts back by relearning, too.")] = False,
@@ -459,7 +461,7 @@ def compare(
         "objectives": names(objectives),
         "budgets": names(budgets),
         "seeds": seeds,
-        "rates": _numbers(rates, "--rates"),
+        "lrs": _numbers(lrs, "--lrs"),
         "forget_weights": _numbers(forget_weights, "--forget-weights"),
         "validation": validation,
     }
@@ -523,7 +525,7 @@ def _print(report: "Report") -> None:
 def _print_arms(frame: "pd.DataFrame") -> None:
     """Rows of a comparison: what was edited and how, then each measure."""
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-    named = ("localizer", "objective", "budget", "rate, weight", "n", "share", "note")
+    named = ("localizer", "objective", "budget", "lr, weight", "n", "share", "note")
     table.add_column("", min_width=20)
     for name in (measures := [name for name in frame.columns if name not in named]):
         table.add_column(name.replace(" ", "\n"), justify="right", no_wrap=True)

@@ -26,14 +26,14 @@ def dictionary_rows(
     retain: Texts | None = None,
     *,
     dictionary: SAE,
-    strength: float | int = 1.0,
+    scale: float | int = 1.0,
     seed: int = 0,
 ) -> WeightEdit:
     """Take a topic's SAE features out of what MLP neurons write: an edit of weights, which can be given away.
 
     Each W_out row w of the MLPs up to the dictionary's hook point is brought to the mean norm of the activations on
     `forget`, in the sign that the selected features see more of, and encoded. Where selected features are active they are
-    set to -`strength` times what they were, the row is decoded, what the dictionary missed is added back, and the norm and
+    set to -`scale` times what they were, the row is decoded, what the dictionary missed is added back, and the norm and
     sign are undone (after PISCES, arXiv 2505.22586). Where a norm follows the MLP (Gemma 2 and 3), a row is what it is
     behind the norm's weights. Rows in which no selected feature is active stay as they are, bit by bit. It removes only
     what MLPs write: a feature that the embedding or attention writes stays.
@@ -55,8 +55,8 @@ def dictionary_rows(
     watch = Stopwatch()
     if not isinstance(dictionary, SAE):
         raise MechunlearnError(f"{dictionary} is no SAE: its codes are not directions that rows are sums of.")
-    if strength < 0:
-        raise MechunlearnError(f"A strength of {strength} would keep or amplify the features. Expected 0 or more.")
+    if scale < 0:
+        raise MechunlearnError(f"A scale of {scale} would keep or amplify the features. Expected 0 or more.")
     units = feature_units(mask, dictionary, model)
     layer, kind = layer_of(dictionary.hook_name), dictionary.hook_name.split(".", 1)[1]
     if not kind.startswith("resid_"):
@@ -69,7 +69,7 @@ def dictionary_rows(
         site = f"L{below}.mlp.out"
         old = model.rows(site)
         through, back = _norm_behind(model, below, old)
-        changed, change = _change(old.float() * through, dictionary, units.to(old.device), norm, float(strength))
+        changed, change = _change(old.float() * through, dictionary, units.to(old.device), norm, float(scale))
         if changed.any():
             new = old.float() + change * back
             sites[site] = changed.nonzero().flatten().cpu()
@@ -78,7 +78,7 @@ def dictionary_rows(
         raise MechunlearnError(
             "No MLP row has any of the mask's features, so there is nothing to edit. Clamp them instead."
         )
-    settings = {"strength": strength, "dictionary": dictionary.site}
+    settings = {"scale": scale, "dictionary": dictionary.site}
     card = RunCard("dictionary_rows", model.fingerprint, seed=seed, settings=settings, mask=mask.fingerprint)
     return WeightEdit(sites, rows, model.signature, watch.stamp(card))
 
@@ -89,16 +89,16 @@ def _change(
     dictionary: SAE,
     units: Int[Tensor, " unit"],
     norm: float,
-    strength: float,
+    scale: float,
 ) -> tuple[Bool[Tensor, " neuron"], Float[Tensor, "neuron d_model"]]:
     """Which neurons have the features, and how what each writes changes without them."""
-    scale = norm / written.norm(dim=1, keepdim=True).clamp(min=1e-12)
-    z = dictionary.encode(torch.stack([written * scale, -written * scale]))
+    stretch = norm / written.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    z = dictionary.encode(torch.stack([written * stretch, -written * stretch]))
     sign = z[..., units].sum(-1).argmax(0)
     active = z[sign, torch.arange(len(written), device=written.device)]
     edited = active.clone()
-    edited[:, units] *= -strength
-    change = (dictionary.decode(edited) - dictionary.decode(active)).float() / scale
+    edited[:, units] *= -scale
+    change = (dictionary.decode(edited) - dictionary.decode(active)).float() / stretch
     return (active[:, units] > 0).any(-1), change * torch.where(sign == 0, 1.0, -1.0)[:, None]
 
 

@@ -7,7 +7,7 @@ from mechunlearn.core.runcard import RunCard, Stopwatch
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.features.dictionaries import Codebook, Dictionary, Model, fingerprint_of, signature_of
 from mechunlearn.features.feature_edit import FeatureEdit, FeaturePart, feature_units
-from mechunlearn.features.firing import Activity, Texts, observed, tokenized
+from mechunlearn.features.firing import FiringStatistics, Texts, observed, tokenized
 from mechunlearn.features.interventions import shares
 
 GATES = ("token", "sequence")
@@ -16,17 +16,17 @@ GATES = ("token", "sequence")
 def feature_clamp(
     model: Model,
     mask: ComponentMask,
-    forget: Texts | Activity,
+    forget: Texts | FiringStatistics,
     retain: Texts | None = None,
     *,
     dictionary: Dictionary,
-    strength: float | int = 1.0,
+    scale: float | int = 1.0,
     gate: str = "token",
     quantile: float | int = 0.95,
     error: bool = True,
     seed: int = 0,
 ) -> FeatureEdit:
-    """Set a topic's SAE features to minus `strength` times their own maximum wherever they are active.
+    """Set a topic's SAE features to minus `scale` times their own maximum wherever they are active.
 
     The maximum is over `forget`, so one strength serves features of any scale (Farrell et al., arXiv 2410.19278, set all to
     one -c); strength 0 is zero-ablation, which is known to be weak. `error` adds back what the dictionary misses, so that
@@ -46,20 +46,20 @@ def feature_clamp(
     >>> model, sae = load_model("factworld"), load_dictionary("factworld-sae")
     >>> topic, other = ["The knight fought the army."] * 8, ["The cook baked the soup."] * 8
     >>> found = feature_discovery(model, topic, dictionary=sae, against=other)
-    >>> feature_clamp(model, found.top(units=4), topic, dictionary=sae).card.settings["strength"]
+    >>> feature_clamp(model, found.top(units=4), topic, dictionary=sae).card.settings["scale"]
     1.0
     """
     watch = Stopwatch()
     if isinstance(dictionary, Codebook):
         raise MechunlearnError(f"{dictionary} has codes, which are used or not: delete them with codebook_delete.")
-    if strength < 0:
-        raise MechunlearnError(f"A strength of {strength} would amplify the features. Expected 0 (zero) or more.")
+    if scale < 0:
+        raise MechunlearnError(f"A scale of {scale} would amplify the features. Expected 0 (zero) or more.")
     if gate not in GATES:
         raise MechunlearnError(f"Unknown gate '{gate}'. Expected one of {', '.join(GATES)}.")
     if not 0 <= quantile <= 1:
         raise MechunlearnError(f"A quantile of {quantile} is out of range. Expected 0 to 1.")
     units = feature_units(mask, dictionary, model)
-    seen = forget if isinstance(forget, Activity) else Activity.of(model, dictionary, forget)
+    seen = forget if isinstance(forget, FiringStatistics) else FiringStatistics.of(model, dictionary, forget)
     if seen.largest.shape[1] != dictionary.size:
         raise MechunlearnError(
             f"The activity is of {seen.largest.shape[1]} units, {dictionary} has others. Give the one it was seen with."
@@ -77,9 +77,9 @@ def feature_clamp(
                 f"Retain text has one of the features at every token so far, at the quantile {quantile}: the gate would never "
                 "open. Take fewer features, or a lower quantile."
             )
-    settings = {"strength": strength, "gate": gate, "quantile": quantile, "error": error, "dictionary": dictionary.site}
+    settings = {"scale": scale, "gate": gate, "quantile": quantile, "error": error, "dictionary": dictionary.site}
     card = RunCard("feature_clamp", fingerprint_of(model), seed=seed, settings=settings, mask=mask.fingerprint)
-    part = FeaturePart(dictionary, units, "clamp", -float(strength) * largest, error, gate, share)
+    part = FeaturePart(dictionary, units, "clamp", -float(scale) * largest, error, gate, share)
     return FeatureEdit((part,), signature_of(model), watch.stamp(card))
 
 

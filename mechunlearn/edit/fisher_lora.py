@@ -38,12 +38,12 @@ def fisher_lora(
     loss: losses.Loss = losses.inverted_hinge,
     retain_loss: losses.Loss = losses.cross_entropy,
     steps: int = 50,
-    rate: float | int = 2e-3,
+    lr: float | int = 2e-3,
     forget_weight: float | int = 1.0,
     retain_weight: float | int = 1.0,
     text_weight: float | int = 0.0,
-    text: Sequence[str] | None = None,
-    batch: int = 32,
+    texts: Sequence[str] | None = None,
+    batch_size: int = 32,
     accumulate: int = 1,
     clip: float | int = 1.0,
     warmup: int = 0,
@@ -81,9 +81,9 @@ def fisher_lora(
     watch = Stopwatch()
     if init not in INITS:
         raise MechunlearnError(f"Unknown init '{init}'. Expected one of {', '.join(INITS)}.")
-    passages = tuple(text) if text is not None else training_text(forget)
+    passages = tuple(texts) if texts is not None else training_text(forget)
     objective = Objective(loss, retain_loss, forget_weight, retain_weight, text_weight)
-    schedule = Schedule(steps, rate, warmup, clip, weight_decay)
+    schedule = Schedule(steps, lr, warmup, clip, weight_decay)
     scale = (2 * rank if alpha is None else alpha) / rank
 
     @cache_once
@@ -99,7 +99,7 @@ def fisher_lora(
         return weighted_low_rank(weight, weights().get(name), rank, scale)
 
     adapters = LowRank(model, mask, rank, scale, lora_start(seed) if init == "random" else weighted)
-    reading = Reading(batch, accumulate, cache, stop_at)
+    reading = Reading(batch_size, accumulate, cache, stop_at)
     with adapters.attached():
         done = minimise(
             model,

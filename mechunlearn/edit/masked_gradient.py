@@ -23,12 +23,12 @@ def masked_gradient(
     loss: losses.Loss = losses.injection,
     retain_loss: losses.Loss = losses.cross_entropy,
     steps: int = 50,
-    rate: float | int = 2e-3,
+    lr: float | int = 2e-3,
     forget_weight: float | int = 1.0,
     retain_weight: float | int = 1.0,
     text_weight: float | int = 1.0,
-    text: Sequence[str] | None = None,
-    batch: int = 64,
+    texts: Sequence[str] | None = None,
+    batch_size: int = 64,
     accumulate: int = 1,
     clip: float | int = 1.0,
     warmup: int = 0,
@@ -45,7 +45,7 @@ def masked_gradient(
 
     with AdamW, linear warm-up, cosine schedule and gradient clipping, as in Mechanistic Unlearning (arXiv 2410.12949).
     `loss` is any function of `edit.losses`, or one of yours; what it names as its parameters it is given (see
-    `losses`). `losses.injection` trains towards each fact's own wrong answer (`forget.targets`). `text` is by default a
+    `losses`). `losses.injection` trains towards each fact's own wrong answer (`forget.targets`). `texts` is by default a
     half of the forget data set's ordinary passages. `accumulate` splits each batch into so many passes.
 
     With `stop_at`, training ends once that share of the forget facts is edited: answers the target, where the loss has
@@ -67,11 +67,11 @@ def masked_gradient(
     True
     """
     watch = Stopwatch()
-    passages = tuple(text) if text is not None else training_text(forget)
+    passages = tuple(texts) if texts is not None else training_text(forget)
     objective = Objective(loss, retain_loss, forget_weight, retain_weight, text_weight)
-    schedule = Schedule(steps, rate, warmup, clip, weight_decay)
+    schedule = Schedule(steps, lr, warmup, clip, weight_decay)
     rows = SelectedRows(model, mask)
-    reading = Reading(batch, accumulate, cache, stop_at)
+    reading = Reading(batch_size, accumulate, cache, stop_at)
     with rows.attached():
         try:
             done = minimise(

@@ -26,22 +26,22 @@ def mlp_washing(
     forget: Prompts,
     retain: Prompts,
     *,
-    towards: str = "end-of-text",
-    role: str = "subject last",
-    strength: float | int = 20_000,
+    target: str = "end-of-text",
+    position: str = "subject last",
+    covariance_weight: float | int = 20_000,
     band: tuple[float | int, float | int] = (1 / 3, 3 / 4),
     ascent: str = "path",
     growth: float | int = 2.0,
     eliminate: bool = True,
     retain_weight: float | int = 0.0,
     covariance: Covariance | None = None,
-    text: Sequence[str] | None = None,
-    values: Float[Tensor, "fact d_model"] | None = None,
+    texts: Sequence[str] | None = None,
+    target_values: Float[Tensor, "fact d_model"] | None = None,
     prefixes: int = 5,
     steps: int = 25,
-    rate: float | int = 0.2,
-    reach: float | int = 1.0,
-    batch: int = 64,
+    lr: float | int = 0.2,
+    overshoot: float | int = 1.0,
+    batch_size: int = 64,
     seed: int = 0,
     progress: bool = False,
 ) -> WeightEdit:
@@ -50,7 +50,7 @@ def mlp_washing(
     max_D ||D K_w||_F^2   subject to   tr(D C D^T) = beta tr(C)
 
     (Large Scale Knowledge Washing, arXiv 2405.16720, section 3), begun at `memit`'s change towards end-of-text. First each
-    layer's change is found for all facts, with the strength nearest to `strength` at which ||D||_F lies in `band` times
+    layer's change is found for all facts, with the strength nearest to `covariance_weight` at which ||D||_F lies in `band` times
     ||W||_F: the norm, not the strength, says how much is changed. Then, layer by layer, the objective is climbed for the
     keys K_w of the facts that are still known, with beta = 1.1 tr(D C D^T) / tr(C); what the model no longer answers
     leaves the set (`eliminate`, one forward pass), and when it is empty the layers above are left as they are.
@@ -61,7 +61,7 @@ def mlp_washing(
     Everything else is as in `memit`; `retain_weight` adds the retain facts' keys to what is kept.
 
     Raises `MechunlearnError` as `memit` does, and for a band or growth that is none. Facts about the same subjects, and
-    neighbours, pay most: measure them, and compare `memit` with `reach` and retain keys (docs/reproductions/law.md). Where
+    neighbours, pay most: measure them, and compare `memit` with `overshoot` and retain keys (docs/reproductions/law.md). Where
     the band is out of reach (few facts), the card's `trajectory` says so.
 
     >>> from mechunlearn.world.toy import planted_facts
@@ -69,7 +69,7 @@ def mlp_washing(
     >>> mask = ComponentMask.of([toy.neuron(3)], toy.model.signature)
     >>> prompts = toy.prompts()
     >>> seen = Covariance(toy.model, ["L0.mlp.out"]).update(prompts.tokens, prompts.lengths)
-    >>> settings = {"covariance": seen, "band": (1, 20), "towards": "shared"}
+    >>> settings = {"covariance": seen, "band": (1, 20), "target": "shared"}
     >>> edit = mlp_washing(toy.model, mask, toy.prompts([3]), toy.prompts([0, 1]), **settings)
     >>> with edit.applied(toy.model):
     ...     right = toy.model.forward(prompts.tokens)[:, -1].argmax(-1) == prompts.answers[:, 0]
@@ -77,16 +77,16 @@ def mlp_washing(
     [3]
     """
     watch = Stopwatch()
-    _check(strength, band, ascent, growth, retain_weight)
+    _check(covariance_weight, band, ascent, growth, retain_weight)
     work = washing(
         model,
         mask,
         forget,
         retain,
-        How(towards, role, prefixes, steps, rate, reach, batch),
+        How(target, position, prefixes, steps, lr, overshoot, batch_size),
         covariance=covariance,
-        text=text,
-        values=values,
+        texts=texts,
+        target_values=target_values,
         keep=retain_weight > 0,
         seed=seed,
         progress=progress,
@@ -99,9 +99,14 @@ def mlp_washing(
             moment = work.second_moment(layer)
             gram = sums.gram + work.kept(layer, retain_weight)
             norm = Spectrum.of(gram, moment).norms(sums.cross)
-            chosen, reached = within_band(norm, strength, (band[0] * size, band[1] * size))
+            chosen, reached = within_band(norm, covariance_weight, (band[0] * size, band[1] * size))
             first[layer], jitter = solve(chosen * moment + gram, sums.cross)
-            entry = {"layer": layer, "strength": chosen, "norm": float(first[layer].norm()), "weight norm": size}
+            entry = {
+                "layer": layer,
+                "covariance_weight": chosen,
+                "norm": float(first[layer].norm()),
+                "weight norm": size,
+            }
             trajectory.append({**entry, "in band": reached, "jitter": jitter})
             work.add_(layer, first[layer])
     left = torch.arange(len(work.facts))
@@ -113,14 +118,14 @@ def mlp_washing(
             moment = work.second_moment(layer)
             change = first[layer]
             if ascent != "off":
-                keys = work.gram(layer, work.contexts.select(left))
+                keys = work.gram(layer, work.edit_prompts.select(left))
                 change = _ascended(change.T, keys, moment, ascent, growth).T
             entry["moved"] = float((change - first[layer]).norm() / first[layer].norm().clamp_min(1e-300))
             work.add_(layer, change)
             if eliminate:
                 left = remaining(work, left)
         settings = {
-            "strength": float(strength),
+            "covariance_weight": float(covariance_weight),
             "band": list(band),
             "ascent": ascent,
             "growth": float(growth),
@@ -158,11 +163,15 @@ def _energy(change: Float[Tensor, "d_model unit"], moment: Float[Tensor, "unit u
 
 
 def _check(
-    strength: float | int, band: Sequence[float | int], ascent: str, growth: float | int, retain_weight: float | int
+    covariance_weight: float | int,
+    band: Sequence[float | int],
+    ascent: str,
+    growth: float | int,
+    retain_weight: float | int,
 ) -> None:
-    if strength <= 0 or retain_weight < 0 or len(band) != 2 or not 0 < band[0] <= band[1]:
+    if covariance_weight <= 0 or retain_weight < 0 or len(band) != 2 or not 0 < band[0] <= band[1]:
         raise MechunlearnError(
-            f"Got a strength of {strength:g}, a band of {tuple(band)} and a retain weight of {retain_weight:g}. Expected "
+            f"Got a covariance_weight of {covariance_weight:g}, a band of {tuple(band)} and a retain weight of {retain_weight:g}. Expected "
             "more than 0, two shares of the weight's norm with the smaller first, and 0 or more."
         )
     if ascent not in ASCENTS or not 1 <= growth < 1e30:

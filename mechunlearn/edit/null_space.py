@@ -8,7 +8,7 @@ from torch import Tensor, eye
 from mechunlearn.artifacts.mask import ComponentMask
 from mechunlearn.artifacts.weight_edit import WeightEdit
 from mechunlearn.core.runcard import Stopwatch
-from mechunlearn.edit.closed_form.edit_prompts import Contexts
+from mechunlearn.edit.closed_form.edit_prompts import EditPrompts
 from mechunlearn.edit.closed_form.washing import How, washing
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import Prompts
@@ -24,19 +24,19 @@ def null_space(
     forget: Prompts,
     retain: Prompts,
     *,
-    towards: str = "end-of-text",
-    role: str = "subject last",
+    target: str = "end-of-text",
+    position: str = "subject last",
     energy: float | int = 0.02,
     ridge: float | int = 1.0,
     earlier: Sequence[Prompts] = (),
     covariance: Covariance | None = None,
-    text: Sequence[str] | None = None,
-    values: Float[Tensor, "fact d_model"] | None = None,
+    texts: Sequence[str] | None = None,
+    target_values: Float[Tensor, "fact d_model"] | None = None,
     prefixes: int = 5,
     steps: int = 25,
-    rate: float | int = 0.2,
-    reach: float | int = 1.0,
-    batch: int = 64,
+    lr: float | int = 0.2,
+    overshoot: float | int = 1.0,
+    batch_size: int = 64,
     seed: int = 0,
     progress: bool = False,
 ) -> WeightEdit:
@@ -48,7 +48,7 @@ def null_space(
     most the share `energy` of its trace: a relative threshold, where the paper's code has an absolute one that depends on
     model and text. Solved in the projected space, |U| by |U|. `earlier` lists facts of edits made before on this model:
     the changes for their keys K_p are held near zero, so that edits can follow one another. The retain facts are not
-    used, but for `towards="mean"`. Everything else is as in `memit`.
+    used, but for `target="mean"`. Everything else is as in `memit`.
 
     Raises `MechunlearnError` as `memit` does, and where no direction is left below the threshold. Not for a model or a mask
     whose text fills every direction: see the card's `trajectory` for how many are left.
@@ -76,15 +76,15 @@ def null_space(
         mask,
         forget,
         retain,
-        How(towards, role, prefixes, steps, rate, reach, batch),
+        How(target, position, prefixes, steps, lr, overshoot, batch_size),
         covariance=covariance,
-        text=text,
-        values=values,
+        texts=texts,
+        target_values=target_values,
         keep=False,
         seed=seed,
         progress=progress,
     )
-    before = [Contexts.of(model, prompts, role) for prompts in earlier]
+    before = [EditPrompts.of(model, prompts, position) for prompts in earlier]
     trajectory = []
     with work.undone():
         for layer in work.layers:

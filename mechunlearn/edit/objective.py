@@ -15,15 +15,15 @@ from mechunlearn.facts.prompts import Prompts
 from mechunlearn.model.component import Component
 from mechunlearn.model.hooked import HookedModel
 from mechunlearn.training.loop import (
-    Descent,
+    CachedInputs,
     Schedule,
     Sequences,
-    Stream,
     Terms,
-    Upper,
-    descend,
+    TopLayers,
+    TrainResult,
     epochs,
     text_sequences,
+    train,
 )
 from mechunlearn.training.parameterizations import Trainable
 
@@ -74,7 +74,7 @@ class Objective:
 class Reading:
     """How an editor reads its sets: facts a step, in how many parts; whether constants are kept; when to stop."""
 
-    batch: int
+    batch_size: int
     accumulate: int = 1
     cache: bool = True
     stop_at: float | int | None = None
@@ -99,10 +99,10 @@ def training_text(forget: Prompts) -> tuple[str, ...]:
     return forget.facts.text[::2] if forget.facts is not None else ()
 
 
-class Read:
+class LossInputs:
     """A loss, and the streams it reads its arguments from."""
 
-    def __init__(self, loss: losses.Loss, upper: Upper, sets: dict[str, Prompts]) -> None:
+    def __init__(self, loss: losses.Loss, upper: TopLayers, sets: dict[str, Prompts]) -> None:
         """`sets` maps a prefix of argument names ('', 'target_', 'retain_') to the prompts it speaks of."""
         self.loss, self.streams, self.wanted = loss, {}, {}
         layer = losses.described(loss)["settings"].get("layer")
@@ -120,7 +120,7 @@ class Read:
                 self.wanted[prefix] = frozenset(name.removeprefix(prefix) for name in mine)
                 which = "targets" if prefix == "target_" else "answers"
                 sequences = Sequences.of(sets[prefix], which)
-                self.streams[prefix] = Stream(upper, sequences, self.wanted[prefix], layer)
+                self.streams[prefix] = CachedInputs(upper, sequences, self.wanted[prefix], layer)
 
     def __call__(self, rows: dict[str, Tensor]) -> Tensor:
         """The loss on these rows of each set."""
@@ -139,30 +139,30 @@ def minimise(
     objective: Objective,
     forget: Prompts,
     retain: Prompts,
-    text: Sequence[str],
+    texts: Sequence[str],
     schedule: Schedule,
     reading: Reading,
     *,
     measure: Measure | None = None,
     seed: int = 0,
     progress: bool = False,
-) -> Descent:
+) -> TrainResult:
     """Train what is attached to a model; it is left as trained.
 
-    Each step reads `batch` forget facts, as many retain facts and a quarter as many passages, in `accumulate` parts of
+    Each step reads `batch_size` forget facts, as many retain facts and a quarter as many passages, in `accumulate` parts of
     which each weighs as its share of the sequences. Raises `MechunlearnError` for empty sets.
     """
-    batch, accumulate, stop_at = reading.batch, reading.accumulate, reading.stop_at
+    batch, accumulate, stop_at = reading.batch_size, reading.accumulate, reading.stop_at
     for name, prompts, weight in (("forget", forget, 1), ("retain", retain, objective.retain_weight)):
         if weight and not len(prompts):
             raise MechunlearnError(f"The {name} set is empty. Expected at least one fact; see Prompts.split.")
-    upper = Upper(model, trained.lowest, reading.cache)
-    removed = Read(objective.loss, upper, {"": forget, "target_": forget, "retain_": retain})
+    upper = TopLayers(model, trained.lowest, reading.cache)
+    removed = LossInputs(objective.loss, upper, {"": forget, "target_": forget, "retain_": retain})
     holds_retain = "retain_" in removed.streams
     kept = None
     if objective.retain_weight and not holds_retain:
-        kept = Read(objective.retain_loss, upper, {"": retain})
-    passages = Stream(upper, text_sequences(model, text if objective.text_weight else ()))
+        kept = LossInputs(objective.retain_loss, upper, {"": retain})
+    passages = CachedInputs(upper, text_sequences(model, texts if objective.text_weight else ()))
     generator = torch.Generator().manual_seed(seed)
     forget_rows, retain_rows = epochs(len(forget), batch, generator), epochs(max(1, len(retain)), batch, generator)
     text_rows = epochs(max(1, len(passages)), max(1, batch // 4), generator)
@@ -194,21 +194,21 @@ def minimise(
                 yield terms
 
     aimed = "target_" in removed.streams
-    judged = removed.streams["target_"] if aimed else Stream(upper, Sequences.of(forget))
+    judged = removed.streams["target_"] if aimed else CachedInputs(upper, Sequences.of(forget))
 
     def after(step: int) -> dict:
         entry = dict((measure(step) if measure else None) or {})
         if stop_at is not None and (step % CHECK_EVERY == 0 or step == schedule.steps):
             right = float(judged.right().float().mean())
-            entry["strength"] = right if aimed else 1 - right
+            entry["efficacy"] = right if aimed else 1 - right
         return entry
 
-    return descend(
+    return train(
         trained,
         parts,
         schedule,
         objective=losses.described(objective.loss)["name"],
         after=after,
-        until=lambda entry: bool(entry.get("stop")) or (stop_at is not None and entry.get("strength", -1) >= stop_at),
+        until=lambda entry: bool(entry.get("stop")) or (stop_at is not None and entry.get("efficacy", -1) >= stop_at),
         progress=progress,
     )

@@ -38,10 +38,10 @@ OF_FEATURES = "feature_discovery"  # its units have no weights to compare at one
 LOCALIZERS = tuple(m.name for m in pkgutil.iter_modules(mechunlearn.localize.__path__) if m.name != OF_FEATURES)
 WINDOW = "window"
 FIRST_VALIDATION, MOST_VALIDATION = 101, 6
-STRENGTH, TRUTH = 0.99, 0.05
+EFFICACY, TRUTH = 0.99, 0.05
 CONTROL = "random_units"
 MEASURES = {
-    "strength": "edit",
+    "efficacy": "edit",
     "truth": "truth",
     "truth_elsewhere": "other formats",
     "retain": "retain",
@@ -50,7 +50,7 @@ MEASURES = {
     "recovery": "recovery",
 }
 ARM = ("objective", "budget", "localizer")
-NAMES = ("stage", *ARM, "rate", "forget_weight", "seed")
+NAMES = ("stage", *ARM, "lr", "forget_weight", "seed")
 COLUMNS = (*NAMES, "selected", "share", *MEASURES, "seconds", "note")
 RULE = (
     "of those that reach an edit of .99 with at most .05 of the truth left, on the training prompt and on average over "
@@ -74,7 +74,7 @@ def compare(
     objectives: Sequence[str] = ("injection",),
     budgets: Sequence[float | int | str] = (WINDOW,),
     seeds: int = 5,
-    rates: Sequence[float | int] = (1e-3, 2e-3, 3e-3),
+    lrs: Sequence[float | int] = (1e-3, 2e-3, 3e-3),
     forget_weights: Sequence[float | int] = (0.2, 1.0),
     forget: int = 64,
     steps: int = 50,
@@ -86,7 +86,7 @@ def compare(
 
     A seed s (0 to `seeds` - 1) draws `forget` facts to forget, and is that of localizer and edit as well. A budget is a
     share of the editable weights, of which a unit that scores zero is never taken; or `"window"`: the units that
-    `fact_lookup` finds, and for every other localizer as many weights. `rates` x `forget_weights` is the grid of
+    `fact_lookup` finds, and for every other localizer as many weights. `lrs` x `forget_weights` is the grid of
     settings, tried on `validation` forget sets of their own (seeds 101, 102, ...); `select` chooses one for each localizer,
     objective and budget, which the test seeds then use. With `attack` each edit is attacked by relearning too.
 
@@ -102,14 +102,14 @@ def compare(
 
     >>> from tempfile import TemporaryDirectory
     >>> from mechunlearn import load_facts, load_model
-    >>> grid = {"localizers": ["random_units"], "budgets": [0.01], "rates": [1e-3], "forget_weights": [1]}
+    >>> grid = {"localizers": ["random_units"], "budgets": [0.01], "lrs": [1e-3], "forget_weights": [1]}
     >>> with TemporaryDirectory() as folder:
     ...     made = compare(load_model("factworld"), load_facts("factworld/sport"), folder=folder, **grid,
     ...                    seeds=1, validation=1, forget=2, steps=1)
     >>> made.summary()[["localizer", "objective", "budget", "n", "note"]].to_dict("records")[1]
     {'localizer': 'random_units', 'objective': 'injection', 'budget': '0.01', 'n': '1', 'note': 'none qualifies'}
     """
-    names = check_grid(localizers, objectives, budgets, seeds, rates, forget_weights, validation)
+    names = check_grid(localizers, objectives, budgets, seeds, lrs, forget_weights, validation)
     sets = _Sets(model, facts, forget)
     sets.split(0)  # too many facts to forget: complain before a folder is made
     about = {
@@ -128,7 +128,7 @@ def compare(
     grid = _opened(Path(folder), about)
     work = partial(_cell, sets, grid, steps, attack)
     arms = [dict(zip(ARM, arm, strict=True)) for arm in product(*(names[f"{name}s"] for name in ARM))]
-    settings = [{"rate": rate, "forget_weight": w} for rate in names["rates"] for w in names["forget_weights"]]
+    settings = [{"lr": rate, "forget_weight": w} for rate in names["lrs"] for w in names["forget_weights"]]
 
     trials = [
         {"stage": "validation", **arm, **setting, "seed": FIRST_VALIDATION + i}
@@ -156,9 +156,9 @@ def compare(
 class Comparison:
     """What a comparison found. `frame` has one row a cell, `about` what they have in common.
 
-    Columns: `stage` (`validation`, `unedited` or `test`), the cell's `localizer`, `objective`, `budget`, `rate`,
+    Columns: `stage` (`validation`, `unedited` or `test`), the cell's `localizer`, `objective`, `budget`, `lr`,
     `forget_weight` and `seed`; `selected` ("qualifies", or "none qualifies", see `select`); `share` of the editable
-    weights; `strength` of the edit on the training prompt: the share of forget facts that answer the edit target, for
+    weights; `efficacy` of the edit on the training prompt: the share of forget facts that answer the edit target, for
     objectives that have one, else that no longer give the truth; accuracy of the `truth` there and `truth_elsewhere`, the
     mean over all other formats; accuracy on the `retain` facts, and on `same_subject`, the mean over other relations of
     the forgotten subjects; `text_loss` on passages that no edit trains on, nats a token; `recovery` by relearning;
@@ -173,11 +173,11 @@ class Comparison:
         rows = []
         for arm, cells in self._arms():
             measured = cells[cells.truth.notna()]
-            rate, weight = cells.rate.iloc[0], cells.forget_weight.iloc[0]
+            rate, weight = cells.lr.iloc[0], cells.forget_weight.iloc[0]
             rows.append(
                 {
                     **arm,
-                    "rate, weight": "–" if pd.isna(rate) else f"{rate:g}, {weight:g}",
+                    "lr, weight": "–" if pd.isna(rate) else f"{rate:g}, {weight:g}",
                     "n": str(len(measured)),
                     "share": "–" if measured.share.isna().all() else f"{measured.share.mean():.1%}",
                     **{MEASURES[name]: _mean(cells[name].dropna(), short) for name in self._measures()},
@@ -215,7 +215,7 @@ class Comparison:
             READING,
             *((f"## Difference to {CONTROL}, seed by seed", _markdown(compared)) if len(compared) else ()),
             f"Rate and forget weight were chosen on {about['validation']} forget set{'s' * (about['validation'] > 1)} of "
-            f"their own for each localizer, objective and budget, among rates {_listed(about['rates'])} and weights "
+            f"their own for each localizer, objective and budget, among rates {_listed(about['lrs'])} and weights "
             f"{_listed(about['forget_weights'])}: {RULE}",
         ]
         return "\n\n".join(parts) + "\n"
@@ -264,7 +264,7 @@ def check_grid(
     objectives: Sequence[str],
     budgets: Sequence[float | int | str],
     seeds: int,
-    rates: Sequence[float | int],
+    lrs: Sequence[float | int],
     forget_weights: Sequence[float | int],
     validation: int,
 ) -> dict[str, list]:
@@ -277,7 +277,7 @@ def check_grid(
         if unknown := [name for name in given if name not in known] or ([""] if not given else []):
             raise MechunlearnError(f"Unknown {what} '{unknown[0]}'. Expected one or more of {', '.join(known)}.")
     shares = [_share(budget) for budget in budgets]
-    for what, numbers in (("learning rate", rates), ("forget weight", forget_weights)):
+    for what, numbers in (("learning rate", lrs), ("forget weight", forget_weights)):
         if not numbers or not all(0 < number < float("inf") for number in numbers):
             raise MechunlearnError(f"Expected one or more {what}s above 0, not {_listed(numbers) or 'none'}.")
     if not shares:
@@ -290,7 +290,7 @@ def check_grid(
         "objectives": list(dict.fromkeys(objectives)),
         "budgets": list(dict.fromkeys(shares)),
         "localizers": list(dict.fromkeys(localizers)),
-        "rates": sorted({float(rate) for rate in rates}),
+        "lrs": sorted({float(rate) for rate in lrs}),
         "forget_weights": sorted({float(weight) for weight in forget_weights}),
     }
 
@@ -298,30 +298,30 @@ def check_grid(
 def select(trials: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The setting with the best retain accuracy among those that edit well enough; no robustness metric is looked at.
 
-    `trials` are rows with rate, forget_weight, strength, truth and retain, one a validation set and setting. On the mean
-    over validation sets a setting qualifies with strength >= .99 and truth <= .05. Ties go to the smallest rate, then the
+    `trials` are rows with lr, forget_weight, efficacy, truth and retain, one a validation set and setting. On the mean
+    over validation sets a setting qualifies with efficacy >= .99 and truth <= .05. Ties go to the smallest lr, then the
     smallest weight. If none qualifies, the strongest edit is taken, and `selected` says so. A setting that diverged on a
     set is out; sets on which the localizer found nothing do not count.
 
-    >>> trial = {"rate": 0.001, "forget_weight": 1.0, "share": 0.05, "strength": 1.0, "truth": 0.0, "retain": 0.9}
-    >>> select([trial, trial | {"rate": 0.002, "retain": 0.95}, trial | {"rate": 0.003, "retain": 1.0, "truth": 0.1}])
-    {'rate': 0.002, 'forget_weight': 1.0, 'selected': 'qualifies'}
+    >>> trial = {"lr": 0.001, "forget_weight": 1.0, "share": 0.05, "efficacy": 1.0, "truth": 0.0, "retain": 0.9}
+    >>> select([trial, trial | {"lr": 0.002, "retain": 0.95}, trial | {"lr": 0.003, "retain": 1.0, "truth": 0.1}])
+    {'lr': 0.002, 'forget_weight': 1.0, 'selected': 'qualifies'}
     """
     tried: dict[tuple[float, float], list[Mapping[str, Any]]] = {}
     for trial in trials:
         if trial.get("share") is not None:
-            tried.setdefault((trial["rate"], trial["forget_weight"]), []).append(trial)
+            tried.setdefault((trial["lr"], trial["forget_weight"]), []).append(trial)
     means = {
-        setting: {name: round(fmean(row[name] for row in rows), 9) for name in ("strength", "truth", "retain")}
+        setting: {name: round(fmean(row[name] for row in rows), 9) for name in ("efficacy", "truth", "retain")}
         for setting, rows in sorted(tried.items())
-        if all(row.get("strength") is not None for row in rows)
+        if all(row.get("efficacy") is not None for row in rows)
     }
     if not means:
-        return {"rate": None, "forget_weight": None, "selected": "none qualifies"}
-    good = {setting: m for setting, m in means.items() if m["strength"] >= STRENGTH and m["truth"] <= TRUTH}
-    best = max(good, key=lambda s: good[s]["retain"]) if good else max(means, key=lambda s: means[s]["strength"])
+        return {"lr": None, "forget_weight": None, "selected": "none qualifies"}
+    good = {setting: m for setting, m in means.items() if m["efficacy"] >= EFFICACY and m["truth"] <= TRUTH}
+    best = max(good, key=lambda s: good[s]["retain"]) if good else max(means, key=lambda s: means[s]["efficacy"])
     selected = "qualifies" if good else "none qualifies"
-    return {"rate": best[0], "forget_weight": best[1], "selected": selected}
+    return {"lr": best[0], "forget_weight": best[1], "selected": selected}
 
 
 class _Sets:
@@ -365,7 +365,7 @@ def _cell(sets: _Sets, grid: Grid, steps: int, attack: bool, row: dict[str, Any]
     named = {name: row[name] for name in NAMES if name in row}
     if row["stage"] == "unedited":
         return row | grid.cell(named, partial(_unedited, sets, row["seed"]))
-    if row["rate"] is None:
+    if row["lr"] is None:
         return row | {"note": "no setting: nothing was found on the validation sets, or every setting diverged"}
     return row | grid.cell(named, partial(_edited, sets, steps, attack, named))
 
@@ -383,7 +383,7 @@ def _edited(sets: _Sets, steps: int, attack: bool, cell: Mapping[str, Any]) -> d
     except MechunlearnError as error:
         return {"note": str(error)}
     settings = objective_named(cell["objective"], mask)
-    chosen = {name: cell[name] for name in ("rate", "forget_weight", "seed")}
+    chosen = {name: cell[name] for name in ("lr", "forget_weight", "seed")}
     try:
         edit = masked_gradient(model, mask, forget, retain, steps=steps, **chosen, **settings)
     except MechunlearnError as error:
@@ -416,7 +416,7 @@ def _measured(model: HookedModel, forget: Prompts, retain: Prompts, aimed: bool 
     changed = measure(model, forget)
     truth = _average(changed["accuracy"])
     kept = _average(measure(model, retain.select(range(min(LIMIT, len(retain)))))["accuracy"])
-    strength = {} if aimed is None else {"strength": _average(changed["target accuracy"]) if aimed else 1 - truth}
+    strength = {} if aimed is None else {"efficacy": _average(changed["target accuracy"]) if aimed else 1 - truth}
     return strength | {"truth": truth, "retain": kept}
 
 

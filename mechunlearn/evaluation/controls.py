@@ -11,7 +11,7 @@ from mechunlearn.edit import losses
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.features.feature_edit import FeatureEdit
-from mechunlearn.features.firing import Activity, matched_units
+from mechunlearn.features.firing import FiringStatistics, matched_units
 from mechunlearn.localize import random_units
 from mechunlearn.model.component import Component
 from mechunlearn.model.hooked import HookedModel
@@ -40,8 +40,8 @@ def random_control(model: HookedModel, edit: Edit, forget: Prompts, retain: Prom
 def _random_features(model: HookedModel, edit: FeatureEdit, forget: Prompts, retain: Prompts, seed: int) -> FeatureEdit:
     parts = []
     for part in edit.parts:
-        seen = [Activity.of(model, part.dictionary, prompts) for prompts in (forget, retain)]
-        both = Activity(*(torch.cat([getattr(one, name) for one in seen]) for name in vars(seen[0])))
+        seen = [FiringStatistics.of(model, part.dictionary, prompts) for prompts in (forget, retain)]
+        both = FiringStatistics(*(torch.cat([getattr(one, name) for one in seen]) for name in vars(seen[0])))
         units, largest = matched_units(both, part.units, seed), both.largest.amax(0)
         values = part.values
         if len(values):

@@ -17,7 +17,7 @@ LOGITS = 1 << 27  # of one batch of texts: half a gigabyte in float32
 
 
 @torch.no_grad()
-def next_token_kl(model: HookedModel, edit: Edit, texts: Sequence[str], batch: int = 64) -> Float[Tensor, " text"]:
+def next_token_kl(model: HookedModel, edit: Edit, texts: Sequence[str], batch_size: int = 64) -> Float[Tensor, " text"]:
     """How far an edit moves what the model says next, in nats a token: one value a text, 0 where nothing moves.
 
     The mean over the tokens of a text of KL(p || q) = sum_v p(v) (log p(v) - log q(v)), where p and q are the unedited and
@@ -55,7 +55,7 @@ def next_token_kl(model: HookedModel, edit: Edit, texts: Sequence[str], batch: i
         return torch.stack([_kl(p[: len(ids)], q[: len(ids)]) for p, q, ids in zip(before, after, part)]).cpu()
 
     found = torch.zeros(len(encoded))
-    found[order] = torch.cat(in_batches(len(encoded), max(1, min(batch, most)), moved))
+    found[order] = torch.cat(in_batches(len(encoded), max(1, min(batch_size, most)), moved))
     return found
 
 

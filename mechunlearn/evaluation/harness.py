@@ -28,7 +28,7 @@ def benchmark(
     edit: Edit | None = None,
     folder: str | Path | None = None,
     shots: int | None = None,
-    batch: int = 16,
+    batch_size: int = 16,
     seed: int = 0,
 ) -> pd.DataFrame:
     """Run tasks of the lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness) on a model, edited or not.
@@ -84,7 +84,7 @@ def benchmark(
     )
     with edit.applied(model) if edit is not None else nullcontext(), _same_random_numbers():
         found: Any = lm_eval.simple_evaluate(
-            HFLM(pretrained=model.hf, tokenizer=copy.deepcopy(model.tokenizer), batch_size=batch),
+            HFLM(pretrained=model.hf, tokenizer=copy.deepcopy(model.tokenizer), batch_size=batch_size),
             tasks=list(tasks),
             num_fewshot=shots,
             limit=limit,

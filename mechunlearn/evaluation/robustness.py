@@ -20,8 +20,8 @@ from mechunlearn.facts.prompts import Prompts
 from mechunlearn.model.hooked import HookedModel
 
 VARIANTS: Mapping[str, Mapping] = {
-    "relearning_on_other_facts": {"on": "other facts", "rates": {"lora": (5e-3,), "full": (1e-3,)}, "steps": 10},
-    "relearning_on_text": {"on": "text", "rates": {"lora": (5e-3,), "full": (1e-3,)}, "steps": 10},
+    "relearning_on_other_facts": {"on": "other facts", "lrs": {"lora": (5e-3,), "full": (1e-3,)}, "steps": 10},
+    "relearning_on_text": {"on": "text", "lrs": {"lora": (5e-3,), "full": (1e-3,)}, "steps": 10},
 }
 ATTACKS = (*(module.name for module in pkgutil.iter_modules(mechunlearn.attack.__path__)), *VARIANTS)
 PLACED = ("activation_perturbation",)  # its ceiling and floor depend on where the edit is
@@ -43,7 +43,7 @@ class Attacked:
     def outcomes(self, state: str = EDITED) -> pd.DataFrame:
         """One row an attack: how much of the knowledge it brought back, and what its floor and ceiling were.
 
-        `state` is the edit asked about: the one attacked, or one by its name in `beside`.
+        `state` is the edit asked about: the one attacked, or one by its name in `extra_edits`.
 
         `outcome`: "back" if the recovery is .2 or more and the interval of what came back lies above the floor, "not back" if not,
         "collapsed" if every setting broke the model, "unknown" if the unedited model's facts do not come out above the floor
@@ -103,7 +103,7 @@ def attack_all(
         bounds = _cell(grid, mine | {"edit": ""}, lambda: attack(model, None, forget, retain, **shared))
         if edit is None:
             return bounds
-        return _cell(grid, mine, lambda: attack(model, edit, forget, retain, known=bounds, **shared))
+        return _cell(grid, mine, lambda: attack(model, edit, forget, retain, baseline_rows=bounds, **shared))
 
     for name in names:
         try:

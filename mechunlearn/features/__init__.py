@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mechunlearn.features.feature_edit import FeatureEdit as FeatureEdit
     from mechunlearn.features.feature_edit import FeaturePart as FeaturePart
     from mechunlearn.features.feature_edit import load_edit as load_edit
-    from mechunlearn.features.firing import Activity as Activity
+    from mechunlearn.features.firing import FiringStatistics as FiringStatistics
     from mechunlearn.features.firing import matched_mask as matched_mask
     from mechunlearn.features.firing import matched_units as matched_units
     from mechunlearn.features.firing import quality as quality

@@ -82,7 +82,7 @@ def observed(
 
 
 @dataclass(frozen=True, eq=False)
-class Activity:
+class FiringStatistics:
     """By text and unit: at how many tokens it is active, its summed squares, and its largest activation.
 
     One pass over any texts; a topic is then a selection of rows, so that discovery on what has been seen costs no forward
@@ -91,7 +91,7 @@ class Activity:
     >>> from mechunlearn import load_model
     >>> from mechunlearn.features.dictionaries import load_dictionary
     >>> model, codebook = load_model("factworld"), load_dictionary("factworld-codebook")
-    >>> seen = Activity.of(model, codebook, ["The cook baked the soup.", "The knight fought the army."])
+    >>> seen = FiringStatistics.of(model, codebook, ["The cook baked the soup.", "The knight fought the army."])
     >>> seen.fired.shape, seen.select([0]).rates().sum().item()
     (torch.Size([2, 512]), 2.0)
     """
@@ -102,7 +102,7 @@ class Activity:
     tokens: Float[Tensor, " text"]
 
     @classmethod
-    def of(cls, model: Model, dictionary: Dictionary, data: Texts, nearest: int | None = None) -> "Activity":
+    def of(cls, model: Model, dictionary: Dictionary, data: Texts, nearest: int | None = None) -> "FiringStatistics":
         """See every text once. With `nearest`, a codebook counts so many nearest codes (S'), not only those it uses.
 
         Raises `MechunlearnError` for a dictionary of another model, for empty text, and for more codes than there are.
@@ -145,9 +145,9 @@ class Activity:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def select(self, rows: Sequence[int] | Tensor) -> "Activity":
+    def select(self, rows: Sequence[int] | Tensor) -> "FiringStatistics":
         chosen = torch.as_tensor(rows, dtype=torch.long)
-        return Activity(*(getattr(self, name)[chosen] for name in ("fired", "squared", "largest", "tokens")))
+        return FiringStatistics(*(getattr(self, name)[chosen] for name in ("fired", "squared", "largest", "tokens")))
 
     def rates(self) -> Float[Tensor, " feature"]:
         """The share of tokens at which each unit is active."""
@@ -155,14 +155,14 @@ class Activity:
 
 
 def matched_units(
-    activity: Activity, chosen: Int[Tensor, " unit"], seed: int = 0, among: int = 5
+    activity: FiringStatistics, chosen: Int[Tensor, " unit"], seed: int = 0, among: int = 5
 ) -> Int[Tensor, " unit"]:
     """As many other units, each drawn from the `among` free ones that are active nearly as often: the random control.
 
     Often used units are taken first, as few others come near them.
     Raises `MechunlearnError` if there are not enough others.
 
-    >>> seen = Activity(torch.tensor([[9.0, 8.0, 1.0, 1.0]]), *[torch.zeros(1, 4)] * 2, torch.tensor([10.0]))
+    >>> seen = FiringStatistics(torch.tensor([[9.0, 8.0, 1.0, 1.0]]), *[torch.zeros(1, 4)] * 2, torch.tensor([10.0]))
     >>> matched_units(seen, torch.tensor([0, 2]), among=1)
     tensor([1, 3])
     """
@@ -180,7 +180,9 @@ def matched_units(
     return torch.tensor(sorted(drawn), dtype=torch.long)
 
 
-def matched_mask(activity: Activity, mask: ComponentMask, dictionary: Dictionary, seed: int = 0) -> ComponentMask:
+def matched_mask(
+    activity: FiringStatistics, mask: ComponentMask, dictionary: Dictionary, seed: int = 0
+) -> ComponentMask:
     """The mask of `matched_units`: random features or codes that are active as often as those of a mask.
 
     Raises `MechunlearnError` if the mask is not of this dictionary, or there are not enough others.
@@ -216,7 +218,7 @@ def quality(model: HookedModel, dictionary: Dictionary, texts: Sequence[str]) ->
     for rows in torch.arange(len(tokens)).split(BATCH):
         mask = counted[rows]
         observed(model, dictionary, tokens[rows], see)
-    active = Activity.of(model, dictionary, texts)
+    active = FiringStatistics.of(model, dictionary, texts)
     plain = text_loss(model, tuple(texts))
     with (
         torch.no_grad(),

@@ -49,9 +49,9 @@ def train_codebook(
     labels: Int[Tensor, "text label"] | None = None,
     reconstruction: float | int = 0.2,
     l1: float | int = 0.0,
-    rate: float | int = 3e-3,
+    lr: float | int = 3e-3,
     model_rate: float | int = 1e-4,
-    batch: int = 16,
+    batch_size: int = 16,
     restart: int | None = 250,
     seed: int = 0,
     progress: bool = False,
@@ -60,7 +60,7 @@ def train_codebook(
 
     The codes begin as centroids of what is looked up, divided by `used`. For `steps` steps of 512 tokens they learn to
     reconstruct; every `restart` steps, codes that no token has used since become activations drawn at random (none in the
-    last quarter). For `spliced_steps` steps of `batch` texts the codebook stands in the model: KL from the
+    last quarter). For `spliced_steps` steps of `batch_size` texts the codebook stands in the model: KL from the
     unspliced model's predictions (`kl`) or cross-entropy of the text (`ce`), plus `reconstruction` times the unexplained
     variance, plus `l1` times the mean |code entry|; gradients pass straight through to h. The linear map before the look-up
     stays as it begins, a random rotation and its negative: trained through the look-up it drifts and loses codes. The model
@@ -103,16 +103,16 @@ def train_codebook(
             signature=signature_of(model),
             fitted_on=fingerprint_of(model),
         ).to(stored.device)
-    fit_codebook(made, stored, steps=steps, rate=rate, restart=restart, generator=generator, progress=progress)
+    fit_codebook(made, stored, steps=steps, lr=lr, restart=restart, generator=generator, progress=progress)
     variance = _variance(stored)
-    trained: list[tuple[list[nn.Parameter], float | int]] = [(list(made.parameters()), rate / 3)]
+    trained: list[tuple[list[nn.Parameter], float | int]] = [(list(made.parameters()), lr / 3)]
     if joint:
         trained.append(([p for p in module.parameters() if p.requires_grad], model_rate))
     order: list[Tensor] = []
 
     def through(_: int) -> Tensor:
         if not order:
-            order.extend(predicted[torch.randperm(len(predicted), generator=generator)].split(batch))
+            order.extend(predicted[torch.randperm(len(predicted), generator=generator)].split(batch_size))
         rows = order.pop()
         batch_, marked, targets = _inputs(module, tokens[rows], counted[rows], None if labels is None else labels[rows])
         seen: list[Tensor] = []
@@ -146,7 +146,7 @@ def fit_codebook(
     stored: Float[Tensor, "token width"],
     *,
     steps: int = 1500,
-    rate: float | int = 3e-3,
+    lr: float | int = 3e-3,
     restart: int | None = 250,
     generator: torch.Generator | None = None,
     progress: bool = False,
@@ -170,7 +170,7 @@ def fit_codebook(
         used_since[ids.flatten()] = True
         return (codebook.leaving(codebook.summed(ids)) - h).square().mean() / variance
 
-    _descend(codebook, reconstruct, steps, [(list(codebook.parameters()), rate)], "reconstructing", progress)
+    _descend(codebook, reconstruct, steps, [(list(codebook.parameters()), lr)], "reconstructing", progress)
 
 
 def train_sae(
@@ -181,8 +181,8 @@ def train_sae(
     size: int = 512,
     used: int = 8,
     steps: int = 2000,
-    batch: int = 512,
-    rate: float | int = 1e-3,
+    batch_size: int = 512,
+    lr: float | int = 1e-3,
     dead_after: int = 200,
     seed: int = 0,
     progress: bool = False,
@@ -207,8 +207,8 @@ def train_sae(
         size=size,
         used=used,
         steps=steps,
-        batch=batch,
-        rate=rate,
+        batch_size=batch_size,
+        lr=lr,
         dead_after=dead_after,
         seed=seed,
         progress=progress,
@@ -223,8 +223,8 @@ def fit_sae(
     size: int = 512,
     used: int = 8,
     steps: int = 2000,
-    batch: int = 512,
-    rate: float | int = 1e-3,
+    batch_size: int = 512,
+    lr: float | int = 1e-3,
     dead_after: int = 200,
     seed: int = 0,
     progress: bool = False,
@@ -251,7 +251,7 @@ def fit_sae(
     silent = torch.zeros(size, dtype=torch.long, device=stored.device)
 
     def fit(step: int) -> Tensor:
-        h = stored[torch.randint(len(stored), (batch,), generator=generator).to(stored.device)]
+        h = stored[torch.randint(len(stored), (batch_size,), generator=generator).to(stored.device)]
         out = sae.training_forward_pass(
             TrainStepInput(
                 sae_in=h,
@@ -265,7 +265,7 @@ def fit_sae(
         silent.add_(1).masked_fill_(fired, 0)
         return out.loss
 
-    _descend(sae, fit, steps, [(list(sae.parameters()), rate)], "training the SAE", progress)
+    _descend(sae, fit, steps, [(list(sae.parameters()), lr)], "training the SAE", progress)
     with tempfile.TemporaryDirectory() as folder:
         sae.save_inference_model(folder)
         return Loaded.load_from_disk(Path(folder), device=str(stored.device))

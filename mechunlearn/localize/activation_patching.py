@@ -23,7 +23,7 @@ def activation_patching(
     corrupt: str = "prompts",
     neurons: int = 1,
     seed: int = 0,
-    batch: int = 32,
+    batch_size: int = 32,
     progress: bool = False,
 ) -> Localization:
     """Measure how the metric changes when each head, neuron, MLP or residual stream takes its corrupt activation.
@@ -58,7 +58,7 @@ def activation_patching(
         corrupt=corrupt,
         neurons=neurons,
         seed=seed,
-        batch=batch,
+        batch_size=batch_size,
         progress=progress,
     )
     settings = {"metric": name_of(metric), "kinds": list(kinds), "denoise": denoise, "corrupt": corrupt}

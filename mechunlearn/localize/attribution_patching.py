@@ -32,10 +32,10 @@ def attribution_patching(
     metric: Metric = logit_diff,
     kinds: Sequence[str] = SCORED,
     by: str | None = None,
-    steps: int = 0,
+    ig_steps: int = 0,
     rule: str = "gradient",
     verify: int = 0,
-    batch: int = 32,
+    batch_size: int = 32,
 ) -> Localization:
     """Estimate how the metric changes when each head, neuron or stream takes its corrupt activation.
 
@@ -59,15 +59,15 @@ def attribution_patching(
     watch = Stopwatch()
     if rule not in RULES:
         raise MechunlearnError(f"Unknown rule '{rule}'. Expected one of {', '.join(RULES)}.")
-    if steps < 0 or verify < 0:
-        raise MechunlearnError(f"steps={steps} and verify={verify} must not be negative. Expected 0 for neither.")
+    if ig_steps < 0 or verify < 0:
+        raise MechunlearnError(f"steps={ig_steps} and verify={verify} must not be negative. Expected 0 for neither.")
     check_kinds(model, kinds)
-    check_prompts(model, prompts, batch)
+    check_prompts(model, prompts, batch_size)
     sites = [f"L{layer}.{kind}" for layer in range(model.signature.layers) for kind in kinds]
     parts = in_batches(
         len(prompts),
-        batch,
-        lambda rows: _batch_effects(model, prompts.select(rows), sites, metric, by, steps, rule),
+        batch_size,
+        lambda rows: _batch_effects(model, prompts.select(rows), sites, metric, by, ig_steps, rule),
     )
     found = Effects(
         {site: torch.cat([part.by_site[site] for part in parts], -1) for site in sites},
@@ -76,7 +76,7 @@ def attribution_patching(
         torch.cat([part.corrupt for part in parts]),
         unchanged=unchanged(prompts, "prompts"),
     )
-    evidence = _verified(model, prompts, metric, found, verify, batch) if verify else {}
+    evidence = _verified(model, prompts, metric, found, verify, batch_size) if verify else {}
     card = RunCard(
         "attribution_patching",
         model=model.fingerprint,
@@ -84,7 +84,7 @@ def attribution_patching(
         settings={
             "metric": name_of(metric),
             "kinds": list(kinds),
-            "steps": steps,
+            "steps": ig_steps,
             "rule": rule,
             "verify": verify,
             "by": by,
@@ -95,13 +95,13 @@ def attribution_patching(
 
 
 def _batch_effects(
-    model: HookedModel, prompts: Prompts, sites: list[str], metric: Metric, by: str | None, steps: int, rule: str
+    model: HookedModel, prompts: Prompts, sites: list[str], metric: Metric, by: str | None, ig_steps: int, rule: str
 ) -> Effects:
     """Effects by row, unit and fact. Padding is the same in both runs and after every answer: it adds zero."""
     decoder, at = model.decoder, positions_read(metric, prompts).to(model.device)
     other = decoder.record(prompts.corrupt, at, sites, keys=False)
-    start = decoder.record(prompts.tokens, at[:, :1], keys=False).resid[0] if steps else None
-    points = [None] if start is None else [torch.lerp(other.resid[0], start, k / steps) for k in range(steps)]
+    start = decoder.record(prompts.tokens, at[:, :1], keys=False).resid[0] if ig_steps else None
+    points = [None] if start is None else [torch.lerp(other.resid[0], start, k / ig_steps) for k in range(ig_steps)]
     total: list[Tensor] = []
     clean: dict[str, Tensor] = {}
     value = torch.zeros(())
@@ -109,7 +109,7 @@ def _batch_effects(
         value, seen, gradients = _differentiated(model, prompts, sites, metric, at, point, rule)
         clean = clean or seen
         total = [a + b for a, b in zip(total, gradients, strict=True)] if total else list(gradients)
-    if steps:
+    if ig_steps:
         run = decoder.record(prompts.tokens, at, sites, keys=False)
         clean, value = run.kept, per_fact(metric, run.logits, prompts)[0]
     where, names = rows_of(prompts, by)
@@ -150,7 +150,7 @@ def _differentiated(
 
 
 def _verified(
-    model: HookedModel, prompts: Prompts, metric: Metric, found: Effects, verify: int, batch: int
+    model: HookedModel, prompts: Prompts, metric: Metric, found: Effects, verify: int, batch_size: int
 ) -> dict[str, object]:
     """Put exact effects in place of the largest estimates at all positions."""
     units = [(site, unit) for site, rows in found.by_site.items() for unit in range(rows.shape[1])]
@@ -161,7 +161,9 @@ def _verified(
         count = model.signature.units(site.split(".", 1)[1])
         chosen = torch.tensor([unit for one, unit in best if one == site])
         only[site] = torch.eye(count or 1, dtype=torch.bool)[chosen]
-    exact = effects(model, prompts, metric, [], by=None, denoise=False, corrupt="prompts", batch=batch, only=only)
+    exact = effects(
+        model, prompts, metric, [], by=None, denoise=False, corrupt="prompts", batch_size=batch_size, only=only
+    )
     for site, chosen in only.items():
         found.by_site[site][0, chosen.int().argmax(1)] = exact.by_site[site][0]
     return {"verified": [f"{site}[{unit}]" for site, unit in best], "forward budget": verify}

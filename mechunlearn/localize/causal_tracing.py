@@ -25,7 +25,7 @@ def causal_tracing(
     metric: Metric = answer_probability,
     neurons: int = 1,
     seed: int = 0,
-    batch: int = 32,
+    batch_size: int = 32,
     progress: bool = False,
 ) -> Localization:
     """Find the activations that alone bring back the answer when the subject is hidden by noise.
@@ -66,7 +66,7 @@ def causal_tracing(
         neurons=neurons,
         window=window,
         seed=seed,
-        batch=batch,
+        batch_size=batch_size,
         sigma=sigma,
         progress=progress,
     )

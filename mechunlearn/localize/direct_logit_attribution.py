@@ -26,7 +26,7 @@ POST = {"attn.o": "attention_post", "mlp.out": "mlp_post"}
 
 
 def direct_logit_attribution(
-    model: HookedModel, prompts: Prompts, *, kinds: Sequence[str] = SCORED, batch: int = 32
+    model: HookedModel, prompts: Prompts, *, kinds: Sequence[str] = SCORED, batch_size: int = 32
 ) -> Localization:
     """Split the logit difference between answer and foil into what each head and neuron writes towards it.
 
@@ -58,9 +58,9 @@ def direct_logit_attribution(
             f"No direct effect of kind '{unknown[0]}'. Expected kinds among {', '.join(SCORED)}: only these write to the "
             "residual stream by unit. For other kinds use activation_patching."
         )
-    check_prompts(model, prompts, batch)
+    check_prompts(model, prompts, batch_size)
     totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
-    for rows in torch.arange(len(prompts)).split(batch):
+    for rows in torch.arange(len(prompts)).split(batch_size):
         for name, part in _contributions(model, prompts.select(rows), kinds).items():
             totals[name] = totals[name] + part.cpu()
     card = RunCard(
@@ -76,7 +76,7 @@ def direct_logit_attribution(
 
 
 @torch.no_grad()
-def logit_lens(model: HookedModel, prompts: Prompts, batch: int = 128) -> pd.DataFrame:
+def logit_lens(model: HookedModel, prompts: Prompts, batch_size: int = 128) -> pd.DataFrame:
     """Read the answer from the residual stream after each block, as if that block were the last.
 
     The stream at the position where `logit_diff` is taken goes through the model's own final norm, unembedding and
@@ -97,7 +97,7 @@ def logit_lens(model: HookedModel, prompts: Prompts, batch: int = 128) -> pd.Dat
     """
     check_prompts(model, prompts)
     found: dict[int, list[Tensor]] = defaultdict(list)
-    for chosen in torch.arange(len(prompts)).split(batch):
+    for chosen in torch.arange(len(prompts)).split(batch_size):
         part = prompts.select(chosen)
         rows, read, answer, foil = _where(model, part)
         for depth, resid in enumerate(model.decoder.record(part.tokens, read[:, None]).resid):

@@ -35,10 +35,10 @@ def edge_attribution(
     model: HookedModel,
     prompts: Prompts,
     *,
-    steps: int = 0,
+    ig_steps: int = 0,
     both_ends: bool = False,
     metric: Metric = logit_diff,
-    batch: int = 32,
+    batch_size: int = 32,
 ) -> Circuit:
     """Estimate how the metric changes when a reader sees the corrupt output of one writer.
 
@@ -60,8 +60,8 @@ def edge_attribution(
     ['a1.h0', 'm0']
     """
     watch = Stopwatch()
-    points = _points(steps, both_ends)
-    size = _facts_at_once(model, prompts, points, batch)
+    points = _points(ig_steps, both_ends)
+    size = _facts_at_once(model, prompts, points, batch_size)
     total = torch.zeros(len(writers(model.signature)), len(readers(model.signature)))
 
     def add(rows: Tensor) -> None:
@@ -74,7 +74,7 @@ def edge_attribution(
         "edge_attribution",
         model=model.fingerprint,
         data=prompts.fingerprint,
-        settings={"metric": name_of(metric), "steps": steps, "both_ends": both_ends},
+        settings={"metric": name_of(metric), "steps": ig_steps, "both_ends": both_ends},
         device=str(model.device),
     )
     weights, everything = editable(model)
@@ -86,37 +86,39 @@ def edge_scores(
     model: HookedModel,
     prompts: Prompts,
     *,
-    steps: int = 0,
+    ig_steps: int = 0,
     both_ends: bool = False,
     metric: Metric = logit_diff,
-    batch: int = 32,
+    batch_size: int = 32,
 ) -> Float[Tensor, "fact writer reader"]:
     """The scores of `edge_attribution` by fact, for resampling (`faithfulness.stability`)."""
-    points = _points(steps, both_ends)
-    size = _facts_at_once(model, prompts, points, batch)
+    points = _points(ig_steps, both_ends)
+    size = _facts_at_once(model, prompts, points, batch_size)
     found = in_batches(
         len(prompts), size, lambda rows: _Batch(model, prompts.select(rows), metric).scores(points, by_fact=True)
     )
     return torch.cat(found).float().cpu() * edges(model.signature, model.layout.parallel)
 
 
-def _points(steps: int, both_ends: bool) -> list[float]:
+def _points(ig_steps: int, both_ends: bool) -> list[float]:
     """Where gradients are taken, from the corrupt embeddings (0) to the clean ones (1)."""
-    if steps < 0:
-        raise MechunlearnError(f"Cannot integrate over {steps} points. Expected steps=0 (EAP) or more (EAP-IG).")
-    if steps and both_ends:
-        raise MechunlearnError(f"steps={steps} and both_ends=True are two ways to place gradients. Give one of them.")
-    return [0.0, 1.0] if both_ends else [k / steps for k in range(steps)]
+    if ig_steps < 0:
+        raise MechunlearnError(f"Cannot integrate over {ig_steps} points. Expected steps=0 (EAP) or more (EAP-IG).")
+    if ig_steps and both_ends:
+        raise MechunlearnError(
+            f"steps={ig_steps} and both_ends=True are two ways to place gradients. Give one of them."
+        )
+    return [0.0, 1.0] if both_ends else [k / ig_steps for k in range(ig_steps)]
 
 
-def _facts_at_once(model: HookedModel, prompts: Prompts, points: list[float], batch: int) -> int:
+def _facts_at_once(model: HookedModel, prompts: Prompts, points: list[float], batch_size: int) -> int:
     """As many facts at a time as keep contributions and reader gradients within bounds."""
-    check_prompts(model, prompts, batch)
+    check_prompts(model, prompts, batch_size)
     check_streams(model.decoder)
     rows, columns = len(writers(model.signature)), len(readers(model.signature))
     vectors = rows + (columns if points else -(-columns // model.signature.layers))
     size = 4 * vectors * prompts.tokens.shape[1] * model.signature.d_model
-    return max(1, min(batch, BYTES.get(model.device.type, BYTES["cpu"]) // size))
+    return max(1, min(batch_size, BYTES.get(model.device.type, BYTES["cpu"]) // size))
 
 
 class _Batch:

@@ -20,7 +20,7 @@ from mechunlearn.features.dictionaries import (
     installed,
     signature_of,
 )
-from mechunlearn.features.firing import Activity, Texts, tokenized
+from mechunlearn.features.firing import FiringStatistics, Texts, tokenized
 from mechunlearn.metrics.answers import Metric, logit_diff, name_of
 from mechunlearn.metrics.text import token_losses
 from mechunlearn.model.hooked import HookedModel, frozen
@@ -31,10 +31,10 @@ BATCH = 64
 
 def feature_discovery(
     model: Model,
-    prompts: Texts | Activity,
+    prompts: Texts | FiringStatistics,
     *,
     dictionary: Dictionary,
-    against: Texts | Activity | None = None,
+    against: Texts | FiringStatistics | None = None,
     by: str = "frequency",
     least: float | int = 0.002,
     false_discoveries: float | int = 0.05,
@@ -46,7 +46,7 @@ def feature_discovery(
 
     `prompts` is text on the topic (or prompts, or tokens and lengths), `against` other text: the same sentences with the
     topic's words swapped (`activity.swapped`), or text to retain; prompts have their corrupt partners. Either may be an
-    `Activity` that was seen before; then no forward pass is made, and `dictionary` must be the one it is of. Scores:
+    `FiringStatistics` that was seen before; then no forward pass is made, and `dictionary` must be the one it is of. Scores:
 
     - `frequency`: log2 of the share of tokens with the unit active, here over there (half a token added to each count);
       zero unless more frequent here by Fisher's exact test at a false discovery rate (Benjamini-Hochberg) of
@@ -77,7 +77,7 @@ def feature_discovery(
     check(dictionary, model)
     settings: dict[str, Any] = {"by": by, "least": least, "false_discoveries": false_discoveries, "nearest": nearest}
     if by == "attribution":
-        if not isinstance(model, HookedModel) or isinstance(prompts, Activity):
+        if not isinstance(model, HookedModel) or isinstance(prompts, FiringStatistics):
             raise MechunlearnError(
                 "Attribution needs gradients: give a hooked model and texts or prompts to run it on."
             )
@@ -92,7 +92,7 @@ def feature_discovery(
                 )
             against = (prompts.corrupt, prompts.lengths)
         here, there = (
-            one if isinstance(one, Activity) else Activity.of(model, dictionary, one, nearest)
+            one if isinstance(one, FiringStatistics) else FiringStatistics.of(model, dictionary, one, nearest)
             for one in (prompts, against)
         )
         if here.fired.shape[1] != dictionary.size or there.fired.shape[1] != dictionary.size:
@@ -124,7 +124,9 @@ def feature_discovery(
     )
 
 
-def _frequency(here: Activity, there: Activity, least: float, false_discoveries: float) -> Float[Tensor, " feature"]:
+def _frequency(
+    here: FiringStatistics, there: FiringStatistics, least: float, false_discoveries: float
+) -> Float[Tensor, " feature"]:
     mine, theirs = here.fired.sum(0).double(), there.fired.sum(0).double()
     n, m = float(here.tokens.sum()), float(there.tokens.sum())
     ratio = (((mine + 0.5) / n) / ((theirs + 0.5) / m)).log2()
@@ -138,7 +140,7 @@ def _frequency(here: Activity, there: Activity, least: float, false_discoveries:
     return torch.where(enriched, ratio.clamp(min=0), 0.0).float()
 
 
-def _squared(here: Activity, there: Activity, least: float, _: float) -> Float[Tensor, " feature"]:
+def _squared(here: FiringStatistics, there: FiringStatistics, least: float, _: float) -> Float[Tensor, " feature"]:
     mine, theirs = here.squared.sum(0) / here.tokens.sum(), there.squared.sum(0) / there.tokens.sum()
     floor = 1e-3 * (mine + theirs).mean() + 1e-12
     ratio = ((mine + floor) / (theirs + floor)).log2().clamp(min=0)

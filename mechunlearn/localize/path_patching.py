@@ -22,7 +22,7 @@ def path_patching(
     receivers: Sequence[str] = ("logits",),
     through: str = "direct",
     metric: Metric = logit_diff,
-    batch: int = 32,
+    batch_size: int = 32,
 ) -> Localization:
     """Measure how each head and MLP acts on the metric through chosen receivers.
 
@@ -44,7 +44,7 @@ def path_patching(
     watch = Stopwatch()
     into = readers_named(model, receivers)
     names = writers(model.signature)
-    effect, clean, corrupt = path_effects(model, prompts, range(1, len(names)), into, metric, through, batch)
+    effect, clean, corrupt = path_effects(model, prompts, range(1, len(names)), into, metric, through, batch_size)
     scores: dict[str, torch.Tensor] = {}
     by_layer = effect.mean(1).view(model.signature.layers, -1)
     for layer, row in enumerate(by_layer):
@@ -68,7 +68,7 @@ def edge_patching(
     names: Sequence[str],
     *,
     metric: Metric = logit_diff,
-    batch: int = 32,
+    batch_size: int = 32,
     progress: bool = False,
 ) -> Circuit:
     """Measure single edges exactly: the change of the metric when one reader alone sees one writer's corrupt output.
@@ -94,7 +94,7 @@ def edge_patching(
                 f"No edge '{name}' in {model.signature}. Expected names such as 'a0.h1->a1.h2<q>', 'input->m0' or 'm1->logits'."
             )
         pairs.append((rows[source], columns[target]))
-    effect = edge_effects(model, prompts, pairs, metric, batch, progress).mean(1)
+    effect = edge_effects(model, prompts, pairs, metric, batch_size, progress).mean(1)
     scores, chosen = torch.zeros(len(rows), len(columns)), torch.zeros(len(rows), len(columns), dtype=torch.bool)
     for (row, column), score in zip(pairs, effect, strict=True):
         scores[row, column], chosen[row, column] = score, True

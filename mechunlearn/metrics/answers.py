@@ -121,10 +121,10 @@ def _continuation(logits: Tensor, prompts: Prompts) -> tuple[Float[Tensor, " fac
 
 
 @torch.no_grad()
-def answered(model: HookedModel, prompts: Prompts, batch: int = BATCH) -> Bool[Tensor, " fact"]:
+def answered(model: HookedModel, prompts: Prompts, batch_size: int = BATCH) -> Bool[Tensor, " fact"]:
     """Whether greedy decoding gives all tokens of the answer, by fact: one forward pass a batch, nothing else."""
     right = torch.zeros(len(prompts), dtype=torch.bool)
-    for rows in prompts.lengths.argsort().split(batch):
+    for rows in prompts.lengths.argsort().split(batch_size):
         right[rows] = _continuation(*_at_answers(model, prompts.select(rows)))[1]
     return right
 
@@ -137,7 +137,7 @@ def _at_answers(model: HookedModel, part: Prompts) -> tuple[Float[Tensor, "fact 
 
 
 @torch.no_grad()
-def measure(model: HookedModel, prompts: Prompts, batch: int = BATCH) -> dict[str, Float[Tensor, " fact"]]:
+def measure(model: HookedModel, prompts: Prompts, batch_size: int = BATCH) -> dict[str, Float[Tensor, " fact"]]:
     """Per fact: accuracy and probability of the truth and of the edit target.
 
     `accuracy` and `target accuracy` are 1 where greedy decoding over the full vocabulary gives all tokens of the answer;
@@ -147,7 +147,7 @@ def measure(model: HookedModel, prompts: Prompts, batch: int = BATCH) -> dict[st
     made: dict[str, Tensor] = {}
     order = prompts.lengths.argsort()
     one_token = prompts.targets.shape[1] == 1 and prompts.answers.shape[1] == 1
-    for rows in order.split(batch):
+    for rows in order.split(batch_size):
         part = prompts.select(rows)
         logits, read = _at_answers(model, part)
         logprob, right = _continuation(logits, read)
@@ -169,7 +169,7 @@ def measure(model: HookedModel, prompts: Prompts, batch: int = BATCH) -> dict[st
 
 
 @torch.no_grad()
-def option_logprobs(model: HookedModel, prompts: Prompts, batch: int = BATCH) -> Float[Tensor, "fact option"]:
+def option_logprobs(model: HookedModel, prompts: Prompts, batch_size: int = BATCH) -> Float[Tensor, "fact option"]:
     """Log-probability of each answer that a fact lists to choose among, summed over its tokens; -inf where it lists fewer.
 
     It favours short answers: beside options of unequal length a low value may say no more than that one is long.
@@ -178,7 +178,7 @@ def option_logprobs(model: HookedModel, prompts: Prompts, batch: int = BATCH) ->
     if not prompts.options or not all(prompts.options):
         raise MechunlearnError("Some of these facts list no options. Expected facts with answers to choose among.")
     scores = torch.full((len(prompts), max(map(len, prompts.options))), -torch.inf)
-    for rows in prompts.lengths.argsort().split(batch):
+    for rows in prompts.lengths.argsort().split(batch_size):
         part = prompts.select(rows)
         found = _option_logprobs(model, part, _at_answers(model, part)[0][:, 0])
         scores[rows, : found.shape[1]] = found

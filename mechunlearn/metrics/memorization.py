@@ -15,7 +15,7 @@ PREFIXES = (16, 32, 64)
 
 
 @torch.no_grad()
-def memorization_accuracy(model: HookedModel, passages: Sequence[str], batch: int = 64) -> Float[Tensor, " passage"]:
+def memorization_accuracy(model: HookedModel, texts: Sequence[str], batch_size: int = 64) -> Float[Tensor, " passage"]:
     """Share of a passage's tokens, from the second on, that the model ranks first given those before (0 to 1).
 
     MA(x) = sum_t 1{argmax p(. | x_<t) = x_t} / (T - 1) (Tirumala et al., arXiv 2205.10770). It forgives every mistake,
@@ -27,9 +27,9 @@ def memorization_accuracy(model: HookedModel, passages: Sequence[str], batch: in
     >>> bool(memorization_accuracy(model, ["Copy: old lamp quiet stone."])[0] < 1)
     True
     """
-    encoded = _encode(model, passages, 2)
+    encoded = _encode(model, texts, 2)
     found = torch.zeros(len(encoded))
-    for rows in torch.tensor([len(ids) for ids in encoded]).argsort().split(batch):
+    for rows in torch.tensor([len(ids) for ids in encoded]).argsort().split(batch_size):
         tokens, weight = padded([encoded[i] for i in rows.tolist()])
         right = model.forward(tokens)[:, :-1].argmax(-1).cpu() == tokens[:, 1:]
         found[rows] = (right * weight).sum(1) / weight.sum(1)
@@ -37,7 +37,7 @@ def memorization_accuracy(model: HookedModel, passages: Sequence[str], batch: in
 
 
 def extraction_likelihood(
-    model: HookedModel, passages: Sequence[str], n: int = 10, prefixes: Sequence[int] = PREFIXES
+    model: HookedModel, texts: Sequence[str], n: int = 10, prefixes: Sequence[int] = PREFIXES
 ) -> Float[Tensor, " passage"]:
     """Share of the n-grams that the model writes, given the start of a passage, which stand in the rest of it (0 to 1).
 
@@ -52,7 +52,7 @@ def extraction_likelihood(
     >>> bool(extraction_likelihood(model, ["Copy: old lamp quiet stone. Again: dusty."], n=2, prefixes=(3, 5))[0] < 1)
     True
     """
-    encoded = _encode(model, passages, max(prefixes) + n)
+    encoded = _encode(model, texts, max(prefixes) + n)
     asked = [(ids, prefix) for ids in encoded for prefix in prefixes]
     made = _continue(model, [ids[:prefix] for ids, prefix in asked], [len(ids) - prefix for ids, prefix in asked])
     shares = []

@@ -17,22 +17,22 @@ from mechunlearn.model.hooked import HookedModel
 
 @torch.no_grad()
 def residuals(
-    model: HookedModel, prompts: Prompts, positions: Tensor, batch: int = 128
+    model: HookedModel, prompts: Prompts, positions: Tensor, batch_size: int = 128
 ) -> Float[Tensor, "layer fact d_model"]:
     """The layer-normed residual stream at one position a fact, after 0, 1, ... all blocks."""
-    found = streams(model, prompts, positions, batch).float()
+    found = streams(model, prompts, positions, batch_size).float()
     return torch.nn.functional.layer_norm(found, found.shape[-1:])
 
 
 @torch.no_grad()
 def streams(
-    model: HookedModel, prompts: Prompts, positions: Tensor, batch: int = 128
+    model: HookedModel, prompts: Prompts, positions: Tensor, batch_size: int = 128
 ) -> Float[Tensor, "layer fact d_model"]:
     """The residual stream as it is at one position a fact, after 0, 1, ... all blocks."""
     layers = model.signature.layers
     sites = [f"L{layer}.resid_pre" for layer in range(layers)] + [f"L{layers - 1}.resid_post"]
     found = []
-    for rows in torch.arange(len(prompts)).split(batch):
+    for rows in torch.arange(len(prompts)).split(batch_size):
         _, kept = model.cache(prompts.tokens[rows], sites)
         found.append(torch.stack([kept[site][torch.arange(len(rows)), positions[rows]] for site in sites]).cpu())
     return torch.cat(found, 1)

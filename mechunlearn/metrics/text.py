@@ -8,11 +8,11 @@ from mechunlearn.model.hooked import HookedModel
 
 
 @torch.no_grad()
-def text_loss(model: HookedModel, texts: tuple[str, ...], batch: int = 64) -> Float[Tensor, " text"]:
+def text_loss(model: HookedModel, texts: tuple[str, ...], batch_size: int = 64) -> Float[Tensor, " text"]:
     """Mean next-token cross-entropy of each text, in nats."""
     encoded = encode(model, texts)
     losses = torch.zeros(len(texts))
-    for rows in torch.tensor([len(ids) for ids in encoded]).argsort().split(batch):
+    for rows in torch.tensor([len(ids) for ids in encoded]).argsort().split(batch_size):
         tokens, weight = padded([encoded[i] for i in rows.tolist()])
         losses[rows] = (token_losses(model.forward(tokens), tokens) * weight).sum(1).cpu() / weight.sum(1)
     return losses

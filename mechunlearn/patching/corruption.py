@@ -36,10 +36,10 @@ class Paired:
     corrupt: Float[Tensor, " fact"]
 
 
-def check_prompts(model: HookedModel, prompts: Prompts, batch: int = 1) -> None:
+def check_prompts(model: HookedModel, prompts: Prompts, batch_size: int = 1) -> None:
     """Raises `MechunlearnError` if the prompts are empty or longer than the model's context, or the batch is no number."""
-    if batch < 1:
-        raise MechunlearnError(f"A batch of {batch} facts is out of range. Expected batch=1 or more.")
+    if batch_size < 1:
+        raise MechunlearnError(f"A batch of {batch_size} facts is out of range. Expected batch_size=1 or more.")
     context = getattr(model.hf.config, "max_position_embeddings", None)
     if len(prompts) == 0:
         raise MechunlearnError("There are no facts to localize: the prompts are empty.")
@@ -153,12 +153,12 @@ def _noised(noise: Tensor, resid: Tensor) -> Tensor:
 
 
 def role_means(
-    model: HookedModel, prompts: Prompts, sites: Sequence[str], batch: int
+    model: HookedModel, prompts: Prompts, sites: Sequence[str], batch_size: int
 ) -> dict[str, Float[Tensor, "role ..."]]:
     """The mean clean activation at each site by token role, over all facts."""
     sums: dict[str, Tensor] = {}
     counts = torch.zeros(len(ROLES))
-    for rows in torch.arange(len(prompts)).split(batch):
+    for rows in torch.arange(len(prompts)).split(batch_size):
         part = prompts.select(rows)
         run = model.decoder.record(part.tokens, torch.zeros(len(part), 1, dtype=torch.long), sites)
         flat = part.roles.flatten()

@@ -76,7 +76,7 @@ class Curve:
 
 
 def faithfulness(
-    model: HookedModel, circuit: Circuit, prompts: Prompts, *, metric: Metric = logit_diff, batch: int = 32
+    model: HookedModel, circuit: Circuit, prompts: Prompts, *, metric: Metric = logit_diff, batch_size: int = 32
 ) -> Faithfulness:
     """Run the circuit alone: edges outside it carry the corrupt prompts' activations, and what follows is recomputed.
 
@@ -94,7 +94,7 @@ def faithfulness(
     """
     chosen, parts = circuit.chosen, _components(circuit)
     rows = [chosen, edges(circuit.signature, circuit.parallel) & ~chosen, *(chosen & ~part for part in parts.values())]
-    found = _measured(model, circuit, prompts, torch.stack(rows), metric, batch)
+    found = _measured(model, circuit, prompts, torch.stack(rows), metric, batch_size)
     values = [found.ratio(i) for i in range(len(rows))]
     falls = [values[0] - value for value in values[2:]]
     minimality = pd.DataFrame({"component": list(parts), "fall": falls}).sort_values("fall", key=abs, ascending=False)
@@ -110,7 +110,7 @@ def faithfulness_curve(
     *,
     fractions: Sequence[float] = FRACTIONS,
     metric: Metric = logit_diff,
-    batch: int = 32,
+    batch_size: int = 32,
 ) -> Curve:
     """Faithfulness of the circuit's largest edges at growing shares of all edges, with CPR and CMD.
 
@@ -126,7 +126,7 @@ def faithfulness_curve(
     total = int(edges(circuit.signature, circuit.parallel).sum())
     counts = [min(int(fraction * total), len(circuit)) for fraction in fractions]
     rows = torch.stack([circuit.top(edges=count).chosen for count in counts])
-    found = _measured(model, circuit, prompts, rows, metric, batch)
+    found = _measured(model, circuit, prompts, rows, metric, batch_size)
     lows, highs = zip(*(found.interval(i) for i in range(len(rows))), strict=True)
     return Curve(
         pd.DataFrame(
@@ -142,7 +142,7 @@ def faithfulness_curve(
 
 
 def mask_faithfulness(
-    model: HookedModel, mask: ComponentMask, prompts: Prompts, *, metric: Metric = logit_diff, batch: int = 32
+    model: HookedModel, mask: ComponentMask, prompts: Prompts, *, metric: Metric = logit_diff, batch_size: int = 32
 ) -> tuple[float, float, float]:
     """Run the mask's heads and neurons alone: all others keep the activation they have on the corrupt prompts.
 
@@ -162,11 +162,11 @@ def mask_faithfulness(
     1.0
     """
     mask.check(model.signature)
-    check_prompts(model, prompts, batch)
+    check_prompts(model, prompts, batch_size)
     run = _units_run(mask)
     sites = [f"L{layer}.{kind}" for layer in range(model.signature.layers) for kind in SCORED]
     found: list[list[Tensor]] = [[], [], []]
-    for rows in torch.arange(len(prompts)).split(batch):
+    for rows in torch.arange(len(prompts)).split(batch_size):
         pair = paired(model, prompts.select(rows), sites, metric, "prompts", False, 0)
         patches = []
         for site in sites:
@@ -279,16 +279,16 @@ def _measured(
     prompts: Prompts,
     chosen: Bool[Tensor, "circuit writer reader"],
     metric: Metric,
-    batch: int,
+    batch_size: int,
 ) -> _Values:
     if circuit.signature != model.signature or circuit.parallel != model.layout.parallel:
         raise MechunlearnError(
             f"The circuit is for ({circuit.signature}), the model is ({model.signature}). Find it again on this model."
         )
-    check_prompts(model, prompts, batch)
+    check_prompts(model, prompts, batch_size)
     check_streams(model.decoder)
     found: list[list[Tensor]] = [[], [], []]
-    for rows in torch.arange(len(prompts)).split(batch):
+    for rows in torch.arange(len(prompts)).split(batch_size):
         part = prompts.select(rows)
         at = positions_read(metric, part).to(model.device)
         sites = [*writer_sites(model.layout), *(f"L{layer}.attn_out" for layer in range(model.signature.layers))]

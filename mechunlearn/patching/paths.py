@@ -101,7 +101,7 @@ def edge_effects(
     prompts: Prompts,
     pairs: Sequence[tuple[int, int]],
     metric: Metric,
-    batch: int = 32,
+    batch_size: int = 32,
     progress: bool = False,
 ) -> Float[Tensor, "edge fact"]:
     """The exact change of the metric when one reader alone sees the corrupt output of one writer, for each edge.
@@ -109,7 +109,7 @@ def edge_effects(
     Edges are (writer, reader) indices. Each run restarts at the reader's layer and the first corrupt position.
     Raises `MechunlearnError` for a pair that is no edge.
     """
-    check_prompts(model, prompts, batch)
+    check_prompts(model, prompts, batch_size)
     valid = edges(model.signature, model.layout.parallel)
     for source, index in pairs:
         if not valid[source, index]:
@@ -122,8 +122,8 @@ def edge_effects(
     for cell, (source, index) in enumerate(pairs):
         reader = Reader.of(index, model.layout)
         by_place.setdefault((reader.layer, reader.kind), []).append((cell, source, reader.head))
-    with Counter(len(pairs) * -(-len(prompts) // batch), progress) as done:
-        for rows in torch.arange(len(prompts)).split(batch):
+    with Counter(len(pairs) * -(-len(prompts) // batch_size), progress) as done:
+        for rows in torch.arange(len(prompts)).split(batch_size):
             setting = _setting(model, prompts.select(rows), metric, None)
             patches = [
                 _edge_patch(model, setting, *place, *torch.tensor(entries).T.contiguous())
@@ -168,7 +168,7 @@ def path_effects(
     receivers: Sequence[int],
     metric: Metric,
     through: str = "direct",
-    batch: int = 32,
+    batch_size: int = 32,
     where: Bool[Tensor, "fact pos"] | None = None,
 ) -> tuple[Float[Tensor, "sender fact"], Float[Tensor, " fact"], Float[Tensor, " fact"]]:
     """Change of the metric when all receivers see a sender's corrupt output, and the metric clean and corrupt.
@@ -179,9 +179,9 @@ def path_effects(
     """
     if through not in ("direct", "total"):
         raise MechunlearnError(f"Cannot follow paths '{through}'. Expected through='direct' or through='total'.")
-    check_prompts(model, prompts, batch)
+    check_prompts(model, prompts, batch_size)
     found, clean, corrupt = [], [], []
-    for rows in torch.arange(len(prompts)).split(batch):
+    for rows in torch.arange(len(prompts)).split(batch_size):
         part = prompts.select(rows)
         setting = _setting(model, part, metric, None if where is None else where[rows])
         tokens = len(part) * part.tokens.shape[1]

@@ -190,12 +190,12 @@ class Counter:
             self._bar.console.print(text)
 
 
-def preview(model: HookedModel, prompts: Prompts, cells: int, entered: float, batch: int) -> str:
+def preview(model: HookedModel, prompts: Prompts, cells: int, entered: float, batch_size: int) -> str:
     """What a sweep will cost, from one timed forward pass: "3,240 cells, about 2 min, 1.1 GB".
 
     `entered` is the mean share of a forward pass that a cell recomputes.
     """
-    part = prompts.select(range(min(batch, len(prompts))))
+    part = prompts.select(range(min(batch_size, len(prompts))))
     at = torch.zeros(len(part), 1, dtype=torch.long, device=model.device)
     model.decoder.record(part.tokens[:, :1], at)
     begun = time.perf_counter()
@@ -237,7 +237,7 @@ def effects(
     neurons: int = 1,
     window: int = 1,
     seed: int = 0,
-    batch: int = 32,
+    batch_size: int = 32,
     sigma: float | int = 3.0,
     progress: bool = False,
     only: Mapping[str, Bool[Tensor, "_block _unit"]] | None = None,
@@ -252,20 +252,20 @@ def effects(
         check_kinds(model, kinds)
     if denoise and corrupt in ("zero", "mean"):
         raise MechunlearnError(f"There is no corrupt run to restore with corrupt='{corrupt}'. Use denoise=False.")
-    check_prompts(model, prompts, batch)
+    check_prompts(model, prompts, batch_size)
     names = rows_of(prompts, by)[1]
     prompts = with_corruption(prompts, corrupt, seed, model)
     sites = [f"L{layer}.{kind}" for layer in range(model.signature.layers) for kind in kinds]
     blocks = dict(only) if only is not None else {s: _blocks(model, s.split(".", 1)[1], neurons) for s in sites}
     sites = list(blocks)
-    means = role_means(model, prompts, sites, batch) if corrupt == "mean" else None
+    means = role_means(model, prompts, sites, batch_size) if corrupt == "mean" else None
     cells = len(names) * sum(1 if chosen is None else len(chosen) for chosen in blocks.values())
     found: list[Tensor] = []
     clean, other = [], []
-    with Counter(cells * -(-len(prompts) // batch), progress) as done:
+    with Counter(cells * -(-len(prompts) // batch_size), progress) as done:
         if progress:
-            done.say(preview(model, prompts, cells, 0.5 if by is None else 0.3, batch))
-        for rows in torch.arange(len(prompts)).split(batch):
+            done.say(preview(model, prompts, cells, 0.5 if by is None else 0.3, batch_size))
+        for rows in torch.arange(len(prompts)).split(batch_size):
             pair = paired(model, prompts.select(rows), sites, metric, corrupt, denoise, seed, means, sigma)
             patches = _patches(model, pair, blocks, by, window)
             values = sweep(model.decoder, pair.base, patches, cells, metric, pair.prompts, done)

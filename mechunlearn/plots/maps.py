@@ -12,7 +12,7 @@ from mechunlearn.artifacts.localization import Localization
 from mechunlearn.artifacts.mask import ComponentMask
 from mechunlearn.core.display import unit_name
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.features.firing import Activity
+from mechunlearn.features.firing import FiringStatistics
 from mechunlearn.model.component import Component
 from mechunlearn.model.hooked import HookedModel
 from mechunlearn.patching.scores import editable
@@ -225,7 +225,7 @@ def role_map(by_role: Mapping[str, Float[Tensor, "role _unit"]], roles: Sequence
     return styled(figure, text(title), 190 + 34 * len(roles))
 
 
-def code_volcano(here: Activity, there: Activity, chosen: ComponentMask | None = None) -> go.Figure:
+def code_volcano(here: FiringStatistics, there: FiringStatistics, chosen: ComponentMask | None = None) -> go.Figure:
     """The units of a dictionary: how much more often each is active on a topic than elsewhere, against how often it is.
 
     `here` is the activity on the topic, `there` on other text. Across, log2 of the share of tokens with the unit active, here

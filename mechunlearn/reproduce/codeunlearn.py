@@ -24,7 +24,7 @@ from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import Asked, Prompts
 from mechunlearn.features.dictionaries import SAE, Codebook, load_dictionary, spliced
 from mechunlearn.features.feature_edit import FeatureEdit
-from mechunlearn.features.firing import Activity, matched_mask, quality
+from mechunlearn.features.firing import FiringStatistics, matched_mask, quality
 from mechunlearn.features.training import train_codebook, train_sae
 from mechunlearn.localize import feature_discovery
 from mechunlearn.model.hooked import HookedModel, export, load_model
@@ -247,7 +247,7 @@ class Bench:
     def __init__(self, folder: Path, book: Book) -> None:
         self.folder, self.book = folder, book
         self._references: dict[str, torch.Tensor] = {}
-        self._seen: dict[tuple[bool, int | None], dict[str, tuple[Activity, Activity]]] = {}
+        self._seen: dict[tuple[bool, int | None], dict[str, tuple[FiringStatistics, FiringStatistics]]] = {}
         base = _folder(folder, book.world)
         joint = folder / "joint" / book.slug
         self.model = load_model(joint if book.arm == "joint" and joint.exists() else base)
@@ -295,7 +295,7 @@ class Bench:
             made.save(folder)
         return SAE.load(folder)
 
-    def seen(self, codes: bool, nearest: int = 0) -> dict[str, tuple[Activity, Activity]]:
+    def seen(self, codes: bool, nearest: int = 0) -> dict[str, tuple[FiringStatistics, FiringStatistics]]:
         """Topics and counterfactuals by the codebook or the SAE; a codebook may count more nearest codes than it uses."""
         counted = nearest if codes and nearest not in (0, self.book.used) else None
         if (codes, counted) not in self._seen:
@@ -339,10 +339,10 @@ class Bench:
             return codebook_delete(self.model, mask, dictionary=self.codebook, how=how)
         if method == "SAE rows":
             return dictionary_rows(
-                self.model, mask, self.topics.stories[topic], dictionary=self.sae, strength=setting.strength
+                self.model, mask, self.topics.stories[topic], dictionary=self.sae, scale=setting.strength
             )
         forget = usage if method in CONTROLS else self.seen(False)[topic][0]
-        return feature_clamp(self.model, mask, forget, dictionary=self.sae, strength=setting.strength)
+        return feature_clamp(self.model, mask, forget, dictionary=self.sae, scale=setting.strength)
 
     def by_gradient(self, topic: str, setting: Setting) -> Edit:
         stories = self.topics.stories
@@ -353,10 +353,10 @@ class Bench:
             self._prompts(stories[topic]),
             self._prompts(staying),
             loss=losses.gradient_ascent,
-            rate=setting.rate,
+            lr=setting.rate,
             steps=GRADIENT_STEPS,
-            batch=16,
-            text=self.documents(96, self.book.seed),
+            batch_size=16,
+            texts=self.documents(96, self.book.seed),
             seed=self.book.seed,
         )
 

@@ -72,7 +72,7 @@ STRENGTHS = (
 NORMS = (0.1, 0.15, 0.22, 0.33, 0.5, 0.75, 1.1, 1.7, 2.5, 3.8)
 RIDGES = (3000, 1000, 300, 100, 30, 10, 3, 1, 0.3, 0.1, 0.01)
 RATES = (1e-3, 3e-3, 6e-3, 1e-2, 2e-2)
-RELEARNING: dict[str, Any] = {"rates": {"full": [1e-3, 4e-3]}, "steps": 20, "every": 10, "gate": 0.5}
+RELEARNING: dict[str, Any] = {"lrs": {"full": [1e-3, 4e-3]}, "steps": 20, "eval_every": 10, "min_retention": 0.5}
 
 
 @dataclass(frozen=True)
@@ -357,14 +357,14 @@ class Bench:
             self.retain,
             How(towards, role, 0, 25, 0.2, 1.0, 64),
             covariance=self.covariance(layers),
-            text=(),
-            values=None,
+            texts=(),
+            target_values=None,
             keep=False,
             seed=self.seed,
             progress=False,
         )
-        every = torch.zeros(len(self.forget), work.values.shape[1])
-        every[answered(self.model, self.forget)] = work.values
+        every = torch.zeros(len(self.forget), work.target_values.shape[1])
+        every[answered(self.model, self.forget)] = work.target_values
         return every, watch.seconds()
 
 
@@ -413,12 +413,20 @@ def path(bench: Bench, at: Site, cell: Cell, begin: float = 0.0) -> Iterator[tup
     setting, model = cell.setting, bench.model
     values, _ = bench.values(at.layers, at.role, setting.towards)
     covariance = bench.covariance(at.layers)
-    shared: dict[str, Any] = {"role": at.role, "towards": setting.towards, "values": values, "covariance": covariance}
-    shared |= {"prefixes": 0, "text": (), "seed": cell.seed, "reach": setting.reach}
+    shared: dict[str, Any] = {
+        "position": at.role,
+        "target": setting.towards,
+        "target_values": values,
+        "covariance": covariance,
+    }
+    shared |= {"prefixes": 0, "texts": (), "seed": cell.seed, "overshoot": setting.reach}
     given = (model, at.mask, bench.forget, bench.retain)
     if cell.method.startswith("MEMIT"):
         for strength in STRENGTHS:
-            yield float(strength), memit(*given, strength=strength, retain_weight=setting.retain_weight, **shared)
+            yield (
+                float(strength),
+                memit(*given, covariance_weight=strength, retain_weight=setting.retain_weight, **shared),
+            )
     elif cell.method == "AlphaEdit":
         scale = float(covariance.matrix(bench.sites(at.layers)[0]).diagonal().mean())
         for ridge in RIDGES:
@@ -450,9 +458,9 @@ def by_gradient(bench: Bench, at: Site, cell: Cell) -> tuple[float, WeightEdit]:
         at.mask,
         replace(bench.forget, targets=end),
         bench.retain,
-        rate=cell.setting.own,
+        lr=cell.setting.own,
         steps=STEPS,
-        text=bench.text,
+        texts=bench.text,
         measure=watch,
         seed=cell.seed,
         **GRADIENT[cell.method],
@@ -544,10 +552,10 @@ def attacked(folder: Path, cell: Cell, chosen: dict[str, Setting]) -> dict:
     }
     first = ATTACKED[0]
     beside = {name: edit for name, edit in edits.items() if name != first}
-    rows = relearning(bench.model, edits[first], forget, retain, beside=beside, seed=cell.seed, **RELEARNING)
+    rows = relearning(bench.model, edits[first], forget, retain, extra_edits=beside, seed=cell.seed, **RELEARNING)
     names = {"edited": first}
     curves: dict[str, dict] = {}
-    for (state, rate), curve in rows.groupby(["state", "rate"], sort=False):
+    for (state, rate), curve in rows.groupby(["state", "lr"], sort=False):
         name = names.get(str(state), str(state))
         curves.setdefault(name, {})[f"{rate:g}"] = curve[
             ["step", "held out", "trained", "retain", "valid"]

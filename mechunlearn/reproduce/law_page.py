@@ -265,13 +265,13 @@ def _best(curves: dict[str, list[list]], column: int) -> float:
 
 
 def _relearning(found: dict) -> list[str]:
-    rates = ", ".join(f"{rate:g}" for rate in RELEARNING["rates"]["full"])
+    rates = ", ".join(f"{rate:g}" for rate in RELEARNING["lrs"]["full"])
     lines = [
         "## Relearning",
         "",
         f"All weights trained for {RELEARNING['steps']} steps on half of one washed relation, the retain facts and text, at rates {rates}; "
         "accuracy on the *other half*, best over rates and steps, for everyone alike. A point counts while retain accuracy is "
-        f"{RELEARNING['gate']} or more. *Never taught* is the floor: as many facts of people that no model saw.",
+        f"{RELEARNING['min_retention']} or more. *Never taught* is the floor: as many facts of people that no model saw.",
         "",
         "| state | before | best held out | best on the trained half |",
         "|---|---|---|---|",

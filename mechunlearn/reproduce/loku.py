@@ -253,8 +253,8 @@ def measured(folder: Path, cell: Cell) -> dict:
     (forget, retain), mask = bench.prompts(model), ComponentMask.everything(model)
     shared: dict[str, Any] = {
         "steps": STEPS[cell.task],
-        "rate": cell.rate,
-        "batch": BATCH[cell.task],
+        "lr": cell.rate,
+        "batch_size": BATCH[cell.task],
         "text_weight": 0.0,
     }
     shared |= {"warmup": 2, "measure": watch, "seed": cell.forget}

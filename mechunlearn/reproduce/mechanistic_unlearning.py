@@ -6,7 +6,7 @@ MLP layers, under all MLPs and under everything; rate and weight are chosen for 
 Then: other formats, other facts, and relearning of half. The same on the naive world, and on the twin whose storage is known.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import combinations
@@ -51,9 +51,9 @@ FORGET, RETAIN, VALIDATION = 40, 160, 9
 STEPS, BATCH = 30, 40
 RATES, WEIGHTS = (3e-3, 1e-2), (1.0, 4.0)
 ATTACK: dict[str, Any] = {
-    "rates": {"lora": (5e-3,), "full": (5e-4, 2e-3)},
+    "lrs": {"lora": (5e-3,), "full": (5e-4, 2e-3)},
     "steps": 10,
-    "every": 5,
+    "eval_every": 5,
     "batch": 20,
 }
 LOOKUP, PATHS, RANDOM = "fact_lookup", "fact_lookup, paths", "random_units"
@@ -66,7 +66,7 @@ LOCALIZERS: dict[str, Callable[[HookedModel, Prompts, int], Localization]] = {
     "causal_tracing": lambda model, facts, seed: causal_tracing(model, facts, seed=seed),
     "attribution_patching": lambda model, facts, seed: attribution_patching(model, facts),
     "activation_patching": lambda model, facts, seed: activation_patching(model, facts, neurons=16),
-    "edge_attribution": lambda model, facts, seed: edge_attribution(model, facts, steps=5).nodes(),
+    "edge_attribution": lambda model, facts, seed: edge_attribution(model, facts, ig_steps=5).nodes(),
     "path_patching": lambda model, facts, seed: path_patching(model, facts),
     "direct_logit_attribution": lambda model, facts, seed: direct_logit_attribution(model, facts),
     RANDOM: lambda model, facts, seed: random_units(model, seed=seed),
@@ -95,7 +95,7 @@ class Plan:
             "retain": RETAIN,
             "steps": STEPS,
             "batch": BATCH,
-            "rates": list(RATES),
+            "lrs": list(RATES),
             "weights": list(WEIGHTS),
             "attack": {name: str(value) for name, value in ATTACK.items()},
             "quick": self.quick,
@@ -169,7 +169,13 @@ def chosen(grid: Grid, world: str, relation: str, arm: str) -> dict[str, Any]:
     tried = trials(world, relation, arm)
     done = [(cell, finished(grid, vars(cell))) for cell in tried if all(settled(grid, vars(one)) for one in tried)]
     rows = [{"rate": cell.rate, "forget_weight": cell.weight, **row} for cell, row in done if row]
-    return select([row for row in rows if row.get("share") is not None])
+    return _best([row for row in rows if row.get("share") is not None])
+
+
+def _best(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The rule of `compare.select`, in the names of this grid's cells."""
+    best = select([{**row, "lr": row["rate"], "efficacy": row.get("strength")} for row in rows])
+    return {"rate": best.pop("lr"), **best}
 
 
 def tests(plan: Plan, grid: Grid, world: str, relation: str, arm: str) -> list[Cell]:
@@ -331,9 +337,9 @@ def _edit_and_measure(
             forget,
             retain,
             steps=STEPS,
-            rate=cell.rate,
+            lr=cell.rate,
             forget_weight=cell.weight,
-            batch=BATCH,
+            batch_size=BATCH,
             seed=cell.seed,
         )
     except MechunlearnError as error:
@@ -355,7 +361,7 @@ def _edit_and_measure(
         raise MechunlearnError("Its ceiling and floor are not finished.")
     known = pd.DataFrame(limits["rows"])
     known.attrs["card"] = limits["card"]
-    return made | recovered(relearning(model, edit, forget, retain, known=known, seed=cell.seed, **ATTACK))
+    return made | recovered(relearning(model, edit, forget, retain, baseline_rows=known, seed=cell.seed, **ATTACK))
 
 
 def elsewhere(model: HookedModel, forget: Prompts) -> dict:
@@ -396,7 +402,7 @@ def bounds(folder: Path, cell: Cell) -> dict:
     forget, retain = bench.sets(cell.seed)
     relabelled = _world(folder, int(cell.world), True) if cell.world.isdigit() else None
     beside = {"from scratch": _model(relabelled)} if relabelled is not None and relabelled.exists() else {}
-    rows = relearning(bench.model, None, forget, retain, beside=beside, seed=cell.seed, **ATTACK)
+    rows = relearning(bench.model, None, forget, retain, extra_edits=beside, seed=cell.seed, **ATTACK)
     unedited = {"retain": float(measure(bench.model, retain)["accuracy"].mean())} | elsewhere(bench.model, forget)
     found = recovery(rows).reset_index()
     return {
@@ -452,7 +458,7 @@ def shared(folder: Path, about: dict, cell: Cell) -> dict:
         | _edit_and_measure(bench, one, mask, *bench.sets(VALIDATION), grid)
         for one in tried
     ]
-    setting = select(rows)
+    setting = _best(rows)
     test = Cell("test", TWIN, cell.relation, cell.seed, cell.arm, setting["rate"], setting["forget_weight"])
     about_it = {f"chosen {name}": value for name, value in setting.items()}
     return {**about_it, **_edit_and_measure(bench, test, mask, forget, retain, grid)}

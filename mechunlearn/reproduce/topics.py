@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechunlearn.features.dictionaries import Dictionary
-from mechunlearn.features.firing import Activity, swapped
+from mechunlearn.features.firing import FiringStatistics, swapped
 from mechunlearn.metrics.text import encode, padded, text_loss
 from mechunlearn.model.hooked import HookedModel
 from mechunlearn.world import lexicon as lex
@@ -143,12 +143,14 @@ class Topics:
             t: Shown.of(self.model, {t: topic_stories(t, SHOWN, SHOWN_SEED + self.seed, PARAPHRASED)}) for t in TOPICS
         }
 
-    def seen(self, dictionary: Dictionary, nearest: int | None = None) -> dict[str, tuple[Activity, Activity]]:
+    def seen(
+        self, dictionary: Dictionary, nearest: int | None = None
+    ) -> dict[str, tuple[FiringStatistics, FiringStatistics]]:
         """What a dictionary does on each topic and on its counterfactual: the cached codes of discovery."""
         return {
             topic: (
-                Activity.of(self.model, dictionary, self.stories[topic], nearest),
-                Activity.of(self.model, dictionary, self.counterfactual[topic], nearest),
+                FiringStatistics.of(self.model, dictionary, self.stories[topic], nearest),
+                FiringStatistics.of(self.model, dictionary, self.counterfactual[topic], nearest),
             )
             for topic in TOPICS
         }

@@ -106,11 +106,11 @@ class Covariance:
         texts: Sequence[str],
         *,
         skip_first: bool = False,
-        batch: int = 32,
+        batch_size: int = 32,
         cache: str | Path | None = None,
         progress: bool = False,
     ) -> "Covariance":
-        """Collect over texts, shortest first so that little is padding, `batch` texts at a time.
+        """Collect over texts, shortest first so that little is padding, `batch_size` texts at a time.
 
         In the folder `cache` each site has a file, named by the model's fingerprint, the texts' tokens and the site.
         Sites found there are read, the others collected in one pass. Unfinished sums are kept every `SAVE_EVERY`
@@ -123,14 +123,14 @@ class Covariance:
         made = cls(model, sites, skip_first)
         rows = sorted(_tokenized(model, texts), key=len)
         made.count = sum(len(row) - skip_first for row in rows)
-        if made.count < 1 or batch < 1:
+        if made.count < 1 or batch_size < 1:
             raise MechunlearnError(
-                f"{len(texts)} texts have {made.count} tokens to count, and batch={batch}. Expected one or more of each."
+                f"{len(texts)} texts have {made.count} tokens to count, and batch_size={batch_size}. Expected one or more of each."
             )
-        batches = [rows[start : start + batch] for start in range(0, len(rows), batch)]
+        batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
         text = digest(str(skip_first), *map(str, rows))
         about = {"model": made.fingerprint, "text": text, "tokens": str(made.count)}
-        files = None if cache is None else _Files(Path(cache), about, batch, len(batches))
+        files = None if cache is None else _Files(Path(cache), about, batch_size, len(batches))
         done = {site: 0 if files is None else files.read(site, sums) for site, sums in made._sums.items()}
         saved = time.monotonic()
         steps = range(min(done.values()), len(batches))
@@ -177,7 +177,7 @@ class _Files:
 
     folder: Path
     about: dict[str, str]
-    batch: int
+    batch_size: int
     batches: int
 
     def path(self, site: str, whole: bool) -> Path:
@@ -193,7 +193,7 @@ class _Files:
             tensors, found = load_tensors(path, "covariance")
         except MechunlearnError as error:
             raise MechunlearnError(f"{error} Delete it, and it is collected again.") from None
-        known = self.about | {"site": site} | ({} if whole else {"batch": str(self.batch)})
+        known = self.about | {"site": site} | ({} if whole else {"batch_size": str(self.batch_size)})
         wrong = [
             f"{key} {found.get(key)} (expected {value})" for key, value in known.items() if found.get(key) != value
         ]
@@ -207,7 +207,13 @@ class _Files:
         """Write the sums of so many batches; all of them take the place of the partial file."""
         whole = done == self.batches
         path = self.path(site, whole)
-        about = {"kind": "covariance", "site": site, **self.about, "batch": str(self.batch), "done": str(done)}
+        about = {
+            "kind": "covariance",
+            "site": site,
+            **self.about,
+            "batch_size": str(self.batch_size),
+            "done": str(done),
+        }
         try:
             if not (whole and path.exists()):
                 save_tensors(path, {"sums": sums}, about)

@@ -23,10 +23,10 @@ from mechunlearn.training.parameterizations import Trainable
 BATCH = 64
 
 
-def epochs(count: int, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
+def epochs(count: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
     """Batches of row indices without end, each epoch in a new order."""
     while True:
-        yield from torch.randperm(count, generator=generator).split(batch)
+        yield from torch.randperm(count, generator=generator).split(batch_size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +66,7 @@ class Sequences:
         return Sequences(self.tokens[rows, :width], self.labels[rows, :width], lengths)
 
 
-class Upper:
+class TopLayers:
     """A model from its lowest trained layer up.
 
     What enters that layer is a constant while nothing below is trained: no backward pass goes there, and with `keep` it is
@@ -103,7 +103,7 @@ def real(part: Sequences) -> Bool[Tensor, "row pos"]:
     return torch.arange(part.tokens.shape[1]) < part.lengths[:, None]
 
 
-class Stream:
+class CachedInputs:
     """Sequences as the trained part of a model reads them.
 
     `wanted` names what an objective asks for of the *unedited* model (`reference`, `reference_logits`,
@@ -112,7 +112,7 @@ class Stream:
     """
 
     def __init__(
-        self, upper: Upper, sequences: Sequences, wanted: frozenset[str] = frozenset(), hidden: int | None = None
+        self, upper: TopLayers, sequences: Sequences, wanted: frozenset[str] = frozenset(), hidden: int | None = None
     ) -> None:
         self.upper, self.sequences, self.hidden = upper, sequences, hidden
         ends = sequences.lengths.cumsum(0)
@@ -179,10 +179,10 @@ class Stream:
         return self._begins[rows][:, None] + steps
 
     @torch.no_grad()
-    def right(self, batch: int = 2 * BATCH) -> Bool[Tensor, " row"]:
+    def right(self, batch_size: int = 2 * BATCH) -> Bool[Tensor, " row"]:
         """Whether greedy decoding gives all labelled tokens, by row."""
         wrong = torch.zeros(len(self))
-        for rows in self.sequences.lengths.argsort().split(batch):
+        for rows in self.sequences.lengths.argsort().split(batch_size):
             read = self.read(rows, {"logits", "labels", "fact"})
             missed = (read["logits"].argmax(-1) != read["labels"]).float().cpu()
             wrong[rows] = torch.zeros(len(rows)).index_add_(0, read["fact"].cpu(), missed)
@@ -199,14 +199,14 @@ class Schedule:
     """AdamW with a linear warm-up, then a cosine to zero; gradients are clipped to a norm."""
 
     steps: int
-    rate: float | int
+    lr: float | int
     warmup: int = 0
     clip: float | int = 1.0
     weight_decay: float | int = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.rate <= 1000:
-            raise MechunlearnError(f"A rate of {self.rate:g} is out of range. Expected 0 to 1000, for example 2e-3.")
+        if not 0 <= self.lr <= 1000:
+            raise MechunlearnError(f"A rate of {self.lr:g} is out of range. Expected 0 to 1000, for example 2e-3.")
         if self.steps < 1 or not 0 <= self.warmup < self.steps:
             raise MechunlearnError(
                 f"{self.steps} steps with {self.warmup} of warm-up. Expected at least one step, and fewer of warm-up."
@@ -219,22 +219,22 @@ class Schedule:
         [0.5, 1.0, 1.0, 0.5]
         """
         if step < self.warmup:
-            return self.rate * (step + 1) / self.warmup
-        return self.rate * 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / (self.steps - self.warmup)))
+            return self.lr * (step + 1) / self.warmup
+        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / (self.steps - self.warmup)))
 
 
 Terms = Mapping[str, tuple[float, float | int, Tensor]]
 
 
 @dataclass
-class Descent:
+class TrainResult:
     """What happened: one entry a step (the terms of the objective, and what `after` measured), and why it ended."""
 
     trajectory: list[dict] = field(default_factory=list)
     stopped: str = ""
 
 
-def descend(
+def train(
     trained: Trainable,
     parts: Callable[[], Iterator[Terms]],
     schedule: Schedule,
@@ -243,15 +243,15 @@ def descend(
     after: Callable[[int], dict] = lambda step: {},
     until: Callable[[dict], bool] = lambda entry: False,
     progress: bool = False,
-) -> Descent:
+) -> TrainResult:
     """Minimise a weighted sum of terms; the model is left as trained.
 
     `parts()` yields the micro-batches of one step, `{term: (share of the batch, weight, value)}`. `after(step)` may measure
     more, `until(entry)` may end it. Ctrl-C ends it after the step in progress, with what was reached so far. Raises
     `MechunlearnError`, naming step and objective, if a term is not finite; nothing of that step is then written.
     """
-    optimiser = torch.optim.AdamW(trained.leaves, lr=schedule.rate, weight_decay=schedule.weight_decay)
-    done = Descent()
+    optimiser = torch.optim.AdamW(trained.leaves, lr=schedule.lr, weight_decay=schedule.weight_decay)
+    done = TrainResult()
     with interruptible() as asked:
         for step in track(range(schedule.steps), "training", disable=not progress, transient=True):
             optimiser.zero_grad()
@@ -263,7 +263,7 @@ def descend(
                     if not math.isfinite(value):
                         raise MechunlearnError(
                             f"The {name} term of {objective} is {value} at step {step + 1} of {schedule.steps}: the model is "
-                            f"left as it was. Lower the rate ({schedule.rate:g}), or use a bounded objective."
+                            f"left as it was. Lower the rate ({schedule.lr:g}), or use a bounded objective."
                         )
                     entry[name] = entry.get(name, 0.0) + share * value
                 trained.gradient(total)

@@ -20,7 +20,7 @@ PLACES = ("subject last", "last")
 
 
 @dataclass(frozen=True, eq=False)
-class Contexts:
+class EditPrompts:
     """Each fact in a few contexts: the bare prompt first, then the same behind prefixes.
 
     `tokens` are `[fact context pos]`, prompt and continuation padded on the right; `at` is the edited token, `start` the
@@ -44,7 +44,7 @@ class Contexts:
         place: str,
         prefixes: Sequence[Sequence[int]] = (),
         labels: Int[Tensor, "fact label"] | None = None,
-    ) -> "Contexts":
+    ) -> "EditPrompts":
         """The prompts with `labels` (by default their answers) to follow, edited at a token role.
 
         Prefixes go behind a special token that begins the prompts. A key is half the bare prompt's and
@@ -73,7 +73,7 @@ class Contexts:
         weight[0] = 0.5 if count else 1.0
         return cls(tokens, at[:, None] + shifts, prompts.start[:, None] + shifts, labels, weight)
 
-    def select(self, facts: Tensor) -> "Contexts":
+    def select(self, facts: Tensor) -> "EditPrompts":
         """These facts, no wider than the longest of them."""
         width = int((self.start[facts] + (self.labels[facts] != PAD).sum(1)[:, None]).max())
         return replace(
@@ -89,7 +89,7 @@ class Contexts:
         return torch.einsum("fcw,c->fw", x.double(), self.weight.to(x.device, torch.float64))
 
     @property
-    def bare(self) -> "Contexts":
+    def bare(self) -> "EditPrompts":
         return replace(
             self, tokens=self.tokens[:, :1], at=self.at[:, :1], start=self.start[:, :1], weight=torch.ones(1)
         )
@@ -106,12 +106,12 @@ def _places(prompts: Prompts, place: str) -> Int[Tensor, " fact"]:
     if (prompts.spans < 0).any():
         raise MechunlearnError(
             f"{int((prompts.spans[:, 1] < 0).sum())} of the {len(prompts)} prompts name no subject, so they have no token "
-            "'subject last'. Give role='last', or prompts with subjects."
+            "'subject last'. Give position='last', or prompts with subjects."
         )
     return torch.minimum(prompts.spans[:, 1], prompts.start)
 
 
-def openings(model: HookedModel, texts: Sequence[str], count: int, seed: int) -> list[list[int]]:
+def sampled_prefixes(model: HookedModel, texts: Sequence[str], count: int, seed: int) -> list[list[int]]:
     """The first tokens of some passages, drawn by the seed, all of one length; none without a tokenizer or a text."""
     if model.tokenizer is None or not texts or not count:
         return []
@@ -142,12 +142,12 @@ def output_sites(model: HookedModel, mask: ComponentMask) -> dict[int, Int[Tenso
 
 @torch.no_grad()
 def seen(
-    model: HookedModel, contexts: Contexts, sites: Sequence[str], batch: int
+    model: HookedModel, edit_prompts: EditPrompts, sites: Sequence[str], batch_size: int
 ) -> Iterator[tuple[Int[Tensor, " _fact"], dict[str, Float[Tensor, "_fact context _width"]]]]:
     """What is at these sites at the edited tokens, for batches of facts: one forward pass each, ending at the last site."""
-    per = contexts.tokens.shape[1]
-    for facts in contexts.start.max(1).values.argsort().split(max(1, batch // per)):
-        part = contexts.select(facts)
+    per = edit_prompts.tokens.shape[1]
+    for facts in edit_prompts.start.max(1).values.argsort().split(max(1, batch_size // per)):
+        part = edit_prompts.select(facts)
         kept: dict[str, Tensor] = {}
         at = part.at.flatten().to(model.device)
         model.decoder.observe(part.tokens.flatten(0, 1), {site: partial(_keep, kept, site, at) for site in sites})

@@ -9,7 +9,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from mechunlearn.edit.closed_form.edit_prompts import Contexts, seen
+from mechunlearn.edit.closed_form.edit_prompts import EditPrompts, seen
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import PAD, Asked, Prompts
 from mechunlearn.model.decoder import Restart, Run
@@ -28,22 +28,22 @@ def end_of_text(model: HookedModel) -> int:
     if end is None:
         raise MechunlearnError(
             "Neither the tokenizer nor the model's configuration names an end-of-text token, and facts are washed towards "
-            "it. Set tokenizer.eos_token, or use towards='targets' or towards='mean'."
+            "it. Set tokenizer.eos_token, or use target='targets' or target='mean'."
         )
     return int(end)
 
 
-def aims(model: HookedModel, prompts: Prompts, towards: str) -> Int[Tensor, "fact label"]:
+def target_labels(model: HookedModel, prompts: Prompts, target: str) -> Int[Tensor, "fact label"]:
     """The tokens that each prompt is to be followed by."""
-    if towards not in TOWARDS:
-        raise MechunlearnError(f"Cannot edit towards '{towards}'. Expected one of {', '.join(TOWARDS)}.")
-    if towards in ("end-of-text", "shared"):
+    if target not in TOWARDS:
+        raise MechunlearnError(f"Cannot edit towards '{target}'. Expected one of {', '.join(TOWARDS)}.")
+    if target in ("end-of-text", "shared"):
         return torch.full((len(prompts), 1), end_of_text(model))
     return prompts.targets
 
 
 def average_values(
-    model: HookedModel, layer: int, contexts: Contexts, others: Contexts, batch: int
+    model: HookedModel, layer: int, edit_prompts: EditPrompts, others: EditPrompts, batch_size: int
 ) -> Float[Tensor, "fact d_model"]:
     """The mean residual stream of other facts at the edited token, for every fact: nothing of its subject is left in it.
 
@@ -51,20 +51,20 @@ def average_values(
     """
     site = f"L{layer}.resid_post"
     total = torch.zeros(model.signature.d_model, dtype=torch.float64, device=model.device)
-    for _, found in seen(model, others.bare, [site], batch):
+    for _, found in seen(model, others.bare, [site], batch_size):
         total += found[site].sum((0, 1), dtype=torch.float64)
-    return (total / len(others)).float().cpu().expand(len(contexts), -1)
+    return (total / len(others)).float().cpu().expand(len(edit_prompts), -1)
 
 
 def shared_values(
     model: HookedModel,
     layer: int,
-    contexts: Contexts,
-    others: Contexts,
+    edit_prompts: EditPrompts,
+    others: EditPrompts,
     *,
     steps: int,
-    rate: float | int,
-    batch: int,
+    lr: float | int,
+    batch_size: int,
     seed: int,
 ) -> Float[Tensor, "fact d_model"]:
     """One value for every fact: the others' average plus one delta that makes the labels follow.
@@ -72,26 +72,26 @@ def shared_values(
     The delta is found as in `optimised_values`, on 64 facts at most whatever their number, and taken from the same
     average, so that the change wanted of each layer is a simple function of its key.
     """
-    home = average_values(model, layer, contexts, others, batch)[:1].to(model.device, model.hf.dtype)
-    drawn = torch.randperm(len(contexts), generator=torch.Generator().manual_seed(seed))[:SHARED]
-    tails = list(_above(model, layer, contexts.select(drawn), scored=True))
+    home = average_values(model, layer, edit_prompts, others, batch_size)[:1].to(model.device, model.hf.dtype)
+    drawn = torch.randperm(len(edit_prompts), generator=torch.Generator().manual_seed(seed))[:SHARED]
+    tails = list(_above(model, layer, edit_prompts.select(drawn), scored=True))
     for tail in tails:
         tail.resid = torch.cat([home.expand(len(tail.resid), 1, -1), tail.resid[:, 1:]], 1)
         tail.facts = torch.zeros_like(tail.facts)
         tail.weights = tail.weights / len(drawn)
-    found = _optimised(model, layer, tails, 1, steps, rate)
-    return found.cpu().expand(len(contexts), -1)
+    found = _optimised(model, layer, tails, 1, steps, lr)
+    return found.cpu().expand(len(edit_prompts), -1)
 
 
 def optimised_values(
     model: HookedModel,
     layer: int,
-    contexts: Contexts,
-    kept: Contexts | None,
+    edit_prompts: EditPrompts,
+    kept: EditPrompts | None,
     *,
     steps: int,
-    rate: float | int,
-    batch: int,
+    lr: float | int,
+    batch_size: int,
     progress: bool = False,
 ) -> Float[Tensor, "fact d_model"]:
     """The residual stream leaving `layer` at the edited token that makes each fact's labels follow, by Adam on all at once.
@@ -101,32 +101,32 @@ def optimised_values(
 
     (MEMIT, arXiv 2210.07229, section 4.2, with the constants of its code, which divides the decay by ||h||^2.) Facts that the
     edited token cannot tell apart (two relations, asked behind the subject) share one value, which serves the mean of
-    their losses. `rate` is in units of the root mean square of h, so it means the same whatever the scale of a model's
+    their losses. `lr` is in units of the root mean square of h, so it means the same whatever the scale of a model's
     residual stream; the code's is absolute (.5). A fact stays as it is once its loss is below .05. `kept` holds the
     "{subject} is a" prompts, none for facts without a subject's name.
 
     The residual stream behind `layer` and the keys and values before the edited token are recorded once; each step runs the
     layers above on the tokens from there on and unembeds what is scored.
     """
-    owner = _owners(contexts)
-    longest = torch.zeros(int(owner.max()) + 1).scatter_reduce(0, owner, contexts.start[:, 0].float(), "amax")
+    owner = _owners(edit_prompts)
+    longest = torch.zeros(int(owner.max()) + 1).scatter_reduce(0, owner, edit_prompts.start[:, 0].float(), "amax")
     found = torch.zeros(len(longest), model.signature.d_model)
-    per = max(1, batch * len(longest) // len(contexts))
+    per = max(1, batch_size * len(longest) // len(edit_prompts))
     for owners in track(longest.argsort().split(per), "target values", disable=not progress, transient=True):
         facts = torch.isin(owner, owners).nonzero().flatten()
         mine = (owner[facts][:, None] == owners).int().argmax(1)
-        tails = list(_above(model, layer, contexts.select(facts), scored=True))
+        tails = list(_above(model, layer, edit_prompts.select(facts), scored=True))
         tails += list(_above(model, layer, kept.select(facts), scored=False)) if kept is not None else []
         share = 1 / mine.bincount(minlength=len(owners))[mine].to(model.device)
         for tail in tails:
             tail.weights, tail.facts = tail.weights * share[tail.facts], mine.to(model.device)[tail.facts]
-        found[owners] = _optimised(model, layer, tails, len(owners), steps, rate).cpu()
+        found[owners] = _optimised(model, layer, tails, len(owners), steps, lr).cpu()
     return found[owner]
 
 
-def _owners(contexts: Contexts) -> Int[Tensor, " fact"]:
+def _owners(edit_prompts: EditPrompts) -> Int[Tensor, " fact"]:
     """Facts numbered by what the edited token sees in the bare prompt: the same number where that is the same."""
-    tokens, at = contexts.tokens[:, 0].tolist(), contexts.at[:, 0].tolist()
+    tokens, at = edit_prompts.tokens[:, 0].tolist(), edit_prompts.at[:, 0].tolist()
     numbers: dict[tuple[int, ...], int] = {}
     return torch.tensor([numbers.setdefault(tuple(row[: i + 1]), len(numbers)) for row, i in zip(tokens, at)])
 
@@ -148,20 +148,20 @@ class _Tail:
     before: Tensor | None = None
 
 
-def _above(model: HookedModel, layer: int, contexts: Contexts, scored: bool) -> Iterator[_Tail]:
+def _above(model: HookedModel, layer: int, edit_prompts: EditPrompts, scored: bool) -> Iterator[_Tail]:
     """The contexts by edited position; their bare rows come first."""
     decoder, device = model.decoder, model.device
-    per = contexts.tokens.shape[1]
-    tokens, at, start = contexts.tokens.flatten(0, 1), contexts.at.flatten(), contexts.start.flatten()
-    fact = torch.arange(len(contexts)).repeat_interleave(per)
-    context = torch.arange(per).repeat(len(contexts))
-    sizes = (contexts.labels != PAD).sum(1)[fact]
+    per = edit_prompts.tokens.shape[1]
+    tokens, at, start = edit_prompts.tokens.flatten(0, 1), edit_prompts.at.flatten(), edit_prompts.start.flatten()
+    fact = torch.arange(len(edit_prompts)).repeat_interleave(per)
+    context = torch.arange(per).repeat(len(edit_prompts))
+    sizes = (edit_prompts.labels != PAD).sum(1)[fact]
     for bare in (True, False):
         for position in at[(context == 0) == bare].unique().tolist():
             rows = ((at == position) & ((context == 0) == bare)).nonzero().flatten()
             stop = int((start[rows] + sizes[rows]).max())
             run = decoder.record(tokens[rows, :stop], torch.zeros(len(rows), 1, dtype=torch.long, device=device))
-            steps = torch.arange(contexts.labels.shape[1])
+            steps = torch.arange(edit_prompts.labels.shape[1])
             row, step = (steps < sizes[rows][:, None]).nonzero(as_tuple=True)
             yield _Tail(
                 decoder.restart(position, stop, run),
@@ -171,7 +171,7 @@ def _above(model: HookedModel, layer: int, contexts: Contexts, scored: bool) -> 
                 torch.full((len(rows),), 1.0 / per, device=device),
                 row.to(device),
                 (start[rows][row] + step - position).to(device),
-                contexts.labels[fact[rows][row], step].to(device),
+                edit_prompts.labels[fact[rows][row], step].to(device),
                 bare,
                 scored,
             )
@@ -185,7 +185,7 @@ def _logits(model: HookedModel, layer: int, tail: _Tail, delta: Tensor) -> Float
 
 
 def _optimised(
-    model: HookedModel, layer: int, tails: Sequence[_Tail], count: int, steps: int, rate: float | int
+    model: HookedModel, layer: int, tails: Sequence[_Tail], count: int, steps: int, lr: float | int
 ) -> Float[Tensor, "_fact d_model"]:
     home = torch.zeros(count, model.signature.d_model, device=model.device)
     for tail in tails:
@@ -194,7 +194,7 @@ def _optimised(
     unit = home.norm(dim=1, keepdim=True) / home.shape[1] ** 0.5
     most = MOST * home.shape[1] ** 0.5
     moved = torch.zeros_like(home, requires_grad=True)
-    optimiser = torch.optim.Adam([moved], lr=rate)
+    optimiser = torch.optim.Adam([moved], lr=lr)
     settled = torch.zeros(count, dtype=torch.bool, device=model.device)
     with frozen(model.hf):
         for _ in range(steps):
@@ -232,11 +232,11 @@ def _losses(
     return total
 
 
-def described(model: HookedModel, prompts: Prompts, place: str) -> Contexts | None:
+def described(model: HookedModel, prompts: Prompts, place: str) -> EditPrompts | None:
     """The "{subject} is a" prompts that are to stay as they are, one a fact; None where subjects have no names."""
     subjects = [asked.subject for asked in prompts.asked]
     if model.tokenizer is None or not subjects or not all(subjects):
         return None
     asked = [Asked(f"{subject} is a", "a", subject, subject, subject) for subject in subjects]
     made = Prompts.from_text(asked, model.tokenizer)
-    return Contexts.of(model, made, place, labels=made.answers[:, :1])
+    return EditPrompts.of(model, made, place, labels=made.answers[:, :1])

@@ -14,8 +14,14 @@ from torch import Tensor
 from mechunlearn.artifacts.mask import ComponentMask
 from mechunlearn.artifacts.weight_edit import WeightEdit
 from mechunlearn.core.runcard import RunCard, Stopwatch, digest
-from mechunlearn.edit.closed_form.edit_prompts import Contexts, openings, output_sites, seen
-from mechunlearn.edit.closed_form.target_values import aims, average_values, described, optimised_values, shared_values
+from mechunlearn.edit.closed_form.edit_prompts import EditPrompts, output_sites, sampled_prefixes, seen
+from mechunlearn.edit.closed_form.target_values import (
+    average_values,
+    described,
+    optimised_values,
+    shared_values,
+    target_labels,
+)
 from mechunlearn.edit.objective import training_text
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import Prompts
@@ -34,13 +40,13 @@ GATHERED = 256
 class How:
     """Settings that all closed-form editors share (see `memit`)."""
 
-    towards: str
-    role: str
+    target: str
+    position: str
     prefixes: int
     steps: int
-    rate: float | int
-    reach: float | int
-    batch: int
+    lr: float | int
+    overshoot: float | int
+    batch_size: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,15 +59,15 @@ class Sums:
 
 @dataclass(frozen=True, eq=False)
 class Washing:
-    """One closed-form edit in the making. `layers` lists the chosen neurons by layer, `values` the target of each fact."""
+    """One closed-form edit in the making. `layers` lists the chosen neurons by layer, `target_values` the target of each fact."""
 
     model: HookedModel
     layers: dict[int, Int[Tensor, " _unit"]]
     facts: Prompts
-    contexts: Contexts
-    values: Float[Tensor, "fact d_model"]
+    edit_prompts: EditPrompts
+    target_values: Float[Tensor, "fact d_model"]
     covariance: Covariance
-    retain: Contexts | None
+    retain: EditPrompts | None
     how: How
     skipped: list[str] = field(default_factory=list)
 
@@ -86,9 +92,9 @@ class Washing:
         here, there = site(layer), f"L{self.last}.resid_post"
 
         def pairs() -> Iterator[tuple[Tensor, Tensor]]:
-            for facts, found in seen(self.model, self.contexts, [here, there], self.how.batch):
-                keys = self.contexts.mixed(found[here])[:, units]
-                residual = (self.values[facts].to(keys) - found[there][:, 0].double()) / left
+            for facts, found in seen(self.model, self.edit_prompts, [here, there], self.how.batch_size):
+                keys = self.edit_prompts.mixed(found[here])[:, units]
+                residual = (self.target_values[facts].to(keys) - found[there][:, 0].double()) / left
                 if self.model.layout.modules.mlp_post:
                     residual = self._before_norm(layer, residual, found[here][:, 0])
                 yield keys, residual
@@ -98,12 +104,12 @@ class Washing:
             cross.addmm_(keys.T, residual)
         return Sums(symmetric(upper), cross)
 
-    def gram(self, layer: int, contexts: Contexts) -> Float[Tensor, "unit unit"]:
+    def gram(self, layer: int, edit_prompts: EditPrompts) -> Float[Tensor, "unit unit"]:
         """K K^T of some contexts."""
         units = self.layers[layer].to(self.model.device)
         upper = torch.zeros(len(units), len(units), dtype=torch.float64, device=self.model.device)
-        batches = seen(self.model, contexts, [site(layer)], self.how.batch)
-        for (keys,) in _gathered((contexts.mixed(found[site(layer)])[:, units],) for _, found in batches):
+        batches = seen(self.model, edit_prompts, [site(layer)], self.how.batch_size)
+        for (keys,) in _gathered((edit_prompts.mixed(found[site(layer)])[:, units],) for _, found in batches):
             add_products(upper, keys)
         return symmetric(upper)
 
@@ -197,8 +203,8 @@ def washing(
     how: How,
     *,
     covariance: Covariance | None,
-    text: Sequence[str] | None,
-    values: Float[Tensor, "fact d_model"] | None,
+    texts: Sequence[str] | None,
+    target_values: Float[Tensor, "fact d_model"] | None,
     keep: bool,
     seed: int,
     progress: bool,
@@ -209,74 +215,74 @@ def washing(
     """
     layers = output_sites(model, mask)
     sites = [site(layer) for layer in layers]
-    if how.prefixes < 0 or how.steps < 1 or how.batch < 1 or how.reach <= 0:
+    if how.prefixes < 0 or how.steps < 1 or how.batch_size < 1 or how.overshoot <= 0:
         raise MechunlearnError(
-            f"Got {how.prefixes} prefixes, {how.steps} steps, batches of {how.batch} and a reach of {how.reach:g}. Expected 0 or "
-            "more prefixes, 1 or more of the next two, and a reach above 0."
+            f"Got {how.prefixes} prefixes, {how.steps} steps, batches of {how.batch_size} and an overshoot of {how.overshoot:g}. Expected 0 or "
+            "more prefixes, 1 or more of the next two, and an overshoot above 0."
         )
-    labels = aims(model, forget, how.towards)
+    labels = target_labels(model, forget, how.target)
     known, skipped = _known(model, forget)
     facts, labels = forget.select(known), labels[known]
-    passages = tuple(text) if text is not None else training_text(forget)
+    passages = tuple(texts) if texts is not None else training_text(forget)
     if covariance is None:
         if not passages:
             raise MechunlearnError(
-                "There is no text to collect the covariance of the keys from. Give text=[...] or covariance="
+                "There is no text to collect the covariance of the keys from. Give texts=[...] or covariance="
                 "Covariance.of_text(model, sites, texts)."
             )
         covariance = Covariance.of_text(model, sites, passages, progress=progress)
     covariance.check(model, sites)
-    prefixes = openings(model, passages, how.prefixes, seed)
-    contexts = Contexts.of(model, facts, how.role, prefixes, labels)
-    retained = Contexts.of(model, retain, how.role) if len(retain) else None
+    prefixes = sampled_prefixes(model, passages, how.prefixes, seed)
+    contexts = EditPrompts.of(model, facts, how.position, prefixes, labels)
+    retained = EditPrompts.of(model, retain, how.position) if len(retain) else None
     last = max(layers)
-    if values is None and last == model.signature.layers - 1 and bool((contexts.at < contexts.start).all()):
+    if target_values is None and last == model.signature.layers - 1 and bool((contexts.at < contexts.start).all()):
         warnings.warn(
-            f"Layer {last} is the model's last: nothing above it reads the token '{how.role}', so no value there changes what is "
-            "said. Choose lower layers, or role='last'.",
+            f"Layer {last} is the model's last: nothing above it reads the token '{how.position}', so no value there changes what is "
+            "said. Choose lower layers, or position='last'.",
             stacklevel=3,
         )
-    if values is not None:
-        if values.shape != (len(forget), model.signature.d_model):
+    if target_values is not None:
+        if target_values.shape != (len(forget), model.signature.d_model):
             raise MechunlearnError(
-                f"The values have shape {tuple(values.shape)}. Expected one row a forget fact: "
+                f"The values have shape {tuple(target_values.shape)}. Expected one row a forget fact: "
                 f"{(len(forget), model.signature.d_model)}, the residual stream leaving layer {last}."
             )
-        values = values[known]
-    elif how.towards in ("mean", "shared"):
+        target_values = target_values[known]
+    elif how.target in ("mean", "shared"):
         if retained is None:
             raise MechunlearnError("The mean is taken over retain facts, and there are none. Give some.")
-        values = (
-            average_values(model, last, contexts, retained, how.batch)
-            if how.towards == "mean"
+        target_values = (
+            average_values(model, last, contexts, retained, how.batch_size)
+            if how.target == "mean"
             else shared_values(
-                model, last, contexts, retained, steps=how.steps, rate=how.rate, batch=how.batch, seed=seed
+                model, last, contexts, retained, steps=how.steps, lr=how.lr, batch_size=how.batch_size, seed=seed
             )
         )
     else:
-        values = optimised_values(
+        target_values = optimised_values(
             model,
             last,
             contexts,
-            described(model, facts, how.role),
+            described(model, facts, how.position),
             steps=how.steps,
-            rate=how.rate,
-            batch=how.batch,
+            lr=how.lr,
+            batch_size=how.batch_size,
             progress=progress,
         )
-    if how.reach != 1:
-        values = _reaching(model, last, contexts, values, how)
-    return Washing(model, layers, facts, contexts, values, covariance, retained if keep else None, how, skipped)
+    if how.overshoot != 1:
+        target_values = _reaching(model, last, contexts, target_values, how)
+    return Washing(model, layers, facts, contexts, target_values, covariance, retained if keep else None, how, skipped)
 
 
 def _reaching(
-    model: HookedModel, last: int, contexts: Contexts, values: Float[Tensor, "fact d_model"], how: How
+    model: HookedModel, last: int, edit_prompts: EditPrompts, target_values: Float[Tensor, "fact d_model"], how: How
 ) -> Float[Tensor, "fact d_model"]:
-    """The values, `reach` times as far from the residual stream of the unedited model."""
-    name, moved = f"L{last}.resid_post", values.clone()
-    for facts, found in seen(model, contexts.bare, [name], how.batch):
-        home = found[name][:, 0].to(values)
-        moved[facts] = home + how.reach * (values[facts] - home)
+    """The values, `overshoot` times as far from the residual stream of the unedited model."""
+    name, moved = f"L{last}.resid_post", target_values.clone()
+    for facts, found in seen(model, edit_prompts.bare, [name], how.batch_size):
+        home = found[name][:, 0].to(target_values)
+        moved[facts] = home + how.overshoot * (target_values[facts] - home)
     return moved
 
 
