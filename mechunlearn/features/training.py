@@ -1,9 +1,9 @@
-"""Train a dictionary at a point of a model: a codebook of ours, or an SAE of sae-lens in a loop one can read."""
+"""Train a dictionary at a point of a model: a codebook of ours, or an SAE with the trainer of sae-lens."""
 
-import math
+import io
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from rich.progress import track
 from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import get_cosine_schedule_with_warmup
 
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.features.dictionaries import (
@@ -189,8 +190,8 @@ def train_sae(
 ) -> SAE:
     """Train a TopK SAE of sae-lens on stored activations: `size` features, of which the `used` largest are kept a token.
 
-    sae-lens's own module and loss (with its auxiliary loss for features that have been dead for `dead_after` steps), Adam
-    with a cosine rate, activations drawn at random by the seed. What comes back is the inference form, which `save` writes
+    sae-lens's own module, loss (with its auxiliary loss for features that have been dead for `dead_after` steps) and trainer: Adam
+    with a warm-up and a cosine learning rate, activations drawn at random by the seed. What comes back is the inference form, which `save` writes
     as sae-lens does. Memory: tokens of the texts times the width; for texts beyond memory use sae-lens's `SAETrainer`, whose
     folders `load_dictionary` reads.
     Raises `MechunlearnError` for a hook point that does not exist, `used` above `size`, and empty text.
@@ -238,35 +239,33 @@ def fit_sae(
     """
     _check_used(size, used)
     from sae_lens import SAE as Loaded  # seconds to import
-    from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
-    from sae_lens.saes.sae import TrainStepInput
+    from sae_lens import LoggingConfig, SAETrainer, TopKTrainingSAE, TopKTrainingSAEConfig
+    from sae_lens.config import SAETrainerConfig
 
-    cfg = TopKTrainingSAEConfig(d_in=stored.shape[1], d_sae=size, k=used, device=str(stored.device))
-    with _random_state_kept(stored.device):
-        torch.manual_seed(seed)
-        sae = TopKTrainingSAE(cfg)
-    with torch.no_grad():
-        sae.b_dec.copy_(stored.mean(0))
     generator = torch.Generator().manual_seed(seed)
-    silent = torch.zeros(size, dtype=torch.long, device=stored.device)
-
-    def fit(step: int) -> Tensor:
-        h = stored[torch.randint(len(stored), (batch_size,), generator=generator).to(stored.device)]
-        out = sae.training_forward_pass(
-            TrainStepInput(
-                sae_in=h,
-                coefficients={},
-                dead_neuron_mask=silent > dead_after,
-                n_training_steps=step,
-                is_logging_step=False,
-            )
+    drawn = (
+        stored[torch.randint(len(stored), (batch_size,), generator=generator).to(stored.device)] for _ in range(steps)
+    )
+    settings = SAETrainerConfig(
+        total_training_samples=steps * batch_size,
+        train_batch_size_samples=batch_size,
+        lr=lr,
+        lr_end=0.0,
+        lr_scheduler_name="cosineannealing",
+        lr_warm_up_steps=min(WARM, steps // 2),
+        device=str(stored.device),
+        dead_feature_window=dead_after,
+        logger=LoggingConfig(log_to_wandb=False),
+    )
+    with _random_state_kept(stored.device), tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(seed)
+        sae = TopKTrainingSAE(
+            TopKTrainingSAEConfig(d_in=stored.shape[1], d_sae=size, k=used, device=str(stored.device))
         )
-        fired = (out.feature_acts > 0).any(0)
-        silent.add_(1).masked_fill_(fired, 0)
-        return out.loss
-
-    _descend(sae, fit, steps, [(list(sae.parameters()), lr)], "training the SAE", progress)
-    with tempfile.TemporaryDirectory() as folder:
+        with torch.no_grad():
+            sae.b_dec.copy_(stored.mean(0))
+        with torch.enable_grad(), nullcontext() if progress else redirect_stderr(io.StringIO()):
+            SAETrainer(settings, sae, drawn).fit()
         sae.save_inference_model(folder)
         return Loaded.load_from_disk(Path(folder), device=str(stored.device))
 
@@ -331,20 +330,19 @@ def _descend(
     what: str,
     progress: bool,
 ) -> None:
-    """Adam with a warm-up of some steps and a cosine rate. `.grad` of others is left alone."""
-    optimiser = torch.optim.Adam([{"params": parameters, "lr": rate, "full": rate} for parameters, rate in trained])
+    """Run Adam with a warm-up of some steps and a cosine learning rate. `.grad` of others is left alone."""
+    optimiser = torch.optim.Adam([{"params": parameters, "lr": rate} for parameters, rate in trained])
+    schedule = get_cosine_schedule_with_warmup(optimiser, min(WARM, steps // 2), steps)
     leaves = [p for parameters, _ in trained for p in parameters]
     module.train()
     for step in track(range(steps), what, disable=not progress, transient=True):
-        scale = min(1.0, (step + 1) / WARM) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        for group in optimiser.param_groups:
-            group["lr"] = group["full"] * scale
         with torch.enable_grad():
             gradients = torch.autograd.grad(loss_of(step), leaves, allow_unused=True)
         kept = [p.grad for p in leaves]
         for p, gradient in zip(leaves, gradients, strict=True):
             p.grad = gradient
         optimiser.step()
+        schedule.step()
         for p, old in zip(leaves, kept, strict=True):
             p.grad = old
 
