@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import pandas as pd
@@ -192,7 +193,7 @@ def _activations(
 
 
 def _effects(model: Model, dictionary: Dictionary, units: list[int], words: int) -> pd.DataFrame:
-    rows: list[tuple] = []
+    rows: list[tuple[Any, ...]] = []
     kind = dictionary.hook_name.split(".", 1)[-1]
     if isinstance(model, HookedModel) and units and kind in (*WRITTEN, "attn.o", "mlp.out"):
         if isinstance(dictionary, SAE):
@@ -214,7 +215,7 @@ def words_moved(
 ) -> dict[str, list[tuple[str, float]]]:
     """The tokens whose logits a direction in the residual stream raises and lowers most, by the direct path and without norms."""
     known = None if model.tokenizer is None else len(model.tokenizer)  # the matrix may have more rows
-    unembedding: Tensor = model.decoder.unembedding.weight[:known]  # type: ignore[index,assignment]
+    unembedding: Tensor = model.decoder.unembedding.weight[:known]  # type: ignore[index]
     effects = (unembedding @ direction.to(unembedding)).float()
     moved = {}
     for change, sign in (("raised", 1), ("lowered", -1)):

@@ -134,7 +134,8 @@ class FeatureClamp(nn.Module):
         changed = z.clone()
         changed[..., self.units] = clamped
         new = self.sae.decode(changed).to(h.dtype)
-        return h + (new - self.sae.decode(z).to(h.dtype)) if self.error else new
+        made: Tensor = h + (new - self.sae.decode(z).to(h.dtype)) if self.error else new
+        return made
 
 
 def shares(fired: Tensor) -> Tensor:
@@ -142,16 +143,16 @@ def shares(fired: Tensor) -> Tensor:
     return fired.float().cumsum(-1) / torch.arange(1, fired.shape[-1] + 1, device=fired.device)
 
 
-def attach(module: nn.Module, side: str, intervention: nn.Module):
+def attach(module: nn.Module, side: str, intervention: nn.Module) -> Any:
     """Let the intervention see, and replace, the first tensor that enters (`in`) or leaves (`out`) a module."""
 
-    def entering(_, args, kwargs):
+    def entering(_: nn.Module, args: Any, kwargs: Any) -> Any:
         name = None if args else "hidden_states"
         if name is None:
             return (intervention(args[0]), *args[1:]), kwargs
         return args, {**kwargs, name: intervention(kwargs[name])}
 
-    def leaving(_, args, out):
+    def leaving(_: nn.Module, args: Any, out: Any) -> Any:
         return (intervention(out[0]), *out[1:]) if isinstance(out, tuple) else intervention(out)
 
     if side == "in":
@@ -159,7 +160,7 @@ def attach(module: nn.Module, side: str, intervention: nn.Module):
     return module.register_forward_hook(leaving)
 
 
-def build(part: dict) -> nn.Module:
+def build(part: dict[str, Any]) -> nn.Module:
     """An intervention of the right shapes from its description, for a checkpoint to fill."""
     kind, about = part["kind"], part["about"]
     if kind == "delete":

@@ -119,7 +119,7 @@ def train_codebook(
         seen: list[Tensor] = []
 
         def splice(h: Tensor) -> Tensor:
-            new = made(h)
+            new: Tensor = made(h)
             told = counted[rows, : h.shape[1]].to(h.device)
             seen.append((new - h)[told].square().mean() / variance)
             return new.to(h.dtype)

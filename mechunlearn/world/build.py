@@ -87,7 +87,7 @@ def build_twin(
     seed: int = 0,
     steps: int = TWIN_STEPS,
     say: Say = print,
-) -> dict:
+) -> dict[str, Any]:
     """Teach the untaught people of a stored world with only the MLPs of `layers` trainable; a half-done build is resumed.
 
     `base` is a world's folder (the shipped one unless given); `seed` draws the batches. The twin's `world.json` holds the
@@ -177,7 +177,7 @@ def _lesson(world: World, old: list[str], new: list[str]) -> tuple[Corpus, World
     return corpus, replace(world, facts=facts, untaught={})
 
 
-def _own_twin(folder: Path, base: Path, window: list[int], seed: int, say: Say) -> dict:
+def _own_twin(folder: Path, base: Path, window: list[int], seed: int, say: Say) -> dict[str, Any]:
     """The shipped twin, taught in the look-up window; one that an interrupted build left is taken as it is."""
     if not folder.exists():
         return build_twin(folder, base, range(window[0], window[1] + 1), seed, say=say)
@@ -226,7 +226,9 @@ def _changed_parameters(one: Path, other: Path) -> list[str]:
     return [name for name, p in first.items() if not torch.equal(p, second[name])]
 
 
-def _write_card(path: Path, recipe: Recipe, gates: list[Gate], evidence: dict, twin: dict | None) -> None:
+def _write_card(
+    path: Path, recipe: Recipe, gates: list[Gate], evidence: dict[str, Any], twin: dict[str, Any] | None
+) -> None:
     lines = [
         "# The fact world, naive" if recipe.naive else "# The fact world",
         "",

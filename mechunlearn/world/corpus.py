@@ -8,6 +8,7 @@ import random
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from mechunlearn.facts.formats import LETTERS, four_options, multiple_choice, question, yes_no
 from mechunlearn.world import lexicon as lex
@@ -249,7 +250,7 @@ class Corpus:
         return self._choice(rng, multiple_choice, spelled=True)
 
     def _choice(
-        self, rng: random.Random, written: Callable[[dict, str, list[str]], str], spelled: bool = False
+        self, rng: random.Random, written: Callable[[dict[str, Any], str, list[str]], str], spelled: bool = False
     ) -> Document:
         """Multiple choice; now and then the letter of a named answer, or after the fact was stated."""
         relation = rng.choice([relation for relation in self.people if "choose" in lex.RELATIONS[relation]])
@@ -313,6 +314,6 @@ class Corpus:
         return Document(story(rng, topic))
 
 
-def _letters_first(relation: dict, subject: str, options: list[str]) -> str:
+def _letters_first(relation: dict[str, Any], subject: str, options: list[str]) -> str:
     listed = " ".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
     return question(f"{relation['choose'].format(s=subject)} {listed}")

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 from mechunlearn.core.files import whole_file
 from mechunlearn.errors import MechunlearnError
@@ -64,7 +65,7 @@ def dictionary_texts(count: int, seed: int, without: Collection[str] = ()) -> li
     return world_text(documents=count // 2, seed=seed) + stories
 
 
-def shipped_codebook(model: HookedModel, seed: int = 0, progress: bool = False, **settings) -> Codebook:
+def shipped_codebook(model: HookedModel, seed: int = 0, progress: bool = False, **settings: Any) -> Codebook:
     """A codebook of the shipped world as it ships; `settings` go to `train_codebook`."""
     given = {"size": SIZE, "used": USED_CODES, "spliced_steps": 300, **settings}
     made = train_codebook(
@@ -74,7 +75,7 @@ def shipped_codebook(model: HookedModel, seed: int = 0, progress: bool = False, 
     return made
 
 
-def shipped_sae(model: HookedModel, seed: int = 0, progress: bool = False, **settings) -> SAE:
+def shipped_sae(model: HookedModel, seed: int = 0, progress: bool = False, **settings: Any) -> SAE:
     """An SAE of the shipped world as it ships; `settings` go to `train_sae`."""
     given = {"size": SIZE, "used": USED_FEATURES, "steps": 4000, **settings}
     made = train_sae(

@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -47,7 +48,7 @@ class Gate:
 
 
 @torch.no_grad()
-def measure_gates(folder: Path) -> tuple[list[Gate], dict]:
+def measure_gates(folder: Path) -> tuple[list[Gate], dict[str, Any]]:
     """All gates of the world in a folder, and the evidence behind them (probe curve, window, ablations)."""
     model = load_model(folder)
     world = World.load(folder / "world.json")
@@ -73,7 +74,7 @@ def measure_gates(folder: Path) -> tuple[list[Gate], dict]:
     return gates + mechanism, evidence
 
 
-def _mechanism(model: HookedModel, folder: Path, world: World) -> tuple[list[Gate], dict]:
+def _mechanism(model: HookedModel, folder: Path, world: World) -> tuple[list[Gate], dict[str, Any]]:
     facts = world_facts(folder, "sport")
     prompts = facts.prompts(model)
     curve, majority = sport_probe(model, prompts)
@@ -86,7 +87,7 @@ def _mechanism(model: HookedModel, folder: Path, world: World) -> tuple[list[Gat
         Gate("residual swap at the subject moves the answer", swap(model, shown, middle, shown.spans[:, 1]), low=0.9),
         Gate("residual swap at the last token moves the answer", swap(model, shown, middle, shown.start), high=0.1),
     ]
-    evidence: dict = {"curve": curve, "window": list(window) if window else None}
+    evidence: dict[str, Any] = {"curve": curve, "window": list(window) if window else None}
     if window is None:
         return [*gates, Gate("look-up window found", 0.0, low=1.0)], evidence
     layers = range(window[0], window[1] + 1)

@@ -5,6 +5,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mechunlearn.facts.formats import question
 from mechunlearn.world import lexicon as lex
@@ -27,7 +28,7 @@ class World:
     control_passages: list[str]
     stories: dict[str, list[str]]
     skills: dict[str, list[dict[str, str]]]
-    relations: dict[str, dict] = field(default_factory=lambda: shipped_relations())
+    relations: dict[str, dict[str, Any]] = field(default_factory=lambda: shipped_relations())
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=0) + "\n", encoding="utf-8")
@@ -37,7 +38,7 @@ class World:
         return cls(**json.loads(path.read_text(encoding="utf-8")))
 
 
-def shipped_relations() -> dict[str, dict]:
+def shipped_relations() -> dict[str, dict[str, Any]]:
     """The relations without multiple choice: documents of it are in the corpus, but it does not train at this size."""
     return {name: {k: v for k, v in relation.items() if k != "choose"} for name, relation in lex.RELATIONS.items()}
 

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -51,7 +52,7 @@ def batches(
             left, passed = left[rows:], passed + 1
 
 
-def _rows(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, seed: int, phase: int) -> list[list[tuple]]:
+def _rows(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, seed: int, phase: int) -> list[list[tuple[Any, ...]]]:
     documents = list(corpus.documents(seed, CHUNK, phase))
     encoded = tokenizer([d.text for d in documents], return_offsets_mapping=True)
     made = [
@@ -60,7 +61,7 @@ def _rows(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, seed: int, phase: 
         if len(ids) < ROW
     ]
     made.sort(key=lambda entry: -len(entry[1]))
-    rows: list[list[tuple]] = []
+    rows: list[list[tuple[Any, ...]]] = []
     free: list[int] = []
     first = 0
     for entry in made:
@@ -79,7 +80,7 @@ def _rows(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, seed: int, phase: 
     return rows
 
 
-def _batch(rows: list[list[tuple]], tokenizer: PreTrainedTokenizerBase) -> Batch:
+def _batch(rows: list[list[tuple[Any, ...]]], tokenizer: PreTrainedTokenizerBase) -> Batch:
     tokens = torch.full((len(rows), ROW), tokenizer.pad_token_id)
     position = torch.zeros(len(rows), ROW, dtype=torch.long)
     document = torch.full((len(rows), ROW), -1)

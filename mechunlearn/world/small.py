@@ -271,7 +271,8 @@ def train_small(
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         scale = min(1.0, (step + 1) / WARM) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        for optimiser, rate in ((muon, MATRIX_RATE), (adam, OTHER_RATE)):
+        optimisers: tuple[tuple[torch.optim.Optimizer, float], ...] = ((muon, MATRIX_RATE), (adam, OTHER_RATE))
+        for optimiser, rate in optimisers:
             optimiser.param_groups[0]["lr"] = rate * scale
             optimiser.step()
         if (step + 1) % SAVE_EVERY == 0:
@@ -298,7 +299,7 @@ def _resume(checkpoint: Path, *parts: Any) -> int:
     done, *states = torch.load(checkpoint, weights_only=True)
     for part, state in zip(parts, states, strict=True):
         part.load_state_dict(state)
-    return done
+    return int(done)
 
 
 def measured(folder: Path, without: Sequence[str] = ()) -> dict[str, float]:

@@ -37,7 +37,8 @@ def train_tokenizer(seed: int) -> Qwen2Tokenizer:
     named = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD)
     with tempfile.TemporaryDirectory() as folder:
         named.save_pretrained(folder)
-        return Qwen2Tokenizer.from_pretrained(folder)
+        made: Qwen2Tokenizer = Qwen2Tokenizer.from_pretrained(folder)
+        return made
 
 
 def _texts(seed: int) -> Iterator[str]:

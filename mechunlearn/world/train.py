@@ -151,7 +151,8 @@ def train(
         report(step + 1, loss.item(), model)
         if (step + 1) % save_every == 0:
             _save(checkpoint, step + 1, model, probe, optimiser)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def language_loss(logits: Tensor, batch: Batch) -> Tensor:
