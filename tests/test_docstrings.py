@@ -13,11 +13,16 @@ import mechunlearn
 SECTION = re.compile(r"^(Args|Returns|Yields|Raises|Example|Examples|Attributes|Note):$", re.MULTILINE)
 ENTRY = re.compile(r"^ {4}\*{0,2}(\w+)(?: \([^)]*\))?:", re.MULTILINE)
 EVERYWHERE = {"self", "cls"}
+INTERNAL = re.compile(
+    r"mechunlearn\.(cli|reproduce|world\.(build|corpus|gates|generate|lexicon|packing|tokenizer|train))(\.\w+)*"
+)
+"""Commands explain their options in --help; reproductions and the making of the shipped world are run by them."""
 
 
 def modules() -> list[str]:
     """The modules of the package, by name."""
-    return [info.name for info in pkgutil.walk_packages(mechunlearn.__path__, "mechunlearn.") if "._" not in info.name]
+    names = [info.name for info in pkgutil.walk_packages(mechunlearn.__path__, "mechunlearn.")]
+    return [name for name in names if not INTERNAL.fullmatch(name)]
 
 
 def public(name: str) -> Iterator[tuple[str, Callable]]:
