@@ -1,14 +1,11 @@
 """`mechunlearn reproduce`: the claims of four papers, measured here, and their pages."""
 
-import json
-from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from mechunlearn.cli.shared import checked_suffix, console
-from mechunlearn.core.files import whole_file
 
 app = typer.Typer(help="A paper's claims on worlds of our own, with controls and intervals.", no_args_is_help=True)
 Output = Annotated[Path, typer.Option("--output", "-o", help="A folder; a half-done run in it is continued.")]
@@ -87,18 +84,12 @@ def _reproduce(paper: str, output: Path, quick: bool, jobs: int, page: Path | No
     """Run a paper's plan; write the page and, beside it, its numbers; the headline comparisons on the console."""
     written = page or output / f"{paper}.md"
     checked_suffix(written, ".md")
-    from mechunlearn.core.grid import Grid
-    from mechunlearn.reproduce import summary
+    from mechunlearn.reproduce.summary import PAPERS, headlines
+    from mechunlearn.reproduce.tables import shown
 
-    name = paper.replace("-", "_")
-    runner, pages = (import_module(f"mechunlearn.reproduce.{module}") for module in (name, f"{name}_page"))
-    plan = runner.quick_plan(output) if quick else runner.Plan(output)
-    chosen = runner.run(plan, jobs)
-    grid = Grid.open(plan.folder, plan.about())
-    found = pages.results(plan, grid) if chosen is None else pages.results(plan, grid, chosen)
-    for path, content in ((written.with_suffix(".json"), json.dumps(found) + "\n"), (written, pages.page(found))):
-        with whole_file(path) as beside:
-            beside.write_text(content, encoding="utf-8")
-    for row in getattr(summary, f"of_{name}")(found):
-        console.print(f"{row.claim}: {row.shown}, n = {row.n}: [bold]{row.verdict}[/bold]")
+    found = PAPERS[paper].reproduce(output, quick, jobs)
+    PAPERS[paper].write(found, written)
+    for claim in headlines(paper, found):
+        told = f"{claim.text}{claim.note}: {shown(claim.difference, '+.2f')}, n = {claim.n}"
+        console.print(f"{told}: [bold]{claim.verdict}[/bold]")
     console.print(f"page -> {written}")
