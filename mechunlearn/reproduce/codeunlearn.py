@@ -354,7 +354,7 @@ def _settings(found: Found) -> list[tuple[str, str, str]]:
     for arm, method in ((arm, method) for arm, of in found["settings"].items() for method in of):
         by: dict[str, list[str]] = {}
         for topic, setting in found["settings"][arm][method].items():
-            parts = [f"{k} {v:g}" for k, v in setting.items() if v != getattr(Setting(), k)]
+            parts = [f"{name} {value:g}" for name, value in setting.items() if value]
             by.setdefault(", ".join(parts), []).append(topic)
         lines.append((arm, method, "; ".join(f"{told} ({', '.join(topics)})" for told, topics in by.items())))
     return lines

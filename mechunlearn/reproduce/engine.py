@@ -6,9 +6,8 @@ stopped, and what failed is noted and tried again by the next run.
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import product
@@ -30,6 +29,8 @@ from mechunlearn.reproduce.tables import Claim
 Made = TypeVar("Made")
 Found = dict[str, Any]
 """Plain JSON: the result of a cell, or every number of a page."""
+Work = Callable[[Path, Grid, Any], Mapping[str, Any]]
+"""What makes a cell's result from the plan's folder, the finished cells and the cell."""
 
 
 @runtime_checkable
@@ -65,13 +66,15 @@ class Run:
         plan: What is run.
         about: What its cells share.
         grid: The finished cells.
-        each: What `workers` gives.
+        pool: The worker processes.
+        progress: Whether to show bars.
     """
 
     plan: Plan
     about: Found
     grid: Grid
-    each: "Each"
+    pool: ProcessPoolExecutor
+    progress: bool
 
     def build(self, title: str, makers: Mapping[Path, Callable[[], object]]) -> None:
         """Make the folders that do not exist yet.
@@ -81,21 +84,23 @@ class Run:
             makers: For each folder, what makes it.
         """
         missing = {path: make for path, make in makers.items() if not path.exists()}
-        self.each(partial(_built, missing), list(missing), title)
+        self._each(partial(_built, missing), list(missing), title)
 
-    def cells(self, title: str, work: "Work", batches: Iterable[Sequence[Cell]]) -> None:
+    def cells(self, title: str, work: Work, batches: Iterable[Sequence[Cell]]) -> None:
         """Run the cells that are not finished.
 
         Args:
             title: What the progress bar says.
-            work: Makes a cell's result from the plan's folder, the finished cells and the cell.
+            work: Makes a cell's result.
             batches: Cells that one worker runs one after another, as they share a model.
         """
-        self.each(partial(_attempted, work, self.plan.folder, self.about), list(batches), title)
+        self._each(partial(_attempted, work, self.plan.folder, self.about), list(batches), title)
 
-
-Work = Callable[[Path, Grid, Any], Mapping[str, Any]]
-Each = Callable[[Callable[[Any], list[str]], Sequence[Any], str], None]
+    def _each(self, work: Callable[[Any], list[str]], items: Sequence[Any], title: str) -> None:
+        """Do the work of every item; the lines that it returns for what failed are printed, and the rest goes on."""
+        done = track(self.pool.map(work, items), title, total=len(items), disable=not self.progress)
+        for line in (line for lines in done for line in lines):
+            Console(stderr=True).print(f"failed: {line}", highlight=False, markup=False, soft_wrap=True)
 
 
 @dataclass(frozen=True)
@@ -138,8 +143,8 @@ class Paper:
         """
         plan = Plan(folder, *(self.short if quick else self.full), quick=quick)
         grid = Grid.open(folder, self.about(plan))
-        with workers(jobs, progress) as each:
-            chosen = self.run(Run(plan, self.about(plan), grid, each))
+        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
+            chosen = self.run(Run(plan, self.about(plan), grid, pool, progress))
         return self.results(plan, grid, chosen)
 
     def write(self, found: Found, path: Path) -> None:
@@ -152,26 +157,6 @@ class Paper:
         for file, content in ((path.with_suffix(".json"), json.dumps(found) + "\n"), (path, self.page(found))):
             with whole_file(file) as beside:
                 beside.write_text(content, encoding="utf-8")
-
-
-@contextmanager
-def workers(jobs: int, progress: bool) -> Iterator[Each]:
-    """Start processes of one thread each: `each(work, items, title)` within the block does the work of every item.
-
-    The work of an item returns a line for everything that failed. The lines are printed, and the other items go on.
-
-    Args:
-        jobs: How many processes.
-        progress: Whether to show a bar.
-    """
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
-
-        def each(work: Callable[[Any], list[str]], items: Sequence[Any], title: str) -> None:
-            for lines in track(pool.map(work, items), title, total=len(items), disable=not progress):
-                for line in lines:
-                    Console(stderr=True).print(f"failed: {line}", highlight=False, markup=False, soft_wrap=True)
-
-        yield each
 
 
 def _one_thread() -> None:

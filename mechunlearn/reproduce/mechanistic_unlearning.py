@@ -16,7 +16,7 @@ from typing import Any
 from mechunlearn.core.grid import Grid
 from mechunlearn.reproduce import mechanistic_unlearning_bench as bench
 from mechunlearn.reproduce.engine import Found, Paper, Plan, Run, failures, finished, settled, world_folder
-from mechunlearn.reproduce.mechanistic_unlearning_bench import LOOKUP, NAIVE, OUTPUT_TRACING, VALIDATION, Cell
+from mechunlearn.reproduce.mechanistic_unlearning_bench import LOOKUP, NAIVE, OUTPUT_TRACING, SUBSET, VALIDATION, Cell
 from mechunlearn.reproduce.tables import Claim, Difference, Nested, difference, render
 from mechunlearn.world.lookup import build_lookup
 
@@ -75,7 +75,9 @@ def _run(at: Run) -> None:
         arms = [(world, relation, arm) for world in worlds for arm in _arms(at.grid, world, relation)]
         at.cells(f"{relation}: choosing settings", _work, [[cell] for of in arms for cell in bench.trials(*of)])
         test = [cell for of in arms for cell in _tests(plan, at.grid, *of)]
-        test.sort(key=lambda cell: (bench.is_subset(cell.arm) and cell.seed > 0, cell.seed, bench.is_subset(cell.arm)))
+        test.sort(
+            key=lambda cell: (cell.arm.startswith(SUBSET) and cell.seed > 0, cell.seed, cell.arm.startswith(SUBSET))
+        )
         at.cells(f"{relation}: editing and attacking", _work, [[cell] for cell in test])
     twin = [Cell("auroc", bench.TWIN, seed=seed) for seed in plan.seeds]
     if not plan.quick:
@@ -117,7 +119,7 @@ def _tests(plan: Plan, grid: Grid, world: str, relation: str, arm: str) -> list[
     setting = _chosen(grid, world, relation, arm)
     if setting["rate"] is None:
         return []
-    seeds = plan.seeds[:2] if bench.is_subset(arm) or world == NAIVE else plan.seeds
+    seeds = plan.seeds[:2] if arm.startswith(SUBSET) or world == NAIVE else plan.seeds
     return [Cell("test", world, relation, seed, arm, setting["rate"], setting["forget_weight"]) for seed in seeds]
 
 
@@ -155,7 +157,9 @@ def _of_world(plan: Plan, grid: Grid, world: str, relation: str, found: Found) -
         cells = [(cell.seed, finished(grid, cell)) for cell in _tests(plan, grid, world, relation, arm)]
         found["missing"] += sum(run is None for _, run in cells)
         found["planned"] += len(cells)
-        runs[arm] = {str(seed): _short(run, curves=not bench.is_subset(arm)) for seed, run in cells if run is not None}
+        runs[arm] = {
+            str(seed): _short(run, curves=not arm.startswith(SUBSET)) for seed, run in cells if run is not None
+        }
     return {
         "windows": [one["window"] for one in localized],
         "notes": every[0]["notes"] if every[0] else {},
@@ -191,7 +195,7 @@ def _by_seed(found: Found, relation: str, arm: str, measure: str, world: str) ->
     runs = found["world"][world][relation]["runs"]
     if arm != RANDOM_MLPS:
         return {seed: run[measure] for seed, run in runs.get(arm, {}).items() if run.get(measure) is not None}
-    subsets = [of for name, of in runs.items() if bench.is_subset(name) and name != _window(found, relation, world)]
+    subsets = [of for name, of in runs.items() if name.startswith(SUBSET) and name != _window(found, relation, world)]
     seeds = sorted({seed for of in subsets for seed in of})
     made = {s: [of[s][measure] for of in subsets if s in of and of[s].get(measure) is not None] for s in seeds}
     return {seed: fmean(each) for seed, each in made.items() if each}
@@ -205,7 +209,7 @@ def _window(found: Found, relation: str, world: str) -> str:
     """Return the set of layers that the probe's window is, on the validation facts."""
     windows = found["world"][world][relation]["windows"]
     first = windows[0] if windows else None
-    return f"MLP {'+'.join(map(str, range(first[0], first[1] + 1)))}" if first else ""
+    return SUBSET + "+".join(map(str, range(first[0], first[1] + 1))) if first else ""
 
 
 def _difference(found: Found, relations: Sequence[str], one: str, other: str, measure: str) -> Difference | None:
@@ -247,11 +251,11 @@ def _page(found: Found) -> str:
         values=partial(_values, found),
         unedited=partial(_unedited, found),
         brief=partial(_brief, found),
-        note=partial(_note, found),
+        windows=lambda of: dict.fromkeys(f"MLP {w[0]} to {w[1]}" if w else "none" for w in of["windows"]),
+        mean=fmean,
         sets=partial(_sets, found),
         window=partial(_window, found),
         starred=_starred,
-        worse=_worse,
         held_out=partial(_held_out, found),
         curves=_curves(found),
         of_runs=lambda runs, measure: [[run.get(measure) for run in runs]],
@@ -272,32 +276,15 @@ def _brief(found: Found, relation: str, arm: str, world: str) -> tuple[float | N
 
 def _sets(found: Found, relation: str, world: str) -> dict[str, tuple[float, ...]]:
     """Return every set of as many MLP layers with its three measures, sorted by what is relearned."""
-    arms = [arm for arm in found["world"][world][relation]["runs"] if bench.is_subset(arm)]
+    arms = [arm for arm in found["world"][world][relation]["runs"] if arm.startswith(SUBSET)]
     of = {arm: _brief(found, relation, arm, world) for arm in arms}
     whole = {arm: tuple(v for v in three if v is not None) for arm, three in of.items()}
     return dict(sorted(((arm, three) for arm, three in whole.items() if len(three) == 3), key=lambda item: item[1][1]))
 
 
 def _starred(arm: str) -> str:
-    layers = [int(layer) for layer in arm.removeprefix("MLP ").split("+")]
+    layers = [int(layer) for layer in arm.removeprefix(SUBSET).split("+")]
     return f"{'+'.join(map(str, layers))}{'*' * (layers == list(range(layers[0], layers[-1] + 1)))}"
-
-
-def _worse(ranked: dict[str, tuple[float, ...]], own: str) -> tuple[int, int]:
-    """Return how many other sets let no more be relearned, and how many carry over no worse."""
-    formats, relearned, _ = ranked[own]
-    others = [three for arm, three in ranked.items() if arm != own]
-    return sum(three[1] <= relearned for three in others), sum(three[0] >= formats for three in others)
-
-
-def _note(found: Found, relation: str, world: str) -> str:
-    """Return what the probe found, what localizers noted, and how much their masks overlap with the window."""
-    here = found["world"][world][relation]
-    windows = "; ".join(dict.fromkeys(f"MLP {w[0]} to {w[1]}" if w else "none" for w in here["windows"]))
-    notes = "; ".join(f"{arm}: {note}" for arm, note in here["notes"].items() if arm != LOOKUP)
-    shared = ", ".join(f"{arm} {fmean(of):.2f}" for arm, of in here["overlap"].items()) or "no window"
-    told = f"look-up window by the probe: {windows}. {notes}{'. ' * bool(notes)}"
-    return f"{told}Overlap with it (Jaccard, mean over forget sets): {shared}."
 
 
 def _held_out(found: Found, relation: str, world: str, state: str) -> Nested:

@@ -63,7 +63,7 @@ LOCALIZERS: dict[str, Callable[[HookedModel, Prompts, int], Localization]] = {
     "direct_logit_attribution": lambda model, facts, seed: direct_logit_attribution(model, facts),
     RANDOM: lambda model, facts, seed: random_units(model, seed=seed),
 }
-ALL_MLPS, EVERYTHING, LAST = "all MLPs", "everything", "last layer"
+ALL_MLPS, EVERYTHING, LAST, SUBSET = "all MLPs", "everything", "last layer", "MLP "
 WHOLE = (ALL_MLPS, EVERYTHING, LAST)
 
 
@@ -103,15 +103,6 @@ def trials(world: str, relation: str, arm: str) -> tuple[Cell, ...]:
         arm: The mask.
     """
     return options(partial(Cell, "edit", world, relation, VALIDATION, arm), rate=RATES, weight=WEIGHTS)
-
-
-def is_subset(arm: str) -> bool:
-    """Return whether a mask is a set of MLP layers.
-
-    Args:
-        arm: The mask.
-    """
-    return arm.startswith("MLP ")
 
 
 def best_setting(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -184,7 +175,7 @@ class Bench:
                 mask = found.top(weights=share, tied=True) & mask
             masks[name] = {str(site): of.nonzero().flatten().tolist() for site, of in mask.sites.items() if of.any()}
         every = combinations(range(model.signature.layers), window[1] - window[0] + 1) if window else ()
-        subsets = [f"MLP {'+'.join(map(str, chosen))}" for chosen in every]
+        subsets = [SUBSET + "+".join(map(str, chosen)) for chosen in every]
         return {"masks": masks, "window": window, "share": share, "subsets": subsets, "notes": notes}
 
     def mask(self, arm: str, found: Found) -> ComponentMask:
@@ -198,8 +189,8 @@ class Bench:
             MechunlearnError: If the localizer found nothing.
         """
         model, layers = self.model, self.model.signature.layers
-        if is_subset(arm):
-            return self._layers(int(layer) for layer in arm.removeprefix("MLP ").split("+"))
+        if arm.startswith(SUBSET):
+            return self._layers(int(layer) for layer in arm.removeprefix(SUBSET).split("+"))
         if arm == ALL_MLPS:
             return self._layers(range(layers))
         if arm == EVERYTHING:

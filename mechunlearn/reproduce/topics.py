@@ -163,6 +163,7 @@ class Topics:
 
     @cached_property
     def shown(self) -> Shown:
+        """Held-out stories in the same frames."""
         return Shown.of(self.model, {t: topic_stories(t, SHOWN, SHOWN_SEED + self.seed, TOLD) for t in TOPICS})
 
     @cached_property
