@@ -205,8 +205,9 @@ def _encoders(part: FeaturePart) -> Float[Tensor, "unit d_model"] | None:
 
 def _spanned(directions: Float[Tensor, "unit d_model"]) -> Float[Tensor, "d_model rank"]:
     """An orthonormal basis of all that the directions span."""
-    _, sizes, basis = torch.linalg.svd(directions, full_matrices=False)
-    return basis[sizes > ALIKE * sizes.max()].T
+    _, sizes, found = torch.linalg.svd(directions, full_matrices=False)
+    basis: Tensor = found[sizes > ALIKE * sizes.max()]
+    return basis.T
 
 
 def _kept(part: FeaturePart, model: HookedModel) -> Float[Tensor, "d_model _rank"] | None:
@@ -239,11 +240,11 @@ class _Vectors:
         self.leaves = [torch.zeros(self.width, device=model.device, requires_grad=True) for _ in sites]
 
     def vector(self, i: int) -> Float[Tensor, " d_model"]:
-        return self.leaves[i] * (self.scales[i] / self.width**0.5)
+        return self.leaves[i] * (self.scales[i] / math.sqrt(self.width))
 
     def norms(self) -> list[float]:
         """Of each vector, in units of the residual stream there."""
-        return [float(leaf.detach().norm()) / self.width**0.5 for leaf in self.leaves]
+        return [float(leaf.detach().norm()) / math.sqrt(self.width) for leaf in self.leaves]
 
     def added(self, i: int) -> Hook:
         return lambda h: h + self.vector(i).to(h.dtype)
@@ -263,7 +264,7 @@ class _Vectors:
         for leaf, basis in zip(self.leaves, self.bases, strict=True):
             if basis is not None:
                 leaf -= basis @ (basis.T @ leaf)
-            leaf *= min(1.0, self.size * self.width**0.5 / max(float(leaf.norm()), 1e-12))
+            leaf *= min(1.0, self.size * math.sqrt(self.width) / max(float(leaf.norm()), 1e-12))
 
     def restore(self) -> None:
         """Nothing to do: the model's weights were never written."""

@@ -121,8 +121,8 @@ def _by_bitsandbytes(weight: Float[Tensor, "out in"], kind: str) -> Float[Tensor
     from bitsandbytes import functional  # an extra of the user's
 
     given: Any = functional
-    packed, state = given.quantize_4bit(weight.contiguous(), blocksize=64, quant_type=kind)
-    return given.dequantize_4bit(packed, state)
+    found: Tensor = given.dequantize_4bit(*given.quantize_4bit(weight.contiguous(), blocksize=64, quant_type=kind))
+    return found
 
 
 def _matrices(model: HookedModel) -> list[tuple[Tensor, bool]]:

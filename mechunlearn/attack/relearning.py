@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mechunlearn.artifacts.mask import ComponentMask
 from mechunlearn.artifacts.weight_edit import Edit
-from mechunlearn.attack.curves import batch_losses, check_training, cross_entropy, training_curve
+from mechunlearn.attack.curves import Loss, batch_losses, check_training, cross_entropy, training_curve
 from mechunlearn.attack.states import (
     GATE,
     WATCHED,
@@ -203,7 +203,7 @@ class _Sets:
         passages = tuple(unseen[:: max(1, math.ceil(len(unseen) / PASSAGES))])
         return cls(facts, taught, held_out, watched, passages, sets)
 
-    def losses(self, upper: TopLayers, batch_size: int, seed: int) -> dict[str, partial[Tensor]]:
+    def losses(self, upper: TopLayers, batch_size: int, seed: int) -> dict[str, Loss]:
         streams = {name: CachedInputs(upper, sequences) for name, sequences in self.trained_on.items()}
         sizes = {"truth": batch_size, "retain": batch_size, "text": max(1, batch_size // 4)}
         counts = {name: (len(stream), sizes[name]) for name, stream in streams.items()}

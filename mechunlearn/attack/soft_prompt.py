@@ -140,7 +140,7 @@ class _Prefix:
         with torch.no_grad():
             start = embed(drawn.to(model.device)).float()
         self.model, self.size = model, float(start.square().mean().sqrt())
-        self.leaves = [(start / self.size).requires_grad_()]
+        self.leaves: list[Tensor] = [(start / self.size).requires_grad_()]
 
     @property
     def vectors(self) -> Float[Tensor, "token d_model"]:
@@ -171,7 +171,8 @@ def _logits(
         before = vectors.to(embedded.dtype).expand(len(tokens), -1, -1)
         embedded, at = torch.cat([before, embedded], 1), at + vectors.shape[0]
     with tapped([model.decoder.reading(at)]):
-        return model.hf(inputs_embeds=embedded, use_cache=False).logits
+        logits: Tensor = model.hf(inputs_embeds=embedded, use_cache=False).logits
+    return logits
 
 
 def _loss(model: HookedModel, prompts: Prompts, vectors: Float[Tensor, "token d_model"]) -> Float[Tensor, ""]:

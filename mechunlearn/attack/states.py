@@ -123,7 +123,7 @@ class Attack:
             device=str(self.model.device),
         )
         bounds = self._bounds(card)
-        known, rows = set(bounds["state"]), []
+        known, rows = set(bounds["state"]), list[Row]()
         with interruptible() as asked:
             for state in (state for state in self.states if state.name not in known):
                 with closing(work(state)) as found:
@@ -180,18 +180,16 @@ def states_to_attack(
         raise MechunlearnError(
             f"What is given `extra_edits` cannot be named '{min(taken)}': the attack itself has that state."
         )
-    if edit is not None:
-        check_edit(edit)
-    strangers = never_taught(model, forget, seed)
-    states = [State(EDITED, model, edit, forget)] if edit is not None else []
+    states = [State(EDITED, model, check_edit(edit), forget)] if edit is not None else []
     states.append(State(UNEDITED, model, None, forget))
+    strangers = never_taught(model, forget, seed)
     if strangers is not None:
         states.append(State(NEVER_TAUGHT, model, None, strangers))
     for name, other in (extra_edits or {}).items():
-        if other is None or isinstance(other, Edit):
-            states.append(State(name, model, other, forget))
+        if other is None or isinstance(other, HookedModel):
+            states.append(State(name, other or model, None, forget))
         else:
-            states.append(State(name, other, None, forget))
+            states.append(State(name, model, check_edit(other), forget))
     return states
 
 
@@ -261,16 +259,24 @@ def halved(prompts: Prompts, seed: int, most: int | None = None) -> tuple[Prompt
     return prompts.select(taught), prompts.select(held_out[:most])
 
 
-def check_edit(edit: object) -> None:
-    """Raise `MechunlearnError` for what is no edit, such as a mask or scores."""
-    if not isinstance(edit, Edit):
-        how = {
-            "Localization": "It scores units: choose some with found.above(0) or found.top(weights=0.05), then edit them",
-            "ComponentMask": "It selects units: edit them first",
-        }.get(type(edit).__name__, "Make one first")
-        raise MechunlearnError(
-            f"Expected an edit, got a {type(edit).__name__}. {how}, for example by masked_gradient(model, mask, forget, retain)."
-        )
+def check_edit(given: object) -> Edit:
+    """Return an edit as it is given.
+
+    Args:
+        given: The edit.
+
+    Raises:
+        MechunlearnError: For what is no edit, such as a mask or scores.
+    """
+    if isinstance(given, Edit):
+        return given
+    how = {
+        "Localization": "It scores units: choose some with found.above(0) or found.top(weights=0.05), then edit them",
+        "ComponentMask": "It selects units: edit them first",
+    }.get(type(given).__name__, "Make one first")
+    raise MechunlearnError(
+        f"Expected an edit, got a {type(given).__name__}. {how}, for example by masked_gradient(model, mask, forget, retain)."
+    )
 
 
 def check_sizes(forget: Prompts, retain: Prompts, least: int = 2) -> None:
@@ -343,7 +349,7 @@ def _in_group(rows: pd.DataFrame) -> pd.DataFrame:
     return found
 
 
-def _best(state: str, cells: pd.DataFrame) -> dict:
+def _best(state: str, cells: pd.DataFrame) -> Row:
     """The cell with the largest accuracy on the facts held out, of those that count; or the weighted mean of all."""
     counted, collapsed = [], []
     for setting, curve in cells.groupby("setting", sort=False):

@@ -109,7 +109,7 @@ class Comparison:
         ]
         return "\n\n".join(parts) + "\n"
 
-    def figure(self) -> plots.go.Figure:
+    def figure(self) -> plots.Figure:
         """Return a figure of every measure by objective and budget, with a mark for each localizer."""
         marks = []
         for arm, cells in self._arms():
@@ -140,8 +140,8 @@ class Comparison:
 
     def _arms(self) -> Iterator[tuple[dict[str, str], pd.DataFrame]]:
         """The cells of the unedited model, then those of each objective, budget and localizer."""
-        shown = self.frame[self.frame["stage"] != "validation"]
-        for (objective, budget, localizer), cells in shown.groupby(list(ARM), sort=False):
+        shown: Any = self.frame[self.frame["stage"] != "validation"].groupby(list(ARM), sort=False)
+        for (objective, budget, localizer), cells in shown:
             yield {"localizer": localizer or "unedited", "objective": objective, "budget": budget}, cells
 
 

@@ -35,10 +35,10 @@ def select(trials: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     measured = ["efficacy", "truth", "retention"]
     frame = pd.DataFrame(list(trials)).reindex(columns=["lr", "forget_weight", "share", *measured]).astype(float)
     settings = frame[frame["share"].notna()].groupby(["lr", "forget_weight"])[measured]
-    means = settings.agg(lambda values: values.mean(skipna=False)).dropna().round(9)
+    means = settings.mean()[settings.count().eq(settings.size(), axis=0).all(axis=1)].round(9)
     if means.empty:
         return {"lr": None, "forget_weight": None, "selected": NONE_QUALIFIES}
     good = means[(means["efficacy"] >= EFFICACY) & (means["truth"] <= TRUTH)]
-    lr, weight = means["efficacy"].idxmax() if good.empty else good["retention"].idxmax()
+    best: Any = means["efficacy"].idxmax() if good.empty else good["retention"].idxmax()
     selected = NONE_QUALIFIES if good.empty else QUALIFIES
-    return {"lr": float(lr), "forget_weight": float(weight), "selected": selected}
+    return {"lr": float(best[0]), "forget_weight": float(best[1]), "selected": selected}

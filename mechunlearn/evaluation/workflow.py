@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -154,7 +155,7 @@ def edit_prompts(
     share = attributed.share(mask)
     say(f"mask: {len(mask)} units, {share:.2%} of the editable weights")
     say("editing: one edit a mask, the same settings")
-    shown = {} if progress is None else {"progress": progress}
+    shown: Any = {} if progress is None else {"progress": progress}
     masks = [mask, attributed.top(weights=share)] if looked_up else [mask]
     edit, *rival = (masked_gradient(model, each, forget, retain, seed=seed, **shown) for each in masks)
     report = evaluate(

@@ -558,7 +558,7 @@ def attacked(folder: Path, cell: Cell, chosen: dict[str, Setting]) -> dict:
     for (state, rate), curve in rows.groupby(["state", "lr"], sort=False):
         name = names.get(str(state), str(state))
         curves.setdefault(name, {})[f"{rate:g}"] = curve[
-            ["step", "held out", "trained", "retain", "valid"]
+            ["step", "held_out", "trained", "retain", "valid"]
         ].values.tolist()
     return {"curves": curves, "n": int(rows["n"].iloc[0]), "chance": float(rows["chance"].max())}
 

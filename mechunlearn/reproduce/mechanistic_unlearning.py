@@ -174,7 +174,9 @@ def chosen(grid: Grid, world: str, relation: str, arm: str) -> dict[str, Any]:
 
 def _best(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The rule of `compare.select`, in the names of this grid's cells."""
-    best = select([{**row, "lr": row["rate"], "efficacy": row.get("strength")} for row in rows])
+    best = select(
+        [{**row, "lr": row["rate"], "efficacy": row.get("strength"), "retention": row.get("retain")} for row in rows]
+    )
     return {"rate": best.pop("lr"), **best}
 
 
@@ -349,7 +351,7 @@ def _edit_and_measure(
         kept = float(measure(model, retain)["accuracy"].mean())
         made = {
             "share": share,
-            "strength": float(changed["target accuracy"].mean()),
+            "strength": float(changed["target_accuracy"].mean()),
             "truth": float(changed["accuracy"].mean()),
             "retain": kept,
         }
@@ -372,8 +374,8 @@ def elsewhere(model: HookedModel, forget: Prompts) -> dict:
     asked = [measure(model, facts.prompts(model, name)) for name in others]
     same = [measure(model, part.prompts(model)) for e in facts.related.values() if len(part := e.about(facts.subjects))]
     return {
-        "formats": {n: float(m["target accuracy"].mean()) for n, m in zip(others, asked, strict=True)},
-        "other formats": fmean(float(m["target accuracy"].mean()) for m in asked),
+        "formats": {n: float(m["target_accuracy"].mean()) for n, m in zip(others, asked, strict=True)},
+        "other formats": fmean(float(m["target_accuracy"].mean()) for m in asked),
         "truth elsewhere": fmean(float(m["accuracy"].mean()) for m in asked),
         "same subject": fmean(float(m["accuracy"].mean()) for m in same),
         "text loss": float(text_loss(model, facts.text[1::8]).mean()),
@@ -386,12 +388,12 @@ def recovered(rows: pd.DataFrame) -> dict:
     mine = rows[rows.state == "edited"]
     return {
         "recovery": None if pd.isna(best["recovery"]) else float(best["recovery"]),
-        "held out": None if pd.isna(best["held out"]) else float(best["held out"]),
+        "held out": None if pd.isna(best["held_out"]) else float(best["held_out"]),
         "outcome": best["outcome"],
         "floor": float(best["floor"]),
         "ceiling": float(best["ceiling"]),
         "curves": [
-            [row[k] for k in ("setting", "step", "held out", "trained", "retain")] for row in mine.to_dict("records")
+            [row[k] for k in ("setting", "step", "held_out", "trained", "retain")] for row in mine.to_dict("records")
         ],
     }
 
@@ -404,7 +406,7 @@ def bounds(folder: Path, cell: Cell) -> dict:
     beside = {"from scratch": _model(relabelled)} if relabelled is not None and relabelled.exists() else {}
     rows = relearning(bench.model, None, forget, retain, extra_edits=beside, seed=cell.seed, **ATTACK)
     unedited = {"retain": float(measure(bench.model, retain)["accuracy"].mean())} | elsewhere(bench.model, forget)
-    found = recovery(rows).reset_index()
+    found = recovery(rows).reset_index().rename(columns={"held_out": "held out"})
     return {
         "rows": rows.astype(object).where(rows.notna(), None).to_dict("records"),
         "card": rows.attrs["card"],
