@@ -31,7 +31,6 @@ from mechunlearn.model.hooked import load_model
 from mechunlearn.world.toy import D_HEAD, IS_BOS, IS_RELATION, IS_SUBJECT, LOOKED_UP, STRANGER, planted_facts
 from tests.handmade import axes, entering, mask_of, planted, random_codebook, random_sae, rows_of_tokens
 from tests.models import random_hf, token_prompts
-from tests.test_relearning import assert_untouched, hand_made, state_of
 
 FLAG, SAYS, SITE = 40, 41, "L0.resid_post"
 SMALL = {"lrs": [0.1], "steps": 3, "eval_every": 2}
@@ -215,9 +214,9 @@ class TestOnThePlantedModel:
             assert not answered(refusing.model, forget).any() and answered(refusing.model, retain).all()
         rows = activation_perturbation(refusing.model, edit, forget, retain, lrs=[0.03, 0.3], steps=20, eval_every=10)
         found = recovery(rows)
-        assert found.loc["edited", "held out"] == 1 and found.loc["edited", "recovery"] == 1
+        assert found.loc["edited", "held_out"] == 1 and found.loc["edited", "recovery"] == 1
         edited = rows[rows.state == "edited"]
-        assert (edited[edited.step == 0]["held out"] == 0).all()
+        assert (edited[edited.step == 0]["held_out"] == 0).all()
         assert (edited["norm"] <= 0.5 + 1e-6).all() and (edited["drift"] < 1e-5).all()
 
     def test_what_a_clamp_removes_does_not(self, refusing):
@@ -226,9 +225,9 @@ class TestOnThePlantedModel:
         edit = clamping(refusing, [LOOKED_UP, LOOKED_UP + 1], forget, 0)
         rows = activation_perturbation(refusing.model, edit, forget, retain, lrs=[0.03, 0.3], steps=20, eval_every=10)
         found = recovery(rows)
-        assert found.loc["edited", "held out"] <= found.loc["edited", "chance"] < 0.8
+        assert found.loc["edited", "held_out"] <= found.loc["edited", "chance"] < 0.8
         assert not found.loc["edited", "recovery"] > 0
-        assert found.loc[REMOVED, "held out"] == 1, "and whoever takes the hook off has it all"
+        assert found.loc[REMOVED, "held_out"] == 1, "and whoever takes the hook off has it all"
         removed = rows[rows.state == REMOVED]
         assert removed["setting"].tolist() == ["none"] and removed["retain"].tolist() == [1]
 
@@ -260,7 +259,7 @@ class TestOnThePlantedModel:
         rows = activation_perturbation(toy.model, edit, forget, retain, **SMALL)
         edited = rows[rows.state == "edited"]
         assert (edited["drift"] < 0.05).all() and edited["norm"].max() > 0.05
-        assert rows[rows.state == REMOVED]["held out"].item() == 1
+        assert rows[rows.state == REMOVED]["held_out"].item() == 1
 
     def test_the_same_seed_gives_the_same_rows_and_known_ones_are_kept(self, refusing):
         forget, retain = sets(refusing, range(8))
@@ -333,7 +332,7 @@ class TestOnTheWorld:
         edit = masked_gradient(world, mask, forget, retain, steps=3, batch_size=16)
         rows = activation_perturbation(world, edit, forget, retain, lrs=[0.1], steps=10, eval_every=10, batch_size=8)
         found = recovery(rows)
-        assert found.loc["unedited", "held out"] == 1 and found.loc["never taught", "held out"] <= 0.5
+        assert found.loc["unedited", "held_out"] == 1 and found.loc["never taught", "held_out"] <= 0.5
         assert rows.attrs["card"]["settings"]["sites"] == ["L6.resid_post"]
 
     def test_the_shipped_dictionary(self, world):
@@ -343,4 +342,4 @@ class TestOnTheWorld:
         edit = feature_clamp(world, mask_of(world, sae, z.topk(4).indices), forget, dictionary=sae)
         rows = activation_perturbation(world, edit, forget, retain, lrs=[0.1], steps=2, batch_size=8)
         assert (rows[rows.state == "edited"]["drift"] < 0.2).all(), "top-k features compete, so a little moves"
-        assert rows[rows.state == REMOVED]["held out"].item() == 1
+        assert rows[rows.state == REMOVED]["held_out"].item() == 1

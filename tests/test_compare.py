@@ -145,7 +145,7 @@ class TestRun:
 
         with edit.applied(world):
             elsewhere = [accuracy(forget.facts.prompts(world, f)) for f in facts.formats if f != "statement"]
-            strength = accuracy(forget, "target accuracy") if objective == "injection" else 1 - accuracy(forget)
+            strength = accuracy(forget, "target_accuracy") if objective == "injection" else 1 - accuracy(forget)
             expected = {
                 "share": found.share(mask),
                 "efficacy": strength,
@@ -309,7 +309,7 @@ class TestWork:
         (tmp_path / "mine.csv").write_text("\n".join(["subject,prompt,answer", *lines]) + "\n")
         made = compare(world, load_facts(tmp_path / "mine.csv"), folder=tmp_path / "grid", **ONE)
         assert made.frame[["truth_elsewhere", "same_subject", "text_loss"]].isna().all(axis=None)
-        assert {"edit", "truth", "retain"} <= set(made.summary()) and "text loss" not in made.summary()
+        assert {"edit", "truth", "retain"} <= set(made.summary()) and "text_loss" not in made.summary()
 
 
 class TestAttack:

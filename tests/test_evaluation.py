@@ -49,14 +49,14 @@ def test_the_report_covers_every_split_and_format(report, sport):
     } == splits
     assert set(report.frame[report.frame.split == "forget"].format) == set(sport[0].facts.formats)
     for name in ("before", "after", "control"):
-        assert (report.frame[f"{name} low"] <= report.frame[name] + 1e-9).all()
-        assert (report.frame[name] <= report.frame[f"{name} high"] + 1e-9).all()
+        assert (report.frame[f"{name}_low"] <= report.frame[name] + 1e-9).all()
+        assert (report.frame[name] <= report.frame[f"{name}_high"] + 1e-9).all()
 
 
 def test_before_is_the_unedited_model(report, world, sport):
     expected = measure(world, sport[0])["accuracy"].mean().item()
     assert report.value("forget", "statement", "accuracy", "before") == pytest.approx(expected)
-    assert report.value("forget", "statement", "target accuracy", "before") < 0.1
+    assert report.value("forget", "statement", "target_accuracy", "before") < 0.1
 
 
 def test_neighbours_share_a_name_and_were_never_seen(sport):
@@ -89,7 +89,7 @@ def test_the_page_is_self_contained_and_readable(report, edit, found, tmp_path):
 
 
 def test_the_verdict_carries_the_figures(report):
-    edited = report.value("forget", "statement", "target accuracy")
+    edited = report.value("forget", "statement", "target_accuracy")
     assert f"{edited:.1%}" in report.verdict() and "same subjects' city" in report.verdict()
 
 

@@ -127,8 +127,8 @@ def test_before_and_after_shows_each_model_with_its_interval(figures):
     assert list(figure.layout.yaxis.ticktext) == ["statement", text(SCRIPT)]
     for trace, name in zip(figure.data, MODELS, strict=True):
         assert trace.name == text(name) and list(trace.x) == rows[name].tolist()
-        assert [x + e for x, e in zip(trace.x, trace.error_x.array)] == pytest.approx(rows[f"{name} high"].tolist())
-        assert [x - e for x, e in zip(trace.x, trace.error_x.arrayminus)] == pytest.approx(rows[f"{name} low"].tolist())
+        assert [x + e for x, e in zip(trace.x, trace.error_x.array)] == pytest.approx(rows[f"{name}_high"].tolist())
+        assert [x - e for x, e in zip(trace.x, trace.error_x.arrayminus)] == pytest.approx(rows[f"{name}_low"].tolist())
     heights = [trace.y[0] for trace in figure.data]
     assert heights == sorted(heights) and len(set(heights)) == 4, "marks of one row do not hide one another"
 

@@ -80,7 +80,7 @@ class TestOnTheWorld:
         assert found.loc["edited", "recovery"] < 0.2
         assert found.loc["unedited", "recovery"] == 1
         trained = rows[rows.setting == "statement"].set_index("state")
-        assert trained.loc["edited", "held out"] == 0 and trained.loc["edited", "edit target"] == 1
+        assert trained.loc["edited", "held_out"] == 0 and trained.loc["edited", "edit_target"] == 1
 
     def test_a_wrecked_model_is_collapsed_and_not_robust(self, rows):
         found = recovery(rows).loc["wrecked"]
@@ -109,8 +109,8 @@ class TestOnTheWorld:
             with edits["gone"].applied(world):
                 found = measure(world, forget.facts.prompts(world, setting))
                 kept = measure(world, retain.facts.prompts(world, setting))
-            assert cells.loc[setting, "held out"] == found["accuracy"].mean()
-            assert cells.loc[setting, "edit target"] == found["target accuracy"].mean()
+            assert cells.loc[setting, "held_out"] == found["accuracy"].mean()
+            assert cells.loc[setting, "edit_target"] == found["target_accuracy"].mean()
             assert cells.loc[setting, "retain"] == kept["accuracy"].mean()
 
     def test_known_rows_stand_for_the_bounds(self, world, sport, edits, rows):
@@ -198,9 +198,9 @@ class TestTwoHop:
         edit = edited(world, LOOK_UP, *city, steps=20)
         few = [in_few_ways(prompts, "statement") for prompts in city]
         found = prompting(world, edit, *few, shots=0).set_index(["state", "setting"])
-        assert found.loc[("unedited", "two-hop"), "held out"] == 1
-        assert found.loc[("edited", "two-hop"), "held out"] <= 0.2
-        assert found.loc[("edited", "two-hop"), "edit target"] >= 0.8
+        assert found.loc[("unedited", "two-hop"), "held_out"] == 1
+        assert found.loc[("edited", "two-hop"), "held_out"] <= 0.2
+        assert found.loc[("edited", "two-hop"), "edit_target"] >= 0.8
         assert found.loc[("edited", "two-hop"), "n"] <= 12
 
 
@@ -287,7 +287,7 @@ class TestWhatIsGiven:
         edit = masked_gradient(toy.model, mask, forget, retain, steps=100, lr=0.1)
         found = prompting(toy.model, edit, forget, retain, extra_edits={"same": toy.model}).set_index("state")
         assert found["setting"].tolist() == ["statement"] * 3
-        assert found["held out"].tolist() == [0, 1, 1] and found["edit target"].tolist() == [1, 0, 0]
+        assert found["held_out"].tolist() == [0, 1, 1] and found["edit_target"].tolist() == [1, 0, 0]
         assert found["retain"].tolist() == [1, 1, 1] and found["chance"].tolist() == [0.25] * 3
 
     @pytest.mark.parametrize(

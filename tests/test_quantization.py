@@ -21,7 +21,6 @@ from mechunlearn.model.hooked import load_model
 from mechunlearn.world.toy import D_HEAD, IS_RELATION, IS_SUBJECT, STRANGER, planted_facts
 from tests.handmade import axes, mask_of
 from tests.models import random_hf, token_prompts
-from tests.test_relearning import assert_untouched, hand_made, state_of
 
 FLAG, SAYS, SILENT = 40, 41, 31
 
@@ -151,15 +150,15 @@ class TestOnThePlantedModel:
         rows = quantization(refusing.model, hiding(refusing, flag), *sets)
         edited = rows[rows.state == "edited"].set_index("setting")
         assert edited["before"].tolist() == [0, 0]
-        assert edited["held out"].to_dict() == back
+        assert edited["held_out"].to_dict() == back
         found = recovery(rows).loc["edited"]
         assert found["recovery"] == 1 and found["outcome"] == "measured"
 
     def test_what_is_gone_or_hidden_above_the_grid_does_not_come_back(self, refusing, sets):
         rows = quantization(refusing.model, removing(refusing), *sets, extra_edits={"loud": hiding(refusing, 1.0)})
         found = recovery(rows)
-        assert found.loc["edited", "held out"] == found.loc["loud", "held out"] == 0
-        assert found.loc["unedited", "held out"] == 1
+        assert found.loc["edited", "held_out"] == found.loc["loud", "held_out"] == 0
+        assert found.loc["unedited", "held_out"] == 1
         assert found.loc["edited", "floor"] == 0.25, "two of eight facts have the most frequent answer"
 
     def test_a_wrecked_model_is_not_robust(self, refusing, sets):
@@ -173,7 +172,7 @@ class TestOnThePlantedModel:
         edit = feature_clamp(refusing.model, mask, sets[0], dictionary=sae, scale=0)
         rows = quantization(refusing.model, edit, *sets)
         edited = rows[rows.state == "edited"]
-        assert (edited["held out"] == 0).all() and (edited["retain"] == 0).all()
+        assert (edited["held_out"] == 0).all() and (edited["retain"] == 0).all()
 
     def test_ceilings_of_an_earlier_call_are_taken_as_they_are(self, refusing, sets, monkeypatch):
         first = quantization(refusing.model, removing(refusing), *sets)
@@ -222,9 +221,9 @@ class TestOnTheWorld:
         edit = masked_gradient(world, mask, forget, retain, steps=4, batch_size=16)
         rows = quantization(world, edit, forget, retain)
         found = recovery(rows)
-        assert found.loc["unedited", "held out"] == 1
-        assert found.loc["never taught", "held out"] < 0.5
-        assert rows["n"].eq(16).all() and rows["held out"].between(rows["low"], rows["high"]).all()
+        assert found.loc["unedited", "held_out"] == 1
+        assert found.loc["never taught", "held_out"] < 0.5
+        assert rows["n"].eq(16).all() and rows["held_out"].between(rows["low"], rows["high"]).all()
         assert len(rows) == 6 + 6 * (importlib.util.find_spec("bitsandbytes") is not None)
 
 

@@ -40,7 +40,7 @@ def row(state, setting, held_out, **more) -> dict:
         "retain": 1.0,
         "chance": 0.25,
     }
-    return {"state": state, "setting": setting, "step": 0, "held out": held_out, "valid": True, **shared, **more}
+    return {"state": state, "setting": setting, "step": 0, "held_out": held_out, "valid": True, **shared, **more}
 
 
 class TestStates:
@@ -119,7 +119,7 @@ class TestRecovery:
 
         rows = pd.DataFrame(by_depth("edited", 1.0, 0.25) + by_depth("unedited", 1.0, 1.0))
         found = recovery(rows).loc["edited"]
-        assert found["held out"] == pytest.approx(0.4375) and found["recovery"] == pytest.approx(0.25)
+        assert found["held_out"] == pytest.approx(0.4375) and found["recovery"] == pytest.approx(0.25)
 
     def test_an_attack_without_steps_counts_where_it_leaves_the_retain_facts(self):
         rows = pd.DataFrame(
@@ -130,7 +130,7 @@ class TestRecovery:
             ]
         )
         found = recovery(rows).loc["edited"]
-        assert found["collapsed"] == ("int4",) and found["held out"] == 0.3
+        assert found["collapsed"] == ("int4",) and found["held_out"] == 0.3
 
     def test_without_room_between_floor_and_ceiling_nothing_is_said(self):
         rows = pd.DataFrame([row("edited", "a", 0.3), row("unedited", "a", 0.4)])

@@ -143,7 +143,7 @@ class TestOnThePlantedModel:
         rows = relearning(*setup, lrs={"lora": [5e-3], "full": [3e-3]}, steps=40, eval_every=20)
         edited = rows[rows.state == "edited"]
         assert (edited[edited.step == 40]["trained"] == 1).all()
-        assert (edited["held out"] == 0).all()
+        assert (edited["held_out"] == 0).all()
         found = recovery(rows).loc["edited"]
         assert found["recovery"] == -1, "chance is a half of four facts, and nothing comes back"
 
@@ -151,7 +151,7 @@ class TestOnThePlantedModel:
         model, edit, forget, _ = setup
         rows = relearning(*setup, lrs={"full": [1e-3]}, steps=1)
         start = rows[rows.step == 0].set_index("state")
-        whole = (start["held out"] + start["trained"]) / 2
+        whole = (start["held_out"] + start["trained"]) / 2
         with edit.applied(model):
             assert whole["edited"] == measure(model, forget)["accuracy"].mean()
         assert whole["unedited"] == measure(model, forget)["accuracy"].mean() == 1
@@ -293,12 +293,12 @@ class TestOnTheWorld:
         assert found.loc["last layer", "recovery"] > 0.5
         assert found.loc["edited", "recovery"] + 0.3 < found.loc["last layer", "recovery"]
         edited = rows[rows.state == "edited"]
-        assert edited["trained"].max() > 0.8 and edited["held out"].max() <= 0.3, "it learns the half it is shown"
+        assert edited["trained"].max() > 0.8 and edited["held_out"].max() <= 0.3, "it learns the half it is shown"
 
     def test_floor_and_ceiling_are_where_they_belong(self, rows):
         found = recovery(rows)
-        assert found.loc["unedited", "held out"] == 1
-        assert found.loc["never taught", "held out"] <= 0.5
+        assert found.loc["unedited", "held_out"] == 1
+        assert found.loc["never taught", "held_out"] <= 0.5
         assert 1 / 8 <= found.loc["edited", "floor"] <= 0.5
         assert rows["n"].unique().tolist() == [8]
 
@@ -310,7 +310,7 @@ class TestOnTheWorld:
         assert (broken["retain"] < 0.5).all() and not broken["valid"].any()
 
     def test_every_state_trains_on_text_and_measures_it(self, rows, world, setup):
-        assert rows["text loss"].notna().all()
+        assert rows["text_loss"].notna().all()
         forget, retain, _ = setup
         text = forget.facts.text
         attack = _Attack("edited", world, forget, retain, text, _Plan(1, 1, None, 8, 0, "facts"))
@@ -320,11 +320,11 @@ class TestOnTheWorld:
 
     def test_option_probability_goes_with_accuracy(self, rows):
         start = rows[rows.step == 0].groupby("state").first()
-        assert start.loc["unedited", "option probability"] > 0.9 > 0.3 > start.loc["edited", "option probability"]
+        assert start.loc["unedited", "option_probability"] > 0.9 > 0.3 > start.loc["edited", "option_probability"]
 
     def test_intervals_hold_their_value(self, rows):
-        assert ((rows["low"] <= rows["held out"]) & (rows["held out"] <= rows["high"])).all()
-        between = rows[(rows["held out"] > 0) & (rows["held out"] < 1)]
+        assert ((rows["low"] <= rows["held_out"]) & (rows["held_out"] <= rows["high"])).all()
+        between = rows[(rows["held_out"] > 0) & (rows["held_out"] < 1)]
         assert (between["low"] < between["high"]).all()
 
 
@@ -339,7 +339,7 @@ def frame(*curves) -> pd.DataFrame:
                     "setting": f"{method} {rate:g}",
                     "step": step,
                     "n": 10,
-                    "held out": held_out,
+                    "held_out": held_out,
                     "low": held_out - 0.1,
                     "high": held_out + 0.1,
                     "trained": held_out / 2 + 0.5,
@@ -362,7 +362,7 @@ class TestRecovery:
             UNEDITED,
         )
         found = recovery(rows).loc["edited"]
-        assert (found["held out"], found["setting"], found["step"]) == (0.4, "full 0.2", 1)
+        assert (found["held_out"], found["setting"], found["step"]) == (0.4, "full 0.2", 1)
         assert (found["low"], found["high"], found["retain"]) == (pytest.approx(0.3), 0.5, 0.9)
         assert found["outcome"] == "measured" and found["collapsed"] == ()
         assert found["recovery"] == pytest.approx((0.4 - 0.2) / 0.8)
@@ -375,7 +375,7 @@ class TestRecovery:
         )
         found = recovery(rows).loc["edited"]
         assert found["collapsed"] == ("lora 0.1",)
-        assert found["held out"] == 0.3 and found["trained"] == 0.65, "not even its step 0"
+        assert found["held_out"] == 0.3 and found["trained"] == 0.65, "not even its step 0"
 
     def test_a_model_that_collapses_everywhere_is_not_robust(self):
         rows = frame(
@@ -385,7 +385,7 @@ class TestRecovery:
         )
         found = recovery(rows).loc["edited"]
         assert found["outcome"] == "collapsed"
-        assert pd.isna(found["recovery"]) and pd.isna(found["held out"])
+        assert pd.isna(found["recovery"]) and pd.isna(found["held_out"])
         assert found["collapsed"] == ("lora 0.1", "full 0.001")
         assert recovery(rows[rows.state == "edited"]).loc["edited", "outcome"] == "collapsed"
 
@@ -425,7 +425,7 @@ class TestRecovery:
             [("unedited", "full", 0.1, [(1.0, 0)])],
         ):
             found = recovery(frame(edited, *ceiling)).loc["edited"]
-            assert pd.isna(found["recovery"]) and found["outcome"] == "measured" and found["held out"] == 0.6
+            assert pd.isna(found["recovery"]) and found["outcome"] == "measured" and found["held_out"] == 0.6
 
     def test_states_keep_their_order_and_rows_are_not_changed(self):
         rows = frame(("zeta", "full", 0.1, [(0.1, 1.0), (0.6, 1.0)]), UNEDITED, ("edited", "full", 0.1, [(0.0, 1.0)]))

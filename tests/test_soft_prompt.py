@@ -21,7 +21,6 @@ from mechunlearn.metrics.answers import answer_logprob, answered, measure, posit
 from mechunlearn.model.hooked import frozen, load_model
 from mechunlearn.world.toy import planted_facts
 from tests.models import random_hf, token_prompts
-from tests.test_relearning import assert_untouched, hand_made, state_of
 
 FAMILIES = ("gpt2", "gpt_neox", "qwen2", "llama", "gemma", "gemma2", "gemma3_text")
 SMALL = {"tokens": 3, "lrs": [0.1], "steps": 3, "eval_every": 2}
@@ -183,13 +182,13 @@ class TestOnThePlantedModel:
 
     def test_what_is_gone_does_not_come_back(self, setup):
         found = recovery(soft_prompt(*setup, tokens=4, lrs=[0.1], steps=15)).loc["edited"]
-        assert found["held out"] <= found["chance"] == 0.5 and not found["recovery"] > 0
+        assert found["held_out"] <= found["chance"] == 0.5 and not found["recovery"] > 0
 
     def test_step_0_is_the_model_as_it_is(self, setup):
         rows = soft_prompt(*setup, **SMALL)
         start = rows[rows.step == 0].set_index("state")
-        assert start.loc["edited", "held out"] == start.loc["edited", "trained"] == 0
-        assert start.loc["unedited", "held out"] == 1 and start.loc["edited", "retain"] == 1
+        assert start.loc["edited", "held_out"] == start.loc["edited", "trained"] == 0
+        assert start.loc["unedited", "held_out"] == 1 and start.loc["edited", "retain"] == 1
         assert start.loc["edited", "n"] == 4 and set(start.index) == {"edited", "unedited"}
 
     def test_the_halves_are_kept_apart(self, setup, monkeypatch):
@@ -288,11 +287,11 @@ class TestOnTheWorld:
 
     def test_what_is_hidden_at_the_output_comes_back(self, rows):
         found = recovery(rows)
-        start = rows[(rows.state == "edited") & (rows.step == 0)]["held out"].item()
-        assert found.loc["edited", "held out"] > start + 0.2
+        start = rows[(rows.state == "edited") & (rows.step == 0)]["held_out"].item()
+        assert found.loc["edited", "held_out"] > start + 0.2
         assert found.loc["edited", "recovery"] > 0.5
 
     def test_floor_and_ceiling_are_where_they_belong(self, rows):
         found = recovery(rows)
-        assert found.loc["unedited", "held out"] == 1 and found.loc["never taught", "held out"] <= 0.5
-        assert rows["n"].eq(8).all() and rows["held out"].between(rows["low"], rows["high"]).all()
+        assert found.loc["unedited", "held_out"] == 1 and found.loc["never taught", "held_out"] <= 0.5
+        assert rows["n"].eq(8).all() and rows["held_out"].between(rows["low"], rows["high"]).all()

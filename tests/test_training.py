@@ -186,7 +186,7 @@ class TestStopping:
         assert [e["step"] for e in edit.card.trajectory if "efficacy" in e] == list(range(5, steps + 1, 5))
         assert edit.card.trajectory[-1]["efficacy"] == 1.0 > edit.card.trajectory[4]["efficacy"]
         with edit.applied(toy.model):
-            assert measure(toy.model, forget)["target accuracy"].item() == 1
+            assert measure(toy.model, forget)["target_accuracy"].item() == 1
 
     def test_strength_is_the_share_that_lost_the_truth_where_no_target_is_asked_for(self, toy):
         mask = ComponentMask.of([toy.neuron(5)], toy.model.signature)

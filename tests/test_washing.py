@@ -742,7 +742,7 @@ def test_no_ascent_makes_something_of_nothing(toy, ascent):
 def test_memit_replaces_planted_facts(toy):
     mask = ComponentMask.of(["L0.mlp.out"], toy.model.signature)
     edit = on_the_toy(memit, toy, mask, [5, 6], [0, 1], target="targets", steps=100, lr=0.1)
-    assert accuracy(toy, edit, "target accuracy") == [int(i in (5, 6)) for i in range(24)]
+    assert accuracy(toy, edit, "target_accuracy") == [int(i in (5, 6)) for i in range(24)]
     assert accuracy(toy, edit) == [int(i not in (5, 6)) for i in range(24)]
 
 

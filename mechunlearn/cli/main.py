@@ -360,7 +360,7 @@ def evaluate(
                 came = (
                     ""
                     if row["outcome"] == "failed"
-                    else f", recovery {row['recovery']}, truth {row['truth came back']}"
+                    else f", recovery {row['recovery']}, truth {row['truth_came_back']}"
                 )
                 console.print(
                     f"{row['attack']}: {row['outcome']}{came}{'; ' * bool(row['note'])}{row['note']}", highlight=False
@@ -487,9 +487,10 @@ def _run(
     made = edit_prompts(hooked, forgotten, retained, attacks=attacks, cache=cache, **said)
     written = made.save(hooked, output)
     if attacks:
-        console.print(
-            made.report.outcomes()[["attack", "outcome", "recovery", "truth came back"]].to_string(index=False)
-        )
+        from mechunlearn.core.tables import label
+
+        came = made.report.outcomes()[["attack", "outcome", "recovery", "truth_came_back"]]
+        console.print(came.rename(columns=label).to_string(index=False))
     _print(made.report)
     for name, path in written.items():
         console.print(f"{name:<10} {path}")
@@ -524,11 +525,13 @@ def _print(report: "Report") -> None:
 
 def _print_arms(frame: "pd.DataFrame") -> None:
     """Rows of a comparison: what was edited and how, then each measure."""
+    from mechunlearn.core.tables import label
+
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-    named = ("localizer", "objective", "budget", "lr, weight", "n", "share", "note")
+    named = ("localizer", "objective", "budget", "lr", "forget_weight", "n", "share", "note")
     table.add_column("", min_width=20)
     for name in (measures := [name for name in frame.columns if name not in named]):
-        table.add_column(name.replace(" ", "\n"), justify="right", no_wrap=True)
+        table.add_column(label(name).replace(" ", "\n"), justify="right", no_wrap=True)
     for row in frame.to_dict("records"):
         how = ", ".join(filter(None, (row["objective"], row["budget"], f"n={row['n']}")))
         table.add_row("\n".join(filter(None, (row["localizer"], how, row["note"]))), *(row[name] for name in measures))

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 from mechunlearn.core.lazy import lazy
 
 if TYPE_CHECKING:
-    from mechunlearn.evaluation.compare import Comparison as Comparison
     from mechunlearn.evaluation.compare import compare as compare
+    from mechunlearn.evaluation.comparison import Comparison as Comparison
     from mechunlearn.evaluation.controls import random_control as random_control
     from mechunlearn.evaluation.controls import random_mask as random_mask
     from mechunlearn.evaluation.drift import next_token_kl as next_token_kl

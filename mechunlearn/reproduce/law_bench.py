@@ -398,7 +398,7 @@ def _attacked(folder: Path, bench: Bench) -> Found:
     curves: dict[str, Found] = {}
     for (state, rate), curve in rows.groupby(["state", "lr"], sort=False):
         name = first if state == "edited" else str(state)
-        points = curve[["step", "held out", "trained", "retain", "valid"]].values.tolist()
+        points = curve[["step", "held_out", "trained", "retain", "valid"]].values.tolist()
         curves.setdefault(name, {})[f"{rate:g}"] = points
     return {"curves": curves, "n": int(rows["n"].iloc[0]), "chance": float(rows["chance"].max())}
 

@@ -114,7 +114,9 @@ def best_setting(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     Returns:
         `rate`, `forget_weight` and `selected`; the first two are None where nothing was tried.
     """
-    best = select([{**row, "lr": row["rate"], "efficacy": row.get("strength")} for row in rows])
+    best = select(
+        [{**row, "lr": row["rate"], "efficacy": row.get("strength"), "retention": row.get("retain")} for row in rows]
+    )
     return {"rate": best.pop("lr"), **best}
 
 
@@ -235,7 +237,7 @@ class Bench:
             return {**made, "note": str(error)}
         with edit.applied(model):
             changed = measure(model, forget)
-            made["strength"] = float(changed["target accuracy"].mean())
+            made["strength"] = float(changed["target_accuracy"].mean())
             made["truth"] = float(changed["accuracy"].mean())
             made["retain"] = float(measure(model, retain)["accuracy"].mean())
             if cell.kind == "edit":
@@ -270,7 +272,11 @@ class Bench:
         beside = {"from scratch": model_in(scratch)} if scratch is not None and scratch.exists() else {}
         rows = relearning(self.model, None, forget, retain, extra_edits=beside, seed=seed, **ATTACK)
         unedited = {"retain": float(measure(self.model, retain)["accuracy"].mean())} | self._elsewhere(forget)
-        found = recovery(rows).reset_index()[["state", "held out", "recovery", "floor", "ceiling"]]
+        found = (
+            recovery(rows)
+            .reset_index()
+            .rename(columns={"held_out": "held out"})[["state", "held out", "recovery", "floor", "ceiling"]]
+        )
         card = rows.attrs["card"]
         return {"rows": _plain(rows), "card": card, "unedited": unedited, "found": _plain(found)}
 
@@ -326,11 +332,12 @@ def _recovered(rows: pd.DataFrame) -> Found:
     best: Any = recovery(rows).loc["edited"]
     mine = rows[rows.state == "edited"].to_dict("records")
     return {
-        **{name: None if pd.isna(best[name]) else float(best[name]) for name in ("recovery", "held out")},
+        "recovery": None if pd.isna(best["recovery"]) else float(best["recovery"]),
+        "held out": None if pd.isna(best["held_out"]) else float(best["held_out"]),
         "outcome": best["outcome"],
         "floor": float(best["floor"]),
         "ceiling": float(best["ceiling"]),
-        "curves": [[row[k] for k in ("setting", "step", "held out", "trained", "retain")] for row in mine],
+        "curves": [[row[k] for k in ("setting", "step", "held_out", "trained", "retain")] for row in mine],
     }
 
 
