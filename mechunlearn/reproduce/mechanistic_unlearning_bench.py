@@ -258,8 +258,8 @@ class Bench:
         asked = {name: measure(model, facts.prompts(model, name)) for name in others}
         same = [part.prompts(model) for e in facts.related.values() if len(part := e.about(facts.subjects))]
         return {
-            "formats": {name: float(m["target accuracy"].mean()) for name, m in asked.items()},
-            "other formats": fmean(float(m["target accuracy"].mean()) for m in asked.values()),
+            "formats": {name: float(m["target_accuracy"].mean()) for name, m in asked.items()},
+            "other formats": fmean(float(m["target_accuracy"].mean()) for m in asked.values()),
             "truth elsewhere": fmean(float(m["accuracy"].mean()) for m in asked.values()),
             "same subject": fmean(float(measure(model, prompts)["accuracy"].mean()) for prompts in same),
             "text loss": float(text_loss(model, facts.text[1::8]).mean()),
