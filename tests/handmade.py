@@ -4,7 +4,8 @@ import torch
 from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
 
 from mechunlearn import ComponentMask
-from mechunlearn.features.dictionaries import SAE, Codebook, installed, signature_of, width
+from mechunlearn.features.dictionaries import SAE, Codebook
+from mechunlearn.features.places import installed, signature_of, width
 from mechunlearn.world.toy import FIRST_SUBJECT, LOOKED_UP, SUBJECTS
 
 
