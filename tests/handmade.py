@@ -8,7 +8,8 @@ from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, StandardSAE, StandardSAECon
 from mechunlearn import ComponentMask
 from mechunlearn.artifacts.weight_edit import WeightEdit
 from mechunlearn.core.runcard import RunCard
-from mechunlearn.features.dictionaries import SAE, Codebook, installed, signature_of, width
+from mechunlearn.features.dictionaries import SAE, Codebook
+from mechunlearn.features.places import installed, signature_of, width
 from mechunlearn.world.toy import FIRST_SUBJECT, LOOKED_UP, SUBJECTS
 
 

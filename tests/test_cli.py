@@ -232,7 +232,7 @@ def files(tmp_path):
         (["reproduce", "mechanistic-unlearning", "-o", "out", "--page", "page.html"], "not named *.md"),
         (["reproduce", "summary", "nowhere"], "mechanistic-unlearning.json' cannot be read"),
         ([*EVALUATE, "broken.json", "--attacks", "phrenology"], "Unknown attack 'phrenology'. Expected 'all', or one"),
-        (["evaluate", "factworld", "factworld/sport", "broken.json"], "not a whole .safetensors file"),
+        (["evaluate", "factworld", "factworld/sport", "broken.json"], "not a whole weight edit or feature edit file"),
         (["run", "factworld", "factworld/sport", "-o", "full"], "exists and is not an empty folder"),
         (["demo", "-o", "full"], "exists and is not an empty folder"),
         (["demo", "-o", "."], "is the folder that you are in"),

@@ -3,11 +3,10 @@
 from mechunlearn.artifacts.mask import ComponentMask
 from mechunlearn.core.runcard import RunCard, Stopwatch
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.features.dictionaries import Codebook, Model, fingerprint_of, signature_of
-from mechunlearn.features.feature_edit import FeatureEdit, FeaturePart, feature_units
+from mechunlearn.features.dictionaries import Codebook
+from mechunlearn.features.feature_edit import DELETIONS, FeatureEdit, FeaturePart, feature_units
 from mechunlearn.features.firing import Texts
-
-DELETIONS = ("reselect", "zero")
+from mechunlearn.features.places import Model, fingerprint_of, signature_of
 
 
 def codebook_delete(

@@ -5,12 +5,11 @@ import torch
 from mechunlearn.artifacts.mask import ComponentMask
 from mechunlearn.core.runcard import RunCard, Stopwatch
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.features.dictionaries import Codebook, Dictionary, Model, fingerprint_of, signature_of
-from mechunlearn.features.feature_edit import FeatureEdit, FeaturePart, feature_units
+from mechunlearn.features.dictionaries import Codebook, Dictionary
+from mechunlearn.features.feature_edit import GATES, FeatureEdit, FeaturePart, feature_units
 from mechunlearn.features.firing import FiringStatistics, Texts, observed, tokenized
 from mechunlearn.features.interventions import shares
-
-GATES = ("token", "sequence")
+from mechunlearn.features.places import Model, fingerprint_of, signature_of
 
 
 def feature_clamp(

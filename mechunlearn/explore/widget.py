@@ -14,8 +14,9 @@ from mechunlearn.artifacts.mask import ComponentMask
 from mechunlearn.explore.app import Workbench
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.features.dashboard import Exploration, explore_dictionary
-from mechunlearn.features.dictionaries import Dictionary, Model
+from mechunlearn.features.dictionaries import Dictionary
 from mechunlearn.features.firing import Texts
+from mechunlearn.features.places import Model
 from mechunlearn.model.hooked import HookedModel
 
 STATIC = Path(__file__).parent / "static"

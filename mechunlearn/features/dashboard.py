@@ -17,9 +17,10 @@ from mechunlearn.artifacts.mask import ComponentMask
 from mechunlearn.core.batches import in_batches
 from mechunlearn.core.files import whole_file
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.features.dictionaries import SAE, Codebook, Dictionary, Model, check
+from mechunlearn.features.dictionaries import SAE, Codebook, Dictionary, check
 from mechunlearn.features.feature_edit import feature_units
 from mechunlearn.features.firing import Texts, observed, tokenized
+from mechunlearn.features.places import Model
 from mechunlearn.model.hook_points import layer_of
 from mechunlearn.model.hooked import HookedModel
 

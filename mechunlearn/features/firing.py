@@ -14,7 +14,8 @@ from mechunlearn.artifacts.mask import ComponentMask
 from mechunlearn.core.batches import in_batches
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import Prompts
-from mechunlearn.features.dictionaries import Codebook, Dictionary, Model, check, installed, place
+from mechunlearn.features.dictionaries import Codebook, Dictionary, check
+from mechunlearn.features.places import Model, installed, place
 from mechunlearn.metrics.text import encode, padded, text_loss
 from mechunlearn.model.decoder import tapped
 from mechunlearn.model.hooked import HookedModel

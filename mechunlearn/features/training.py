@@ -16,17 +16,9 @@ from torch.nn import functional
 from transformers import get_cosine_schedule_with_warmup
 
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.features.dictionaries import (
-    SAE,
-    Codebook,
-    Model,
-    fingerprint_of,
-    installed,
-    place,
-    signature_of,
-    width,
-)
+from mechunlearn.features.dictionaries import SAE, Codebook
 from mechunlearn.features.firing import Texts, observed, tokenized
+from mechunlearn.features.places import Model, fingerprint_of, installed, place, signature_of, width
 from mechunlearn.model.hook_points import hook_name_of
 from mechunlearn.model.hooked import HookedModel, frozen
 

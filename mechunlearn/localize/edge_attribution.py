@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechunlearn.artifacts.circuit import Circuit, edges, readers, writers
+from mechunlearn.artifacts.circuit import Circuit
+from mechunlearn.artifacts.edges import edges, readers, writers
 from mechunlearn.core.batches import in_batches
 from mechunlearn.core.runcard import RunCard, Stopwatch
 from mechunlearn.errors import MechunlearnError

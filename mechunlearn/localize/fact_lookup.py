@@ -5,7 +5,7 @@ from collections import Counter
 import torch
 from torch import Tensor
 
-from mechunlearn.artifacts.circuit import writers
+from mechunlearn.artifacts.edges import writers
 from mechunlearn.artifacts.localization import Localization
 from mechunlearn.core.runcard import RunCard, Stopwatch
 from mechunlearn.errors import MechunlearnError

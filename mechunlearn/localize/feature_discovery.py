@@ -11,16 +11,9 @@ from mechunlearn.artifacts.localization import Localization
 from mechunlearn.core.runcard import RunCard, Stopwatch
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import Prompts
-from mechunlearn.features.dictionaries import (
-    Codebook,
-    Dictionary,
-    Model,
-    check,
-    fingerprint_of,
-    installed,
-    signature_of,
-)
+from mechunlearn.features.dictionaries import Codebook, Dictionary, check
 from mechunlearn.features.firing import FiringStatistics, Texts, tokenized
+from mechunlearn.features.places import Model, fingerprint_of, installed, signature_of
 from mechunlearn.metrics.answers import Metric, logit_diff, name_of
 from mechunlearn.metrics.text import token_losses
 from mechunlearn.model.hooked import HookedModel, frozen

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
-from mechunlearn.artifacts.circuit import Circuit, edges, readers, writers
+from mechunlearn.artifacts.circuit import Circuit
+from mechunlearn.artifacts.edges import edges, readers, writers
 from mechunlearn.artifacts.localization import Localization
 from mechunlearn.core.runcard import RunCard, Stopwatch
 from mechunlearn.errors import MechunlearnError

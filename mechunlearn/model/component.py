@@ -11,7 +11,9 @@ from mechunlearn.model.layout import KINDS, Signature
 if TYPE_CHECKING:
     pass
 
-_ADDRESS = re.compile(r"L(\d+)\.((?:attn\.[qkvo]|mlp\.(?:in|gate|out))|(?:sae|codebook):[\w./-]+)(?:\[(\d+)\])?")
+_ADDRESS = re.compile(
+    r"L(0|[1-9]\d*)\.((?:attn\.[qkvo]|mlp\.(?:in|gate|out))|(?:sae|codebook):[\w./-]+)(?:\[(0|[1-9]\d*)\])?", re.ASCII
+)
 SCORED = ("attn.o", "mlp.out")
 
 

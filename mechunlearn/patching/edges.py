@@ -1,7 +1,7 @@
 """What one component writes and another reads: contributions, linearised norms, and exact patches of single edges.
 
 Writers are the input, each head and each MLP; readers are each query head, each key and value head, each MLP and the
-logits (see `circuit.writers` and `circuit.readers`). In models that normalise what attention writes (Gemma 2 and 3) a
+logits (see `artifacts.edges`). In models that normalise what attention writes (Gemma 2 and 3) a
 head's contribution passes that norm with its scale frozen at the clean run.
 """
 

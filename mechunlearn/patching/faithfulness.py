@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mechunlearn.artifacts.circuit import Circuit, edges, readers, writers
+from mechunlearn.artifacts.circuit import Circuit
+from mechunlearn.artifacts.edges import edges, readers, writers
 from mechunlearn.artifacts.mask import ComponentMask
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import Prompts

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mechunlearn.artifacts.circuit import edges, readers, writers
+from mechunlearn.artifacts.edges import edges, readers, writers
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.metrics.answers import Metric
@@ -30,7 +30,7 @@ from mechunlearn.patching.sweep import TOKENS, Counter, sweep
 
 @dataclass(frozen=True)
 class Reader:
-    """Where a reader of `circuit.readers` reads: layer, site kind, head."""
+    """Where a reader of `artifacts.edges.readers` reads: layer, site kind, head."""
 
     layer: int
     kind: str

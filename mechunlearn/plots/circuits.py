@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from mechunlearn.artifacts.circuit import NEGATIVE, POSITIVE, Circuit
+from mechunlearn.artifacts.circuit import Circuit
+from mechunlearn.artifacts.graphs import NEGATIVE, POSITIVE
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.model.layout import Signature
 from mechunlearn.plots.style import INK, RULE, styled, text

@@ -5,16 +5,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from rich.progress import track
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from mechunlearn.core import tensors
 from mechunlearn.core.runcard import digest
-from mechunlearn.core.tensors import load_tensors, save_tensors
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.model.component import Component
 from mechunlearn.model.hooked import HookedModel
@@ -129,7 +129,7 @@ class Covariance:
             )
         batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
         text = digest(str(skip_first), *map(str, rows))
-        about = {"model": made.fingerprint, "text": text, "tokens": str(made.count)}
+        about = {"model": made.fingerprint, "text": text, "tokens": made.count}
         files = None if cache is None else _Files(Path(cache), about, batch_size, len(batches))
         done = {site: 0 if files is None else files.read(site, sums) for site, sums in made._sums.items()}
         saved = time.monotonic()
@@ -176,12 +176,14 @@ class _Files:
     """A file of sums a site: a whole one, and before that a partial one of the batches done so far."""
 
     folder: Path
-    about: dict[str, str]
+    about: dict[str, Any]
     batch_size: int
     batches: int
 
     def path(self, site: str, whole: bool) -> Path:
-        return self.folder / f"{'-'.join(self.about.values())}-{site}{'' if whole else '.partial'}.safetensors"
+        return (
+            self.folder / f"{'-'.join(map(str, self.about.values()))}-{site}{'' if whole else '.partial'}.safetensors"
+        )
 
     def read(self, site: str, sums: Float[Tensor, "unit other"]) -> int:
         """Fill in the sums of a site as far as they are on disk, and say how many batches that is."""
@@ -189,36 +191,26 @@ class _Files:
         path = self.path(site, whole)
         if not path.exists():
             return 0
-        try:
-            tensors, found = load_tensors(path, "covariance")
-        except MechunlearnError as error:
-            raise MechunlearnError(f"{error} Delete it, and it is collected again.") from None
-        known = self.about | {"site": site} | ({} if whole else {"batch_size": str(self.batch_size)})
+        advice = "Delete it, and it is collected again."
+        found = tensors.load(path, {"covariance": lambda held, about: {**about, "sums": held["sums"]}}, advice)
+        known = {**self.about, "site": site, **({} if whole else {"batch_size": self.batch_size})}
+        known |= {"shape": tuple(sums.shape)}
+        there = {**found, "shape": tuple(found["sums"].shape)}
         wrong = [
-            f"{key} {found.get(key)} (expected {value})" for key, value in known.items() if found.get(key) != value
+            f"{key} {there.get(key)} (expected {value})" for key, value in known.items() if there.get(key) != value
         ]
-        if wrong or tensors["sums"].shape != sums.shape:
-            wrong = wrong or [f"shape {tuple(tensors['sums'].shape)} (expected {tuple(sums.shape)})"]
-            raise MechunlearnError(f"'{path}' has {', '.join(wrong)}. Delete it, and it is collected again.")
-        sums.copy_(tensors["sums"])
+        if wrong:
+            raise MechunlearnError(f"'{path}' has {', '.join(wrong)}. {advice}")
+        sums.copy_(found["sums"])
         return self.batches if whole else int(found["done"])
 
     def write(self, site: str, sums: Float[Tensor, "unit other"], done: int) -> None:
         """Write the sums of so many batches; all of them take the place of the partial file."""
         whole = done == self.batches
         path = self.path(site, whole)
-        about = {
-            "kind": "covariance",
-            "site": site,
-            **self.about,
-            "batch_size": str(self.batch_size),
-            "done": str(done),
-        }
-        try:
-            if not (whole and path.exists()):
-                save_tensors(path, {"sums": sums}, about)
-        except SafetensorError as error:
-            raise MechunlearnError(f"Could not write '{path}': {error}. Nothing was left half-written.") from None
+        if not (whole and path.exists()):
+            about = {**self.about, "site": site, "batch_size": self.batch_size, "done": done}
+            tensors.save(path, "covariance", {"sums": sums}, about)
         if whole:
             self.path(site, whole=False).unlink(missing_ok=True)
 
