@@ -31,8 +31,8 @@ from mechunlearn.core.runcard import Stopwatch
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import PAD, Prompts
 from mechunlearn.metrics.answers import BATCH, answer_logprob, positions_read
-from mechunlearn.model.decoder import tapped
 from mechunlearn.model.hooked import HookedModel, frozen
+from mechunlearn.model.taps import tapped
 from mechunlearn.training.loop import Schedule, Terms, epochs, interruptible, train
 from mechunlearn.training.parameterizations import add_gradients
 

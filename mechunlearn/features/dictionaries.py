@@ -22,10 +22,11 @@ from mechunlearn.core.files import data_folder, whole_folder
 from mechunlearn.core.runcard import digest
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.features.interventions import Codes, PlainSAE
-from mechunlearn.model.decoder import STREAMS, UNITS, tapped
+from mechunlearn.model.decoder import STREAMS, UNITS
 from mechunlearn.model.hook_points import HOOK_POINTS, hook_name_of, layer_of, site_of
 from mechunlearn.model.hooked import HookedModel
 from mechunlearn.model.layout import Signature
+from mechunlearn.model.taps import tapped
 
 Model = HookedModel | nn.Module
 SHIPPED = ("factworld-codebook", "factworld-sae")

@@ -16,8 +16,8 @@ from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.features.dictionaries import Codebook, Dictionary, Model, check, installed, place
 from mechunlearn.metrics.text import encode, padded, text_loss
-from mechunlearn.model.decoder import tapped
 from mechunlearn.model.hooked import HookedModel
+from mechunlearn.model.taps import tapped
 
 Texts = Prompts | Sequence[str] | tuple[Tensor, Tensor]
 BATCH = 64
