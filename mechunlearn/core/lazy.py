@@ -23,7 +23,7 @@ class _Package(ModuleType):
 
     @property
     def __all__(self) -> list[str]:
-        return sorted(self._homes)
+        return sorted(name for name in self._homes if not name.startswith("_"))
 
     def __getattr__(self, name: str) -> object:
         homes = {} if name.startswith("_") and name not in self._named else self._homes
