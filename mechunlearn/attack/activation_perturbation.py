@@ -34,9 +34,9 @@ from mechunlearn.features.dictionaries import Codebook, check
 from mechunlearn.features.feature_edit import FeatureEdit, FeaturePart
 from mechunlearn.metrics.answers import BATCH, answered
 from mechunlearn.model.component import Component
-from mechunlearn.model.decoder import Hook
 from mechunlearn.model.hook_points import layer_of
 from mechunlearn.model.hooked import HookedModel, frozen
+from mechunlearn.model.taps import Hook
 from mechunlearn.training.loop import CachedInputs, Sequences, TopLayers
 from mechunlearn.training.parameterizations import add_gradients
 

@@ -17,8 +17,8 @@ from mechunlearn.attack.states import GATE, WATCHED, Attack, Row, Rows, State, c
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import PAD, Prompts
 from mechunlearn.metrics.answers import BATCH, answer_logprob, positions_read
-from mechunlearn.model.decoder import tapped
 from mechunlearn.model.hooked import HookedModel, frozen
+from mechunlearn.model.taps import tapped
 from mechunlearn.training.parameterizations import add_gradients
 
 RATES = (3e-3, 3e-2)

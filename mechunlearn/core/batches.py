@@ -14,9 +14,18 @@ Result = TypeVar("Result")
 
 
 def in_batches(count: int, size: int, work: Callable[[Tensor], Result]) -> list[Result]:
-    """The results of `work` on the indices 0 ... count - 1, at most `size` at a time.
+    """Work on the indices 0 ... count - 1 in batches, half as large after each time that memory runs out.
 
-    Raises `MechunlearnError` if memory runs out with one at a time.
+    Args:
+        count: The number of indices.
+        size: The largest batch.
+        work: Called with the indices of each batch, a tensor `[index]`.
+
+    Returns:
+        What `work` returned, one entry a batch.
+
+    Raises:
+        MechunlearnError: Memory runs out with one index at a time.
 
     >>> in_batches(5, 2, lambda rows: rows.tolist())
     [[0, 1], [2, 3], [4]]
@@ -32,7 +41,17 @@ def in_batches(count: int, size: int, work: Callable[[Tensor], Result]) -> list[
 
 @contextmanager
 def enough_memory(size: int) -> Iterator[list[int]]:
-    """Gives the size to go on with, and a second entry if memory ran out within the block: then it is half of it."""
+    """Catch it if memory runs out within the block.
+
+    Args:
+        size: The number of items that the block works on.
+
+    Yields:
+        A list of one entry, `size`. If memory ran out it has two after the block: half of `size`, and `size`.
+
+    Raises:
+        MechunlearnError: Memory ran out with one item.
+    """
     smaller = [size]
     try:
         yield smaller

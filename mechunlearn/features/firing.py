@@ -17,8 +17,8 @@ from mechunlearn.facts.prompts import Prompts
 from mechunlearn.features.dictionaries import Codebook, Dictionary, check
 from mechunlearn.features.places import Model, installed, place
 from mechunlearn.metrics.text import encode, padded, text_loss
-from mechunlearn.model.decoder import tapped
 from mechunlearn.model.hooked import HookedModel
+from mechunlearn.model.taps import tapped
 
 Texts = Prompts | Sequence[str] | tuple[Tensor, Tensor]
 BATCH = 64

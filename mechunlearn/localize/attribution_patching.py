@@ -15,8 +15,8 @@ from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.metrics.answers import Metric, logit_diff, name_of, per_fact, positions_read
 from mechunlearn.model.component import SCORED
-from mechunlearn.model.decoder import tapped
 from mechunlearn.model.hooked import HookedModel, frozen
+from mechunlearn.model.taps import tapped
 from mechunlearn.patching.corruption import check_finite, check_prompts, unchanged
 from mechunlearn.patching.relevance import relevance_rules
 from mechunlearn.patching.scores import from_effects

@@ -16,8 +16,8 @@ from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.metrics.stats import bootstrap_interval
 from mechunlearn.model.component import SCORED
-from mechunlearn.model.decoder import tapped
 from mechunlearn.model.hooked import HookedModel
+from mechunlearn.model.taps import tapped
 from mechunlearn.patching.corruption import check_prompts
 from mechunlearn.patching.edges import Norm
 from mechunlearn.patching.scores import localization

@@ -14,8 +14,9 @@ from mechunlearn.core.runcard import RunCard, Stopwatch
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.metrics.answers import Metric, logit_diff, name_of, per_fact, positions_read
-from mechunlearn.model.decoder import Run, tapped
+from mechunlearn.model.decoder import Run
 from mechunlearn.model.hooked import HookedModel, frozen
+from mechunlearn.model.taps import tapped
 from mechunlearn.patching.corruption import check_finite, check_prompts
 from mechunlearn.patching.edges import (
     ATTENTION,

@@ -17,8 +17,9 @@ from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.metrics.answers import Metric, logit_diff, per_fact, positions_read
 from mechunlearn.model.component import SCORED, Component
-from mechunlearn.model.decoder import Run, Tap, tapped
+from mechunlearn.model.decoder import Run
 from mechunlearn.model.hooked import HookedModel
+from mechunlearn.model.taps import Tap, tapped
 from mechunlearn.patching.corruption import check_finite, check_prompts, paired
 from mechunlearn.patching.edges import ATTENTION, check_streams, frozen_scales, rows_before, writer_sites, written
 from mechunlearn.patching.sweep import UnitPatch, sweep

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mechunlearn.model.decoder import Decoder, tapped
+from mechunlearn.model.decoder import Decoder
+from mechunlearn.model.taps import tapped
 from mechunlearn.patching.edges import Norm
 
 

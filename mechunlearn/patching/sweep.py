@@ -20,9 +20,10 @@ from mechunlearn.core.batches import enough_memory
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import ROLES, Prompts
 from mechunlearn.metrics.answers import Metric, per_fact, positions_read
-from mechunlearn.model.decoder import Decoder, Restart, Run
+from mechunlearn.model.decoder import Decoder, Run
 from mechunlearn.model.hooked import HookedModel
 from mechunlearn.model.layout import KINDS
+from mechunlearn.model.restart import Restart
 from mechunlearn.patching.corruption import Paired, check_prompts, paired, role_means, unchanged, with_corruption
 
 TOKENS = 8192

@@ -16,8 +16,8 @@ from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import PAD, Prompts
 from mechunlearn.metrics.answers import supervised
 from mechunlearn.metrics.text import encode, padded
-from mechunlearn.model.decoder import Restart
 from mechunlearn.model.hooked import HookedModel
+from mechunlearn.model.restart import Restart
 from mechunlearn.training.parameterizations import Trainable
 
 BATCH = 64

@@ -12,8 +12,9 @@ from torch.nn.functional import cross_entropy
 from mechunlearn.edit.closed_form.edit_prompts import EditPrompts, seen
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import PAD, Asked, Prompts
-from mechunlearn.model.decoder import Restart, Run
+from mechunlearn.model.decoder import Run
 from mechunlearn.model.hooked import HookedModel, frozen
+from mechunlearn.model.restart import Restart
 
 TOWARDS = ("end-of-text", "targets", "shared", "mean")
 SHARED = 64
