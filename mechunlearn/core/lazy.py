@@ -13,23 +13,30 @@ class _Package(ModuleType):
     """A package in which a function hides the module of the same name, whichever was imported first."""
 
     _homes: dict[str, str]
+    _methods: bool
 
     def __getattr__(self, name: str) -> object:
-        if name not in self._homes:
+        home = self._homes.get(name)
+        if home is None and self._methods and not name.startswith("_") and name in method_names(self.__name__):
+            home = f"{self.__name__}.{name}"
+        if home is None:
             raise AttributeError(f"module '{self.__name__}' has no attribute '{name}'")
-        home = self._homes[name]
         found = import_module(f"{home}.{name}") if home == self.__name__ else getattr(import_module(home), name)
         self.__dict__[name] = found
         return found
 
     def __setattr__(self, name: str, value: object) -> None:
         """Ignore the import system where it would put a submodule in the place of a function."""
-        hides = isinstance(value, ModuleType) and self._homes.get(name, self.__name__) != self.__name__
-        if not hides:
+        named = self._homes.get(name, self.__name__) != self.__name__ or (self._methods and hasattr(value, name))
+        if not (named and isinstance(value, ModuleType)):
             super().__setattr__(name, value)
 
     def __dir__(self) -> list[str]:
-        return sorted({*self._homes, *(name for name in self.__dict__ if name.startswith("__"))})
+        return sorted({*self.__all__, *(name for name in self.__dict__ if name.startswith("__"))})
+
+    @property
+    def __all__(self) -> list[str]:
+        return sorted({*self._homes, *(method_names(self.__name__) if self._methods else ())})
 
 
 def lazy(package: str, methods: bool = False) -> None:
@@ -37,30 +44,51 @@ def lazy(package: str, methods: bool = False) -> None:
 
     Args:
         package: `__name__` of the package. `from package import name` in the block names a submodule.
-        methods: Also give every method of the folder (see `method_names`), without a line for each.
+        methods: Also give every method of the folder (see `method_names`). The block is then for type checkers alone.
     """
     module = sys.modules[package]
     tree = ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))
     blocks = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
     imports = [node for block in blocks for node in block.body if isinstance(node, ast.ImportFrom)]
     homes = {alias.asname or alias.name: str(node.module) for node in imports for alias in node.names}
-    if methods:
-        homes |= {name: f"{package}.{name}" for name in method_names(package)}
-    module.__dict__.update(_homes=homes, __all__=sorted(homes))
+    module.__dict__.update(_homes=homes, _methods=methods)
     module.__class__ = _Package
 
 
 def method_names(package: str) -> tuple[str, ...]:
     """List the methods of a package without importing them: modules that define a function of their own name.
 
+    Folders that were added to the package's `__path__` are looked through as well.
+
+    Args:
+        package: The package's full name.
+
+    Returns:
+        The names, sorted.
+
     >>> method_names("mechunlearn.attack")[:2]
     ('activation_perturbation', 'probing')
     """
-    paths = list(import_module(package).__path__)
-    names = [info.name for info in iter_modules(paths) if not info.ispkg]
-    sources = {
-        name: next(Path(path, f"{name}.py") for path in paths if Path(path, f"{name}.py").exists()) for name in names
+    texts = {name: path.read_text(encoding="utf-8") for name, path in _modules(package).items()}
+    return tuple(sorted(name for name, text in texts.items() if re.search(rf"^def {name}\(", text, re.MULTILINE)))
+
+
+def source(package: str, name: str) -> str:
+    """Read the source of a module without importing it.
+
+    Args:
+        package: The full name of the package that holds the module.
+        name: The module's name in it.
+    """
+    return _modules(package)[name].read_text(encoding="utf-8")
+
+
+def _modules(package: str) -> dict[str, Path]:
+    """The file of each module of a package, by name; the first folder of its path wins."""
+    folders = [Path(folder) for folder in import_module(package).__path__]
+    return {
+        info.name: folder / f"{info.name}.py"
+        for folder in reversed(folders)
+        for info in iter_modules([str(folder)])
+        if not info.ispkg
     }
-    return tuple(
-        name for name in names if re.search(rf"^def {name}\(", sources[name].read_text(encoding="utf-8"), re.M)
-    )
