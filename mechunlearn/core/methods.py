@@ -44,7 +44,7 @@ class Method:
     @property
     def function(self) -> Callable[..., Any]:
         """The function itself; this imports it."""
-        function: Callable[..., Any] = getattr(import_module(f"mechunlearn.{self.folder}.{self.name}"), self.name)
+        function: Callable[..., Any] = getattr(import_module(f"mechunlearn.{self.folder}"), self.name)
         return function
 
     @property
@@ -53,44 +53,57 @@ class Method:
         return set(self.needs) <= set(CALLED_WITH[self.folder]) and self.returns in RETURNS[self.folder]
 
 
-def methods(folder: str, ready: bool = False) -> dict[str, Method]:
+def methods(folder: str) -> dict[str, Method]:
     """List the methods of a folder by name: every module that defines a function of its own name.
 
     Args:
         folder: `localize`, `edit` or `attack`.
-        ready: Only those that need nothing beyond what every method of their kind is called with (see `CALLED_WITH`).
 
-    >>> "feature_discovery" in methods("localize"), "feature_discovery" in methods("localize", ready=True)
-    (True, False)
+    >>> methods("localize")["feature_discovery"].needs
+    ('model', 'prompts', 'dictionary')
     """
-    found = {name: _read(folder, name) for name in method_names(f"mechunlearn.{folder}")}
-    return {name: method for name, method in found.items() if method.ready or not ready}
+    return {name: _read(folder, name) for name in method_names(f"mechunlearn.{folder}")}
 
 
-def method_named(folder: str, name: str) -> Method:
-    """Find a method by name.
+def ready_methods(folder: str, taking: str | None = None) -> tuple[str, ...]:
+    """Name the methods of a folder that need nothing beyond what every method of their kind is called with.
+
+    Args:
+        folder: `localize`, `edit` or `attack`.
+        taking: A parameter that they must have.
+
+    >>> ready_methods("edit", taking="covariance")
+    ('memit', 'mlp_washing', 'null_space')
+    """
+    found = methods(folder).items()
+    return tuple(name for name, method in found if method.ready and (taking is None or taking in method.takes))
+
+
+def method_named(folder: str, name: str, taking: str | None = None) -> Method:
+    """Find a method that needs nothing beyond what every method of its kind is called with.
 
     Args:
         folder: `localize`, `edit` or `attack`.
         name: The method's name.
+        taking: A parameter that it must have.
 
     Raises:
-        MechunlearnError: No method is named so, with the nearest names; or it needs more than every method of its kind.
+        MechunlearnError: No method is named so, with the nearest names; or it cannot be called like this.
 
     >>> method_named("edit", "memit").takes[:4]
     ('model', 'mask', 'forget', 'retain')
     """
-    known = methods(folder)
-    if name in known and known[name].ready:
+    known, usable = methods(folder), ready_methods(folder, taking)
+    if name in usable:
         return known[name]
-    kind, usable = KIND[folder], [each for each, method in known.items() if method.ready]
-    if name in known:
-        more = [each for each in known[name].needs if each not in CALLED_WITH[folder]]
-        why = f"needs {', '.join(more)} too" if more else f"returns no {' or '.join(RETURNS[folder])}"
-        raise MechunlearnError(f"'{name}' {why}. Call mechunlearn.{folder}.{name} from Python.")
     near = get_close_matches(name, usable, n=2, cutoff=0.5)
     meant = f"Did you mean {' or '.join(near)}? " if near else ""
-    raise MechunlearnError(f"Unknown {kind} '{name}'. {meant}Expected one of {', '.join(usable)}.")
+    what = f"Unknown {KIND[folder]} '{name}'."
+    if name in known:
+        more = [each for each in known[name].needs if each not in CALLED_WITH[folder]]
+        why = f"needs {', '.join(more)} too" if more else f"takes no {taking}" if taking else "returns something else"
+        what, meant = f"'{name}' {why}: call mechunlearn.{folder}.{name} from Python.", ""
+    raise MechunlearnError(f"{what} {meant}Expected one of {', '.join(usable)}.")
 
 
 def _read(folder: str, name: str) -> Method:
