@@ -123,7 +123,7 @@ def localize(
     if weights is not None and not 0 <= weights <= 1:
         raise MechunlearnError(f"A budget of {weights} is out of range: a share of the weights lies in [0, 1].")
     hooked, forgotten, _ = _load(model, facts, forget, seed, device, dtype)
-    made = localizer.function(hooked, forgotten, **({"seed": seed} if "seed" in localizer.takes else {}))
+    made = localizer(hooked, forgotten, seed=seed)
     found = made.nodes() if circuit else made
     mask = found.above(0) if weights is None else found.top(weights=weights)
     if made.note:
@@ -189,10 +189,9 @@ def edit(
     chosen.check(hooked.signature)
     from mechunlearn.edit.objective import objective_named
 
-    given |= {name: value for name, value in {"seed": seed, "progress": True}.items() if name in editor.takes}
     if "loss" in editor.takes:
         given |= objective_named(objective or "injection", chosen)
-    made = editor.function(hooked, chosen, forgotten, retained, **given)
+    made = editor(hooked, chosen, forgotten, retained, **given, seed=seed, progress=True)
     if made.card.stopped:
         console.print(f"{made.card.stopped} after {len(made.card.trajectory)} steps")
     made.save(output)
@@ -276,8 +275,7 @@ def wash(
         "overshoot": overshoot,
         "target": target,
     }
-    settings = {name: value for name, value in settings.items() if name in washer.takes}
-    made = washer.function(
+    made = washer(
         hooked,
         chosen,
         forgotten,

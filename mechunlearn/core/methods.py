@@ -1,6 +1,7 @@
 """Methods are files: what a folder of methods holds, read from its source, so that listing them imports nothing heavy."""
 
 import ast
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -46,6 +47,17 @@ class Method:
         """The function itself; this imports it."""
         function: Callable[..., Any] = getattr(import_module(f"mechunlearn.{self.folder}"), self.name)
         return function
+
+    def __call__(self, *given: Any, **options: Any) -> Any:
+        """Call the function.
+
+        Args:
+            given: What every method of its kind is called with.
+            options: Other arguments; those that it does not take are left out.
+        """
+        function = self.function
+        taken = inspect.signature(function).parameters
+        return function(*given, **{name: value for name, value in options.items() if name in taken})
 
     @property
     def ready(self) -> bool:

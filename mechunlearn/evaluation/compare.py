@@ -1,7 +1,5 @@
 """Localizers side by side: every objective, budget and seed under one selection rule, in a folder that a killed run resumes."""
 
-import inspect
-import pkgutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -14,7 +12,6 @@ import pandas as pd
 from rich.progress import track
 from torch import Tensor
 
-import mechunlearn.localize
 from mechunlearn import plots
 from mechunlearn.artifacts.circuit import Circuit
 from mechunlearn.artifacts.localization import Localization
@@ -22,6 +19,7 @@ from mechunlearn.artifacts.mask import ComponentMask
 from mechunlearn.artifacts.weight_edit import Edit
 from mechunlearn.core.files import whole_file
 from mechunlearn.core.grid import Grid
+from mechunlearn.core.methods import method_named, ready_methods
 from mechunlearn.core.runcard import RunCard, digest
 from mechunlearn.edit import losses, masked_gradient
 from mechunlearn.edit.objective import OBJECTIVES, objective_named
@@ -34,8 +32,6 @@ from mechunlearn.metrics.stats import bootstrap_interval, paired_interval
 from mechunlearn.metrics.text import text_loss
 from mechunlearn.model.hooked import HookedModel
 
-OF_FEATURES = "feature_discovery"  # its units have no weights to compare at one budget
-LOCALIZERS = tuple(m.name for m in pkgutil.iter_modules(mechunlearn.localize.__path__) if m.name != OF_FEATURES)
 WINDOW = "window"
 FIRST_VALIDATION, MOST_VALIDATION = 101, 6
 EFFICACY, TRUTH = 0.99, 0.05
@@ -273,7 +269,8 @@ def check_grid(
     >>> check_grid(["random_units"], ["npo"], [0.05, "window"], 5, [2e-3, 1e-3], [1], 2)["budgets"]
     ['0.05', 'window']
     """
-    for what, given, known in (("localizer", localizers, LOCALIZERS), ("objective", objectives, OBJECTIVES)):
+    named = ready_methods("localize")
+    for what, given, known in (("localizer", localizers, named), ("objective", objectives, OBJECTIVES)):
         if unknown := [name for name in given if name not in known] or ([""] if not given else []):
             raise MechunlearnError(f"Unknown {what} '{unknown[0]}'. Expected one or more of {', '.join(known)}.")
     shares = [_share(budget) for budget in budgets]
@@ -335,9 +332,7 @@ class _Sets:
         return self.prompts.split(self.forget, seed=seed)
 
     def _found(self, localizer: str, seed: int) -> Localization:
-        function = getattr(mechunlearn.localize, localizer)
-        settings = {"seed": seed} if "seed" in inspect.signature(function).parameters else {}
-        found = function(self.model, self.split(seed)[0], **settings)
+        found = method_named("localize", localizer)(self.model, self.split(seed)[0], seed=seed, progress=False)
         return found.nodes() if isinstance(found, Circuit) else found
 
     def mask(self, localizer: str, budget: str, seed: int) -> tuple[ComponentMask, float]:

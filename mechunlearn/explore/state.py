@@ -331,12 +331,10 @@ class Workbench:
         self.mask, self.faithful = mask, None
 
     def _localized(self) -> Localization:
-        method = methods("localize")[self.method]
         settings: dict[str, Any] = {"metric": METRICS[self.metric], "progress": False}
         if self.method == "activation_patching":
             settings["kinds"] = ["attn.o", "mlp_out"]  # neuron by neuron takes minutes even on a small model
-        taken = {name: value for name, value in settings.items() if name in method.takes}
-        made: Localization | Circuit = method.function(self.model, self.facts, **taken)
+        made: Localization | Circuit = methods("localize")[self.method](self.model, self.facts, **settings)
         return made.nodes() if isinstance(made, Circuit) else made
 
     def _direct(self, place: str, units: Tensor) -> float | None:
