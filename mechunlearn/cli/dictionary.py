@@ -37,7 +37,7 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16; by default as stored.")]
 
 
-@app.command(epilog="Example: `mechunlearn dictionary train factworld L3.resid_post stories.txt -o stories-codebook`")
+@app.command(epilog="Example: mechunlearn dictionary train factworld L3.resid_post stories.txt -o stories-codebook")
 def train(
     model: Model,
     hook: Annotated[str, typer.Argument(help="Hook point: L3.resid_post, or blocks.3.hook_resid_post.")],
@@ -78,7 +78,7 @@ def train(
     console.print(f"{made} -> {output}")
 
 
-@app.command(epilog="Example: `mechunlearn dictionary explore factworld factworld-codebook stories.txt -o codes.html`")
+@app.command(epilog="Example: mechunlearn dictionary explore factworld factworld-codebook stories.txt -o codes.html")
 def explore(
     model: Model,
     dictionary: Source,
@@ -105,7 +105,7 @@ def explore(
 
 
 @app.command(
-    epilog="Example: `mechunlearn dictionary delete factworld factworld-codebook war.txt --words soldier,army --swap cook,soup -o war.safetensors`"
+    epilog="Example: mechunlearn dictionary delete factworld factworld-codebook war.txt --words soldier,army --swap cook,soup -o war.safetensors"
 )
 def delete(
     model: Model,

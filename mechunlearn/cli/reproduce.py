@@ -13,63 +13,45 @@ Jobs = Annotated[int, typer.Option(help="Processes, one thread each.", min=1)]
 Page = Annotated[Path | None, typer.Option(help="Where to write the page, if not in the folder: .md")]
 
 
-@app.command(epilog="Example: `mechunlearn reproduce mechanistic-unlearning --quick -o mechanistic`")
-def mechanistic_unlearning(
-    output: Output,
-    quick: Annotated[bool, typer.Option("--quick", help="One small world, one relation, one forget set.")] = False,
-    jobs: Jobs = 2,
-    page: Page = None,
-) -> None:
-    """Mechanistic Unlearning: edits of the look-up MLPs beside every other localizer and every set of as many layers.
-
-    Writes the page and, beside it, its numbers (.json).
-    """
-    _reproduce("mechanistic-unlearning", output, quick, jobs, page)
-
-
-@app.command(epilog="Example: `mechunlearn reproduce codeunlearn --quick -o codeunlearn`")
-def codeunlearn(
-    output: Output,
-    quick: Annotated[bool, typer.Option("--quick", help="The shipped world, two seeds, no sweeps.")] = False,
-    jobs: Jobs = 2,
-    page: Page = None,
-) -> None:
-    """CodeUnlearn: topics deleted from a codebook, beside random codes, SAE clamps and gradient difference.
-
-    Writes the page and, beside it, its numbers (.json).
-    """
-    _reproduce("codeunlearn", output, quick, jobs, page)
+PAPERS = {
+    "mechanistic-unlearning": (
+        "Mechanistic Unlearning: edits of the look-up MLPs beside every other localizer and every set of as many layers.",
+        "One small world, one relation, one forget set.",
+    ),
+    "codeunlearn": (
+        "CodeUnlearn: topics deleted from a codebook, beside random codes, SAE clamps and gradient difference.",
+        "The shipped world, two seeds, no sweeps.",
+    ),
+    "law": (
+        "LAW: facts washed in closed form, beside MEMIT, AlphaEdit and gradient methods at the same forget accuracy.",
+        "The shipped world, two forget sets, no scaling.",
+    ),
+    "loku": (
+        "LoKU: the inverted hinge beside other losses, Fisher-initialised adapters beside other initialisations.",
+        "One world, two forget sets, passages only.",
+    ),
+}
 
 
-@app.command(epilog="Example: `mechunlearn reproduce law --quick -o law`")
-def law(
-    output: Output,
-    quick: Annotated[bool, typer.Option("--quick", help="The shipped world, two forget sets, no scaling.")] = False,
-    jobs: Jobs = 2,
-    page: Page = None,
-) -> None:
-    """LAW: facts washed in closed form, beside MEMIT, AlphaEdit and gradient methods at the same forget accuracy.
+def _add(paper: str, claims: str, shortened: str) -> None:
+    """Add the command of a paper."""
+    about = f"{claims}\n\nWrites the page and, beside it, its numbers (.json)."
 
-    Writes the page and, beside it, its numbers (.json).
-    """
-    _reproduce("law", output, quick, jobs, page)
-
-
-@app.command(epilog="Example: `mechunlearn reproduce loku --quick -o loku`")
-def loku(
-    output: Output,
-    quick: Annotated[bool, typer.Option("--quick", help="One world, two forget sets, passages only.")] = False,
-    jobs: Jobs = 2,
-    page: Page = None,
-) -> None:
-    """LoKU: the inverted hinge beside other losses, Fisher-initialised adapters beside other initialisations.
-
-    Writes the page and, beside it, its numbers (.json).
-    """
-    _reproduce("loku", output, quick, jobs, page)
+    @app.command(paper, help=about, epilog=f"Example: mechunlearn reproduce {paper} --quick -o {paper}")
+    def command(
+        output: Output,
+        quick: Annotated[bool, typer.Option("--quick", help=shortened)] = False,
+        jobs: Jobs = 2,
+        page: Page = None,
+    ) -> None:
+        _reproduce(paper, output, quick, jobs, page)
 
 
-@app.command(epilog="Example: `mechunlearn reproduce summary docs/reproductions`")
+for _paper, _texts in PAPERS.items():
+    _add(_paper, *_texts)
+
+
+@app.command(epilog="Example: mechunlearn reproduce summary docs/reproductions")
 def summary(
     folder: Annotated[Path, typer.Argument(help="Where the four result files (.json) lie.")],
 ) -> None:

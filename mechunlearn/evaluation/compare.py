@@ -1,6 +1,5 @@
 """Localizers side by side: every objective, budget and seed under one selection rule, in a folder that a killed run resumes."""
 
-import inspect
 from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from itertools import product
@@ -10,13 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
-import mechunlearn.localize
 from mechunlearn.artifacts.circuit import Circuit
 from mechunlearn.artifacts.localization import Localization
 from mechunlearn.artifacts.mask import ComponentMask
 from mechunlearn.artifacts.weight_edit import Edit
 from mechunlearn.core.grid import Grid
-from mechunlearn.core.lazy import method_names
+from mechunlearn.core.methods import method_named, ready_methods
 from mechunlearn.core.progress import track
 from mechunlearn.core.runcard import RunCard, digest
 from mechunlearn.edit import losses, masked_gradient
@@ -31,8 +29,6 @@ from mechunlearn.metrics.answers import measure
 from mechunlearn.metrics.text import text_loss
 from mechunlearn.model.hooked import HookedModel
 
-OF_FEATURES = "feature_discovery"  # its units have no weights to compare at one budget
-LOCALIZERS = tuple(name for name in method_names("mechunlearn.localize") if name != OF_FEATURES)
 WINDOW = "window"
 FIRST_VALIDATION, MOST_VALIDATION = 101, 6
 
@@ -154,7 +150,8 @@ def check_grid(
     >>> check_grid(["random_units"], ["npo"], [0.05, "window"], 5, [2e-3, 1e-3], [1], 2)["budgets"]
     ['0.05', 'window']
     """
-    for what, given, known in (("localizer", localizers, LOCALIZERS), ("objective", objectives, OBJECTIVES)):
+    named = ready_methods("localize")
+    for what, given, known in (("localizer", localizers, named), ("objective", objectives, OBJECTIVES)):
         if any(isinstance(name, Localization) for name in given):
             raise MechunlearnError(
                 "Expected names of localizers, got a Localization: compare runs localizers itself, on forget sets of its own. To "
@@ -194,9 +191,7 @@ class _Sets:
         return self.prompts.split(self.forget, seed=seed)
 
     def _found(self, localizer: str, seed: int) -> Localization:
-        function = getattr(mechunlearn.localize, localizer)
-        settings = {"seed": seed} if "seed" in inspect.signature(function).parameters else {}
-        found = function(self.model, self.split(seed)[0], **settings)
+        found = method_named("localize", localizer)(self.model, self.split(seed)[0], seed=seed, progress=False)
         return found.nodes() if isinstance(found, Circuit) else found
 
     def mask(self, localizer: str, budget: str, seed: int) -> tuple[ComponentMask, float]:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from mechunlearn.core.runcard import digest
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.model.decoder import STREAMS, UNITS
-from mechunlearn.model.taps import tapped
 from mechunlearn.model.hook_points import site_of
 from mechunlearn.model.hooked import HookedModel
 from mechunlearn.model.layout import Signature
+from mechunlearn.model.taps import tapped
 
 Model = HookedModel | nn.Module
 
