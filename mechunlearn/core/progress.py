@@ -30,7 +30,8 @@ def track(items: Iterable[Item], title: str, total: int | None = None, progress:
         yield from items
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=console, transient=watched)
+    above = not console.is_jupyter  # on a terminal, what is printed goes above the bar
+    bar = Progress(*columns, console=console, transient=watched, redirect_stdout=above, redirect_stderr=above)
     task = bar.add_task(title, total=len(items) if total is None and isinstance(items, Sized) else total)
     later = Timer(DELAY, bar.start)  # a thread, so that a first item that takes long has a bar too
     later.daemon = True

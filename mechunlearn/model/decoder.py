@@ -121,7 +121,8 @@ class Decoder:
         Raises:
             MechunlearnError: The model has no such site.
         """
-        found = re.fullmatch(r"L(\d+)\.([a-z_.]+)", self.site(site))
+        name, site = site, self.site(site)
+        found = re.fullmatch(r"L(\d+)\.([a-z_.]+)", site)
         kind, layer = (found[2], int(found[1])) if found else ("", self.layout.signature.layers)
         if layer < self.layout.signature.layers:
             match kind:
@@ -145,7 +146,7 @@ class Decoder:
                         return self.part(layer, post), "out"
                     return self.projection(layer, "attn.o" if kind == "attn_out" else "mlp.out"), "out"
         raise MechunlearnError(
-            f"No activation site '{site}' in {self.layout.signature}. Expected L<layer>.<kind> with a layer below "
+            f"No activation site '{name}' in {self.layout.signature}. Expected L<layer>.<kind> with a layer below "
             f"{self.layout.signature.layers} and a kind of {', '.join((*UNITS, *STREAMS))}, or a hook name of TransformerLens"
             f"{'; models with parallel attention have no resid_mid' if kind == 'resid_mid' else ''}."
         )
@@ -160,9 +161,8 @@ class Decoder:
             site: A site or a hook name of TransformerLens.
             hook: Sees the activation; what it returns takes its place.
         """
-        site = self.site(site)
         module, side = self.place(site)
-        layer, kind = site.split(".", 1)
+        layer, kind = self.site(site).split(".", 1)
         if kind != "resid_mid":
             return [self._tap(module, side, kind, hook)]
         entered: list[Tensor] = []

@@ -5,7 +5,7 @@ TransformerLens alike. Fused matrices that the bridge keeps as copies (GPT-NeoX)
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
 from operator import attrgetter
 from pathlib import Path
@@ -74,8 +74,6 @@ class HookedModel:
     def bridge(self) -> Any:
         """The same parameters as a `TransformerBridge` of transformer_lens, under the hooks that are on now.
 
-        No method here needs it.
-
         Raises:
             MechunlearnError: The parameters of the Hugging Face module were replaced, so the bridge would have others.
         """
@@ -100,8 +98,7 @@ class HookedModel:
     def fingerprint(self) -> str:
         """A hash of the architecture and of every weight as it is now, however it was written.
 
-        The weights are read each time (see `model.fingerprint.checksum`); the hash itself is computed once for each state
-        that they have been in.
+        The weights are read each time (`model.fingerprint.checksum`), and hashed once for each state they have been in.
         """
         weights = dict(self.hf.named_parameters())
         state = checksum(weights)
@@ -135,12 +132,8 @@ class HookedModel:
             MechunlearnError: The model does not have such a site.
         """
         kept = ActivationCache(self.decoder.site)
-        with ExitStack() as stack:
-            stack.enter_context(torch.set_grad_enabled(grad))
-            if grad:
-                stack.enter_context(frozen(self.hf))
-            hooks = {site: partial(_kept, kept, self.decoder.site(site), grad) for site in sites}
-            stack.enter_context(self.decoder.hooks(hooks))
+        hooks = {site: partial(_kept, kept, self.decoder.site(site), grad) for site in sites}
+        with torch.set_grad_enabled(grad), frozen(self.hf) if grad else nullcontext(), self.decoder.hooks(hooks):
             logits = self.forward(tokens)
         return logits, kept
 
@@ -162,7 +155,7 @@ class HookedModel:
     def generate(self, text: Given, max_new_tokens: int = 10, **settings: Any) -> Any:
         """Continue texts with `hf.generate`, by the most likely token unless the settings say otherwise.
 
-        Hooks are on. After the first step they see new positions only; `use_cache=False` shows them all positions each time.
+        Hooks are on. After the first step they see new positions only; with `use_cache=False` all positions each time.
 
         Args:
             text: A text, several texts, or tokens (rows without padding).
@@ -377,13 +370,13 @@ def load_model(
     wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype is not None and not isinstance(wanted, torch.dtype):
         raise MechunlearnError(f"Unknown dtype '{dtype}'. Expected float32, bfloat16 or float16.")
-    found = source if isinstance(source, tuple) else checkpoint(str(source), wanted)
-    hf: nn.Module = found[0]
+    hf, tokenizer = source if isinstance(source, tuple) else checkpoint(str(source), wanted)
+    module: nn.Module = hf
     if isinstance(source, tuple):
-        hf.to(device=device, dtype=wanted)
-        return HookedModel(*found, found[0].name_or_path or "model")
-    hf.to(device or "cpu")
-    return HookedModel(*found, str(source))
+        module.to(device=device, dtype=wanted)
+        return HookedModel(hf, tokenizer, hf.name_or_path or "model")
+    module.to(device or "cpu")
+    return HookedModel(hf, tokenizer, str(source))
 
 
 def export(model: HookedModel, folder: str | Path, beside_it: Mapping[str, str] | None = None) -> None:
