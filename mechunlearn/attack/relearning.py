@@ -139,7 +139,7 @@ def relearning(
         plan
     )
     card = attack_card("relearning", model, edit, forget, retain, seed, settings)
-    text = forget.facts.text if forget.facts is not None else ()
+    text = forget.facts.texts if forget.facts is not None else ()
     tried = [(method, rate) for method, chosen in lrs.items() for rate in chosen]
     rows: list[dict] = []
     with interruptible() as asked:
@@ -305,7 +305,7 @@ def _unrelated(model: HookedModel, facts: Prompts, retain: Prompts) -> Prompts:
             "that tell nothing of those. Forget fewer facts, or give more to retain."
         )
     assert model.tokenizer is not None
-    return Prompts.from_text([asked for part in rows for asked in part.asked], model.tokenizer)
+    return Prompts.from_text([query for part in rows for query in part.queries], model.tokenizer)
 
 
 class _Diverged(Exception):

@@ -27,8 +27,7 @@ from mechunlearn.edit import losses, masked_gradient
 from mechunlearn.edit.objective import OBJECTIVES, objective_named
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.evaluation.cells import LIMIT
-from mechunlearn.facts.dataset import FactDataset
-from mechunlearn.facts.prompts import Prompts
+from mechunlearn.facts.prompts import FactDataset, Prompts
 from mechunlearn.metrics.answers import measure
 from mechunlearn.metrics.stats import bootstrap_interval, paired_interval
 from mechunlearn.metrics.text import text_loss
@@ -116,7 +115,7 @@ def compare(
         "model": repr(model),
         "weights": model.fingerprint,
         "facts": facts.name,
-        "data": digest(*(each.to_frame().to_json() for each in (facts, *facts.related.values())), *facts.text),
+        "data": digest(*(each.to_frame().to_json() for each in (facts, *facts.related.values())), *facts.texts),
         **names,
         "seeds": seeds,
         "forget": forget,
@@ -434,7 +433,7 @@ def _side_effects(model: HookedModel, forget: Prompts) -> dict[str, float]:
         for name, each in asked.items()
         if each
     }
-    return found | ({"text_loss": _average(text_loss(model, facts.text[1::2]))} if facts.text[1::2] else {})
+    return found | ({"text_loss": _average(text_loss(model, facts.texts[1::2]))} if facts.texts[1::2] else {})
 
 
 def _average(values: Tensor) -> float:

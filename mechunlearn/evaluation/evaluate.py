@@ -79,8 +79,8 @@ def evaluate(
             "seconds": clock.seconds(),
         }
         | (
-            {"example": {name: getattr(forget.asked[0], name) for name in ("prompt", "answer", "target")}}
-            if forget.asked
+            {"example": {name: getattr(forget.queries[0], name) for name in ("prompt", "answer", "target")}}
+            if forget.queries
             else {}
         ),
     )

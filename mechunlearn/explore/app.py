@@ -404,10 +404,10 @@ class Workbench:
 
     def _told(self, prompts: Prompts, i: int) -> dict:
         """A fact as text in three parts, its answer, or its tokens where there is no text."""
-        if not prompts.asked:
+        if not prompts.queries:
             tokens = prompts.tokens[i, : int(prompts.lengths[i])].tolist()
             return {"before": "".join(pieces(self.model, tokens)), "subject": "", "after": "", "answer": ""}
-        asked = prompts.asked[i]
+        asked = prompts.queries[i]
         at = asked.prompt.rfind(asked.subject) if asked.subject else -1
         before, after = (asked.prompt[:at], asked.prompt[at + len(asked.subject) :]) if at >= 0 else (asked.prompt, "")
         return {"before": before, "subject": asked.subject, "after": after, "answer": asked.answer}

@@ -183,7 +183,7 @@ def path_effects(
     found, clean, corrupt = [], [], []
     for rows in torch.arange(len(prompts)).split(batch_size):
         part = prompts.select(rows)
-        setting = _setting(model, part, metric, None if where is None else where[rows])
+        setting = _setting(model, part, metric, None if where is None else where[rows, : part.tokens.shape[1]])
         tokens = len(part) * part.tokens.shape[1]
         changes: list[Tensor] = []
         for chunk in torch.tensor(list(senders)).split(max(1, TOKENS // tokens)):

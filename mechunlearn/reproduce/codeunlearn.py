@@ -21,7 +21,8 @@ from mechunlearn.core.grid import Grid
 from mechunlearn.core.runcard import Stopwatch
 from mechunlearn.edit import codebook_delete, dictionary_rows, feature_clamp, losses, masked_gradient
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.facts.prompts import Asked, Prompts
+from mechunlearn.facts.formats import Query
+from mechunlearn.facts.prompts import Prompts
 from mechunlearn.features.dictionaries import SAE, Codebook, load_dictionary, spliced
 from mechunlearn.features.feature_edit import FeatureEdit
 from mechunlearn.features.firing import FiringStatistics, matched_mask, quality
@@ -363,7 +364,7 @@ class Bench:
     def _prompts(self, texts: Sequence[str]) -> Prompts:
         assert self.model.tokenizer is not None
         parts = [text.split(" ", 1) for text in texts]
-        asked = [Asked(first, rest, "river", "river") for first, rest in parts]
+        asked = [Query(first, rest, "river", "river") for first, rest in parts]
         return Prompts.from_text(asked, self.model.tokenizer)
 
 

@@ -6,7 +6,7 @@ rates and the same rule, on a forget set of its own; then five forget sets a wor
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -18,8 +18,9 @@ from mechunlearn.core.grid import Grid
 from mechunlearn.edit import fisher_lora, losses, masked_gradient
 from mechunlearn.edit.fisher_lora import INITS, fisher_information
 from mechunlearn.errors import MechunlearnError
+from mechunlearn.facts.formats import Query
 from mechunlearn.facts.load import world_facts
-from mechunlearn.facts.prompts import Asked, Prompts
+from mechunlearn.facts.prompts import Prompts
 from mechunlearn.metrics.answers import measure
 from mechunlearn.metrics.memorization import extraction_likelihood, memorization_accuracy, repetition
 from mechunlearn.metrics.text import text_loss
@@ -173,9 +174,8 @@ class Bench:
         key = (frozenset(people), format)
         if key not in self._asked:
             assert model.tokenizer is not None
-            queries = [(f.subject, f.queries[format]) for facts in self.relations for f in facts if f.subject in people]
-            rows = [Asked(q.prompt, q.answer, q.target, q.target, subject) for subject, q in queries]
-            self._asked[key] = Prompts.from_text(rows, model.tokenizer)
+            rows = [f.queries[format] for facts in self.relations for f in facts if f.subject in people]
+            self._asked[key] = Prompts.from_text([replace(q, options=()) for q in rows], model.tokenizer)
         return self._asked[key]
 
     def brief(self, model: HookedModel) -> dict[str, float]:
@@ -276,7 +276,7 @@ def _passages(model: HookedModel, texts: Sequence[str], other: str) -> Prompts:
     """Passages as prompts of one word, the rest of the passage the answer."""
     assert model.tokenizer is not None
     rest = other.split(maxsplit=1)[1]
-    rows = [Asked(text.split(maxsplit=1)[0], text.split(maxsplit=1)[1], rest, rest) for text in texts]
+    rows = [Query(text.split(maxsplit=1)[0], text.split(maxsplit=1)[1], rest, rest) for text in texts]
     return Prompts.from_text(rows, model.tokenizer)
 
 

@@ -376,7 +376,7 @@ def elsewhere(model: HookedModel, forget: Prompts) -> dict:
         "other formats": fmean(float(m["target accuracy"].mean()) for m in asked),
         "truth elsewhere": fmean(float(m["accuracy"].mean()) for m in asked),
         "same subject": fmean(float(m["accuracy"].mean()) for m in same),
-        "text loss": float(text_loss(model, facts.text[1::8]).mean()),
+        "text loss": float(text_loss(model, facts.texts[1::8]).mean()),
     }
 
 
