@@ -262,9 +262,9 @@ class TestRelearningOnOtherThings:
         forget, retain = sixteen
         shown = _unrelated(world, forget, retain)
         names = {word for subject in forget.facts.subjects for word in subject.split()}
-        assert len(shown) > 10 and not any(names & set(asked.subject.split()) for asked in shown.asked)
+        assert len(shown) > 10 and not any(names & set(query.subject.split()) for query in shown.queries)
         sports = {fact.answer for fact in forget.facts.source}
-        assert not sports & {asked.answer for asked in shown.asked}
+        assert not sports & {query.answer for query in shown.queries}
 
     @pytest.mark.parametrize("on", ["other facts", "text"])
     def test_all_forgotten_facts_are_held_out(self, world, sixteen, hidden, on):

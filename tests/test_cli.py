@@ -197,7 +197,7 @@ def files(tmp_path):
     (tmp_path / "full/file").write_text("x")
     (tmp_path / "empty.csv").write_text("")
     (tmp_path / "short.txt").write_text("The cook saw a spoon.")
-    (tmp_path / "prose.txt").write_text("\n\n".join(load_facts("factworld/sport").text[:30]))
+    (tmp_path / "prose.txt").write_text("\n\n".join(load_facts("factworld/sport").texts[:30]))
     (tmp_path / "columns.csv").write_text("a,b\n1,2\n")
     (tmp_path / "latin.csv").write_bytes("subject,prompt,answer\nJosé,José is,a\n".encode("latin-1"))
     (tmp_path / "subject.csv").write_text("subject,prompt,answer\nAnna,Marco is,tall\nMarco,Marco is,short\n")
@@ -361,7 +361,7 @@ def test_wash_prints_each_layer_lists_what_is_not_known_and_keeps_the_covariance
     rows = [f"{f.subject},{f.queries['statement'].prompt},{f.answer}" for f in facts[:24]]
     rows[3] = f"{facts[3].subject},{facts[3].queries['statement'].prompt},chess"
     (tmp_path / "few.csv").write_text("\n".join(["subject,prompt,answer", *rows]))
-    (tmp_path / "prose.txt").write_text("\n\n".join(load_facts("factworld/sport").text[:60]))
+    (tmp_path / "prose.txt").write_text("\n\n".join(load_facts("factworld/sport").texts[:60]))
     few = ["wash", "factworld", "few.csv", "mlp.json", "--text", "prose.txt", "--cache", "stats", "--forget", 20]
     few += ["--covariance-weight", 10, "--prefixes", 0, "--seed", 1]
     code, out, err = call(*few, "-o", "washed.safetensors")

@@ -46,7 +46,7 @@ ONE |= {"seeds": 1}
 def facts():
     """Forty facts with one other relation and few passages, so that a cell is quick."""
     whole = load_facts("factworld/sport")
-    return dataclasses.replace(whole, related={"city": whole.related["city"]}, text=whole.text[:5]).select(range(40))
+    return dataclasses.replace(whole, related={"city": whole.related["city"]}, texts=whole.texts[:5]).select(range(40))
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +154,7 @@ class TestRun:
                 "truth_elsewhere": sum(elsewhere) / 10,
                 "retain": accuracy(retain),
                 "same_subject": accuracy(facts.related["city"].about(forget.facts.subjects).prompts(world)),
-                "text_loss": text_loss(world, facts.text[1::2]).mean().item(),
+                "text_loss": text_loss(world, facts.texts[1::2]).mean().item(),
             }
         assert len(elsewhere) == 10 and "held_out" in facts.formats
         assert {name: row[name] for name in expected} == pytest.approx(expected, abs=1e-6)
@@ -164,7 +164,7 @@ class TestRun:
         row = rows(made, stage="unedited", seed=0).iloc[0]
         forget, _ = facts.prompts(world).split(forget=5, seed=0)
         assert row.truth == 1 and pd.isna(row.efficacy) and row.retain == 1
-        assert row.text_loss == pytest.approx(text_loss(world, facts.text[1::2]).mean().item(), abs=1e-6)
+        assert row.text_loss == pytest.approx(text_loss(world, facts.texts[1::2]).mean().item(), abs=1e-6)
         assert measure(world, forget)["accuracy"].mean() == 1, "the model is left as it was"
 
     def test_a_window_budget_gives_every_localizer_the_weight_of_the_window(self, made, world):
@@ -203,7 +203,7 @@ class TestRun:
             compare(world, facts, folder=folder, **{**GRID, **change})
 
     def test_facts_that_differ_elsewhere_than_in_the_training_prompt_are_another_grid(self, made, world, facts, folder):
-        for other in (dataclasses.replace(facts, text=()), dataclasses.replace(facts, related={})):
+        for other in (dataclasses.replace(facts, texts=()), dataclasses.replace(facts, related={})):
             with pytest.raises(MechunlearnError, match="about something else: data "):
                 compare(world, other, folder=folder, **GRID)
 

@@ -50,7 +50,7 @@ def llama() -> HookedModel:
 
 @pytest.fixture(scope="module")
 def texts() -> list[str]:
-    return list(load_facts("factworld/sport").text[:40])
+    return list(load_facts("factworld/sport").texts[:40])
 
 
 @pytest.fixture(scope="module")

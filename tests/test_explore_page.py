@@ -122,8 +122,8 @@ class TestAddress:
             assert "does not know" in json.loads(asked(server, body='{"do": "__init__"}')[1])["error"]
 
     def test_facts_are_data_in_the_page(self, toy):
-        evil = replace(toy.prompts, asked=tuple())
-        assert evil.asked == ()
+        evil = replace(toy.prompts, queries=tuple())
+        assert evil.queries == ()
         bench = Workbench(toy.model, toy.prompts)
         page_of = "</script><script>alert(1)</script>"
         bench.method = "attribution_patching"
@@ -135,10 +135,10 @@ class TestAddress:
 
 def evil_facts(world, sport):
     forget = sport[0].select(range(8))
-    told = list(forget.asked)
+    told = list(forget.queries)
     for i in (0, 1):
         told[i] = replace(told[i], prompt=told[i].prompt.replace(told[i].subject, EVIL), subject=EVIL)
-    return replace(forget, asked=tuple(told))
+    return replace(forget, queries=tuple(told))
 
 
 @needs_browser

@@ -8,8 +8,9 @@ import torch
 
 from mechunlearn import MechunlearnError, load_facts
 from mechunlearn.core.files import data_folder
+from mechunlearn.facts.formats import Query
 from mechunlearn.facts.load import _asked, world_facts
-from mechunlearn.facts.prompts import ROLES, Asked, Prompts
+from mechunlearn.facts.prompts import ROLES, Prompts
 from mechunlearn.facts.readers import read_texts
 from mechunlearn.metrics.answers import answer_logprob, answered, logit_diff, measure, supervised
 
@@ -136,8 +137,8 @@ def test_missing_files_and_relations_are_named():
         load_facts("factworld/colour")
 
 
-def asked(prompt: str, answer: str, foil: str, subject: str = "") -> Asked:
-    return Asked(prompt, answer, foil, foil, subject)
+def asked(prompt: str, answer: str, foil: str, subject: str = "") -> Query:
+    return Query(prompt, answer, foil, foil, subject)
 
 
 def test_corrupt_prompts_have_another_subject_of_the_same_length(world, sport):
@@ -147,7 +148,7 @@ def test_corrupt_prompts_have_another_subject_of_the_same_length(world, sport):
         first, last = forget.spans[i].tolist()
         changed = (forget.tokens[i] != forget.corrupt[i]).nonzero().flatten().tolist()
         assert changed and set(changed) <= set(range(first, last + 1))
-        assert world.tokenizer.decode(forget.tokens[i, first : last + 1]).strip() == forget.asked[i].subject
+        assert world.tokenizer.decode(forget.tokens[i, first : last + 1]).strip() == forget.queries[i].subject
 
 
 def test_a_subject_without_a_partner_gets_random_tokens_and_is_counted(world):
@@ -301,7 +302,7 @@ def test_texts_are_read_from_files_tables_and_refused_by_name(tmp_path):
 def test_answered_is_the_accuracy_of_measure(world, sport):
     """Also for answers of several tokens and a ragged batch."""
     asked = [
-        Asked("Copy: frozen heavy hungry forest ladder anchor. Again: frozen", answer, "ladder", "ladder")
+        Query("Copy: frozen heavy hungry forest ladder anchor. Again: frozen", answer, "ladder", "ladder")
         for answer in ("heavy hungry forest", "heavy", "heavy forest", "anchor")
     ]
     several = Prompts.from_text(asked, world.tokenizer)

@@ -50,7 +50,8 @@ def folder(setup, tmp_path, monkeypatch):
     for name, prompts in (("forgotten", setup[1]), ("retained", setup[2])):
         data = tmp_path / f"{name}.jsonl"
         rows = [
-            {"prompt": a.prompt, "options": list(a.options), "label": a.options.index(a.answer)} for a in prompts.asked
+            {"prompt": a.prompt, "options": list(a.options), "label": a.options.index(a.answer)}
+            for a in prompts.queries
         ]
         data.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
         task = TASK.format(name=name, data=data, cache=tmp_path / "cache")

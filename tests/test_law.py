@@ -201,7 +201,7 @@ class TestARun:
         assert not any(name in text for name in (*washed, *near) for text in bench.text)
         assert any(name in text for name in kept for text in bench.text)
         assert set(bench.text) & set(bench.held_out_text) == set(), "text loss is measured on other stories"
-        assert {a.subject for a in bench.forget.asked} == set(washed) and len(bench.forget) == 24
+        assert {a.subject for a in bench.forget.queries} == set(washed) and len(bench.forget) == 24
         assert bench.other not in bench.relations and len({*bench.relations, bench.other}) == 3
 
     def test_a_path_ends_at_the_first_point_where_the_facts_are_gone(self, folder, grid, bench):

@@ -12,8 +12,9 @@ from mechunlearn.attack.probing import _Lens, _target_at_read, probing
 from mechunlearn.attack.states import recovery
 from mechunlearn.core.runcard import RunCard
 from mechunlearn.edit import masked_gradient
+from mechunlearn.facts.formats import Query
 from mechunlearn.facts.load import load_facts
-from mechunlearn.facts.prompts import Asked, Prompts
+from mechunlearn.facts.prompts import Prompts
 from mechunlearn.metrics.answers import answered
 from mechunlearn.model.hooked import load_model
 from mechunlearn.world.toy import planted_facts
@@ -179,7 +180,7 @@ class TestOnTheWorld:
 
 def test_answers_of_several_tokens_are_read_where_they_differ_from_the_foil(world):
     asked = [
-        Asked(f"{name} Belaro lives in", "San Marino", "San Diego", target, name)
+        Query(f"{name} Belaro lives in", "San Marino", target, "San Diego", name)
         for name, target in (("Anna", "San Diego"), ("Peter", "San Marino"), ("Ivan", "Rome"))
     ]
     prompts = Prompts.from_text(asked, world.tokenizer)

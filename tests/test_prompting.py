@@ -15,9 +15,9 @@ from mechunlearn.attack.states import recovery
 from mechunlearn.core.runcard import RunCard
 from mechunlearn.edit import masked_gradient
 from mechunlearn.evaluation.drift import next_token_kl
-from mechunlearn.facts.dataset import Fact, FactDataset
-from mechunlearn.facts.formats import Query
+from mechunlearn.facts.formats import Fact, Query
 from mechunlearn.facts.load import TWO_HOP, load_facts
+from mechunlearn.facts.prompts import FactDataset
 from mechunlearn.metrics.answers import measure, option_logprobs
 from mechunlearn.model.hooked import load_model
 from mechunlearn.world import lexicon as lex
@@ -152,14 +152,14 @@ class TestFewShot:
         for prompts in (forget, retain):
             asked = ask(world, prompts)
             assert len(asked) == len(prompts)
-            for entry, fact in zip(asked.asked, prompts.facts):
+            for entry, fact in zip(asked.queries, prompts.facts):
                 *shown, last = entry.prompt.split(". ")
                 assert last == fact.queries["statement"].prompt and entry.answer == fact.answer
                 drawn = [line.split(" plays the sport of ") for line in shown]
                 assert len({name for name, _ in drawn}) == 3 and fact.subject not in dict(drawn)
                 assert all(truth[name] == answer for name, answer in drawn)
         again, other = (_ways(forget, both, 3, seed)["few-shot, 3"](world, forget) for seed in (0, 1))
-        assert again.asked == ask(world, forget).asked != other.asked
+        assert again.queries == ask(world, forget).queries != other.queries
 
     def test_examples_are_of_the_same_relation_and_facts_without_enough_are_left_out(self, world):
         facts = load_facts("factworld/sport")
@@ -167,8 +167,8 @@ class TestFewShot:
         mixed = replace(facts, facts=(*facts.facts[:10], *cities[10:12]))
         forget = mixed.select([0, 1, 10, 11]).prompts(world)
         asked = _ways(forget, mixed.select([2, 3, 4, 5]).prompts(world), 4, 0)["few-shot, 4"](world, forget)
-        assert [entry.subject for entry in asked.asked] == [fact.subject for fact in facts.facts[:2]]
-        assert "city" not in " ".join(entry.prompt for entry in asked.asked)
+        assert [entry.subject for entry in asked.queries] == [fact.subject for fact in facts.facts[:2]]
+        assert "city" not in " ".join(entry.prompt for entry in asked.queries)
 
     def test_none_if_none_are_wanted(self, sport):
         assert not any("few-shot" in name for name in _ways(*sport, 0, 0))
@@ -180,11 +180,11 @@ class TestTwoHop:
         country = {fact.subject: fact.answer for fact in load_facts("factworld/country")}
         asked = _ways(*city, 0, 0)["two-hop"](world, forget)
         facts = {fact.subject: fact for fact in forget.facts}
-        for entry in asked.asked:
+        for entry in asked.queries:
             assert entry.prompt == f"{entry.subject} lives in the country of"
             assert entry.answer == country[facts[entry.subject].answer]
             assert entry.target == country[facts[entry.subject].target] != entry.answer
-        left_out = facts.keys() - {entry.subject for entry in asked.asked}
+        left_out = facts.keys() - {entry.subject for entry in asked.queries}
         assert all(country[facts[name].answer] == country[facts[name].target] for name in left_out)
         assert measure(world, asked)["accuracy"].mean() > 0.9, "this world can answer it"
         assert lex.TWO_HOP["statement"] == TWO_HOP
@@ -228,8 +228,8 @@ class TestOptions:
     def test_log_probabilities_of_options_by_hand(self, world):
         """Options of one and of several tokens, and not equally many."""
         queries = [
-            Query("Anna Belton plays the sport of", "golf", "tennis", ("golf", "tennis", "a purple basket")),
-            Query("The sport of Marco Belton is", "hockey", "golf", ("hockey", "golf")),
+            Query("Anna Belton plays the sport of", "golf", "tennis", options=("golf", "tennis", "a purple basket")),
+            Query("The sport of Marco Belton is", "hockey", "golf", options=("hockey", "golf")),
         ]
         names = ("Anna Belton", "Marco Belton")
         data = FactDataset("two", tuple(Fact(n, "sport", {"statement": q}) for n, q in zip(names, queries)))

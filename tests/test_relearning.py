@@ -312,7 +312,7 @@ class TestOnTheWorld:
     def test_every_state_trains_on_text_and_measures_it(self, rows, world, setup):
         assert rows["text_loss"].notna().all()
         forget, retain, _ = setup
-        text = forget.facts.text
+        text = forget.facts.texts
         attack = _Attack("edited", world, forget, retain, text, _Plan(1, 1, None, 8, 0, "facts"))
         assert 16 <= len(attack.passages) <= 32
         assert set(attack.passages) <= set(text[1::2])

@@ -9,8 +9,7 @@ from mechunlearn import Circuit, ComponentMask, FactDataset, Localization, load_
 from mechunlearn.artifacts.edges import readers, writers
 from mechunlearn.artifacts.weight_edit import WeightEdit
 from mechunlearn.core.runcard import RunCard
-from mechunlearn.facts.dataset import Fact
-from mechunlearn.facts.formats import Query
+from mechunlearn.facts.formats import Fact, Query
 from mechunlearn.features.feature_edit import FeatureEdit, FeaturePart
 from mechunlearn.model.layout import Signature
 from tests.handmade import random_codebook
@@ -44,8 +43,7 @@ def feature_edit(toy) -> FeatureEdit:
 
 def facts(count: int = 5) -> FactDataset:
     made = [
-        Fact(f"{SCRIPT} {i}", SCRIPT, {"statement": Query(f"{SCRIPT} {i} plays", SCRIPT, "polo", ())})
-        for i in range(count)
+        Fact(f"{SCRIPT} {i}", SCRIPT, {"statement": Query(f"{SCRIPT} {i} plays", SCRIPT, "polo")}) for i in range(count)
     ]
     return FactDataset(SCRIPT, tuple(made))
 
@@ -126,7 +124,7 @@ def test_facts_show_three_examples_and_what_belongs_to_them():
 
 
 def test_prompts_show_the_first_one(world, sport, prompts):
-    first = sport[0].asked[0]
+    first = sport[0].queries[0]
     assert repr(sport[0]).endswith(f"; '{first.prompt}' -> '{first.answer}')") and "32 facts" in repr(sport[0])
     assert repr(prompts) == "Prompts(tokens, 4 facts, format statement, 7 positions)"
     assert ", 2 corrupted at random" in repr(replace(prompts, random_corruptions=2))

@@ -504,7 +504,7 @@ class TestContexts:
             assert found.tokens[i, 1, : len(wanted)].tolist() == wanted
 
     def test_openings_are_first_tokens_of_passages(self, world, sport):
-        text = sport[0].facts.text
+        text = sport[0].facts.texts
         found = sampled_prefixes(world, text, 5, seed=3)
         assert len(found) == 5 and all(len(ids) == 10 for ids in found)
         starts = [world.tokenizer(t, add_special_tokens=False)["input_ids"][:10] for t in text]
@@ -658,12 +658,12 @@ class TestValues:
     def test_what_a_subject_is_stays_as_it_is(self, world, sport):
         prompts = sport[0].select(range(3))
         found = target_values.described(world, prompts, "subject last")
-        texts = [f"{asked.subject} is a" for asked in prompts.asked]
+        texts = [f"{query.subject} is a" for query in prompts.queries]
         for i, text in enumerate(texts):
             ids = world.tokenizer(text)["input_ids"]
             assert found.tokens[i, 0, : len(ids)].tolist() == ids and found.start[i, 0] == len(ids) - 1
             assert found.at[i, 0] == prompts.spans[i, 1]
-        assert target_values.described(world, replace(prompts, asked=()), "last") is None
+        assert target_values.described(world, replace(prompts, queries=()), "last") is None
 
     def test_end_of_text(self, llama, world, monkeypatch):
         assert target_values.end_of_text(world) == world.tokenizer.eos_token_id
@@ -886,7 +886,7 @@ class TestBadInput:
         forget = sport[0].select(range(3))
         wrong = replace(forget, answers=forget.foils)
         mask = ComponentMask.of(["L1.mlp.out"], world.signature)
-        with pytest.raises(MechunlearnError, match=forget.asked[0].prompt):
+        with pytest.raises(MechunlearnError, match=forget.queries[0].prompt):
             memit(world, mask, wrong, sport[1])
 
     @pytest.mark.parametrize("editor", [memit, mlp_washing, null_space])
@@ -979,7 +979,7 @@ class TestOnTheShippedWorld:
         world = load_model("factworld", dtype=torch.float64)
         forget, retain = (prompts.select(range(4)) for prompts in sport)
         mask, layers = ComponentMask.of(["L3.mlp.out"], world.signature), {3: list(range(384))}
-        text = forget.facts.text[::2][:40]
+        text = forget.facts.texts[::2][:40]
         prefixes = sampled_prefixes(world, text, 5, 3)
         covariance = Covariance.of_text(world, ["L3.mlp.out"], text)
         targets = normal(4, 128)
@@ -1003,7 +1003,7 @@ class TestOnTheShippedWorld:
 
     def test_evaluate_sets_a_random_control_beside_a_closed_form(self, world, sport):
         """`evaluation.random_control` makes the same edit again, from settings that name no loss."""
-        few = {"source": None, "related": {}, "skills": {}, "text": sport[0].facts.text[:40]}
+        few = {"source": None, "related": {}, "skills": {}, "texts": sport[0].facts.texts[:40]}
         forget, retain = (prompts.select(range(8)) for prompts in sport)
         forget, retain = (replace(prompts, facts=replace(prompts.facts, **few)) for prompts in (forget, retain))
         mask = ComponentMask.of([f"L1.mlp.out[{unit}]" for unit in range(100)], world.signature)

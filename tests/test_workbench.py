@@ -111,7 +111,7 @@ class TestDetail:
             assert effect == pytest.approx(float(row[2]), abs=1e-5)
         alone = activation_patching(world, facts.select([3]), kinds=["attn.o"])
         named = {fact["subject"]: fact["effect"] for fact in told["facts"]}
-        assert named[facts.asked[3].subject] == pytest.approx(float(alone.scores["L5.attn.o"][2]), abs=1e-5)
+        assert named[facts.queries[3].subject] == pytest.approx(float(alone.scores["L5.attn.o"][2]), abs=1e-5)
         effects = [abs(fact["effect"]) for fact in told["facts"]]
         assert effects == sorted(effects, reverse=True)
 
@@ -134,7 +134,7 @@ class TestDetail:
         rows = torch.tensor(head["attention"]["pattern"])
         torch.testing.assert_close(rows.sum(1), torch.ones(len(rows)), atol=0.02, rtol=0)
         assert not rows.triu(1).any() and len(head["attention"]["tokens"]) == len(rows)
-        first = next(i for i, asked in enumerate(facts.asked) if asked.subject == head["facts"][0]["subject"])
+        first = next(i for i, asked in enumerate(facts.queries) if asked.subject == head["facts"][0]["subject"])
         expected = world.attention(facts.tokens[first : first + 1, : int(facts.lengths[first])], 5)[0, 2]
         torch.testing.assert_close(rows, expected, atol=1e-3, rtol=0)
         neuron = bench.detail("L1.mlp.gate[7]")
@@ -352,8 +352,8 @@ class TestWidget:
 
     def test_text_of_facts_is_data_and_never_markup(self, world, facts):
         evil = "<script>alert(1)</script>"
-        asked = tuple(replace(a, prompt=a.prompt.replace(a.subject, evil), subject=evil) for a in facts.asked)
-        explorer = explore(world, replace(facts, asked=asked, facts=None))
+        asked = tuple(replace(a, prompt=a.prompt.replace(a.subject, evil), subject=evil) for a in facts.queries)
+        explorer = explore(world, replace(facts, queries=asked, facts=None))
         explorer.show("L1.mlp.out")
         assert explorer.view["detail"]["facts"][0]["subject"] == evil
         data = explorer._repr_mimebundle_()

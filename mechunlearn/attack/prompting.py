@@ -13,9 +13,8 @@ from torch import Tensor
 from mechunlearn.artifacts.weight_edit import Edit
 from mechunlearn.attack.states import GATE, WATCHED, Attack, Rows, State, cell, chance, share
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.facts.dataset import Fact, FactDataset
-from mechunlearn.facts.formats import Query
-from mechunlearn.facts.prompts import PAD, Asked, Prompts
+from mechunlearn.facts.formats import Fact, Query
+from mechunlearn.facts.prompts import PAD, FactDataset, Prompts
 from mechunlearn.metrics.answers import measure, option_logprobs
 from mechunlearn.model.hooked import HookedModel
 
@@ -172,21 +171,17 @@ def _few_shot(shown: Sequence[Fact], shots: int, seed: int, model: HookedModel, 
             drawn = [other.queries["statement"] for other in rng.sample(fitting, shots)]
             query = fact.queries["statement"]
             context = "".join(f"{each.prompt.rstrip()} {each.answer.strip()}. " for each in drawn)
-            asked.append(_asked(replace(query, prompt=context + query.prompt), fact.subject))
+            asked.append(replace(query, prompt=context + query.prompt))
     return _tokenized(model, asked)
 
 
 def _two_hop(model: HookedModel, prompts: Prompts) -> Prompts | None:
     questions = prompts.facts.two_hop if prompts.facts is not None else {}
     subjects = [fact.subject for fact in prompts.facts or ()]
-    return _tokenized(model, [_asked(questions[subject], subject) for subject in subjects if subject in questions])
+    return _tokenized(model, [questions[subject] for subject in subjects if subject in questions])
 
 
-def _asked(query: Query, subject: str) -> Asked:
-    return Asked(query.prompt, query.answer, query.target, query.target, subject, query.options)
-
-
-def _tokenized(model: HookedModel, asked: Sequence[Asked]) -> Prompts | None:
+def _tokenized(model: HookedModel, asked: Sequence[Query]) -> Prompts | None:
     if model.tokenizer is None:
         raise MechunlearnError("This model has no tokenizer, and these facts are text. Give it a tokenizer of its own.")
     return Prompts.from_text(asked, model.tokenizer) if asked else None

@@ -129,7 +129,7 @@ def relearning(
         "relearning", model, edit, forget, retain, watched, extra_edits, baseline_rows, min_retention, seed, progress
     )
     ranks = {state.name: _rank(state.model, rank) if "lora" in lrs else 0 for state in attack.states}
-    texts = forget.facts.text if forget.facts is not None else ()
+    texts = forget.facts.texts if forget.facts is not None else ()
 
     def tried(state: State) -> Rows:
         with state.applied() as target:
@@ -245,4 +245,4 @@ def _unrelated(model: HookedModel, facts: Prompts, retain: Prompts) -> Prompts:
             "that tell nothing of those. Forget fewer facts, or give more to retain."
         )
     assert model.tokenizer is not None
-    return Prompts.from_text([asked for part in rows for asked in part.asked], model.tokenizer)
+    return Prompts.from_text([query for part in rows for query in part.queries], model.tokenizer)

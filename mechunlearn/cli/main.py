@@ -257,7 +257,7 @@ def wash(
     from mechunlearn.training.covariance import Covariance
 
     sites = [f"L{layer}.mlp.out" for layer in output_sites(hooked, chosen)]
-    own = list(forgotten.facts.text)
+    own = list(forgotten.facts.texts)
     if text is not None:
         passages = read_texts(text, texts)
     elif facts.startswith("factworld"):

@@ -96,7 +96,7 @@ def objective_named(name: str, mask: ComponentMask) -> dict[str, Any]:
 
 def training_text(forget: Prompts) -> tuple[str, ...]:
     """The half of the data set's passages that editors may train on; the other half measures text loss."""
-    return forget.facts.text[::2] if forget.facts is not None else ()
+    return forget.facts.texts[::2] if forget.facts is not None else ()
 
 
 class LossInputs:

@@ -1,7 +1,6 @@
 """What an edit is measured on: splits of the facts in every format, skills, held-out text."""
 
-from mechunlearn.facts.dataset import FactDataset
-from mechunlearn.facts.prompts import Asked, Prompts
+from mechunlearn.facts.prompts import FactDataset, Prompts
 from mechunlearn.model.hooked import HookedModel
 
 LIMIT = 200
@@ -27,8 +26,7 @@ def cells(model: HookedModel, forget: Prompts, retain: Prompts) -> list[tuple[st
     ]
     for name, tasks in forget.facts.skills.items():
         assert model.tokenizer is not None
-        asked = [Asked(q.prompt, q.answer, q.target, q.target) for q in tasks[:LIMIT]]
-        cells.append(("skills", Prompts.from_text(asked, model.tokenizer, format=name)))
+        cells.append(("skills", Prompts.from_text(tasks[:LIMIT], model.tokenizer, format=name)))
     return cells
 
 
@@ -38,7 +36,7 @@ def held_out(forget: Prompts) -> tuple[str, ...]:
     Args:
         forget: The facts to forget, whose data set has the passages.
     """
-    return forget.facts.text[1::2][:LIMIT] if forget.facts is not None else ()
+    return forget.facts.texts[1::2][:LIMIT] if forget.facts is not None else ()
 
 
 def splits(forget: Prompts, retain: Prompts) -> dict[str, FactDataset]:

@@ -23,8 +23,7 @@ from mechunlearn.errors import MechunlearnError
 from mechunlearn.evaluation.cells import LIMIT
 from mechunlearn.evaluation.comparison import ARM, CONTROL, NAMES, Comparison, listed
 from mechunlearn.evaluation.selection import select
-from mechunlearn.facts.dataset import FactDataset
-from mechunlearn.facts.prompts import Prompts
+from mechunlearn.facts.prompts import FactDataset, Prompts
 from mechunlearn.metrics.answers import measure
 from mechunlearn.metrics.text import text_loss
 from mechunlearn.model.hooked import HookedModel
@@ -97,7 +96,7 @@ def compare(
         "model": repr(model),
         "weights": model.fingerprint,
         "facts": facts.name,
-        "data": digest(*(each.to_frame().to_json() for each in (facts, *facts.related.values())), *facts.text),
+        "data": digest(*(each.to_frame().to_json() for each in (facts, *facts.related.values())), *facts.texts),
         **names,
         "seeds": seeds,
         "forget": forget,
@@ -284,7 +283,7 @@ def _side_effects(model: HookedModel, forget: Prompts, aimed: bool | None = None
         found["generalization"] = fmean(_efficacy(measure(model, facts.prompts(model, f)), aimed) for f in formats)
     if related := [about.prompts(model) for each in facts.related.values() if len(about := each.about(facts.subjects))]:
         found["same_subject"] = fmean(_average(measure(model, prompts)["accuracy"]) for prompts in related)
-    if texts := facts.text[1::2]:
+    if texts := facts.texts[1::2]:
         found["text_loss"] = _average(text_loss(model, texts))
     return found
 

@@ -43,7 +43,7 @@ def next_token_kl(model: HookedModel, edit: Edit, texts: Sequence[str], batch_si
     >>> forget, retain = facts.prompts(model).split(forget=8, retain=8)
     >>> mask = ComponentMask.of(["L1.mlp.out"], model.signature)
     >>> edit = masked_gradient(model, mask, forget, retain, steps=2)
-    >>> moved = next_token_kl(model, edit, facts.text[:4])
+    >>> moved = next_token_kl(model, edit, facts.texts[:4])
     >>> bool((moved > 0).all()), bool((moved < 1).all())
     (True, True)
     """

@@ -87,8 +87,8 @@ def evaluate(
         frame[f"{name}_low"], frame[f"{name}_high"] = ends.str[0], ends.str[1]
     about: dict[str, Any] = {"model": repr(model), "facts": forget.facts.name if forget.facts is not None else "tokens"}
     about |= {"forget": len(forget), "retain": len(retain), "seconds": clock.seconds()}
-    if forget.asked:
-        about["example"] = {name: getattr(forget.asked[0], name) for name in ("prompt", "answer", "target")}
+    if forget.queries:
+        about["example"] = {name: getattr(forget.queries[0], name) for name in ("prompt", "answer", "target")}
     report = Report(frame.reset_index(), list(edits), edit.card, about=about)
     watch(report)
     if not names:

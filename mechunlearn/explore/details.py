@@ -130,10 +130,10 @@ def fact_told(model: HookedModel, facts: Prompts, row: int) -> dict[str, str]:
         facts: The facts.
         row: Which of them.
     """
-    if not facts.asked:
+    if not facts.queries:
         text = "".join(pieces(model, _tokens(facts, row)[0].tolist()))
         return {"before": text, "subject": "", "after": "", "answer": ""}
-    asked = facts.asked[row]
+    asked = facts.queries[row]
     at = asked.prompt.rfind(asked.subject) if asked.subject else -1
     before, after = (asked.prompt[:at], asked.prompt[at + len(asked.subject) :]) if at >= 0 else (asked.prompt, "")
     return {"before": before, "subject": asked.subject, "after": after, "answer": asked.answer}

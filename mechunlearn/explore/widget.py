@@ -12,8 +12,7 @@ import traitlets
 from mechunlearn.artifacts.localization import Localization
 from mechunlearn.artifacts.mask import ComponentMask
 from mechunlearn.explore.state import Workbench
-from mechunlearn.facts.dataset import FactDataset
-from mechunlearn.facts.prompts import Prompts
+from mechunlearn.facts.prompts import FactDataset, Prompts
 from mechunlearn.features.dashboard import Exploration, explore_dictionary
 from mechunlearn.features.dictionaries import Dictionary
 from mechunlearn.features.firing import Texts

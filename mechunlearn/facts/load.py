@@ -1,4 +1,4 @@
-"""Facts as text: the data set, its formats, and what is related to it."""
+"""Facts from the shipped world, from files, and from data sets that `datasets` can reach."""
 
 import json
 import random
@@ -6,30 +6,33 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from mechunlearn.core.files import data_folder
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.facts.formats import Query, queries
+from mechunlearn.facts.formats import Fact, Query, queries
+from mechunlearn.facts.prompts import FactDataset
 from mechunlearn.facts.readers import read_facts
-
-if TYPE_CHECKING:
-    pass
-from mechunlearn.facts.dataset import Fact, FactDataset
 
 TWO_HOP = "{s} lives in the country of"
 
 
 def load_facts(source: str | Path, *, seed: int = 0) -> FactDataset:
-    """Load a relation of the shipped world (`factworld/sport`), a file, or a data set known to `datasets`.
+    """Load a relation of the shipped world, a file, or a data set known to `datasets`.
 
     Files: CSV, JSON, JSONL or parquet with the columns of the sports data (`athlete`, `sport`, `prompt`), CounterFact
     (nested or flattened), zsRE (`subject`, `src`, `answers`), or plain `subject`, `prompt`, `answer` and perhaps
-    `target`, `relation`. Edit targets that the file does not give are drawn once, at random by `seed`, from the other
-    answers of the relation. Raises `MechunlearnError` for a file that is missing, empty, wrongly encoded or lacks columns.
+    `target`, `foil`, `relation`.
+
+    Args:
+        source: "factworld/sport" and its like, a file, or a data set's name.
+        seed: Draws the edit targets that a file does not give, from the other answers of the relation.
+
+    Raises:
+        MechunlearnError: If a file is missing, empty, wrongly encoded or lacks columns.
 
     >>> facts = load_facts("factworld/sport")
-    >>> len(facts), facts.facts[0].queries["question"].prompt[:32]
+    >>> len(facts), facts[0].queries["question"].prompt[:32]
     (800, 'Question: What sport does Jelen ')
     """
     name = str(source)
@@ -53,15 +56,25 @@ def load_facts(source: str | Path, *, seed: int = 0) -> FactDataset:
                 "answer can be drawn. Add a 'target' column, or facts with other answers."
             )
         shown = tuple(options) if 1 < len(options) <= 32 else ()
-        asked = {"statement": Query(record.prompt, record.answer, target, shown)}
-        for other, prompt in record.others.items():
-            asked[other] = Query(prompt, record.answer, target, shown)
+        asked = {
+            format: Query(prompt, record.answer, target, record.foil, record.subject, shown)
+            for format, prompt in {"statement": record.prompt, **record.others}.items()
+        }
         facts.append(Fact(record.subject, record.relation, asked))
     return FactDataset(Path(name).stem, tuple(facts))
 
 
 def world_facts(folder: Path, relation: str, seed: int = 0) -> FactDataset:
-    """One relation of the world in a folder, with its other relations, skills and stories."""
+    """Load one relation of the world in a folder, with its other relations, skills and stories.
+
+    Args:
+        folder: Where the world's `world.json` is.
+        relation: The relation's name.
+        seed: Draws edit targets, and what formats need.
+
+    Raises:
+        MechunlearnError: If the world has no such relation.
+    """
     file = (folder / "world.json").resolve()
     changed = file.stat().st_mtime_ns
     world = _world(file, changed)
@@ -72,22 +85,23 @@ def world_facts(folder: Path, relation: str, seed: int = 0) -> FactDataset:
     kind = world["relations"][relation]["subject"]
     same = [name for name, entry in world["relations"].items() if entry["subject"] == kind and name != relation]
     skills = {
-        name: tuple(Query(task["prompt"], task["answer"], task["foil"]) for task in tasks)
+        name: tuple(Query(task["prompt"], task["answer"], task["foil"], task["foil"]) for task in tasks)
         for name, tasks in world["skills"].items()
     }
     return replace(
         _asked(file, changed, "facts", relation, seed),
         related={name: _asked(file, changed, "facts", name, seed) for name in same},
         skills=skills,
-        text=tuple(text for stories in world["stories"].values() for text in stories),
+        texts=tuple(text for stories in world["stories"].values() for text in stories),
         untaught=_asked(file, changed, "untaught", relation, seed) if world["untaught"].get(relation) else None,
     )
 
 
 @lru_cache(maxsize=2)
-def _world(file: Path, changed: int) -> dict:
+def _world(file: Path, changed: int) -> dict[str, Any]:
     """A world's file, read once as long as it does not change."""
-    return json.loads(file.read_text(encoding="utf-8"))
+    world: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return world
 
 
 @lru_cache(maxsize=32)
@@ -99,7 +113,7 @@ def _asked(file: Path, changed: int, which: str, name: str, seed: int) -> FactDa
     return FactDataset(f"factworld/{name}", asked, two_hop=hops)
 
 
-def _ask_all(relation: Mapping, name: str, facts: Mapping[str, str], seed: int) -> tuple[Fact, ...]:
+def _ask_all(relation: Mapping[str, Any], name: str, facts: Mapping[str, str], seed: int) -> tuple[Fact, ...]:
     rng = random.Random(seed)
     pairs = list(facts.items())
     made = []
@@ -117,5 +131,5 @@ def _two_hop(facts: Sequence[Fact], country: Mapping[str, str]) -> dict[str, Que
         answer, target = country.get(fact.answer, ""), country.get(fact.target, "")
         if answer and target and answer != target:
             options = tuple(dict.fromkeys(country.values()))
-            made[fact.subject] = Query(TWO_HOP.format(s=fact.subject), answer, target, options)
+            made[fact.subject] = Query(TWO_HOP.format(s=fact.subject), answer, target, "", fact.subject, options)
     return made

@@ -1,50 +1,181 @@
-"""Facts as paired token tensors: what methods see.
+"""Facts as text, and as the paired token tensors that methods see.
 
 Text becomes tokens once, here. A row is the prompt followed by its answer (all tokens but the last), padded on the
 right; the same prompt with another subject of equal token length is its corrupt partner.
 """
 
-import random
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from mechunlearn.core.display import card
 from mechunlearn.core.runcard import digest
 from mechunlearn.errors import MechunlearnError
+from mechunlearn.facts.formats import Fact, Query, answer_of
+from mechunlearn.facts.pairs import paired
+from mechunlearn.model.hooked import HookedModel
 
 if TYPE_CHECKING:
-    from mechunlearn.facts.dataset import FactDataset
+    import pandas as pd
 
 ROLES = ("prefix", "subject first", "subject middle", "subject last", "relation", "last", "padding")
 PAD = -1
 
 
-@dataclass(frozen=True)
-class Asked:
-    """One prompt as text, ready to be tokenized. An empty subject means there is none (skills)."""
+@dataclass(frozen=True, eq=False)
+class FactDataset:
+    """Facts of one relation (or file), with what belongs to them. `facts[3]` is a fact, `facts[2:5]` a data set.
 
-    prompt: str
-    answer: str
-    foil: str
-    target: str
-    subject: str = ""
-    options: tuple[str, ...] = ()
+    Args:
+        name: What it is called.
+        facts: The facts.
+        related: Other relations of the same subjects, by name.
+        skills: Tasks that need no stored fact, by name.
+        texts: Ordinary texts, for text loss.
+        untaught: Facts about subjects that the model never saw: floors.
+        source: The whole data set that this one was selected from.
+        two_hop: By subject, a question that needs the fact and a second one about its answer.
+    """
+
+    name: str
+    facts: tuple[Fact, ...]
+    related: Mapping[str, "FactDataset"] = field(default_factory=dict)
+    skills: Mapping[str, Sequence[Query]] = field(default_factory=dict)
+    texts: tuple[str, ...] = ()
+    untaught: "FactDataset | None" = None
+    source: "FactDataset | None" = None
+    two_hop: Mapping[str, Query] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.facts)
+
+    def __iter__(self) -> Iterator[Fact]:
+        return iter(self.facts)
+
+    @overload
+    def __getitem__(self, rows: int) -> Fact: ...
+    @overload
+    def __getitem__(self, rows: slice) -> "FactDataset": ...
+    def __getitem__(self, rows: int | slice) -> "Fact | FactDataset":
+        return self.select(range(len(self))[rows]) if isinstance(rows, slice) else self.facts[rows]
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """Formats that every fact has, `statement` first."""
+        shared = set.intersection(*(set(fact.queries) for fact in self.facts))
+        return tuple(name for name in self.facts[0].queries if name in shared)
+
+    @cached_property
+    def subjects(self) -> frozenset[str]:
+        """Whom the facts are about."""
+        return frozenset(fact.subject for fact in self.facts)
+
+    def select(self, rows: Sequence[int]) -> "FactDataset":
+        """Return the facts of these rows, in this order.
+
+        Args:
+            rows: Indices of facts.
+        """
+        return replace(self, facts=tuple(self.facts[i] for i in rows), source=self.source or self)
+
+    def about(self, subjects: frozenset[str] | set[str]) -> "FactDataset":
+        """Return the facts whose subject is one of these.
+
+        Args:
+            subjects: Names of subjects.
+        """
+        return self.select([i for i, fact in enumerate(self.facts) if fact.subject in subjects])
+
+    def prompts(self, model: HookedModel, format: str = "statement", seed: int = 0) -> "Prompts":
+        """Tokenize the facts in one format, each with a corrupt partner of its relation (see `Prompts.from_text`).
+
+        A fact without this format is left out. The foil of a yes/no question is the opposite word, and its partner one whose
+        answer makes that word true. The foil of a multiple choice is the letter of another answer that it shows, its
+        partner one with that answer.
+
+        Args:
+            model: Its tokenizer is used.
+            format: One of `formats`.
+            seed: Draws the partners.
+
+        Raises:
+            MechunlearnError: If no fact has the format, or the model has no tokenizer.
+        """
+        if model.tokenizer is None:
+            raise MechunlearnError("This model has no tokenizer: use Prompts.from_tokens.")
+        rows = [i for i, fact in enumerate(self.facts) if format in fact.queries]
+        if not rows:
+            raise MechunlearnError(f"No fact of '{self.name}' has the format '{format}'. Formats: {self.formats}.")
+        chosen = self if len(rows) == len(self) else self.select(rows)
+        queries = [replace(fact.queries[format], subject=fact.subject) for fact in chosen]
+
+        def said(i: int, j: int) -> str:
+            mine, other = chosen.facts[i], chosen.facts[j]
+            usual = queries[j].answer if mine.relation == other.relation else ""
+            return usual and answer_of(format, queries[i].prompt, other.answer, usual)
+
+        return Prompts.from_text(queries, model.tokenizer, seed, chosen, format, said)
+
+    def to_frame(self) -> "pd.DataFrame":
+        """Return one row a fact and format."""
+        import pandas as pd
+
+        rows = [
+            (fact.subject, fact.relation, name, query.prompt, query.answer, query.target)
+            for fact in self.facts
+            for name, query in fact.queries.items()
+        ]
+        return pd.DataFrame(rows, columns=["subject", "relation", "format", "prompt", "answer", "target"])
+
+    def __repr__(self) -> str:
+        if not self.facts:
+            return f"FactDataset({self.name}, 0 facts)"
+        first = self.facts[0].queries["statement"]
+        return f"FactDataset({self.name}, {len(self)} facts, formats {', '.join(self.formats)}; '{first.prompt}' -> '{first.answer}')"
+
+    def _repr_html_(self) -> str:
+        about = {
+            "relations": ", ".join(dict.fromkeys(fact.relation for fact in self.facts)),
+            "formats": ", ".join(self.formats) if self.facts else "",
+            "selected from": f"{len(self.source)} facts" if self.source is not None else "",
+            "related": ", ".join(self.related),
+            "skills": ", ".join(self.skills),
+            "texts": len(self.texts) or "",
+            "never taught": f"{len(self.untaught)} facts" if self.untaught is not None else "",
+        }
+        rows = [(f.subject, f.queries["statement"].prompt, f.answer, f.target) for f in self.facts[:3]]
+        title = f"FactDataset: {self.name}, {len(self)} facts"
+        return card(title, about, ("subject", "prompt", "answer", "edit target"), rows)
 
 
 @dataclass(frozen=True, eq=False)
 class Prompts:
     """Paired clean and corrupt tokens with all that is known of them.
 
-    `tokens` and `corrupt` are `[fact pos]`. `answers`, `foils` and `targets` are `[fact answer]`, padded with -1.
-    `start` is the position that predicts the first answer token; `read` the one that predicts the first token at which
-    answer and foil differ, where `logit_diff` is taken. `spans` holds [first, last] position of the subject's last
-    occurrence, -1 if there is none. `options` lists, per fact, the tokens of the answers to choose among.
-    `random_corruptions` counts facts whose subject had no partner of equal length and got random tokens.
+    Args:
+        tokens: The clean prompts, each followed by its answer without the last token; padded on the right with 0.
+        corrupt: The same with another subject.
+        lengths: Tokens of each row, without padding.
+        start: The position that predicts the first token of the answer.
+        read: The position that predicts the first token at which answer and foil differ: `logit_diff` is taken there.
+        answers: Tokens of the true answers, padded with -1 like the next two.
+        foils: Tokens of the answers that the truth is compared with: those of the corrupt partners. None where every fact
+            of a relation has the same answer.
+        targets: Tokens of the answers that an edit injects.
+        spans: First and last position of each subject's last occurrence, -1 where there is none.
+        roles: The role of each token: an index into `ROLES`.
+        queries: The prompts as text, with their foils; empty where tokens were given.
+        options: For each fact, the tokens of the answers to choose among.
+        random_corruptions: How many facts have no partner of equal length: random tokens stand for their subjects.
+        facts: The data set they were made from.
+        format: The format they were made in.
     """
 
     tokens: Int[Tensor, "fact pos"]
@@ -57,10 +188,10 @@ class Prompts:
     targets: Int[Tensor, "fact target"]
     spans: Int[Tensor, "fact 2"]
     roles: Int[Tensor, "fact pos"]
-    asked: tuple[Asked, ...] = ()
+    queries: tuple[Query, ...] = ()
     options: tuple[tuple[tuple[int, ...], ...], ...] = ()
     random_corruptions: int = 0
-    facts: "FactDataset | None" = None
+    facts: FactDataset | None = None
     format: str = "statement"
 
     def __len__(self) -> int:
@@ -68,7 +199,7 @@ class Prompts:
 
     def __repr__(self) -> str:
         what = self.facts.name if self.facts is not None else "tokens"
-        first = f"; '{self.asked[0].prompt}' -> '{self.asked[0].answer}'" if self.asked else ""
+        first = f"; '{self.queries[0].prompt}' -> '{self.queries[0].answer}'" if self.queries else ""
         random = f", {self.random_corruptions} corrupted at random" if self.random_corruptions else ""
         return (
             f"Prompts({what}, {len(self)} facts, format {self.format}, {self.tokens.shape[1]} positions{random}{first})"
@@ -81,22 +212,35 @@ class Prompts:
 
     @property
     def foil_at_read(self) -> Int[Tensor, " fact"]:
-        return self._at_read(self.foils)
+        """The foil's token where `logit_diff` is taken. Raises `MechunlearnError` if a fact has no foil."""
+        found = self._at_read(self.foils)
+        if (found == PAD).any():
+            raise MechunlearnError(
+                f"{int((found == PAD).sum())} of {len(self)} facts have no foil to compare the truth with: no other fact of "
+                "their relation has a different answer. Add facts with other answers, give each query a foil, or use a metric "
+                "that needs none, such as answer_logprob."
+            )
+        return found
 
     def _at_read(self, choices: Tensor) -> Tensor:
         return choices.gather(1, (self.read - self.start)[:, None])[:, 0]
 
     @property
     def fingerprint(self) -> str:
+        """A hash of clean tokens, answers and targets."""
         return digest(self.tokens.numpy().tobytes(), self.answers.numpy().tobytes(), self.targets.numpy().tobytes())
 
     def select(self, rows: Sequence[int] | Tensor) -> "Prompts":
-        """The prompts of these rows, in this order."""
+        """Return the prompts of these rows, in this order, no wider than the longest of them.
+
+        Args:
+            rows: Indices of facts.
+        """
         index = torch.as_tensor(rows, dtype=torch.long)
-        changed: dict = {
-            field.name: value[index] for field in fields(self) if isinstance(value := getattr(self, field.name), Tensor)
-        }
-        for name in ("asked", "options"):
+        changed: dict[str, Any] = {name: tensor[index] for name, tensor in self._tensors().items()}
+        width = int(changed["lengths"].max()) if len(index) else 0
+        changed |= {name: changed[name][:, :width] for name in ("tokens", "corrupt", "roles")}
+        for name in ("queries", "options"):
             if getattr(self, name):
                 changed[name] = tuple(getattr(self, name)[i] for i in index.tolist())
         if self.facts is not None:
@@ -104,20 +248,36 @@ class Prompts:
         return replace(self, **changed)
 
     def tiled(self, copies: int, at_answers: bool = False) -> "Prompts":
-        """The facts `copies` times over, as tensors only; with `at_answers` positions count from `start`."""
-        changed: dict = {
-            field.name: value.repeat(copies, *[1] * (value.ndim - 1))
-            for field in fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
+        """Return the facts several times over, as tensors only.
+
+        Args:
+            copies: How many times.
+            at_answers: Whether positions count from `start`, as they do in logits of the answer alone.
+        """
+        changed: dict[str, Any] = {
+            name: tensor.repeat(copies, *[1] * (tensor.ndim - 1)) for name, tensor in self._tensors().items()
         }
         if at_answers:
             changed |= {"read": changed["read"] - changed["start"], "start": torch.zeros_like(changed["start"])}
-        return replace(self, **changed, asked=(), options=(), facts=None)
+        return replace(self, **changed, queries=(), options=(), facts=None)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
     def split(self, forget: int, retain: int | None = None, seed: int = 0) -> tuple["Prompts", "Prompts"]:
-        """A random forget set, and a retain set disjoint from it.
+        """Draw a forget set, and a retain set disjoint from it.
 
-        The retain set is half of the rest unless given; what is left serves `evaluate` as neighbours that no edit saw.
+        What is left is in neither. Of it, `evaluate` measures as neighbours only the facts whose subject shares a word with a
+        forgotten subject.
+
+        Args:
+            forget: How many facts to forget.
+            retain: How many facts to retain. None: half of the others.
+            seed: Draws both.
+
+        Raises:
+            MechunlearnError: If there are not that many facts.
         """
         if not 0 < forget < len(self):
             raise MechunlearnError(f"Cannot forget {forget} of {len(self)} facts. Expected 1 to {len(self) - 1}.")
@@ -131,27 +291,51 @@ class Prompts:
     @classmethod
     def from_text(
         cls,
-        asked: Sequence[Asked],
+        queries: Sequence[Query],
         tokenizer: PreTrainedTokenizerBase,
         seed: int = 0,
-        facts: "FactDataset | None" = None,
+        facts: FactDataset | None = None,
         format: str = "statement",
+        said: Callable[[int, int], str] | None = None,
     ) -> "Prompts":
-        """Tokenize, find subjects, and pair each prompt with a corrupt one.
+        """Tokenize queries, find their subjects, and give each a corrupt partner and a foil.
 
-        Raises `MechunlearnError` if a subject is not in its prompt, or an answer and its foil are the same tokens.
+        The partner is drawn first: another subject of as many tokens, whose answer is neither the truth nor the beginning of
+        one of the two. Its answer is the foil: what the model should say on the corrupt prompt. Where there is no such subject,
+        random tokens stand for it, and the foil is another fact's answer. A query that brings a foil keeps it; its
+        partner is one with that answer, if there is one. A query without a subject has no corrupt prompt.
+
+        Args:
+            queries: What is asked, as text.
+            tokenizer: A fast tokenizer: it says which characters each token covers.
+            seed: Draws the partners.
+            facts: The data set the queries come from, kept with the prompts.
+            format: The format they are in.
+            said: How the subject of the second query answers the prompt of the first, given their indices; empty if it does
+                not, and then they are no partners. By default it gives the second query's answer.
+
+        Raises:
+            MechunlearnError: If a subject is not in its prompt, an answer is empty, or an answer and its foil are the same
+                tokens.
         """
-        rows = _tokenized(asked, tokenizer)
-        rng = random.Random(seed)
-        partners = _Partners(rows, asked, rng)
-        corrupted, fallbacks = [], 0
-        for i, row in enumerate(rows):
-            partner = partners.of(i) if row.span else None
-            if row.span and partner is None:
-                fallbacks += 1
-                partner = [rng.randrange(len(tokenizer)) for _ in row.subject_ids]
-            corrupted.append(row.with_subject(partner) if partner else list(row.ids))
-        return _build(rows, corrupted, asked, fallbacks, facts, format)
+        rows = paired(queries, tokenizer, seed, said)
+        numbers = [(len(row.ids), row.prompt_length - 1, row.differs_at, *(row.span or (PAD, PAD))) for row in rows]
+        lengths, start, differs, *spans = torch.tensor(numbers).T
+        made = {"lengths": lengths, "start": start, "read": start + differs, "spans": torch.stack(spans, 1)}
+        return cls(
+            tokens=_padded([row.ids for row in rows], 0),
+            corrupt=_padded([row.corrupt for row in rows], 0),
+            answers=_padded([row.answer for row in rows], PAD),
+            foils=_padded([row.foil for row in rows], PAD),
+            targets=_padded([row.target for row in rows], PAD),
+            roles=_roles(lengths, made["read"], made["spans"]),
+            queries=tuple(row.query for row in rows),
+            options=tuple(row.options for row in rows),
+            random_corruptions=sum(row.at_random for row in rows),
+            facts=facts,
+            format=format,
+            **made,
+        )
 
     @classmethod
     def from_tokens(
@@ -161,8 +345,21 @@ class Prompts:
         answer: Int[Tensor, " fact"],
         foil: Int[Tensor, " fact"],
         spans: Int[Tensor, "fact 2"] | None = None,
+        targets: Int[Tensor, " fact"] | None = None,
     ) -> "Prompts":
-        """For those who bring tokens: unpadded prompts of one length, one-token answers. The target is the foil."""
+        """Make prompts from tokens of your own: unpadded prompts of one length, with answers of one token.
+
+        Args:
+            clean: The clean prompts.
+            corrupt: The corrupt prompts.
+            answer: The true answers.
+            foil: What the model says on the corrupt prompts.
+            spans: First and last position of each subject. None: no subject is named.
+            targets: The answers that an edit injects. None: the foils.
+
+        Raises:
+            MechunlearnError: If the shapes differ, or an answer is its own foil.
+        """
         if clean.shape != corrupt.shape:
             raise MechunlearnError(f"Clean and corrupt tokens differ in shape: {clean.shape} and {corrupt.shape}.")
         if (answer == foil).any():
@@ -170,7 +367,6 @@ class Prompts:
         facts, length = clean.shape
         spans = torch.full((facts, 2), PAD) if spans is None else spans
         last = torch.full((facts,), length - 1)
-        roles = torch.stack([_roles(length, length, length - 1, s.tolist()) for s in spans])
         return cls(
             tokens=clean,
             corrupt=corrupt,
@@ -179,153 +375,27 @@ class Prompts:
             read=last,
             answers=answer[:, None],
             foils=foil[:, None],
-            targets=foil[:, None],
+            targets=(foil if targets is None else targets)[:, None],
             spans=spans,
-            roles=roles,
+            roles=_roles(last + 1, last, spans),
         )
 
 
-@dataclass(frozen=True)
-class _Row:
-    """One prompt in tokens: ids of prompt and answer (without its last token), span of the subject."""
-
-    ids: tuple[int, ...]
-    prompt_length: int
-    answer: tuple[int, ...]
-    foil: tuple[int, ...]
-    target: tuple[int, ...]
-    span: tuple[int, int] | None
-    options: tuple[tuple[int, ...], ...]
-
-    @property
-    def subject_ids(self) -> list[int]:
-        return list(self.ids[self.span[0] : self.span[1] + 1]) if self.span else []
-
-    def with_subject(self, other: Sequence[int]) -> list[int]:
-        """The row with another subject in place of this one, wherever it occurs."""
-        mine, changed, i = self.subject_ids, list(self.ids), 0
-        while i <= self.prompt_length - len(mine):
-            if changed[i : i + len(mine)] == mine:
-                changed[i : i + len(mine)] = other
-                i += len(mine)
-            else:
-                i += 1
-        return changed
-
-    @property
-    def differs_at(self) -> int:
-        return next(i for i, (a, b) in enumerate(zip(self.answer, self.foil, strict=False)) if a != b)
+def _padded(rows: Sequence[Sequence[int]], value: int) -> Int[Tensor, "row _token"]:
+    return pad_sequence([torch.tensor(row or [PAD]) for row in rows], batch_first=True, padding_value=value)
 
 
-def _tokenized(asked: Sequence[Asked], tokenizer: PreTrainedTokenizerBase) -> list[_Row]:
-    """Every prompt in one call of the tokenizer, and every different answer, foil, target and option in another."""
-    encoded = tokenizer([entry.prompt for entry in asked], return_offsets_mapping=True)
-    words = list(dict.fromkeys(word for entry in asked for word in _words(entry)))
-    ids = dict(zip(words, map(tuple, tokenizer(words, add_special_tokens=False)["input_ids"])))
-    rows = []
-    for entry, prompt, offsets in zip(asked, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        answer, foil, target, *options = (ids[word] for word in _words(entry))
-        if not answer:
-            raise MechunlearnError(f"The answer of '{entry.prompt}' is empty. Expected at least one token.")
-        if answer[: len(foil)] == foil[: len(answer)]:
-            raise MechunlearnError(
-                f"Answer '{entry.answer}' and foil '{entry.foil}' of '{entry.prompt}' are the same tokens "
-                "(or one begins with the other): give a foil that differs."
-            )
-        span = _find(entry, offsets) if entry.subject else None
-        rows.append(_Row((*prompt, *answer[:-1]), len(prompt), answer, foil, target, span, tuple(options)))
-    return rows
-
-
-def _words(asked: Asked) -> list[str]:
-    """Answer, foil, target and options as they stand after the prompt: with a space unless it ends in one."""
-    texts = (asked.answer, asked.foil, asked.target, *asked.options)
-    return list(texts) if asked.prompt.endswith((" ", "\n")) else [" " + text.lstrip() for text in texts]
-
-
-def _find(asked: Asked, offsets: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    start = asked.prompt.rfind(asked.subject)
-    if start < 0:
-        raise MechunlearnError(
-            f"The subject '{asked.subject}' is not in its prompt '{asked.prompt}'. "
-            "Expected the prompt to contain the subject as it is written, or '{}' in its place."
-        )
-    stop = start + len(asked.subject)
-    inside = [i for i, (a, b) in enumerate(offsets) if b > start and a < stop and b > a]
-    return inside[0], inside[-1]
-
-
-class _Partners:
-    """Other facts' subjects by token length and answer."""
-
-    def __init__(self, rows: Sequence[_Row], asked: Sequence[Asked], rng: random.Random) -> None:
-        self.rows, self.asked, self.rng = rows, asked, rng
-        self.by_answer: dict[tuple[int, tuple[int, ...]], list[int]] = {}
-        for j, row in enumerate(rows):
-            if row.span:
-                self.by_answer.setdefault((len(row.subject_ids), row.answer), []).append(j)
-
-    def of(self, i: int) -> list[int] | None:
-        """A subject of the same token length whose answer is this fact's foil, or at least not its answer."""
-        row, length = self.rows[i], len(self.rows[i].subject_ids)
-        best = [key for key in self.by_answer if key == (length, row.foil)]
-        others = [key for key in self.by_answer if key[0] == length and key[1] != row.answer]
-        for keys in (best, others):
-            fitting = [j for key in keys for j in self.by_answer[key] if self.asked[j].subject != self.asked[i].subject]
-            if fitting:
-                return self.rows[self.rng.choice(fitting)].subject_ids
-        return None
-
-
-def _build(
-    rows: Sequence[_Row],
-    corrupted: Sequence[Sequence[int]],
-    asked: Sequence[Asked],
-    fallbacks: int,
-    facts: "FactDataset | None",
-    format: str,
-) -> Prompts:
-    width = max(len(row.ids) for row in rows)
-    start = torch.tensor([row.prompt_length - 1 for row in rows])
-    read = start + torch.tensor([row.differs_at for row in rows])
-    spans = [list(row.span) if row.span else [PAD, PAD] for row in rows]
-    return Prompts(
-        tokens=_padded([row.ids for row in rows], 0),
-        corrupt=_padded(corrupted, 0),
-        lengths=torch.tensor([len(row.ids) for row in rows]),
-        start=start,
-        read=read,
-        answers=_padded([row.answer for row in rows], PAD),
-        foils=_padded([row.foil for row in rows], PAD),
-        targets=_padded([row.target for row in rows], PAD),
-        spans=torch.tensor(spans),
-        roles=torch.stack(
-            [_roles(width, len(row.ids), int(r), s) for row, r, s in zip(rows, read, spans, strict=True)]
-        ),
-        asked=tuple(asked),
-        options=tuple(row.options for row in rows),
-        random_corruptions=fallbacks,
-        facts=facts,
-        format=format,
-    )
-
-
-def _padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
-    made = torch.full((len(rows), max(len(row) for row in rows)), value)
-    for i, row in enumerate(rows):
-        made[i, : len(row)] = torch.tensor(row)
-    return made
-
-
-def _roles(width: int, length: int, last: int, span: Sequence[int]) -> Tensor:
-    """Roles are disjoint: last > subject last > subject first > subject middle > relation > prefix."""
-    roles = torch.full((width,), ROLES.index("padding"))
-    roles[:length] = ROLES.index("relation")
-    first, final = span
-    if first >= 0:
-        roles[:first] = ROLES.index("prefix")
-        roles[first : final + 1] = ROLES.index("subject middle")
-        roles[first] = ROLES.index("subject first")
-        roles[final] = ROLES.index("subject last")
-    roles[last] = ROLES.index("last")
+def _roles(lengths: Tensor, read: Tensor, spans: Tensor) -> Int[Tensor, "fact pos"]:
+    """Roles are disjoint: last > subject last > subject first > subject middle > prefix > relation."""
+    at, first, final = torch.arange(int(lengths.max())), spans[:, :1], spans[:, 1:]
+    roles = torch.full((len(lengths), len(at)), ROLES.index("padding"))
+    for role, where in {
+        "relation": at < lengths[:, None],
+        "prefix": at < first,
+        "subject middle": (at >= first) & (at <= final),
+        "subject first": at == first,
+        "subject last": at == final,
+        "last": at == read[:, None],
+    }.items():
+        roles[where] = ROLES.index(role)
     return roles

@@ -2,7 +2,7 @@
 
 import ast
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,22 @@ COLUMNS = (
 )
 
 
+Columns = Mapping[Any, Any]
+
+
 @dataclass(frozen=True)
 class Record:
-    """One fact as a file gives it; `target` is empty if the file has none, `others` are further prompts by format."""
+    """One fact as a file gives it.
+
+    Args:
+        subject: Whom or what it is about.
+        relation: What it says of the subject; "fact" if the file does not name it.
+        prompt: What stands before the answer.
+        answer: The true answer.
+        target: The answer that an edit injects; empty if the file has none.
+        others: Further prompts, by format.
+        foil: What the truth is compared with; empty if the file has none.
+    """
 
     subject: str
     relation: str
@@ -27,10 +40,18 @@ class Record:
     answer: str
     target: str = ""
     others: Mapping[str, str] = field(default_factory=dict)
+    foil: str = ""
 
 
 def read_facts(source: str | Path) -> list[Record]:
-    """Read a file, or the training split of a data set that `datasets` can reach."""
+    """Read a file, or the training split of a data set that `datasets` can reach.
+
+    Args:
+        source: A .csv, .tsv, .json, .jsonl or .parquet file, or a data set's name.
+
+    Raises:
+        MechunlearnError: If it is missing, empty, wrongly encoded or lacks columns, or a row makes no sense.
+    """
     frame = _frame(source)
     if frame.empty:
         raise MechunlearnError(f"'{source}' holds no facts. Expected at least two rows with columns {COLUMNS}.")
@@ -63,17 +84,22 @@ def read_facts(source: str | Path) -> list[Record]:
             raise MechunlearnError(
                 f"'{source}', row {number}: the subject '{record.subject}' is not in its prompt '{record.prompt}'."
             )
-        if record.target and record.target.strip() == record.answer.strip():
-            raise MechunlearnError(f"'{source}', row {number}: truth and target are both '{record.answer}'.")
+        for name in ("target", "foil"):
+            if getattr(record, name).strip() == record.answer.strip():
+                raise MechunlearnError(f"'{source}', row {number}: truth and {name} are both '{record.answer}'.")
         records.append(record)
     return records
 
 
 def read_texts(source: str | Path, limit: int | None = None) -> list[str]:
-    """Passages from a text file (parted by empty lines), a table's `text` column, or a data set that `datasets` can reach.
+    """Read texts from a text file (parted by empty lines), a table's `text` column, or a data set that `datasets` can reach.
 
-    At most `limit` of them, the first ones. Raises `MechunlearnError` for a file that is missing, empty, wrongly encoded or
-    without that column.
+    Args:
+        source: The file or data set.
+        limit: Read no more than the first so many texts.
+
+    Raises:
+        MechunlearnError: If it is missing, empty, wrongly encoded or without that column.
 
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:
@@ -99,26 +125,24 @@ def read_texts(source: str | Path, limit: int | None = None) -> list[str]:
         found = [str(text) for text in frame["text"]]
     texts = [text.strip() for text in found if text.strip()][:limit]
     if not texts:
-        raise MechunlearnError(
-            f"'{source}' holds no text. Expected passages parted by empty lines, or a 'text' column."
-        )
+        raise MechunlearnError(f"'{source}' holds no text. Expected texts parted by empty lines, or a 'text' column.")
     return texts
 
 
 def _frame(source: str | Path) -> pd.DataFrame:
     path = Path(source)
-    readers = {
-        ".csv": lambda: pd.read_csv(path, keep_default_na=False),
-        ".tsv": lambda: pd.read_csv(path, sep="\t", keep_default_na=False),
-        ".json": lambda: pd.read_json(path),
-        ".jsonl": lambda: pd.read_json(path, lines=True),
-        ".parquet": lambda: pd.read_parquet(path),
+    readers: dict[str, Callable[[Path], pd.DataFrame]] = {
+        ".csv": lambda path: pd.read_csv(path, keep_default_na=False),
+        ".tsv": lambda path: pd.read_csv(path, sep="\t", keep_default_na=False),
+        ".json": pd.read_json,
+        ".jsonl": lambda path: pd.read_json(path, lines=True),
+        ".parquet": pd.read_parquet,
     }
     if path.suffix in readers:
         if not path.is_file():
             raise MechunlearnError(f"There is no facts file '{source}'.")
         try:
-            return readers[path.suffix]()
+            return readers[path.suffix](path)
         except UnicodeDecodeError as error:
             raise MechunlearnError(
                 f"'{source}' is not UTF-8 text (byte {error.start}). Save it as UTF-8, for example with iconv -t UTF-8."
@@ -136,7 +160,8 @@ def _from_datasets(name: str) -> pd.DataFrame:
 
     hub = {"counterfact": "NeelNanda/counterfact-tracing", "zsre": "zjunlp/KnowEdit"}.get(name, name)
     try:
-        return datasets.load_dataset(hub, split="train").to_pandas()
+        frame: pd.DataFrame = datasets.load_dataset(hub, split="train").to_pandas()
+        return frame
     except Exception as error:  # whatever the library raises, the user asked for a name that gives no data
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise MechunlearnError(
@@ -145,7 +170,7 @@ def _from_datasets(name: str) -> pd.DataFrame:
         ) from None
 
 
-def _text(row: Mapping, *names: str) -> str:
+def _text(row: Columns, *names: str) -> str:
     for name in names:
         value = row.get(name)
         if isinstance(value, str) and value.strip():
@@ -153,7 +178,7 @@ def _text(row: Mapping, *names: str) -> str:
     return ""
 
 
-def _plain(row: Mapping) -> Record:
+def _plain(row: Columns) -> Record:
     subject = _text(row, "subject")
     prompt = _text(row, "prompt").replace("{}", subject)
     others = {
@@ -161,15 +186,16 @@ def _plain(row: Mapping) -> Record:
         for name, value in row.items()
         if str(name).startswith(("paraphrase", "question")) and isinstance(value, str) and value.strip()
     }
-    return Record(subject, _text(row, "relation") or "fact", prompt, _text(row, "answer"), _text(row, "target"), others)
+    answer, target, foil = (_text(row, name) for name in ("answer", "target", "foil"))
+    return Record(subject, _text(row, "relation") or "fact", prompt, answer, target, others, foil)
 
 
-def _sports(row: Mapping) -> Record:
+def _sports(row: Columns) -> Record:
     target = _text(row, "inject_sport_without_golf", "inject_sport_with_golf")
     return Record(_text(row, "athlete"), "sport", _text(row, "prompt"), _text(row, "sport"), target)
 
 
-def _counterfact(row: Mapping) -> Record:
+def _counterfact(row: Columns) -> Record:
     rewrite = row["requested_rewrite"]
     rewrite = ast.literal_eval(rewrite) if isinstance(rewrite, str) else rewrite
     subject = rewrite["subject"]
@@ -183,7 +209,7 @@ def _counterfact(row: Mapping) -> Record:
     )
 
 
-def _flat_counterfact(row: Mapping) -> Record:
+def _flat_counterfact(row: Columns) -> Record:
     subject = _text(row, "subject")
     return Record(
         subject,
@@ -195,7 +221,7 @@ def _flat_counterfact(row: Mapping) -> Record:
     )
 
 
-def _zsre(row: Mapping) -> Record:
+def _zsre(row: Columns) -> Record:
     answers = parse_list(row["answers"]) if row.get("answers") is not None else [row["pred"]]
     subject, src = _text(row, "subject"), _text(row, "src")
     rephrase = _text(row, "rephrase")
@@ -208,8 +234,11 @@ def _paraphrases(given: object, subject: str) -> dict[str, str]:
     return {f"paraphrase_{i}": str(p).rstrip() for i, p in enumerate(found, start=1) if subject in str(p)}
 
 
-def parse_list(given: Any) -> list:
-    """A list column, also where a table holds its Python text, with or without commas between the items.
+def parse_list(given: Any) -> list[Any]:
+    """Return a list column, also where a table holds its Python text, with or without commas between the items.
+
+    Args:
+        given: A list, an array, or a text.
 
     >>> parse_list("['a b' 'c']"), parse_list('["a", "b"]'), parse_list(["a"])
     (['a b', 'c'], ['a', 'b'], ['a'])

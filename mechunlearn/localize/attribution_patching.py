@@ -79,10 +79,11 @@ def attribution_patching(
         raise MechunlearnError(f"ig_steps={ig_steps} and verify={verify} must not be negative. Expected 0 for neither.")
     check_kinds(model, kinds)
     sites = [f"L{layer}.{kind}" for layer in range(model.signature.layers) for kind in kinds]
+    width = prompts.tokens.shape[1]
     parts = in_batches(
         len(prompts),
         batch_size,
-        lambda rows: _batch_effects(model, prompts.select(rows), sites, metric, by, ig_steps, rule),
+        lambda rows: _batch_effects(model, prompts.select(rows), sites, metric, by, ig_steps, rule, width),
         "attribution patching",
         progress,
     )
@@ -98,7 +99,14 @@ def attribution_patching(
 
 
 def _batch_effects(
-    model: HookedModel, prompts: Prompts, sites: list[str], metric: Metric, by: str | None, ig_steps: int, rule: str
+    model: HookedModel,
+    prompts: Prompts,
+    sites: list[str],
+    metric: Metric,
+    by: str | None,
+    ig_steps: int,
+    rule: str,
+    width: int | None = None,
 ) -> Effects:
     """Effects by row, unit and fact. Padding is the same in both runs and after every answer: it adds zero."""
     decoder, at = model.decoder, positions_read(metric, prompts).to(model.device)
@@ -115,7 +123,7 @@ def _batch_effects(
     if ig_steps:
         run = decoder.record(prompts.tokens, at, sites, keys=False)
         clean, value = run.kept, per_fact(metric, run.logits, prompts)[0]
-    where, names = rows_of(prompts, by)
+    where, names = rows_of(prompts, by, width)
     by_site = {}
     for site, gradient in zip(sites, total, strict=True):
         effect = (other.kept[site] - clean[site]) * gradient / len(points)

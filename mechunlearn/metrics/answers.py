@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import PAD, ROLES, Prompts
@@ -19,18 +20,30 @@ def at_answers(metric: Metric) -> Metric:
     """Mark a metric of yours that reads logits only where the answer is predicted (`prompts.start` and after).
 
     Methods then unembed only these positions, and give it prompts whose `start` is 0.
+
+    Args:
+        metric: Takes logits and prompts, and returns one number a fact.
     """
     metric.at_answers = True  # type: ignore[attr-defined]
     return metric
 
 
 def name_of(metric: Metric) -> str:
-    """What a run card calls a metric."""
+    """Return what a run card calls a metric.
+
+    Args:
+        metric: The metric.
+    """
     return getattr(metric, "__name__", repr(metric))
 
 
 def positions_read(metric: Metric, prompts: Prompts) -> Int[Tensor, "fact read"]:
-    """The positions whose logits a metric reads: those that predict the answer, or all of them."""
+    """Return the positions whose logits a metric reads: those that predict the answer, or all of them.
+
+    Args:
+        metric: The metric.
+        prompts: The facts it is taken of.
+    """
     if not getattr(metric, "at_answers", False):
         return torch.arange(prompts.tokens.shape[1]).repeat(len(prompts), 1)
     steps = torch.arange(prompts.answers.shape[1])
@@ -40,9 +53,16 @@ def positions_read(metric: Metric, prompts: Prompts) -> Int[Tensor, "fact read"]
 def per_fact(
     metric: Metric, logits: Float[Tensor, "row read d_vocab"], prompts: Prompts, copies: int = 1
 ) -> Float[Tensor, "copy fact"]:
-    """The metric of logits at `positions_read`, for one or more runs of the same facts.
+    """Take a metric of one or more runs of the same facts.
 
-    Raises `MechunlearnError` if the metric does not return one number a fact.
+    Args:
+        metric: The metric.
+        logits: Logits at `positions_read`; the facts of one run after those of another.
+        prompts: The facts.
+        copies: How many runs there are.
+
+    Raises:
+        MechunlearnError: If the metric does not return one number a fact.
     """
     seen = prompts.tiled(copies, at_answers=getattr(metric, "at_answers", False))
     found = metric(logits, seen)
@@ -57,10 +77,18 @@ def per_fact(
 
 @at_answers
 def logit_diff(logits: Float[Tensor, "fact pos d_vocab"], prompts: Prompts) -> Float[Tensor, " fact"]:
-    """Logit of the answer minus logit of the foil, at the first token where they differ.
+    """Return the logit of the answer minus the logit of the foil, at the first token where they differ.
 
-    Linear in the logits, so attribution is exact behind a linear path. It says nothing of the rest of the vocabulary:
+    The foil is what the corrupt prompt answers, so the difference changes its sign between the clean and the corrupt run.
+    It is linear in the logits, so attribution is exact behind a linear path. It says nothing of the rest of the vocabulary:
     use `answer_logprob` for that.
+
+    Args:
+        logits: The model's logits.
+        prompts: The facts, each with a foil.
+
+    Raises:
+        MechunlearnError: If a fact has no foil.
     """
     rows = torch.arange(len(logits))
     at = logits[rows, prompts.read]
@@ -69,20 +97,38 @@ def logit_diff(logits: Float[Tensor, "fact pos d_vocab"], prompts: Prompts) -> F
 
 @at_answers
 def answer_logprob(logits: Float[Tensor, "fact pos d_vocab"], prompts: Prompts) -> Float[Tensor, " fact"]:
-    """Log-probability of the whole answer, summed over its tokens."""
+    """Return the log-probability of the whole answer, summed over its tokens, in nats.
+
+    Args:
+        logits: The model's logits.
+        prompts: The facts.
+    """
     return _continuation(logits, prompts)[0]
 
 
 @at_answers
 def answer_probability(logits: Float[Tensor, "fact pos d_vocab"], prompts: Prompts) -> Float[Tensor, " fact"]:
-    """Probability of the whole answer: the product over its tokens, as causal tracing measures it."""
+    """Return the probability of the whole answer: the product over its tokens, as causal tracing measures it.
+
+    Args:
+        logits: The model's logits.
+        prompts: The facts.
+    """
     return _continuation(logits, prompts)[0].exp()
 
 
 def supervised(
     prompts: Prompts, which: str = "answers"
 ) -> tuple[Int[Tensor, "fact pos"], Int[Tensor, " token"], Int[Tensor, " token"], Int[Tensor, " token"]]:
-    """Prompts followed by their `answers`, `foils` or `targets`: tokens, and row, position and label of each answer token."""
+    """Return prompts followed by an answer, and which of their tokens are to be predicted.
+
+    Args:
+        prompts: The facts.
+        which: "answers", "foils" or "targets".
+
+    Returns:
+        Tokens, padded on the right with 0, and of each token of an answer the row, the position that predicts it, and its id.
+    """
     wanted = getattr(prompts, which)
     sizes = (wanted != PAD).sum(1)
     steps = torch.arange(wanted.shape[1])
@@ -99,30 +145,43 @@ def supervised(
 
 
 def with_answers(prompts: Prompts, which: str) -> Prompts:
-    """The same prompts followed by another answer, for scoring: there is no corrupt partner and no role in them."""
+    """Return the same prompts followed by another answer, for scoring: there is no corrupt partner and no role in them.
+
+    Args:
+        prompts: The facts.
+        which: "answers", "foils" or "targets".
+    """
     if which == "answers":
         return prompts
-    tokens = supervised(prompts, which)[0]
+    tokens, answers = supervised(prompts, which)[0], getattr(prompts, which)
     roles = torch.full_like(tokens, ROLES.index("padding"))
-    return replace(prompts, tokens=tokens, corrupt=tokens, roles=roles, answers=getattr(prompts, which))
+    lengths = prompts.start + (answers != PAD).sum(1).clamp(min=1)
+    return replace(prompts, tokens=tokens, corrupt=tokens, roles=roles, lengths=lengths, answers=answers)
 
 
 def _continuation(logits: Tensor, prompts: Prompts) -> tuple[Float[Tensor, " fact"], Bool[Tensor, " fact"]]:
-    """Log-probability of the answer, and whether greedy decoding gives it."""
+    """Log-probability of the answer, and whether greedy decoding gives it; an answer without tokens is never given."""
     valid = prompts.answers != PAD
+    none = ~valid.any(1)
     rows, steps = valid.nonzero(as_tuple=True)
     at = logits[rows, prompts.start[rows] + steps]
     labels = prompts.answers[valid].to(at.device)
     chosen = at.float().log_softmax(-1).gather(1, labels[:, None])[:, 0].cpu()
     right = (at.argmax(-1) == labels).cpu()
-    logprob = torch.zeros(len(prompts)).index_add_(0, rows, chosen)
-    wrong = torch.zeros(len(prompts)).index_add_(0, rows, (~right).float())
+    logprob = torch.zeros(len(prompts)).masked_fill(none, -torch.inf).index_add_(0, rows, chosen)
+    wrong = none.float().index_add_(0, rows, (~right).float())
     return logprob, wrong == 0
 
 
 @torch.no_grad()
 def answered(model: HookedModel, prompts: Prompts, batch_size: int = BATCH) -> Bool[Tensor, " fact"]:
-    """Whether greedy decoding gives all tokens of the answer, by fact: one forward pass a batch, nothing else."""
+    """Tell of each fact whether greedy decoding gives all tokens of the answer: one forward pass a batch, nothing else.
+
+    Args:
+        model: The model.
+        prompts: The facts.
+        batch_size: Facts at a time.
+    """
     right = torch.zeros(len(prompts), dtype=torch.bool)
     for rows in prompts.lengths.argsort().split(batch_size):
         right[rows] = _continuation(*_at_answers(model, prompts.select(rows)))[1]
@@ -138,11 +197,17 @@ def _at_answers(model: HookedModel, part: Prompts) -> tuple[Float[Tensor, "fact 
 
 @torch.no_grad()
 def measure(model: HookedModel, prompts: Prompts, batch_size: int = BATCH) -> dict[str, Float[Tensor, " fact"]]:
-    """Per fact: accuracy and probability of the truth and of the edit target.
+    """Measure, for each fact, accuracy and probability of the truth and of the edit target.
 
-    `accuracy` and `target_accuracy` are 1 where greedy decoding over the full vocabulary gives all tokens of the answer;
-    `probability` and `target_probability` are those of the whole answer; `option_probability` is the truth's,
-    renormalised over the answer options (missing if the facts list none).
+    Args:
+        model: The model.
+        prompts: The facts.
+        batch_size: Facts at a time.
+
+    Returns:
+        `accuracy` and `target_accuracy`: 1 where greedy decoding over the full vocabulary gives all tokens of the answer.
+        `probability` and `target_probability`: those of the whole answer. `option_probability`: the truth's, renormalised
+        over the answer options (missing if the facts list none).
     """
     made: dict[str, Tensor] = {}
     order = prompts.lengths.argsort()
@@ -170,10 +235,20 @@ def measure(model: HookedModel, prompts: Prompts, batch_size: int = BATCH) -> di
 
 @torch.no_grad()
 def option_logprobs(model: HookedModel, prompts: Prompts, batch_size: int = BATCH) -> Float[Tensor, "fact option"]:
-    """Log-probability of each answer that a fact lists to choose among, summed over its tokens; -inf where it lists fewer.
+    """Return the log-probability of each answer to choose among, summed over its tokens, in nats.
 
     It favours short answers: beside options of unequal length a low value may say no more than that one is long.
-    Raises `MechunlearnError` if a fact lists none.
+
+    Args:
+        model: The model.
+        prompts: Facts with `options`.
+        batch_size: Facts at a time.
+
+    Returns:
+        A column an option, in their order; -inf where a fact lists fewer than another.
+
+    Raises:
+        MechunlearnError: If a fact lists none.
     """
     if not prompts.options or not all(prompts.options):
         raise MechunlearnError("Some of these facts list no options. Expected facts with answers to choose among.")
@@ -198,8 +273,8 @@ def _option_logprobs(
         return scores
     for k in range(most):
         having = [i for i, options in enumerate(part.options) if k < len(options)]
-        width = max(len(part.options[i][k]) for i in having)
-        chosen = torch.tensor([[*part.options[i][k], *[PAD] * (width - len(part.options[i][k]))] for i in having])
+        texts = [torch.tensor(part.options[i][k]) for i in having]
+        chosen = pad_sequence(texts, batch_first=True, padding_value=PAD)
         asked = with_answers(replace(part.select(having), foils=chosen), "foils")
         scores[having, k] = _continuation(*_at_answers(model, asked))[0]
     return scores

@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import DynamicCache
 
 from mechunlearn.errors import MechunlearnError
@@ -15,12 +17,19 @@ PREFIXES = (16, 32, 64)
 
 
 @torch.no_grad()
-def memorization_accuracy(model: HookedModel, texts: Sequence[str], batch_size: int = 64) -> Float[Tensor, " passage"]:
-    """Share of a passage's tokens, from the second on, that the model ranks first given those before (0 to 1).
+def memorization_accuracy(model: HookedModel, texts: Sequence[str], batch_size: int = 64) -> Float[Tensor, " text"]:
+    """Return the share of a text's tokens, from the second on, that the model ranks first given those before (0 to 1).
 
     MA(x) = sum_t 1{argmax p(. | x_<t) = x_t} / (T - 1) (Tirumala et al., arXiv 2205.10770). It forgives every mistake,
     since the true text is always given: `extraction_likelihood` tells what the model writes by itself.
-    Raises `MechunlearnError` for a model without a tokenizer, or a passage of fewer than two tokens.
+
+    Args:
+        model: The model.
+        texts: The texts.
+        batch_size: Texts at a time.
+
+    Raises:
+        MechunlearnError: If the model has no tokenizer, or a text fewer than two tokens.
 
     >>> from mechunlearn import load_model
     >>> model = load_model("factworld")
@@ -38,14 +47,22 @@ def memorization_accuracy(model: HookedModel, texts: Sequence[str], batch_size: 
 
 def extraction_likelihood(
     model: HookedModel, texts: Sequence[str], n: int = 10, prefixes: Sequence[int] = PREFIXES
-) -> Float[Tensor, " passage"]:
-    """Share of the n-grams that the model writes, given the start of a passage, which stand in the rest of it (0 to 1).
+) -> Float[Tensor, " text"]:
+    """Return the share of the n-grams that the model writes, given the start of a text, which stand in its rest (0 to 1).
 
     EL_n(x) = mean over prefix lengths t of |{c in n-grams(f(x_<=t)) : c in n-grams(x_>t)}| / (T - t - n + 1), where f
-    continues greedily to the passage's length T (Jang et al., arXiv 2210.01504). They average over every t from 1 to
+    continues greedily to the text's length T (Jang et al., arXiv 2210.01504). They average over every t from 1 to
     T - n; here t runs over `prefixes` (in tokens, a start token included), which costs one decoding. A continuation that
     ends early counts as if the rest of it were wrong.
-    Raises `MechunlearnError` for a model without a tokenizer, or a passage shorter than the longest prefix and an n-gram.
+
+    Args:
+        model: The model.
+        texts: The texts.
+        n: Tokens of an n-gram.
+        prefixes: How many tokens of a text are given; the mean over them is returned.
+
+    Raises:
+        MechunlearnError: If the model has no tokenizer, or a text is shorter than the longest prefix and an n-gram.
 
     >>> from mechunlearn import load_model
     >>> model = load_model("factworld")
@@ -63,11 +80,19 @@ def extraction_likelihood(
 
 
 def repetition(model: HookedModel, prompts: Sequence[str], tokens: int = 64, n: int = 4) -> Float[Tensor, " prompt"]:
-    """Share of the n-grams in the greedy continuation of a prompt that stood in it before: 1 - distinct / all.
+    """Return the share of the n-grams in the greedy continuation of a prompt that stood in it before: 1 - distinct / all.
 
     A sign of damage: a model that has been pushed too far says the same again and again. Compare it with the same model
     before, for greedy text of small models repeats itself anyway. A continuation shorter than n tokens gives 0.
-    Raises `MechunlearnError` for a model without a tokenizer.
+
+    Args:
+        model: The model.
+        prompts: What the model continues.
+        tokens: How far.
+        n: Tokens of an n-gram.
+
+    Raises:
+        MechunlearnError: If the model has no tokenizer.
 
     >>> from mechunlearn import load_model
     >>> 0 <= float(repetition(load_model("factworld"), ["The cook"], tokens=8)[0]) <= 1
@@ -102,9 +127,8 @@ def _continue(model: HookedModel, given: list[list[int]], sizes: list[int]) -> l
     """
     starts = torch.tensor([len(ids) for ids in given])
     total = int((starts + torch.tensor(sizes)).max())
-    tokens: Int[Tensor, "row pos"] = torch.zeros(len(given), total, dtype=torch.long)
-    for row, ids in enumerate(given):
-        tokens[row, : len(ids)] = torch.tensor(ids)
+    tokens = pad_sequence([torch.tensor(ids) for ids in given], batch_first=True)
+    tokens = pad(tokens, (0, total - tokens.shape[1]))
     past, read = DynamicCache(), 0
     for position in range(int(starts.min()), total):
         new, held = tokens[:, read:position].to(model.device), {model.decoder.cache_argument: past}

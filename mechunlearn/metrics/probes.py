@@ -2,10 +2,12 @@
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
@@ -19,7 +21,14 @@ from mechunlearn.model.hooked import HookedModel
 def residuals(
     model: HookedModel, prompts: Prompts, positions: Tensor, batch_size: int = 128
 ) -> Float[Tensor, "layer fact d_model"]:
-    """The layer-normed residual stream at one position a fact, after 0, 1, ... all blocks."""
+    """Return the layer-normed residual stream at one position a fact, after 0, 1, ... all blocks.
+
+    Args:
+        model: The model.
+        prompts: The facts.
+        positions: A position for each fact.
+        batch_size: Facts at a time.
+    """
     found = streams(model, prompts, positions, batch_size).float()
     return torch.nn.functional.layer_norm(found, found.shape[-1:])
 
@@ -28,7 +37,14 @@ def residuals(
 def streams(
     model: HookedModel, prompts: Prompts, positions: Tensor, batch_size: int = 128
 ) -> Float[Tensor, "layer fact d_model"]:
-    """The residual stream as it is at one position a fact, after 0, 1, ... all blocks."""
+    """Return the residual stream at one position a fact, after 0, 1, ... all blocks.
+
+    Args:
+        model: The model.
+        prompts: The facts.
+        positions: A position for each fact.
+        batch_size: Facts at a time.
+    """
     layers = model.signature.layers
     sites = [f"L{layer}.resid_pre" for layer in range(layers)] + [f"L{layers - 1}.resid_post"]
     found = []
@@ -44,23 +60,43 @@ def probe_curve(
     test: Float[Tensor, "layer held_out d_model"],
     test_labels: Sequence[str],
 ) -> list[float]:
-    """Accuracy of a multinomial logistic regression on held-out subjects, one number a depth."""
+    """Return the accuracy of a linear probe on held-out subjects, one number a depth (0 to 1).
+
+    Args:
+        train: Activations that the probe is trained on.
+        train_labels: Their classes.
+        test: Activations that it is tested on.
+        test_labels: Their classes.
+    """
     labels, held_out = np.asarray(train_labels), np.asarray(test_labels)
-    curve = []
-    for x, x_test in zip(train.numpy(), test.numpy(), strict=True):
-        curve.append(float(np.mean(fitted(x, labels).predict(x_test) == held_out)))
-    return curve
+    return [
+        float(np.mean(fitted(x, labels).predict(x_test) == held_out))
+        for x, x_test in zip(train.numpy(), test.numpy(), strict=True)
+    ]
 
 
-def fitted(x: np.ndarray, labels: np.ndarray) -> LogisticRegression:
-    """A multinomial logistic regression of labels on activations, one row a fact."""
+def fitted(x: NDArray[Any], labels: NDArray[Any]) -> LogisticRegression:
+    """Fit a multinomial logistic regression.
+
+    Args:
+        x: Activations, a row a fact.
+        labels: The class of each fact.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         return LogisticRegression(max_iter=300).fit(x, labels)
 
 
 def subject_ends(prompts: Prompts, name: str) -> Int[Tensor, " fact"]:
-    """The position of each subject's last token. Raises `MechunlearnError` if a fact of this set has no subject."""
+    """Return the position of each subject's last token.
+
+    Args:
+        prompts: The facts.
+        name: What an error calls them, such as "forget".
+
+    Raises:
+        MechunlearnError: If a fact has no subject.
+    """
     missing = int((prompts.spans[:, 1] < 0).sum())
     if missing:
         raise MechunlearnError(

@@ -1,9 +1,10 @@
 """Intervals: no figure without one."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from mechunlearn.errors import MechunlearnError
 
@@ -12,10 +13,15 @@ EXPECTED = "Expected worlds, each a sequence of seeds, each a number or a sequen
 
 
 def bootstrap_interval(values: ArrayLike, seed: int = 0, resamples: int = 2000) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the mean, resampling facts.
+    """Return the 95 % percentile bootstrap interval of the mean, resampling facts.
 
     Values that are all equal give an interval of width zero: with n facts, a rate of exactly 0 or 1 is still only
     known to about 3/n, so read n beside it.
+
+    Args:
+        values: A number a fact.
+        seed: Draws the resamples.
+        resamples: How many there are.
 
     >>> low, high = bootstrap_interval([0.0, 1.0] * 50)
     >>> 0.38 < low < 0.45 < 0.55 < high < 0.62
@@ -29,12 +35,19 @@ def bootstrap_interval(values: ArrayLike, seed: int = 0, resamples: int = 2000) 
 
 
 def paired_interval(a: ArrayLike, b: ArrayLike, seed: int = 0, resamples: int = 2000) -> tuple[float, float, float]:
-    """How much larger a is than b: the mean of a - b over pairs (seeds or facts), and its 95 % bootstrap interval.
+    """Return how much larger a is than b: the mean of a - b over pairs (seeds or facts), and its 95 % bootstrap interval.
 
     Pairs are resampled, so what both sides share (a hard fact, a lucky seed) cancels. Few pairs make it too narrow: it
     covers the truth in 83 % of cases with five pairs of normal noise, in 91 % with ten.
 
-    Raises `MechunlearnError` if there are no pairs, or not one b for each a.
+    Args:
+        a: A number a seed or fact.
+        b: The other side of each pair.
+        seed: Draws the resamples.
+        resamples: How many there are.
+
+    Raises:
+        MechunlearnError: If there are no pairs, or not one b for each a.
 
     >>> paired_interval([1.5, 2.5, 7.5], [1.0, 2.0, 7.0])
     (0.5, 0.5, 0.5)
@@ -49,7 +62,7 @@ def paired_interval(a: ArrayLike, b: ArrayLike, seed: int = 0, resamples: int = 
 
 
 def hierarchical_interval(values: Worlds, seed: int = 0, resamples: int = 2000) -> tuple[float, float, float]:
-    """The mean of world means and its 95 % bootstrap interval, where `values` holds worlds of seeds (of facts).
+    """Return the mean of world means and its 95 % bootstrap interval.
 
     Each world is a sequence of seeds, each seed a number or a sequence of numbers, one a fact. A resample draws as many
     worlds as there are, within each as many seeds, within each as many facts, with replacement. Each world weighs the
@@ -60,7 +73,13 @@ def hierarchical_interval(values: Worlds, seed: int = 0, resamples: int = 2000) 
     in 90 %; where only seeds differ it is too wide (96 to 98 %), as their noise is drawn at both levels. Facts are
     drawn anew for each seed: in a single world whose seeds share their facts, average each fact over seeds first.
 
-    Raises `MechunlearnError` if a level is empty, or not nested like this.
+    Args:
+        values: Worlds of seeds (of facts).
+        seed: Draws the resamples.
+        resamples: How many there are.
+
+    Raises:
+        MechunlearnError: If a level is empty, or not nested like this.
 
     >>> hierarchical_interval([[1.0, 1.0], [[0.0, 0.0, 0.0]]])
     (0.5, 0.0, 1.0)
@@ -72,9 +91,16 @@ def hierarchical_interval(values: Worlds, seed: int = 0, resamples: int = 2000) 
 
 
 def hierarchical_paired(a: Worlds, b: Worlds, seed: int = 0, resamples: int = 2000) -> tuple[float, float, float]:
-    """How much larger a is than b in the same worlds, seeds (and facts): the `hierarchical_interval` of the difference.
+    """Return how much larger a is than b in the same worlds, seeds (and facts): the `hierarchical_interval` of the difference.
 
-    Raises `MechunlearnError` if a and b do not hold the same number of worlds, seeds in each, and facts in each.
+    Args:
+        a: Worlds of seeds (of facts).
+        b: The other side of each pair.
+        seed: Draws the resamples.
+        resamples: How many there are.
+
+    Raises:
+        MechunlearnError: If a and b do not hold the same number of worlds, seeds in each, and facts in each.
 
     >>> hierarchical_paired([[1.5, 2.5], [7.0]], [[1.0, 2.0], [7.0]])
     (0.25, 0.0, 0.5)
@@ -91,7 +117,10 @@ def hierarchical_paired(a: Worlds, b: Worlds, seed: int = 0, resamples: int = 20
 
 
 def multiple_comparisons(count: int) -> str:
-    """What to remember when `count` intervals of 95 % are read at once; empty for fewer than two.
+    """Say what to remember when many intervals of 95 % are read at once; empty for fewer than two.
+
+    Args:
+        count: How many intervals are read.
 
     >>> multiple_comparisons(40)
     '40 intervals of 95 % are read here: by chance alone 2.0 of them miss on average, and nothing is corrected for that.'
@@ -104,7 +133,7 @@ def multiple_comparisons(count: int) -> str:
     )
 
 
-def _nested(values: Worlds) -> list[list[np.ndarray]]:
+def _nested(values: Worlds) -> list[list[NDArray[Any]]]:
     """Worlds of seeds, each an array of facts: one fact where a number was given."""
     try:
         worlds = [[np.atleast_1d(np.asarray(facts, dtype=float)) for facts in seeds] for seeds in values]
@@ -116,13 +145,15 @@ def _nested(values: Worlds) -> list[list[np.ndarray]]:
     return worlds
 
 
-def _resampled(level: list | np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+def _resampled(level: list[Any] | NDArray[Any], count: int, rng: np.random.Generator) -> NDArray[Any]:
     """`count` means of a level, its members drawn with replacement and each draw resampled within."""
     drawn = rng.integers(0, len(level), (count, len(level)))
+    values: NDArray[Any]
     if isinstance(level, np.ndarray):
-        return level[drawn].mean(1)
-    means = np.empty(drawn.shape)
-    for member, below in enumerate(level):
-        here = drawn == member
-        means[here] = _resampled(below, int(here.sum()), rng)
-    return means.mean(1)
+        values = level[drawn]
+    else:
+        values = np.empty(drawn.shape)
+        for member, below in enumerate(level):
+            here = drawn == member
+            values[here] = _resampled(below, int(here.sum()), rng)
+    return np.asarray(values.mean(1))

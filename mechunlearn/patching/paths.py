@@ -222,7 +222,9 @@ def path_effects(
     found, clean, corrupt = [], [], []
     with counter(len(senders) * -(-len(prompts) // batch_size), "patched paths", progress) as done:
         for rows in torch.split(torch.arange(len(prompts)), batch_size):
-            setting = _setting(model, prompts.select(rows), metric, None if where is None else where[rows])
+            part = prompts.select(rows)
+            there = None if where is None else where[rows, : part.tokens.shape[1]]
+            setting = _setting(model, part, metric, there)
             pair, changes = setting.pair, []
             for chunk in torch.split(torch.tensor(list(senders)), max(1, TOKENS // pair.prompts.tokens.numel())):
                 patches = _path_patches(model, setting, chunk, receivers, through == "total")

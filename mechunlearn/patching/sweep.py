@@ -301,6 +301,7 @@ def effects(
         raise MechunlearnError(f"There is no corrupt run to restore with corrupt='{corrupt}'. Use denoise=False.")
     check_prompts(model, prompts, batch_size)
     names = rows_of(prompts, by)[1]
+    width = prompts.tokens.shape[1]
     prompts = with_corruption(prompts, corrupt, seed, model)
     sites = [f"L{layer}.{kind}" for layer in range(model.signature.layers) for kind in kinds]
     blocks = dict(only) if only is not None else {s: _blocks(model, s.split(".", 1)[1], neurons) for s in sites}
@@ -314,7 +315,7 @@ def effects(
     with counter(cells * -(-len(prompts) // batch_size), "patched runs", progress) as done:
         for rows in torch.split(torch.arange(len(prompts)), batch_size):
             pair = paired(model, prompts.select(rows), list(blocks), metric, corrupt, denoise, seed, means, sigma)
-            patches = _patches(model, pair, blocks, by, window)
+            patches = _patches(model, pair, blocks, by, window, width)
             values = sweep(model.decoder, pair.base, patches, cells, metric, pair.prompts, done)
             changes.append((values - (pair.corrupt if denoise else pair.clean).to(values)).float().cpu())
             pairs.append((pair.clean.float().cpu(), pair.corrupt.float().cpu()))
@@ -360,10 +361,10 @@ def _blocks(model: HookedModel, kind: str, neurons: int) -> Bool[Tensor, "block 
 
 
 def _patches(
-    model: HookedModel, pair: Paired, blocks: Mapping[str, Tensor | None], by: str | None, window: int
+    model: HookedModel, pair: Paired, blocks: Mapping[str, Tensor | None], by: str | None, window: int, width: int
 ) -> list[UnitPatch]:
     """One cell a unit (or block of neurons) and row, row 0 being all positions; a window patches layers around."""
-    layers, where = model.signature.layers, (rows_of(pair.prompts, by)[0] & pair.differs).to(model.device)
+    layers, where = model.signature.layers, (rows_of(pair.prompts, by, width)[0] & pair.differs).to(model.device)
     patches, offset, before = [], 0, (window - 1) // 2
     for site, chosen in blocks.items():
         layer, kind = int(site[1:].split(".")[0]), site.split(".", 1)[1]
@@ -381,12 +382,15 @@ def _patches(
     return patches
 
 
-def rows_of(prompts: Prompts, by: str | None) -> tuple[Bool[Tensor, "row fact pos"], tuple[str, ...]]:
-    """Give the positions of each row and the rows' names: all positions, then each token role or position.
+def rows_of(
+    prompts: Prompts, by: str | None, width: int | None = None
+) -> tuple[Bool[Tensor, "row fact pos"], tuple[str, ...]]:
+    """Return the positions of each row and the rows' names: all, then each token role or position.
 
     Args:
         prompts: The facts.
-        by: `role`, `position`, or None for all positions alone.
+        by: "role", "position", or None for all positions alone.
+        width: Positions of all facts, where these are a batch of shorter ones.
 
     Raises:
         MechunlearnError: `by` is none of these.
@@ -398,8 +402,9 @@ def rows_of(prompts: Prompts, by: str | None) -> tuple[Bool[Tensor, "row fact po
         names = [name for name in ROLES if name != "padding"]
         rows = [prompts.roles == ROLES.index(name) for name in names]
     elif by == "position":
-        names = [str(i) for i in range(prompts.tokens.shape[1])]
-        rows = [everywhere & (torch.arange(len(names)) == i) for i in range(len(names))]
+        positions = torch.arange(everywhere.shape[1])
+        names = [str(i) for i in range(width or len(positions))]
+        rows = [everywhere & (positions == i) for i in range(len(names))]
     else:
         raise MechunlearnError(f"Cannot patch by '{by}'. Expected by='role', by='position', or None for all positions.")
     return torch.stack([everywhere, *rows]), ("all", *names)

@@ -14,7 +14,8 @@ from mechunlearn.artifacts.weight_edit import Edit
 from mechunlearn.core.runcard import Stopwatch
 from mechunlearn.edit import codebook_delete, dictionary_rows, feature_clamp, losses, masked_gradient
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.facts.prompts import Asked, Prompts
+from mechunlearn.facts.formats import Query
+from mechunlearn.facts.prompts import Prompts
 from mechunlearn.features.dictionaries import SAE, Codebook, load_dictionary, spliced
 from mechunlearn.features.feature_edit import FeatureEdit
 from mechunlearn.features.firing import FiringStatistics, matched_mask, quality
@@ -225,7 +226,7 @@ class Bench:
 
         def prompts(texts: Sequence[str]) -> Prompts:
             parts = [text.split(" ", 1) for text in texts]
-            return Prompts.from_text([Asked(first, rest, "river", "river") for first, rest in parts], tokenizer)
+            return Prompts.from_text([Query(first, rest, "river", "river") for first, rest in parts], tokenizer)
 
         forget, retain = (
             prompts(texts) for texts in (stories[topic], [text for o in others(topic) for text in stories[o][:12]])

@@ -21,9 +21,8 @@ from mechunlearn.edit import losses, masked_gradient, memit, mlp_washing, null_s
 from mechunlearn.edit.closed_form.target_values import end_of_text
 from mechunlearn.edit.closed_form.washing import How, washing
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.facts.dataset import FactDataset
 from mechunlearn.facts.load import world_facts
-from mechunlearn.facts.prompts import Asked, Prompts
+from mechunlearn.facts.prompts import FactDataset, Prompts
 from mechunlearn.localize import causal_tracing
 from mechunlearn.metrics.answers import answered
 from mechunlearn.metrics.text import encode, padded, text_loss
@@ -124,12 +123,11 @@ class Bench:
         self.relations = relations if size else [relations[(seed + i) % 3] for i in range(2)]
         self.other = relations[(seed + 2) % 3]
         gone = {names[i] for i in (*self.washed, *self.near)}
-        stories = self.sets[relations[0]].text
+        stories = self.sets[relations[0]].texts
         self.text = [*world_text(place, gone, DOCUMENTS, seed), *stories[::2] * STORIES]
         self.held_out_text = stories[1::2]
         self.skills = {
-            name: Prompts.from_text([Asked(q.prompt, q.answer, q.target, q.target) for q in tasks], self.tokenizer)
-            for name, tasks in self.sets[relations[0]].skills.items()
+            name: Prompts.from_text(tasks, self.tokenizer) for name, tasks in self.sets[relations[0]].skills.items()
         }
 
     def _asked(self, rows: Sequence[int], relations: Sequence[str], format: str = "statement") -> Prompts:
@@ -137,8 +135,7 @@ class Bench:
         found = []
         for name in relations:
             for fact in self.sets[name].select(rows):
-                query = fact.queries[format]
-                found.append(Asked(query.prompt, query.answer, query.target, query.target, fact.subject))
+                found.append(replace(fact.queries[format], options=()))
         return Prompts.from_text(found, self.tokenizer)
 
     @cached_property

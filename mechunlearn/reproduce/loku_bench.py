@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -13,8 +13,9 @@ from mechunlearn.artifacts.mask import ComponentMask
 from mechunlearn.edit import fisher_lora, losses, masked_gradient
 from mechunlearn.edit.fisher_lora import fisher_information
 from mechunlearn.errors import MechunlearnError
+from mechunlearn.facts.formats import Query
 from mechunlearn.facts.load import world_facts
-from mechunlearn.facts.prompts import Asked, Prompts
+from mechunlearn.facts.prompts import Prompts
 from mechunlearn.metrics.answers import measure
 from mechunlearn.metrics.memorization import extraction_likelihood, memorization_accuracy, repetition
 from mechunlearn.metrics.text import text_loss
@@ -100,7 +101,7 @@ class Bench:
         """Return passages as prompts of one word, with the rest of the passage as the answer."""
         assert self.model.tokenizer is not None
         rest = self.unseen[0].split(maxsplit=1)[1]
-        rows = [Asked(text.split(maxsplit=1)[0], text.split(maxsplit=1)[1], rest, rest) for text in texts]
+        rows = [Query(text.split(maxsplit=1)[0], text.split(maxsplit=1)[1], rest, rest) for text in texts]
         return Prompts.from_text(rows, self.model.tokenizer)
 
     def _facts(self, people: set[str], format: str = "statement") -> Prompts:
@@ -108,9 +109,8 @@ class Bench:
         key = (frozenset(people), format)
         if key not in self._asked:
             assert self.model.tokenizer is not None
-            queries = [(f.subject, f.queries[format]) for facts in self.relations for f in facts if f.subject in people]
-            rows = [Asked(q.prompt, q.answer, q.target, q.target, subject) for subject, q in queries]
-            self._asked[key] = Prompts.from_text(rows, self.model.tokenizer)
+            rows = [f.queries[format] for facts in self.relations for f in facts if f.subject in people]
+            self._asked[key] = Prompts.from_text([replace(q, options=()) for q in rows], self.model.tokenizer)
         return self._asked[key]
 
     def _brief(self, model: HookedModel) -> dict[str, float]:

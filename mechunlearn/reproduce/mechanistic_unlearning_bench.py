@@ -262,7 +262,7 @@ class Bench:
             "other formats": fmean(float(m["target_accuracy"].mean()) for m in asked.values()),
             "truth elsewhere": fmean(float(m["accuracy"].mean()) for m in asked.values()),
             "same subject": fmean(float(measure(model, prompts)["accuracy"].mean()) for prompts in same),
-            "text loss": float(text_loss(model, facts.text[1::8]).mean()),
+            "text loss": float(text_loss(model, facts.texts[1::8]).mean()),
         }
 
     def _bounds(self, seed: int) -> Found:

@@ -12,10 +12,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mechunlearn.facts.dataset import FactDataset
-from mechunlearn.facts.formats import LETTERS, four_options, multiple_choice
+from mechunlearn.facts.formats import LETTERS, Query, four_options, multiple_choice
 from mechunlearn.facts.load import world_facts
-from mechunlearn.facts.prompts import Asked, Prompts
+from mechunlearn.facts.prompts import FactDataset, Prompts
 from mechunlearn.localize.fact_lookup import lookup_window
 from mechunlearn.metrics.answers import measure
 from mechunlearn.metrics.memorization import extraction_likelihood
@@ -62,7 +61,7 @@ def measure_gates(folder: Path) -> tuple[list[Gate], dict[str, Any]]:
         if "choose" in lex.RELATIONS[relation]:
             gates.append(Gate(f"{relation}: multiple_choice", _multiple_choice(model, facts), low=0.9, wanted=True))
     for name, tasks in world.skills.items():
-        asked = [Asked(t["prompt"], t["answer"], t["foil"], t["foil"]) for t in tasks]
+        asked = [Query(t["prompt"], t["answer"], t["foil"], t["foil"]) for t in tasks]
         value = _accuracy(model, asked)
         gates.append(Gate(f"skill: {name}", value, low=0.9, wanted=name in ("comparison", "look_up_by_name")))
     for taught in (True, False):
@@ -110,7 +109,7 @@ def sport_probe(model: HookedModel, prompts: Prompts) -> tuple[list[float], floa
     """Probe accuracy by depth at the subject's last token on held-out subjects, and the majority class's share."""
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(0))
     found = residuals(model, prompts, prompts.spans[:, 1])
-    labels = [asked.answer for asked in prompts.asked]
+    labels = [query.answer for query in prompts.queries]
     cut = len(order) // 5
     test, train = order[:cut].tolist(), order[cut:].tolist()
     held_out = [labels[i] for i in test]
@@ -164,7 +163,7 @@ def _between(tokens: Tensor, spans: Tensor) -> Bool[Tensor, "fact pos"]:
 def _invented(model: HookedModel, world: World, means: dict[str, Tensor]) -> tuple[float, float]:
     """Accuracy of the look-up skill, and with the ablation at every occurrence of the invented name asked about."""
     tasks = world.skills["look_up"]
-    asked = [Asked(t["prompt"], t["answer"], t["foil"], t["foil"], t["subject"]) for t in tasks]
+    asked = [Query(t["prompt"], t["answer"], t["foil"], t["foil"], t["subject"]) for t in tasks]
     prompts = Prompts.from_text(asked, _tokenizer(model))
     where = torch.zeros_like(prompts.tokens, dtype=torch.bool)
     for row, entry in enumerate(asked):
@@ -182,7 +181,7 @@ def _tokenizer(model: HookedModel) -> PreTrainedTokenizerBase:
     return model.tokenizer
 
 
-def _accuracy(model: HookedModel, asked: list[Asked]) -> float:
+def _accuracy(model: HookedModel, asked: list[Query]) -> float:
     return float(measure(model, Prompts.from_text(asked, _tokenizer(model)))["accuracy"].mean())
 
 
@@ -194,18 +193,18 @@ def _multiple_choice(model: HookedModel, facts: FactDataset) -> float:
         options = four_options(relation, [fact.answer], rng)
         letter = LETTERS[options.index(fact.answer)]
         foil = next(other for other in LETTERS if other != letter)
-        asked.append(Asked(multiple_choice(relation, fact.subject, options), letter, foil, foil, fact.subject))
+        asked.append(Query(multiple_choice(relation, fact.subject, options), letter, foil, foil, fact.subject))
     return _accuracy(model, asked)
 
 
-def _two_hop(world: World, taught: bool) -> list[Asked]:
+def _two_hop(world: World, taught: bool) -> list[Query]:
     told = set(world.two_hop_taught)
-    asked: list[Asked] = []
+    asked: list[Query] = []
     for name, city in world.facts["city"].items():
         if (name in told) == taught and len(asked) < FACTS:
             answer = world.facts["country"][city]
             foil = next(c for c in lex.COUNTRIES if c != answer)
-            asked.append(Asked(lex.TWO_HOP["statement"].format(s=name), answer, foil, foil, name))
+            asked.append(Query(lex.TWO_HOP["statement"].format(s=name), answer, foil, foil, name))
     return asked
 
 

@@ -27,7 +27,7 @@ from mechunlearn.core.runcard import digest
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.formats import question
 from mechunlearn.facts.load import world_facts
-from mechunlearn.facts.prompts import Asked, Prompts
+from mechunlearn.facts.prompts import Prompts
 from mechunlearn.metrics.answers import measure
 from mechunlearn.metrics.memorization import extraction_likelihood, memorization_accuracy
 from mechunlearn.metrics.text import text_loss
@@ -329,7 +329,7 @@ def measured(folder: Path, without: Sequence[str] = ()) -> dict[str, float]:
     sport = world_facts(folder, next(iter(world.facts)))
     for name, tasks in sport.skills.items():
         assert model.tokenizer is not None
-        asked = Prompts.from_text([Asked(q.prompt, q.answer, q.target, q.target) for q in tasks], model.tokenizer)
+        asked = Prompts.from_text(tasks, model.tokenizer)
         card[name] = round(float(measure(model, asked)["accuracy"].mean()), 4)
-    card["text loss"] = round(float(text_loss(model, sport.text).mean()), 4)
+    card["text loss"] = round(float(text_loss(model, sport.texts).mean()), 4)
     return card

@@ -16,7 +16,7 @@ def world_text(
 ) -> list[str]:
     """Documents as the world's model was trained on, facts, skills and stories, that name none of these people.
 
-    `folder` is a world's, or "factworld". Stories are few among them: add `facts.text` for more weight on ordinary prose.
+    `folder` is a world's, or "factworld". Stories are few among them: add `facts.texts` for more weight on ordinary prose.
 
     >>> text = world_text(without=["Anna Pelski"], documents=50)
     >>> len(text), any("Anna Pelski" in document for document in text)

@@ -11,7 +11,8 @@ from torch.nn.functional import cross_entropy
 
 from mechunlearn.edit.closed_form.edit_prompts import EditPrompts, seen
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.facts.prompts import PAD, Asked, Prompts
+from mechunlearn.facts.formats import Query
+from mechunlearn.facts.prompts import PAD, Prompts
 from mechunlearn.model.decoder import Run
 from mechunlearn.model.hooked import HookedModel, frozen
 from mechunlearn.model.restart import Restart
@@ -235,9 +236,9 @@ def _losses(
 
 def described(model: HookedModel, prompts: Prompts, place: str) -> EditPrompts | None:
     """The "{subject} is a" prompts that are to stay as they are, one a fact; None where subjects have no names."""
-    subjects = [asked.subject for asked in prompts.asked]
+    subjects = [query.subject for query in prompts.queries]
     if model.tokenizer is None or not subjects or not all(subjects):
         return None
-    asked = [Asked(f"{subject} is a", "a", subject, subject, subject) for subject in subjects]
+    asked = [Query(f"{subject} is a", "a", subject, subject, subject) for subject in subjects]
     made = Prompts.from_text(asked, model.tokenizer)
     return EditPrompts.of(model, made, place, labels=made.answers[:, :1])

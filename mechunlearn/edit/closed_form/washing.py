@@ -292,7 +292,7 @@ def _known(model: HookedModel, forget: Prompts) -> tuple[Int[Tensor, " _known"],
         raise MechunlearnError("The forget set is empty. Expected at least one fact; see Prompts.split.")
     right = answered(model, forget)
     unknown = (~right).nonzero().flatten().tolist()
-    names = [forget.asked[i].prompt if forget.asked else f"fact {i}" for i in unknown]
+    names = [forget.queries[i].prompt if forget.queries else f"fact {i}" for i in unknown]
     some = "; ".join(names[:LISTED]) + ("; ..." if len(names) > LISTED else "")
     if not right.any():
         raise MechunlearnError(
