@@ -733,7 +733,7 @@ def broken(folder, file, content) -> None:
         ("config", lambda about: "text"),
         ("config", lambda about: {}),
         ("config", lambda about: {**about, "d_model": 31, "d_in": 31}),
-        ("config", lambda about: {name: about[name] for name in about if name not in ("size", "d_sae")}),
+        ("config", lambda about: {name: about[name] for name in about if name not in ("about", "d_sae")}),
     ],
 )
 @pytest.mark.parametrize("kind", ["codebook", "sae"])

@@ -231,7 +231,8 @@ class Localization:
     def _made(cls, held: dict[str, Tensor], about: dict[str, Any]) -> "Localization":
         signature, card = tensors.record(Signature, about["signature"]), tensors.record(RunCard, about["card"])
         parts, rest = tensors.grouped(held, ("scores", "by_role")), tensors.checked(about, ABOUT)
-        return cls(**parts, **{**rest, "roles": tuple(rest["roles"])}, signature=signature, card=card)
+        rest["roles"], rest["by_role"] = tuple(rest["roles"]), parts["by_role"]
+        return cls(parts["scores"], signature, card=card, **rest)
 
     def __repr__(self) -> str:
         units = sum(len(s) for s in self.scores.values())
