@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from mechunlearn.artifacts.mask import ComponentMask
+from mechunlearn.artifacts.weight_edit import WeightEdit
+from mechunlearn.core.runcard import RunCard
 from mechunlearn.edit import losses
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.model.component import Component
-from mechunlearn.model.hooked import HookedModel
 from mechunlearn.training.loop import (
     CachedInputs,
     Schedule,
@@ -25,7 +26,7 @@ from mechunlearn.training.loop import (
     text_sequences,
     train,
 )
-from mechunlearn.training.parameterizations import Trainable
+from mechunlearn.training.parameterizations import LowRank, SelectedRows
 
 CHECK_EVERY = 5
 OBJECTIVES: dict[str, dict[str, Any]] = {
@@ -43,12 +44,12 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "rmu": {"loss": losses.rmu, "retain_loss": losses.rmu_retain},
 }
 """Settings of an editor by the name that people use."""
-Measure = Callable[[int], dict | None]
+Measure = Callable[[int], dict[str, Any] | None]
 
 
 @dataclass(frozen=True)
 class Objective:
-    """forget_weight * loss(forget) + retain_weight * retain_loss(retain) + text_weight * CE(text).
+    """forget_weight * loss(forget) + retain_weight * retain_loss(retain) + text_weight * CE(texts).
 
     A loss that takes the retain logits itself (`losses.gradient_difference`) gets no retain term beside it.
     """
@@ -59,21 +60,12 @@ class Objective:
     retain_weight: float | int = 1.0
     text_weight: float | int = 1.0
 
-    def settings(self) -> dict:
-        """What a run card says of it; `losses.named` makes functions of its losses again."""
-        return {
-            "loss": losses.described(self.loss),
-            "retain_loss": losses.described(self.retain_loss),
-            "forget_weight": self.forget_weight,
-            "retain_weight": self.retain_weight,
-            "text_weight": self.text_weight,
-        }
-
 
 @dataclass(frozen=True)
 class Reading:
-    """How an editor reads its sets: facts a step, in how many parts; whether constants are kept; when to stop."""
+    """How an editor reads its sets: texts, facts a step and in how many parts, whether constants are kept, when to stop."""
 
+    texts: Sequence[str] | None
     batch_size: int
     accumulate: int = 1
     cache: bool = True
@@ -94,9 +86,15 @@ def objective_named(name: str, mask: ComponentMask) -> dict[str, Any]:
     }
 
 
-def training_text(forget: Prompts) -> tuple[str, ...]:
-    """The half of the data set's passages that editors may train on; the other half measures text loss."""
-    return forget.facts.text[::2] if forget.facts is not None else ()
+def training_texts(forget: Any, texts: Sequence[str] | None = None) -> tuple[str, ...]:
+    """Return the texts given or, of `None`, the half of the forget data set's passages that editors may train on.
+
+    The other half measures the loss of ordinary text.
+    """
+    if texts is not None:
+        return tuple(texts)
+    facts = forget.facts if isinstance(forget, Prompts) else None
+    return facts.text[::2] if facts is not None else ()
 
 
 class LossInputs:
@@ -133,70 +131,108 @@ class LossInputs:
         )
 
 
-def minimise(
-    model: HookedModel,
-    trained: Trainable,
-    objective: Objective,
+def descend_on(
+    trained: SelectedRows | LowRank,
     forget: Prompts,
     retain: Prompts,
-    texts: Sequence[str],
+    objective: Objective,
     schedule: Schedule,
     reading: Reading,
     *,
-    measure: Measure | None = None,
-    seed: int = 0,
-    progress: bool = False,
-) -> TrainResult:
-    """Train what is attached to a model; it is left as trained.
+    measure: Measure | None,
+    seed: int,
+    progress: bool,
+) -> WeightEdit:
+    """Minimise an objective over rows or adapters of a model, and return what they have become.
 
-    Each step reads `batch_size` forget facts, as many retain facts and a quarter as many passages, in `accumulate` parts of
-    which each weighs as its share of the sequences. Raises `MechunlearnError` for empty sets.
+    Each step reads `batch_size` forget facts, as many retain facts and a quarter as many texts, in `accumulate` parts of
+    which each weighs as its share of the sequences. The model is left as it was.
+
+    Args:
+        trained: What moves.
+        forget: Facts to change.
+        retain: Facts to hold.
+        objective: What is minimised.
+        schedule: Steps and learning rates.
+        reading: Texts, batches, caches, and when to stop.
+        measure: Called with the number of each step. What it returns goes on the card; a true `stop` in it ends training.
+        seed: Seed of the order of the facts.
+        progress: Whether to show a bar.
+
+    Returns:
+        The edit, with the trajectory and the reason of its end on its card.
+
+    Raises:
+        MechunlearnError: For an empty set, a loss that no trained weight can move, and a term that is not finite.
     """
-    batch, accumulate, stop_at = reading.batch_size, reading.accumulate, reading.stop_at
     for name, prompts, weight in (("forget", forget, 1), ("retain", retain, objective.retain_weight)):
         if weight and not len(prompts):
             raise MechunlearnError(f"The {name} set is empty. Expected at least one fact; see Prompts.split.")
-    upper = TopLayers(model, trained.lowest, reading.cache)
+    with trained.attached():
+        try:
+            done = _trained(trained, forget, retain, objective, schedule, reading, measure, seed, progress)
+            units, rows, low_rank = trained.change()
+        finally:
+            trained.restore()
+    card = RunCard("", trajectory=done.trajectory, stopped=done.stopped)
+    return WeightEdit(units, rows, trained.model.signature, card, low_rank)
+
+
+def _trained(
+    trained: SelectedRows | LowRank,
+    forget: Prompts,
+    retain: Prompts,
+    objective: Objective,
+    schedule: Schedule,
+    reading: Reading,
+    measure: Measure | None,
+    seed: int,
+    progress: bool,
+) -> TrainResult:
+    """Train what is attached to a model."""
+    batch, stop_at, generator = reading.batch_size, reading.stop_at, torch.Generator().manual_seed(seed)
+    upper = TopLayers(trained.model, trained.lowest, reading.cache)
     removed = LossInputs(objective.loss, upper, {"": forget, "target_": forget, "retain_": retain})
-    holds_retain = "retain_" in removed.streams
-    kept = None
-    if objective.retain_weight and not holds_retain:
+    draws = {"forget": epochs(len(forget), batch, generator)}
+    terms: dict[str, tuple[float, Callable[[dict[str, Tensor]], Tensor]]] = {
+        "forget": (
+            objective.forget_weight,
+            lambda rows: removed(
+                {"": rows["forget"], "target_": rows["forget"], "retain_": rows.get("retain", rows["forget"])}
+            ),
+        )
+    }
+    if "retain_" in removed.streams:
+        draws["retain"] = epochs(max(1, len(retain)), batch, generator)
+    elif objective.retain_weight:
         kept = LossInputs(objective.retain_loss, upper, {"": retain})
-    passages = CachedInputs(upper, text_sequences(model, texts if objective.text_weight else ()))
-    generator = torch.Generator().manual_seed(seed)
-    forget_rows, retain_rows = epochs(len(forget), batch, generator), epochs(max(1, len(retain)), batch, generator)
-    text_rows = epochs(max(1, len(passages)), max(1, batch // 4), generator)
+        draws["retain"] = epochs(len(retain), batch, generator)
+        terms["retain"] = (objective.retain_weight, lambda rows: kept({"": rows["retain"]}))
+    texts = training_texts(forget, reading.texts) if objective.text_weight else ()
+    ordinary = CachedInputs(upper, text_sequences(trained.model, texts))
+    if len(ordinary):
+        draws["text"] = epochs(len(ordinary), max(1, batch // 4), generator)
+        terms["text"] = (
+            objective.text_weight,
+            lambda rows: losses.cross_entropy(**ordinary.read(rows["text"], {"logits", "labels"})),
+        )
 
     def parts() -> Iterator[Terms]:
-        drawn = {"forget": next(forget_rows)}
-        if kept is not None or holds_retain:
-            drawn["retain"] = next(retain_rows)
-        if len(passages):
-            drawn["text"] = next(text_rows)
-        for i in range(accumulate):
-            chunks = {name: rows.tensor_split(accumulate)[i] for name, rows in drawn.items()}
-            share = {name: len(chunk) / len(drawn[name]) for name, chunk in chunks.items()}
-            terms: dict[str, tuple[float, float | int, Tensor]] = {}
-            if share["forget"]:
-                rows = {
-                    "": chunks["forget"],
-                    "target_": chunks["forget"],
-                    "retain_": chunks.get("retain", drawn["forget"]),
-                }
-                terms["forget"] = (share["forget"], objective.forget_weight, removed(rows))
-            if kept is not None and share["retain"]:
-                terms["retain"] = (share["retain"], objective.retain_weight, kept({"": chunks["retain"]}))
-            if share.get("text"):
-                read = passages.read(chunks["text"], {"logits", "labels"})
-                value = losses.cross_entropy(read["logits"], read["labels"])
-                terms["text"] = (share["text"], objective.text_weight, value)
-            if terms:
-                yield terms
+        drawn = {name: next(rows) for name, rows in draws.items()}
+        for i in range(reading.accumulate):
+            chunks = {name: rows.tensor_split(reading.accumulate)[i] for name, rows in drawn.items()}
+            found = {
+                name: (len(chunks[name]) / len(drawn[name]), weight, value(chunks))
+                for name, (weight, value) in terms.items()
+                if len(chunks[name])
+            }
+            if found:
+                yield found
 
     aimed = "target_" in removed.streams
     judged = removed.streams["target_"] if aimed else CachedInputs(upper, Sequences.of(forget))
 
-    def after(step: int) -> dict:
+    def after(step: int) -> dict[str, Any]:
         entry = dict((measure(step) if measure else None) or {})
         if stop_at is not None and (step % CHECK_EVERY == 0 or step == schedule.steps):
             right = float(judged.right().float().mean())
