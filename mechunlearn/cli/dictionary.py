@@ -1,6 +1,7 @@
 """`mechunlearn dictionary`: train a codebook or an SAE, look at it, and delete a topic with it."""
 
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -135,10 +136,8 @@ def delete(
     from mechunlearn.features.firing import swapped
 
     hooked, book, mine = open_model(model, device, dtype), load_dictionary(dictionary), read_texts(topic)
-    if against is not None:
-        other = read_texts(against)
-    else:
-        other = swapped(mine, names(words or ""), names(swap or ""), seed)
+    swap_in = partial(swapped, mine, names(words or ""), names(swap or ""), seed)
+    other = read_texts(against) if against is not None else swap_in()
     settings: dict[str, Any] = {"threshold": threshold, "how": how.value, "scale": scale}
     made = delete_topic(hooked, mine, other, dictionary=book, **settings)
     if made.found.note:

@@ -1,5 +1,7 @@
 """Deletion of codes: a topic is unlearnt with no gradient step (CodeUnlearn)."""
 
+from typing import Literal
+
 from mechunlearn.artifacts.mask import ComponentMask
 from mechunlearn.core.runcard import RunCard
 from mechunlearn.edit.remake import editor
@@ -7,8 +9,6 @@ from mechunlearn.errors import MechunlearnError
 from mechunlearn.features.dictionaries import Codebook, Model, signature_of
 from mechunlearn.features.feature_edit import FeatureEdit, FeaturePart, feature_units
 from mechunlearn.features.firing import Texts
-
-DELETIONS = ("reselect", "zero")
 
 
 @editor
@@ -19,7 +19,7 @@ def codebook_delete(
     retain: Texts | None = None,
     *,
     dictionary: Codebook,
-    how: str = "reselect",
+    how: Literal["reselect", "zero"] = "reselect",
     seed: int = 0,
 ) -> FeatureEdit:
     """Delete a topic's codes from the bottleneck; nothing is trained (CodeUnlearn, arXiv 2410.10866).
@@ -58,7 +58,5 @@ def codebook_delete(
     del forget, retain, seed
     if not isinstance(dictionary, Codebook):
         raise MechunlearnError(f"{dictionary} is no codebook: clamp its features with feature_clamp.")
-    if how not in DELETIONS:
-        raise MechunlearnError(f"Unknown way to delete codes: '{how}'. Expected one of {', '.join(DELETIONS)}.")
     part = FeaturePart(dictionary, feature_units(mask, dictionary, model), how)
     return FeatureEdit((part,), signature_of(model), RunCard(""))

@@ -1,5 +1,7 @@
 """Clamped SAE features: a topic's features are set to zero or below while the model runs."""
 
+from typing import Literal
+
 import torch
 
 from mechunlearn.artifacts.mask import ComponentMask
@@ -11,8 +13,6 @@ from mechunlearn.features.feature_edit import FeatureEdit, FeaturePart, feature_
 from mechunlearn.features.firing import FiringStatistics, Texts, observed, tokenized
 from mechunlearn.features.interventions import shares
 
-GATES = ("token", "sequence")
-
 
 @editor
 def feature_clamp(
@@ -23,7 +23,7 @@ def feature_clamp(
     *,
     dictionary: Dictionary,
     scale: float | int = 1.0,
-    gate: str = "token",
+    gate: Literal["token", "sequence"] = "token",
     quantile: float | int = 0.95,
     error: bool = True,
     seed: int = 0,
@@ -70,8 +70,6 @@ def feature_clamp(
     del seed
     if isinstance(dictionary, Codebook):
         raise MechunlearnError(f"{dictionary} has codes, which are used or not: delete them with codebook_delete.")
-    if gate not in GATES:
-        raise MechunlearnError(f"Unknown gate '{gate}'. Expected one of {', '.join(GATES)}.")
     units = feature_units(mask, dictionary, model)
     seen = forget if isinstance(forget, FiringStatistics) else FiringStatistics.of(model, dictionary, forget)
     if seen.largest.shape[1] != dictionary.size:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cache as cache_once
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -10,7 +11,7 @@ from torch import Tensor
 from mechunlearn.artifacts.mask import ComponentMask
 from mechunlearn.artifacts.weight_edit import WeightEdit
 from mechunlearn.edit import losses
-from mechunlearn.edit.objective import Measure, Objective, Reading, descend_on
+from mechunlearn.edit.objective import Measure, Objective, descend_on
 from mechunlearn.edit.remake import editor
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import Prompts
@@ -19,7 +20,8 @@ from mechunlearn.training.fisher import DiagonalFisher
 from mechunlearn.training.loop import BATCH, Schedule, Sequences
 from mechunlearn.training.parameterizations import LowRank, lora_start, matrices
 
-INITS = ("fila", "fila-code-eps", "fila-row-sums", "forget-fisher", "pissa", "random")
+Init = Literal["fila", "fila-code-eps", "fila-row-sums", "forget-fisher", "pissa", "random"]
+INITS: tuple[str, ...] = get_args(Init)
 CODE_EPS = 1e-5
 
 
@@ -32,7 +34,7 @@ def fisher_lora(
     *,
     rank: int = 8,
     alpha: float | int | None = None,
-    init: str = "fila",
+    init: Init = "fila",
     fisher: tuple[DiagonalFisher, DiagonalFisher | None] | None = None,
     loss: losses.Loss = losses.inverted_hinge,
     retain_loss: losses.Loss = losses.cross_entropy,
@@ -109,8 +111,6 @@ def fisher_lora(
     >>> fisher_lora(toy.model, mask, toy.prompts([0]), toy.prompts([1, 2]), rank=2, steps=2).mask == mask
     True
     """
-    if init not in INITS:
-        raise MechunlearnError(f"Unknown init '{init}'. Expected one of {', '.join(INITS)}.")
     schedule = Schedule(steps, lr, warmup, clip, weight_decay)
     scale = (2 * rank if alpha is None else alpha) / rank
 
@@ -127,17 +127,9 @@ def fisher_lora(
     def weighted(name: str, weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         return weighted_low_rank(weight, weights().get(name), rank, scale)
 
-    return descend_on(
-        LowRank(model, mask, rank, scale, lora_start(seed) if init == "random" else weighted),
-        forget,
-        retain,
-        Objective(loss, retain_loss, forget_weight, retain_weight, text_weight),
-        schedule,
-        Reading(texts, batch_size, accumulate, cache, stop_at),
-        measure=measure,
-        seed=seed,
-        progress=progress,
-    )
+    how = (loss, retain_loss, forget_weight, retain_weight, text_weight, texts, batch_size, accumulate, stop_at, cache)
+    adapters = LowRank(model, mask, rank, scale, lora_start(seed) if init == "random" else weighted)
+    return descend_on(adapters, forget, retain, Objective(*how), schedule, measure, seed, progress)
 
 
 def fisher_information(model: HookedModel, mask: ComponentMask, prompts: Prompts) -> DiagonalFisher:

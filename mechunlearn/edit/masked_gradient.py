@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from mechunlearn.artifacts.mask import ComponentMask
 from mechunlearn.artifacts.weight_edit import WeightEdit
 from mechunlearn.edit import losses
-from mechunlearn.edit.objective import Measure, Objective, Reading, descend_on
+from mechunlearn.edit.objective import Measure, Objective, descend_on
 from mechunlearn.edit.remake import editor
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.model.hooked import HookedModel
@@ -88,14 +88,6 @@ def masked_gradient(
     >>> edit.mask == mask, edit.remake(seed=1).card.seed
     (True, 1)
     """
-    return descend_on(
-        SelectedRows(model, mask),
-        forget,
-        retain,
-        Objective(loss, retain_loss, forget_weight, retain_weight, text_weight),
-        Schedule(steps, lr, warmup, clip, weight_decay),
-        Reading(texts, batch_size, accumulate, cache, stop_at),
-        measure=measure,
-        seed=seed,
-        progress=progress,
-    )
+    how = (loss, retain_loss, forget_weight, retain_weight, text_weight, texts, batch_size, accumulate, stop_at, cache)
+    schedule, rows = Schedule(steps, lr, warmup, clip, weight_decay), SelectedRows(model, mask)
+    return descend_on(rows, forget, retain, Objective(*how), schedule, measure, seed, progress)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mechunlearn.artifacts.mask import ComponentMask
 from mechunlearn.artifacts.weight_edit import WeightEdit
-from mechunlearn.edit.closed_form.washing import How, washing
+from mechunlearn.edit.closed_form.washing import How, Position, Target, washing
 from mechunlearn.edit.remake import editor
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.model.hooked import HookedModel
@@ -23,8 +23,8 @@ def memit(
     forget: Prompts,
     retain: Prompts,
     *,
-    target: str = "end-of-text",
-    position: str = "subject last",
+    target: Target = "end-of-text",
+    position: Position = "subject last",
     covariance_weight: float | int = 20_000,
     retain_weight: float | int = 0.0,
     covariance: Covariance | None = None,
@@ -93,19 +93,8 @@ def memit(
     >>> bool(right[0]), bool(right[1:].all())
     (False, True)
     """
-    work = washing(
-        model,
-        mask,
-        forget,
-        retain,
-        How(target, position, prefixes, steps, lr, overshoot, batch_size),
-        covariance=covariance,
-        texts=texts,
-        target_values=target_values,
-        keep=retain_weight > 0,
-        seed=seed,
-        progress=progress,
-    )
+    how, keep = How(target, position, prefixes, steps, lr, overshoot, batch_size), retain_weight > 0
+    work = washing(model, mask, forget, retain, how, covariance, texts, target_values, keep, seed, progress)
 
     def solution(layer: int) -> tuple[Tensor, dict[str, Any]]:
         sums = work.sums(layer)

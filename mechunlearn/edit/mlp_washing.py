@@ -1,7 +1,7 @@
 """LAW: thousands of facts washed out of MLP output weights in closed form, layer by layer until none is left."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mechunlearn.artifacts.mask import ComponentMask
 from mechunlearn.artifacts.weight_edit import WeightEdit
-from mechunlearn.edit.closed_form.washing import How, remaining, washing
+from mechunlearn.edit.closed_form.washing import How, Position, Target, remaining, washing
 from mechunlearn.edit.remake import editor
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import Prompts
@@ -17,7 +17,6 @@ from mechunlearn.model.hooked import HookedModel
 from mechunlearn.training.covariance import Covariance
 from mechunlearn.training.solve import Spectrum, solve, within_band
 
-ASCENTS = ("path", "adam", "off")
 BETA, ADAM_STEPS, ADAM_RATE = 1.1, 1000, 1e-7
 
 
@@ -28,11 +27,11 @@ def mlp_washing(
     forget: Prompts,
     retain: Prompts,
     *,
-    target: str = "end-of-text",
-    position: str = "subject last",
+    target: Target = "end-of-text",
+    position: Position = "subject last",
     covariance_weight: float | int = 20_000,
     band: tuple[float | int, float | int] = (1 / 3, 3 / 4),
-    ascent: str = "path",
+    ascent: Literal["path", "adam", "off"] = "path",
     growth: float | int = 2.0,
     eliminate: bool = True,
     retain_weight: float | int = 0.0,
@@ -106,26 +105,18 @@ def mlp_washing(
     >>> (~right).nonzero().flatten().tolist()
     [3]
     """
-    low, high = _checked(band, ascent)
-    work = washing(
-        model,
-        mask,
-        forget,
-        retain,
-        How(target, position, prefixes, steps, lr, overshoot, batch_size),
-        covariance=covariance,
-        texts=texts,
-        target_values=target_values,
-        keep=retain_weight > 0,
-        seed=seed,
-        progress=progress,
-    )
+    if len(band) != 2 or not 0 < band[0] <= band[1]:
+        raise MechunlearnError(
+            f"Got a band of {band}. Expected two shares of the weight's norm above 0, the smaller first."
+        )
+    how, keep = How(target, position, prefixes, steps, lr, overshoot, batch_size), retain_weight > 0
+    work = washing(model, mask, forget, retain, how, covariance, texts, target_values, keep, seed, progress)
 
     def initial(layer: int) -> tuple[Tensor, dict[str, Any]]:
         sums, size, moment = work.sums(layer), float(work.weight(layer).norm()), work.second_moment(layer)
         gram = sums.gram + work.kept(layer, retain_weight)
         norm = Spectrum.of(gram, moment).norms(sums.cross)
-        chosen, reached = within_band(norm, covariance_weight, (low * size, high * size))
+        chosen, reached = within_band(norm, covariance_weight, (band[0] * size, band[1] * size))
         change, jitter = solve(chosen * moment + gram, sums.cross)
         return change, {"covariance_weight": chosen, "in band": reached, "jitter": jitter}
 
@@ -154,10 +145,10 @@ def _ascended(
     ascent: str,
     growth: float | int,
 ) -> Float[Tensor, "d_model unit"]:
-    """The change after the ascent, on the ellipsoid tr(D C D^T) = 1.1 times what it was."""
+    """Return the change after the ascent, on the ellipsoid tr(D C D^T) = 1.1 times what it was."""
     size = BETA * _energy(change, moment)
     if ascent == "path":
-        return Spectrum.of(gram, moment).ascended(change, growth) * BETA**0.5
+        return Spectrum.of(gram, moment).ascended(change, growth) * float(BETA**0.5)
     found = change.clone().requires_grad_()
     optimiser = torch.optim.Adam([found], lr=ADAM_RATE, maximize=True)
     with torch.no_grad():
@@ -169,16 +160,5 @@ def _ascended(
 
 
 def _energy(change: Float[Tensor, "d_model unit"], moment: Float[Tensor, "unit unit"]) -> Float[Tensor, ""]:
-    """tr(D C D^T)."""
+    """Return tr(D C D^T)."""
     return ((change @ moment) * change).sum()
-
-
-def _checked(band: Sequence[float | int], ascent: str) -> tuple[float | int, float | int]:
-    """Return the band's ends, of one that can be."""
-    if len(band) != 2 or not 0 < band[0] <= band[1]:
-        raise MechunlearnError(
-            f"Got a band of {tuple(band)}. Expected two shares of the weight's norm above 0, the smaller first."
-        )
-    if ascent not in ASCENTS:
-        raise MechunlearnError(f"Unknown ascent '{ascent}'. Expected one of {', '.join(ASCENTS)}.")
-    return band[0], band[1]

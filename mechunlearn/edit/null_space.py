@@ -9,7 +9,7 @@ from torch import Tensor, eye
 from mechunlearn.artifacts.mask import ComponentMask
 from mechunlearn.artifacts.weight_edit import WeightEdit
 from mechunlearn.edit.closed_form.edit_prompts import EditPrompts
-from mechunlearn.edit.closed_form.washing import How, washing
+from mechunlearn.edit.closed_form.washing import How, Position, Target, washing
 from mechunlearn.edit.remake import editor
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import Prompts
@@ -26,8 +26,8 @@ def null_space(
     forget: Prompts,
     retain: Prompts,
     *,
-    target: str = "end-of-text",
-    position: str = "subject last",
+    target: Target = "end-of-text",
+    position: Position = "subject last",
     energy: float | int = 0.02,
     ridge: float | int = 1.0,
     earlier: Sequence[Prompts] = (),
@@ -93,19 +93,8 @@ def null_space(
     >>> bool(right.all()), edit.card.trajectory[0]["directions"]
     (True, 9)
     """
-    work = washing(
-        model,
-        mask,
-        forget,
-        retain,
-        How(target, position, prefixes, steps, lr, overshoot, batch_size),
-        covariance=covariance,
-        texts=texts,
-        target_values=target_values,
-        keep=False,
-        seed=seed,
-        progress=progress,
-    )
+    how, keep = How(target, position, prefixes, steps, lr, overshoot, batch_size), False
+    work = washing(model, mask, forget, retain, how, covariance, texts, target_values, keep, seed, progress)
     before = [EditPrompts.of(model, prompts, position) for prompts in earlier]
 
     def solution(layer: int) -> tuple[Tensor, dict[str, Any]]:

@@ -1,6 +1,7 @@
 """What gradient editors minimise: a forget term, a retain term and text, over the trained part of a model."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,7 +22,6 @@ from mechunlearn.training.loop import (
     Sequences,
     Terms,
     TopLayers,
-    TrainResult,
     epochs,
     text_sequences,
     train,
@@ -49,33 +49,33 @@ Measure = Callable[[int], dict[str, Any] | None]
 
 @dataclass(frozen=True)
 class Objective:
-    """forget_weight * loss(forget) + retain_weight * retain_loss(retain) + text_weight * CE(texts).
+    """forget_weight * loss(forget) + retain_weight * retain_loss(retain) + text_weight * CE(texts), and how it is read.
 
-    A loss that takes the retain logits itself (`losses.gradient_difference`) gets no retain term beside it.
+    A loss that takes the retain logits itself (`losses.gradient_difference`) gets no retain term beside it. The settings are
+    those of `edit.masked_gradient`.
     """
 
     loss: losses.Loss
     retain_loss: losses.Loss
-    forget_weight: float | int = 1.0
-    retain_weight: float | int = 1.0
-    text_weight: float | int = 1.0
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How an editor reads its sets: texts, facts a step and in how many parts, whether constants are kept, when to stop."""
-
+    forget_weight: float | int
+    retain_weight: float | int
+    text_weight: float | int
     texts: Sequence[str] | None
     batch_size: int
-    accumulate: int = 1
-    cache: bool = True
-    stop_at: float | int | None = None
+    accumulate: int
+    stop_at: float | int | None
+    cache: bool
 
 
 def objective_named(name: str, mask: ComponentMask) -> dict[str, Any]:
-    """The settings of a named objective for a mask; RMU reads the highest masked layer.
+    """Return the settings of a named objective; RMU reads the highest masked layer.
 
-    Raises `MechunlearnError` for an unknown name.
+    Args:
+        name: One of `OBJECTIVES`.
+        mask: The mask that is edited.
+
+    Raises:
+        MechunlearnError: For an unknown name.
     """
     if name not in OBJECTIVES:
         raise MechunlearnError(f"Unknown objective '{name}'. Expected one of {', '.join(OBJECTIVES)}.")
@@ -98,11 +98,19 @@ def training_texts(forget: Any, texts: Sequence[str] | None = None) -> tuple[str
 
 
 class LossInputs:
-    """A loss, and the streams it reads its arguments from."""
+    """A loss, and the streams that it reads its arguments from.
 
-    def __init__(self, loss: losses.Loss, upper: TopLayers, sets: dict[str, Prompts]) -> None:
-        """`sets` maps a prefix of argument names ('', 'target_', 'retain_') to the prompts it speaks of."""
-        self.loss, self.streams, self.wanted = loss, {}, {}
+    Args:
+        loss: The loss.
+        upper: The trained part of the model.
+        sets: By prefix of argument names ('', 'target_', 'retain_'): which draw of rows it reads, and the sequences.
+    """
+
+    def __init__(
+        self, loss: losses.Loss, upper: TopLayers, sets: Mapping[str, tuple[str, Callable[[], Sequences]]]
+    ) -> None:
+        self.loss = loss
+        self.streams: dict[str, tuple[str, CachedInputs, frozenset[str]]] = {}
         layer = losses.described(loss)["settings"].get("layer")
         if layer is not None and upper.layer is not None and not upper.layer <= layer < upper.model.signature.layers:
             raise MechunlearnError(
@@ -115,18 +123,17 @@ class LossInputs:
             mine = frozenset(name for name in left if name.startswith(prefix))
             left -= mine
             if mine:
-                self.wanted[prefix] = frozenset(name.removeprefix(prefix) for name in mine)
-                which = "targets" if prefix == "target_" else "answers"
-                sequences = Sequences.of(sets[prefix], which)
-                self.streams[prefix] = CachedInputs(upper, sequences, self.wanted[prefix], layer)
+                draw, sequences = sets[prefix]
+                wanted = frozenset(name.removeprefix(prefix) for name in mine)
+                self.streams[prefix] = draw, CachedInputs(upper, sequences(), wanted, layer), wanted
 
-    def __call__(self, rows: dict[str, Tensor]) -> Tensor:
-        """The loss on these rows of each set."""
+    def __call__(self, drawn: Mapping[str, Tensor]) -> Tensor:
+        """Return the loss on these rows of each draw."""
         return self.loss(
             **{
                 prefix + name: tensor
-                for prefix, stream in self.streams.items()
-                for name, tensor in stream.read(rows[prefix], self.wanted[prefix]).items()
+                for prefix, (draw, stream, wanted) in self.streams.items()
+                for name, tensor in stream.read(drawn[draw], wanted).items()
             }
         )
 
@@ -137,8 +144,6 @@ def descend_on(
     retain: Prompts,
     objective: Objective,
     schedule: Schedule,
-    reading: Reading,
-    *,
     measure: Measure | None,
     seed: int,
     progress: bool,
@@ -154,7 +159,6 @@ def descend_on(
         retain: Facts to hold.
         objective: What is minimised.
         schedule: Steps and learning rates.
-        reading: Texts, batches, caches, and when to stop.
         measure: Called with the number of each step. What it returns goes on the card; a true `stop` in it ends training.
         seed: Seed of the order of the facts.
         progress: Whether to show a bar.
@@ -168,83 +172,58 @@ def descend_on(
     for name, prompts, weight in (("forget", forget, 1), ("retain", retain, objective.retain_weight)):
         if weight and not len(prompts):
             raise MechunlearnError(f"The {name} set is empty. Expected at least one fact; see Prompts.split.")
-    with trained.attached():
-        try:
-            done = _trained(trained, forget, retain, objective, schedule, reading, measure, seed, progress)
-            units, rows, low_rank = trained.change()
-        finally:
-            trained.restore()
-    card = RunCard("", trajectory=done.trajectory, stopped=done.stopped)
-    return WeightEdit(units, rows, trained.model.signature, card, low_rank)
+    model, batch, stop_at, shuffled = trained.model, objective.batch_size, objective.stop_at, torch.Generator()
+    shuffled.manual_seed(seed)
+    answers, retained = partial(Sequences.of, forget), partial(Sequences.of, retain)
+    targets = partial(Sequences.of, forget, "targets")
+    texts = text_sequences(model, training_texts(forget, objective.texts) if objective.text_weight else ())
+    with ExitStack() as attached:
+        attached.enter_context(trained.attached())
+        attached.callback(trained.restore)
+        upper = TopLayers(model, trained.lowest, objective.cache)
+        sets = {"": ("forget", answers), "target_": ("forget", targets), "retain_": ("retain", retained)}
+        removed = LossInputs(objective.loss, upper, sets)
+        terms = {"forget": (objective.forget_weight, removed)}
+        if objective.retain_weight and "retain_" not in removed.streams:
+            kept = LossInputs(objective.retain_loss, upper, {"": ("retain", retained)})
+            terms["retain"] = (objective.retain_weight, kept)
+        if len(texts):
+            ordinary = LossInputs(losses.cross_entropy, upper, {"": ("text", lambda: texts)})
+            terms["text"] = (objective.text_weight, ordinary)
+        draws = {
+            "forget": epochs(len(forget), batch, shuffled),
+            "retain": epochs(len(retain), batch, shuffled),
+            "text": epochs(len(texts), max(1, batch // 4), shuffled),
+        }
+        used = [name for name in draws if name in terms or f"{name}_" in removed.streams]
 
+        def parts() -> Iterator[Terms]:
+            drawn = {name: next(draws[name]) for name in used}
+            for i in range(objective.accumulate):
+                chunks = {name: torch.tensor_split(rows, objective.accumulate)[i] for name, rows in drawn.items()}
+                found = {
+                    name: (len(chunks[name]) / len(drawn[name]), weight, loss(chunks))
+                    for name, (weight, loss) in terms.items()
+                    if len(chunks[name])
+                }
+                if found:
+                    yield found
 
-def _trained(
-    trained: SelectedRows | LowRank,
-    forget: Prompts,
-    retain: Prompts,
-    objective: Objective,
-    schedule: Schedule,
-    reading: Reading,
-    measure: Measure | None,
-    seed: int,
-    progress: bool,
-) -> TrainResult:
-    """Train what is attached to a model."""
-    batch, stop_at, generator = reading.batch_size, reading.stop_at, torch.Generator().manual_seed(seed)
-    upper = TopLayers(trained.model, trained.lowest, reading.cache)
-    removed = LossInputs(objective.loss, upper, {"": forget, "target_": forget, "retain_": retain})
-    draws = {"forget": epochs(len(forget), batch, generator)}
-    terms: dict[str, tuple[float, Callable[[dict[str, Tensor]], Tensor]]] = {
-        "forget": (
-            objective.forget_weight,
-            lambda rows: removed(
-                {"": rows["forget"], "target_": rows["forget"], "retain_": rows.get("retain", rows["forget"])}
-            ),
-        )
-    }
-    if "retain_" in removed.streams:
-        draws["retain"] = epochs(max(1, len(retain)), batch, generator)
-    elif objective.retain_weight:
-        kept = LossInputs(objective.retain_loss, upper, {"": retain})
-        draws["retain"] = epochs(len(retain), batch, generator)
-        terms["retain"] = (objective.retain_weight, lambda rows: kept({"": rows["retain"]}))
-    texts = training_texts(forget, reading.texts) if objective.text_weight else ()
-    ordinary = CachedInputs(upper, text_sequences(trained.model, texts))
-    if len(ordinary):
-        draws["text"] = epochs(len(ordinary), max(1, batch // 4), generator)
-        terms["text"] = (
-            objective.text_weight,
-            lambda rows: losses.cross_entropy(**ordinary.read(rows["text"], {"logits", "labels"})),
-        )
+        aimed = "target_" in removed.streams
+        judged = removed.streams["target_"][1] if aimed else CachedInputs(upper, answers())
 
-    def parts() -> Iterator[Terms]:
-        drawn = {name: next(rows) for name, rows in draws.items()}
-        for i in range(reading.accumulate):
-            chunks = {name: rows.tensor_split(reading.accumulate)[i] for name, rows in drawn.items()}
-            found = {
-                name: (len(chunks[name]) / len(drawn[name]), weight, value(chunks))
-                for name, (weight, value) in terms.items()
-                if len(chunks[name])
-            }
-            if found:
-                yield found
+        def after(step: int) -> dict[str, Any]:
+            entry = dict((measure(step) if measure else None) or {})
+            if stop_at is not None and (step % CHECK_EVERY == 0 or step == schedule.steps):
+                right = float(judged.right().float().mean())
+                entry["efficacy"] = right if aimed else 1 - right
+            return entry
 
-    aimed = "target_" in removed.streams
-    judged = removed.streams["target_"] if aimed else CachedInputs(upper, Sequences.of(forget))
+        def until(entry: dict[str, Any]) -> bool:
+            return bool(entry.get("stop")) or (stop_at is not None and entry.get("efficacy", -1) >= stop_at)
 
-    def after(step: int) -> dict[str, Any]:
-        entry = dict((measure(step) if measure else None) or {})
-        if stop_at is not None and (step % CHECK_EVERY == 0 or step == schedule.steps):
-            right = float(judged.right().float().mean())
-            entry["efficacy"] = right if aimed else 1 - right
-        return entry
-
-    return train(
-        trained,
-        parts,
-        schedule,
-        objective=losses.described(objective.loss)["name"],
-        after=after,
-        until=lambda entry: bool(entry.get("stop")) or (stop_at is not None and entry.get("efficacy", -1) >= stop_at),
-        progress=progress,
-    )
+        name = losses.described(objective.loss)["name"]
+        done = train(trained, parts, schedule, objective=name, after=after, until=until, progress=progress)
+        card = RunCard("", trajectory=done.trajectory, stopped=done.stopped)
+        units, rows, low_rank = trained.change()
+        return WeightEdit(units, rows, model.signature, card, low_rank)

@@ -5,9 +5,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import wraps
-from inspect import signature
+from inspect import Signature, signature
 from numbers import Integral, Number, Real
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar, get_args, get_origin
 
 from torch import Tensor, uint8
 
@@ -50,10 +50,11 @@ NUMBERS: dict[str, Range] = {
 def editor(function: Callable[Arguments, Made]) -> Callable[Arguments, Made]:
     """Make an editor of a function `(model, mask, forget, retain, *, ..., seed) -> Edit`.
 
-    Before it runs, numbers out of range (`NUMBERS`) and a bare string in place of `texts` are refused. The edit's run card is
-    filled in: the function's name, hashes of the model and the sets, the seed, and as `settings` a description of every
-    other argument, so the function itself writes on its card what only it knows (`RunCard("", trajectory=...)`). The edit
-    remembers the call, for `edit.remake(mask=..., seed=...)`: references to the arguments, no copies.
+    Before it runs, numbers out of range (`NUMBERS`), words that are none of a `Literal` annotation's, and a bare string in
+    place of `texts` are refused. The edit's run card is filled in: the function's name, hashes of the model and the sets,
+    the seed, and as `settings` a description of every other argument. So the function writes on the card only what it
+    alone knows (`RunCard("", trajectory=...)`). The edit remembers the call, for `edit.remake(mask=..., seed=...)`:
+    references to the arguments, no copies.
 
     Args:
         function: The editor. It leaves the model as it was.
@@ -62,13 +63,13 @@ def editor(function: Callable[Arguments, Made]) -> Callable[Arguments, Made]:
         The same function, with the same signature.
     """
 
-    @wraps(function)
     def made(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Made:
         watch = Stopwatch()
-        bound = signature(function).bind(*args, **kwargs)
+        known = signature(function)
+        bound = known.bind(*args, **kwargs)
         bound.apply_defaults()
         given = bound.arguments
-        _check(function.__name__, given)
+        _check(function.__name__, known, given)
         settings = {name: described(value) for name, value in given.items() if name not in NOT_SETTINGS}
         edit = function(*args, **kwargs)
         model, sets = given["model"], [described(given[name]) for name in ("forget", "retain")]
@@ -86,9 +87,10 @@ def editor(function: Callable[Arguments, Made]) -> Callable[Arguments, Made]:
         if isinstance(edit, WeightEdit):
             sizes = (len(units) * model.unit_weights(Component.parse(site).kind) for site, units in edit.units.items())
             card = replace(card, weights=sum(sizes))
-        return replace(edit, card=watch.stamp(card), calls=(Call(made, dict(given)),))
+        return replace(edit, card=watch.stamp(card), calls=(Call(decorated, dict(given)),))
 
-    return made
+    decorated: Callable[Arguments, Made] = wraps(function)(made)
+    return decorated
 
 
 NOT_SETTINGS = ("model", "mask", "forget", "retain", "seed", "progress")
@@ -127,13 +129,16 @@ def described(value: Any) -> Any:
     return losses.described(value) if callable(value) else {"type": type(value).__name__}
 
 
-def _check(name: str, given: dict[str, Any]) -> None:
-    """Raise `MechunlearnError` for numbers that cannot be."""
+def _check(name: str, known: Signature, given: dict[str, Any]) -> None:
+    """Raise `MechunlearnError` for numbers and words that cannot be."""
+    for key, value in given.items():
+        words = get_args(known.parameters[key].annotation)
+        if get_origin(known.parameters[key].annotation) is Literal and value not in words:
+            raise MechunlearnError(f"{name} got {key}='{value}'. Expected one of {', '.join(words)}.")
     for key in NUMBERS.keys() & given.keys():
         value, (kind, within, expected) = given[key], NUMBERS[key]
-        if value is None:  # a number that need not be given
-            continue
-        if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(value) or not within(value):
+        number = isinstance(value, kind) and not isinstance(value, bool) and within(value)
+        if value is not None and not (number and math.isfinite(given[key])):
             raise MechunlearnError(f"{name} got {key}={value}. Expected {expected}.")
     if isinstance(given.get("texts"), str):
         raise MechunlearnError(f"{name} got one string as texts. Expected a list of texts: texts=[...].")

@@ -2,7 +2,7 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 from inspect import signature
@@ -28,7 +28,6 @@ from mechunlearn.features.firing import FiringStatistics, matched_mask
 from mechunlearn.localize import random_units
 from mechunlearn.model.component import Component
 from mechunlearn.model.hooked import HookedModel
-from mechunlearn.training.covariance import Covariance
 
 LOST, SETS = object(), ("forget", "retain")
 YOURS = "Make the edit in this session, or give evaluate a control= of yours."
@@ -134,13 +133,15 @@ def remade_from_card(
     if isinstance(edit, FeatureEdit):
         (part,) = edit.parts
         units, values = mask.sites[part.dictionary.site].nonzero().flatten(), part.values
+        if len(values) and not isinstance(card.settings.get("scale"), float | int):
+            raise MechunlearnError(f"The file of this clamp does not hold its scale. {YOURS}")
         if len(values):
             largest = _statistics(model, part.dictionary, (forget, retain)).largest.amax(0)
             values = -float(card.settings["scale"]) * largest[units]
         return replace(edit, parts=(replace(part, units=units, values=values),))
     editor = getattr(mechunlearn.edit, card.method)
     known = (lambda: texts, lambda: training_texts(forget), lambda: washing_texts(forget))
-    settings = {name: _argument(model, mask, name, value, known) for name, value in card.settings.items()}
+    settings = {name: _argument(value, name, card.settings, known) for name, value in card.settings.items()}
     lost = [name for name, value in settings.items() if value is LOST or name not in signature(editor).parameters]
     if lost:
         raise MechunlearnError(
@@ -153,21 +154,15 @@ def remade_from_card(
     return made
 
 
-def _argument(
-    model: HookedModel, mask: ComponentMask, name: str, value: Any, known: Sequence[Callable[[], Any]]
-) -> Any:
+def _argument(value: Any, name: str, settings: Mapping[str, Any], known: Sequence[Callable[[], Sequence[str]]]) -> Any:
     """Return the argument that a run card describes; `LOST` if it does not hold it."""
     if name in ("loss", "retain_loss"):
-        known_losses = {loss.__name__ for loss in losses.LOSSES}
-        return losses.named(value) if isinstance(value, dict) and value.get("name") in known_losses else LOST
-    if name in ("texts", "covariance") and value:
-        wanted = value if name == "texts" else value["texts"]
-        found = next((tuple(texts) for texts in (each() for each in known) if described(tuple(texts)) == wanted), None)
-        if name == "texts" or found is None:
-            return LOST if found is None else found
-        sites = [site for site in mask.sites if Component.parse(site).kind == "mlp.out"]
-        made = Covariance.of_text(model, sites, found)
-        return made if made.count == value["tokens"] else LOST
+        ours = isinstance(value, dict) and value.get("name") in {loss.__name__ for loss in losses.LOSSES}
+        return losses.named(value) if ours else LOST
+    if name == "texts" and value:
+        return next((texts for texts in (tuple(each()) for each in known) if described(texts) == value), LOST)
+    if name == "covariance" and value:  # the editor collects it anew, over the same texts
+        return None if value["texts"] == settings.get("texts") else LOST
     parts = value if isinstance(value, list) else [value]
     if name == "dictionary" or any(isinstance(part, dict) for part in parts):
         return LOST

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import mechunlearn.edit
 from mechunlearn.artifacts.localization import Localization
@@ -108,7 +108,7 @@ def delete_topic(
     *,
     dictionary: Dictionary,
     threshold: float | int = 1.0,
-    how: str = "reselect",
+    how: Literal["reselect", "zero"] = "reselect",
     scale: float | int = 1.0,
 ) -> DeletedTopic:
     """Find the units of a topic and delete (codebook) or clamp (SAE) them; nothing is trained.

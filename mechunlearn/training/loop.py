@@ -30,7 +30,7 @@ BATCH = 64
 def epochs(count: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
     """Batches of row indices without end, each epoch in a new order."""
     while True:
-        yield from torch.randperm(count, generator=generator).split(batch_size)
+        yield from torch.split(torch.randperm(count, generator=generator), batch_size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +54,8 @@ class Sequences:
         """Return texts, of which every next token is a label. Texts of fewer than two tokens are left out."""
         kept = [torch.tensor(ids) for ids in encoded if len(ids) > 1]
         if not kept:
-            return cls(*torch.zeros(2, 0, 1, dtype=torch.long), torch.zeros(0, dtype=torch.long))
+            none = torch.zeros(0, 1, dtype=torch.long)
+            return cls(none, none, none[:, 0])
         tokens = pad_sequence(kept, batch_first=True)
         labels = pad_sequence([F.pad(ids[1:], (0, 1), value=PAD) for ids in kept], batch_first=True, padding_value=PAD)
         return cls(tokens, labels, torch.tensor([len(ids) for ids in kept]))
@@ -124,7 +125,7 @@ class CachedInputs:
         self._known = torch.zeros(len(sequences), dtype=torch.bool)
         self._constants: dict[str, list[Tensor]] = {name: [] for name in wanted if name.startswith("reference")}
         if self._constants:
-            for rows in torch.arange(len(sequences)).split(BATCH):
+            for rows in torch.split(torch.arange(len(sequences)), BATCH):
                 self._remember(rows)
 
     def __len__(self) -> int:
@@ -153,12 +154,12 @@ class CachedInputs:
         labels = part.labels[part.labels != PAD].to(logits.device)
         for name, kept in self._constants.items():
             if name == "reference":
-                kept += logits.float().log_softmax(-1).gather(1, labels[:, None])[:, 0].split(counts)
+                kept += torch.split(logits.float().log_softmax(-1).gather(1, labels[:, None])[:, 0], counts)
             elif name == "reference_logits":
-                kept += [chunk.clone() for chunk in logits.split(counts)]
+                kept += [chunk.clone() for chunk in torch.split(logits, counts)]
             else:
                 assert hidden is not None
-                kept += [chunk.clone() for chunk in hidden.split(part.lengths.tolist())]
+                kept += [chunk.clone() for chunk in torch.split(hidden, part.lengths.tolist())]
 
     def _entering(self, rows: Tensor, part: Sequences) -> Tensor:
         decoder, layer = self.upper.model.decoder, self.upper.layer
@@ -185,7 +186,7 @@ class CachedInputs:
     def right(self, batch_size: int = 2 * BATCH) -> Bool[Tensor, " row"]:
         """Whether greedy decoding gives all labelled tokens, by row."""
         wrong = torch.zeros(len(self))
-        for rows in self.sequences.lengths.argsort().split(batch_size):
+        for rows in torch.split(self.sequences.lengths.argsort(), batch_size):
             read = self.read(rows, {"logits", "labels", "fact"})
             missed = (read["logits"].argmax(-1) != read["labels"]).float().cpu()
             wrong[rows] = torch.zeros(len(rows)).index_add_(0, read["fact"].cpu(), missed)

@@ -344,7 +344,8 @@ def _selected_forward(module: nn.Module, parts: Mapping[str, tuple[Slice, Tensor
     leaf_of_bias = parts["bias"][1] if "bias" in parts else None
     outputs = (part.dim == 0) != transposed
     weight, bias = _linear(module)
-    return _Selected.apply(x, weight, bias, leaf, leaf_of_bias, part.index, outputs, transposed)
+    selected_linear: Callable[..., Tensor] = _Selected.apply
+    return selected_linear(x, weight, bias, leaf, leaf_of_bias, part.index, outputs, transposed)
 
 
 class _Selected(torch.autograd.Function):

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -30,6 +30,8 @@ from mechunlearn.model.hooked import HookedModel
 from mechunlearn.training.covariance import Covariance
 from mechunlearn.training.solve import add_products, symmetric
 
+Target = Literal["end-of-text", "targets", "shared", "mean"]
+Position = Literal["subject last", "last"]
 POST_NORM_DAMPING = 1e-2
 LISTED = 3
 GATHERED = 256
@@ -89,7 +91,7 @@ class Washing:
 
     def second_moment(self, layer: int) -> Float[Tensor, "unit unit"]:
         """Return E[k k^T] of a layer's chosen neurons over text."""
-        units = self.layers[layer].to(self.model.device)
+        units = self.layers[layer]
         return self.covariance.matrix(site(layer))[units][:, units]
 
     def sums(self, layer: int) -> Sums:
@@ -97,7 +99,7 @@ class Washing:
 
         Where a norm follows the MLP (Gemma 2 and 3), R is taken back through it at the token's present scale.
         """
-        units = self.layers[layer].to(self.model.device)
+        units = self.layers[layer]
         left = sum(other >= layer for other in self.layers)
         cross = torch.zeros(len(units), self.model.signature.d_model, dtype=torch.float64, device=self.model.device)
         upper = cross.new_zeros(len(units), len(units))
@@ -118,7 +120,7 @@ class Washing:
 
     def gram(self, layer: int, edit_prompts: EditPrompts) -> Float[Tensor, "unit unit"]:
         """Return K K^T of some prompts."""
-        units = self.layers[layer].to(self.model.device)
+        units = self.layers[layer]
         upper = torch.zeros(len(units), len(units), dtype=torch.float64, device=self.model.device)
         batches = seen(self.model, edit_prompts, [site(layer)], self.how.batch_size)
         for (keys,) in _gathered((edit_prompts.mixed(found[site(layer)])[:, units],) for _, found in batches):
@@ -131,9 +133,13 @@ class Washing:
             return 0.0
         return float(weight) * self.gram(layer, self.retain)
 
+    def rows(self, layer: int) -> Float[Tensor, "unit d_model"]:
+        """Return the chosen neurons' rows as they are now."""
+        return self.model.rows(site(layer))[self.layers[layer]]
+
     def weight(self, layer: int) -> Float[Tensor, "unit d_model"]:
         """Return the chosen neurons' rows as they are now, in float64."""
-        return self.model.rows(site(layer))[self.layers[layer].to(self.model.device)].double()
+        return self.rows(layer).double()
 
     def add_(self, layer: int, change: Float[Tensor, "unit d_model"]) -> None:
         """Write weights plus a change into the model."""
@@ -141,10 +147,8 @@ class Washing:
 
     @contextmanager
     def undone(self) -> Iterator[None]:
-        """Whatever is written within the block is copied back at its end."""
-        before = {
-            layer: self.model.rows(site(layer))[units.to(self.model.device)] for layer, units in self.layers.items()
-        }
+        """Copy back, at the end of the block, whatever was written within it."""
+        before = {layer: self.rows(layer) for layer in self.layers}
         try:
             yield
         finally:
@@ -172,23 +176,24 @@ class Washing:
 
     def edit(self, trajectory: list[dict[str, Any]], stopped: str = "") -> WeightEdit:
         """Return the weights that the model has now, as an edit."""
-        units = {site(layer): chosen for layer, chosen in self.layers.items()}
-        rows = {name: self.model.rows(name)[chosen.to(self.model.device)].cpu() for name, chosen in units.items()}
+        units = {site(layer): chosen.cpu() for layer, chosen in self.layers.items()}
+        rows = {site(layer): self.rows(layer).cpu() for layer in self.layers}
         card = RunCard("", trajectory=trajectory, stopped=stopped, skipped=self.skipped)
         return WeightEdit(units, rows, self.model.signature, card)
 
     def _before_norm(self, layer: int, residual: Tensor, keys: Tensor) -> Tensor:
-        """The change of the MLP's raw output that its norm turns into `residual`, while the scale stays."""
+        """Return the change of the MLP's raw output that its norm turns into `residual`, while the scale stays."""
         norm: Any = self.model.decoder.part(layer, "mlp_post")
         gain = (self.model.layout.modules.offset + norm.weight.detach()).double()
         raw = keys.double() @ self.model.rows(site(layer)).double()
         slope = gain / (raw.square().mean(1, keepdim=True) + getattr(norm, "eps", 1e-6)).sqrt()
         damping = (POST_NORM_DAMPING * slope.abs().amax(1, keepdim=True)).square()
-        return residual * slope / (slope.square() + damping)
+        moved: Tensor = residual * slope / (slope.square() + damping)
+        return moved
 
 
 def _gathered(batches: Iterable[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
-    """The same rows in batches of 256 or more: a product of few rows costs as much as the matrix it is added to."""
+    """Yield the same rows in batches of 256 or more: a product of few rows costs as much as the matrix it is added to."""
     waiting: list[tuple[Tensor, ...]] = []
     for batch in batches:
         waiting.append(batch)
@@ -210,7 +215,6 @@ def washing(
     forget: Prompts,
     retain: Prompts,
     how: How,
-    *,
     covariance: Covariance | None,
     texts: Sequence[str] | None,
     target_values: Float[Tensor, "fact d_model"] | None,
