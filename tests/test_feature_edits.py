@@ -1,5 +1,6 @@
 """Edits of features and codes: against slow loops by hand, as values, and as folders that Hugging Face loads."""
 
+import inspect
 import json
 import tempfile
 from dataclasses import replace
@@ -16,6 +17,7 @@ from mechunlearn import ComponentMask, MechunlearnError
 from mechunlearn.artifacts.weight_edit import Edit, WeightEdit
 from mechunlearn.core import tensors
 from mechunlearn.edit import codebook_delete, dictionary_rows, feature_clamp
+from mechunlearn.edit.remake import editor
 from mechunlearn.features.dictionaries import check, spliced
 from mechunlearn.features.feature_edit import FeatureEdit
 from mechunlearn.features.firing import FiringStatistics
@@ -549,7 +551,12 @@ class TestCodebookDeleteRefuses:
             ({}, heads, codebook, "selects units of L1.attn.o; the dictionary is"),
             ({}, everything, codebook, "Only 2 codes of Codebook.*fewer than are used.*or how='zero'"),
             ({}, mask_of(model, sae, [0]), sae, "is no codebook: clamp its features with feature_clamp"),
-            ({"how": "drop"}, mask_of(model, codebook, [0]), codebook, "'drop'. Expected one of reselect, zero"),
+            (
+                {"how": "drop"},
+                mask_of(model, codebook, [0]),
+                codebook,
+                "codebook_delete got how='drop'. Expected one of reselect, zero",
+            ),
         ]
         for settings, mask, dictionary, line in cases:
             with pytest.raises(MechunlearnError, match=line) as error:
@@ -572,7 +579,7 @@ class TestCodebookDeleteRefuses:
 
 def call_without_types(function, *args, **kwargs):
     """Past the type checks of the tests, as a user's interpreter has none."""
-    return getattr(function, "__wrapped__", function)(*args, **kwargs)
+    return editor(inspect.unwrap(function))(*args, **kwargs)
 
 
 class TestFeatureClamp:
@@ -673,13 +680,13 @@ class TestFeatureClamp:
             other.sae.b_enc[2] = -100.0
         cases = [
             ((mask, forget), {"dictionary": codebook}, "has codes, which are used or not: delete them with codebook_delete"),
-            ((mask, forget), {"scale": -1}, "A scale of -1 would amplify"),
+            ((mask, forget), {"scale": -1}, "feature_clamp got scale=-1. Expected a number, 0 or more"),
             ((mask_of(model, sae, []), forget), {}, "The mask selects nothing of SAE"),
             ((mask_of(model, other, [0]), forget), {}, "selects units of .*; the dictionary is"),
             ((mask_of(model, other, [2]), forget), {"dictionary": other}, "activates none of the mask's features"),
             ((mask, forget), {"gate": "sequence"}, "A sequence gate is set by retain text: give retain, or gate='token'"),
-            ((mask, forget), {"gate": "text"}, "Unknown gate 'text'. Expected one of token, sequence"),
-            ((mask, forget, forget), {"gate": "sequence", "quantile": 95}, "A quantile of 95 is out of range"),
+            ((mask, forget), {"gate": "text"}, "feature_clamp got gate='text'. Expected one of token, sequence"),
+            ((mask, forget, forget), {"gate": "sequence", "quantile": 95}, "feature_clamp got quantile=95. Expected a share, from 0 to 1"),
             ((mask, forget, forget), {"gate": "sequence", "quantile": 1}, "at the quantile 1: the gate would never open"),
             ((mask, []), {}, "The text is empty"),
             ((mask, smaller), {}, "The activity is of 8 units, SAE"),
@@ -782,7 +789,7 @@ class TestDictionaryRows:
         cases = [
             (codebook, [0], {}, "is no SAE: its codes are not directions"),
             (sae, [], {}, "The mask selects nothing of SAE"),
-            (sae, [0], {"scale": -0.5}, "A scale of -0.5 would keep or amplify"),
+            (sae, [0], {"scale": -0.5}, "dictionary_rows got scale=-0.5. Expected a number, 0 or more"),
             (inner, [0], {}, "'L1.mlp_out' is no residual stream"),
             (early, [0], {}, "No MLP row has any of the mask's features"),
             (silent, [2], {}, "No MLP row has any of the mask's features"),

@@ -18,8 +18,6 @@ from mechunlearn.core.runcard import RunCard
 from mechunlearn.edit import losses, masked_gradient
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.evaluation.robustness import ATTACKS, Attacked, attack_all, check_attacks, status
-from mechunlearn.facts.prompts import FactDataset
-from mechunlearn.evaluation.robustness import ATTACKS, Attacked, attack_all, check_attacks, word
 from mechunlearn.facts.load import _ask_all, world_facts
 from mechunlearn.facts.prompts import FactDataset
 from mechunlearn.world.generate import generate

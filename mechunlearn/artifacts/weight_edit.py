@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
+from mechunlearn.artifacts.calls import Call, remade
 from mechunlearn.artifacts.mask import ComponentMask
 from mechunlearn.core import tensors
 from mechunlearn.core.display import card, unit_name
@@ -80,6 +81,7 @@ class WeightEdit:
     low_rank: Mapping[str, tuple[Float[Tensor, "_row _rank"], Float[Tensor, "_rank _column"]]] = field(
         default_factory=dict
     )
+    calls: tuple[Call, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         if not self.rows.keys() <= self.units.keys() or (self.rows.keys() != self.units.keys() and not self.low_rank):
@@ -117,6 +119,20 @@ class WeightEdit:
             for unit in units.tolist()
         )
         return ComponentMask.of(addresses, self.signature)
+
+    def remake(self, mask: ComponentMask | None = None, seed: int | None = None) -> "WeightEdit":
+        """Make the edit again by the same call: the same model, sets, texts and functions, none of them copied.
+
+        Args:
+            mask: Where to edit this time; `None` or the edit's own `mask` keeps the mask of the call. Of a composed edit
+                (`a | b`) each part gets, of each kind, as many of these units as it had (see `artifacts.calls.dealt`).
+            seed: The seed this time; `None` keeps the seed of the call, of each part its own.
+
+        Raises:
+            MechunlearnError: For an edit that was loaded from a file or put together by hand.
+        """
+        made: WeightEdit = remade(self, mask, seed)
+        return made
 
     def apply_(self, model: HookedModel) -> None:
         """Write the new rows into a model, hooked and Hugging Face view alike; nothing is written if anything does not fit.
@@ -209,7 +225,8 @@ class WeightEdit:
         card = RunCard(
             f"{self.card.method} | {other.card.method}", settings={"parts": [asdict(self.card), asdict(other.card)]}
         )
-        return WeightEdit(units, rows, self.signature, card)
+        calls = self.calls + other.calls if self.calls and other.calls else ()
+        return WeightEdit(units, rows, self.signature, card, calls=calls)
 
     def export(self, model: HookedModel, folder: str | Path) -> None:
         """Write the edited model as an ordinary Hugging Face checkpoint with its tokenizer and run card.

@@ -252,42 +252,19 @@ def wash(
     chosen = ComponentMask.load(mask)
     hooked, forgotten, retained = _load(model, facts, forget, seed, device, dtype)
     chosen.check(hooked.signature)
-    from mechunlearn.edit.closed_form.edit_prompts import output_sites
+    from mechunlearn.evaluation.recipes import wash as washed
     from mechunlearn.facts.readers import read_texts
-    from mechunlearn.training.covariance import Covariance
 
-    sites = [f"L{layer}.mlp.out" for layer in output_sites(hooked, chosen)]
-    own = list(forgotten.facts.texts)
-    if text is not None:
-        passages = read_texts(text, texts)
-    elif facts.startswith("factworld"):
-        from mechunlearn.world.text import world_text
-
-        passages = world_text(without=forgotten.facts.subjects) + own[::2] * 8
-    else:
-        passages = own
-    if not passages:
-        raise MechunlearnError(f"'{facts}' comes without text to collect the covariance from. Give --text FILE.")
-    covariance = Covariance.of_text(hooked, sites, passages, cache=cache, progress=True)
     settings: dict[str, Any] = {
-        "covariance_weight": covariance_weight,
-        "retain_weight": retain_weight,
-        "overshoot": overshoot,
         "target": target,
+        "position": position.value,
+        "overshoot": overshoot,
+        "prefixes": prefixes,
     }
-    made = washer(
-        hooked,
-        chosen,
-        forgotten,
-        retained,
-        position=position.value,
-        prefixes=prefixes,
-        covariance=covariance,
-        texts=passages,
-        seed=seed,
-        progress=True,
-        **settings,
-    )
+    settings |= {"covariance_weight": covariance_weight, "retain_weight": retain_weight}
+    settings = {name: value for name, value in settings.items() if name in washer.takes}
+    settings |= {"texts": None if text is None else read_texts(text, texts), "cache": cache, "seed": seed}
+    made = washed(hooked, chosen, forgotten, retained, method=method, progress=True, **settings)
     for prompt in made.card.skipped:
         console.print(f"skipped, the model does not know it: {prompt}")
     for entry in made.card.trajectory:

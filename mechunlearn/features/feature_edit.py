@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from mechunlearn.artifacts.calls import Call, remade
 from mechunlearn.artifacts.mask import ComponentMask
 from mechunlearn.artifacts.weight_edit import WeightEdit
 from mechunlearn.core import tensors
@@ -92,6 +93,7 @@ class FeatureEdit:
     parts: tuple[FeaturePart, ...]
     signature: Signature
     card: RunCard
+    calls: tuple[Call, ...] = field(default=(), repr=False)
     _held: dict[int, ExitStack] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -127,6 +129,20 @@ class FeatureEdit:
             sites[part.dictionary.site] = torch.zeros(part.dictionary.size, dtype=torch.bool)
             sites[part.dictionary.site][part.units] = True
         return ComponentMask(sites, self.signature)
+
+    def remake(self, mask: ComponentMask | None = None, seed: int | None = None) -> "FeatureEdit":
+        """Make the edit again by the same call, as `WeightEdit.remake` does.
+
+        Args:
+            mask: Features or codes of the same dictionary; `None` or the edit's own `mask` keeps the mask of the call. Of a
+                composed edit each part gets, of each dictionary, as many of these units as it had.
+            seed: The seed this time; `None` keeps the seed of the call.
+
+        Raises:
+            MechunlearnError: For an edit that was loaded from a file or put together by hand.
+        """
+        made: FeatureEdit = remade(self, mask, seed)
+        return made
 
     @contextmanager
     def applied(self, model: AnyModel) -> Iterator[AnyModel]:
@@ -204,7 +220,8 @@ class FeatureEdit:
             parts[site] = _joined(parts[site], part) if site in parts else part
         cards = [asdict(self.card), asdict(other.card)]
         card = RunCard(f"{self.card.method} | {other.card.method}", self.card.model, settings={"parts": cards})
-        return FeatureEdit(tuple(parts.values()), self.signature, card)
+        calls = self.calls + other.calls if self.calls and other.calls else ()
+        return FeatureEdit(tuple(parts.values()), self.signature, card, calls)
 
     def save(self, path: str | Path) -> None:
         """Write the edit to one self-contained file, the dictionaries included.

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -55,7 +56,8 @@ class Covariance:
         if not self.sites:
             raise MechunlearnError("No site was given. Expected one or more, such as 'L0.mlp.out'.")
         self.fingerprint, self.skip_first, self.count = model.fingerprint, skip_first, 0
-        """`fingerprint` is the model's, `count` the number of tokens seen so far."""
+        self.texts: tuple[str, ...] | None = None
+        """`fingerprint` is the model's, `count` the number of tokens seen so far, `texts` those of `of_text`."""
         self._model = model
         units = model.signature.d_mlp
         self._sums = {site: torch.zeros(units, units, dtype=torch.float64, device=model.device) for site in self.sites}
@@ -66,6 +68,7 @@ class Covariance:
         Raises `MechunlearnError` if the model's weights have changed since the start, if it is in training mode, or if
         activations are not finite.
         """
+        self.texts = None  # they are not all of what is counted any more
         self.count += self._add(tokens, lengths, self.sites)
         return self
 
@@ -80,6 +83,18 @@ class Covariance:
                 "after an update."
             )
         return symmetric(self._sums[site] / self.count)
+
+    def at(self, model: HookedModel, sites: Sequence[str]) -> "Covariance":
+        """Return these statistics with further sites: what is not known of them is collected over the same texts.
+
+        Where texts are not known (`update`), it is this covariance, without the further sites.
+        """
+        missing = [site for site in sites if site not in self._sums]
+        if not missing or self.texts is None or model.fingerprint != self.fingerprint:
+            return self
+        more, made = Covariance.of_text(model, missing, self.texts, skip_first=self.skip_first), copy(self)
+        made.sites, made._sums = (*self.sites, *more.sites), self._sums | more._sums
+        return made
 
     def check(self, model: HookedModel, sites: Iterable[str]) -> None:
         """Raises `MechunlearnError` unless these are invertible statistics of this model at these sites."""
@@ -121,6 +136,7 @@ class Covariance:
         context, or a cached file is damaged, is not what its name says, or cannot be written.
         """
         made = cls(model, sites, skip_first)
+        made.texts = tuple(texts)
         rows = sorted(_tokenized(model, texts), key=len)
         made.count = sum(len(row) - skip_first for row in rows)
         if made.count < 1 or batch_size < 1:
