@@ -42,7 +42,7 @@ def _random_features(model: HookedModel, edit: FeatureEdit, forget: Prompts, ret
     for part in edit.parts:
         seen = [FiringStatistics.of(model, part.dictionary, prompts) for prompts in (forget, retain)]
         both = FiringStatistics(*(torch.cat([getattr(one, name) for one in seen]) for name in vars(seen[0])))
-        units, largest = matched_units(both, part.units, seed), both.largest.amax(0)
+        units, largest = matched_units(both, part.units, seed), both.max_activation.amax(0)
         values = part.values
         if len(values):
             strength = (-values / largest[part.units].clamp(min=1e-9)).median()
