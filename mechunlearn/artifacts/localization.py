@@ -230,8 +230,8 @@ class Localization:
     @classmethod
     def _made(cls, held: dict[str, Tensor], about: dict[str, Any]) -> "Localization":
         signature, card = tensors.record(Signature, about["signature"]), tensors.record(RunCard, about["card"])
-        parts, rest = tensors.grouped(held, ("scores", "by_role")), tensors.checked(about, ABOUT)
-        return cls(**parts, **{**rest, "roles": tuple(rest["roles"])}, signature=signature, card=card)
+        parts: dict[str, Any] = {**tensors.grouped(held, ("scores", "by_role")), **tensors.checked(about, ABOUT)}
+        return cls(**{**parts, "roles": tuple(parts["roles"])}, signature=signature, card=card)
 
     def __repr__(self) -> str:
         units = sum(len(s) for s in self.scores.values())

@@ -252,6 +252,7 @@ def wash(
     chosen = ComponentMask.load(mask)
     hooked, forgotten, retained = _load(model, facts, forget, seed, device, dtype)
     chosen.check(hooked.signature)
+    assert forgotten.facts is not None
     from mechunlearn.edit.closed_form.edit_prompts import output_sites
     from mechunlearn.facts.readers import read_texts
     from mechunlearn.training.covariance import Covariance
@@ -454,6 +455,7 @@ def compare(
     }
     check_grid(**grid)
     hooked, forgotten, _ = _load(model, facts, forget, 0, device, dtype)
+    assert forgotten.facts is not None and forgotten.facts.source is not None
     grid |= {"forget": forget, "steps": steps, "attack": attack, "progress": True}
     made = compared(hooked, forgotten.facts.source, folder=output, **grid)
     _print_arms(made.summary(short=True))

@@ -178,7 +178,8 @@ class FeatureEdit:
                 intervention = part.intervention(device)
 
                 def changed(h: Tensor, intervention: nn.Module = intervention) -> Tensor:
-                    return intervention(h).to(h.dtype)
+                    new: Tensor = intervention(h)
+                    return new.to(h.dtype)
 
                 stack.enter_context(installed(model, part.dictionary.hook_name, changed))
             return stack.pop_all()
@@ -298,7 +299,9 @@ def load_edit(path: str | Path) -> "WeightEdit | FeatureEdit":
     Raises:
         MechunlearnError: If the file is missing, damaged or holds no edit.
     """
-    return tensors.load(path, {"weight edit": WeightEdit._made, "feature edit": FeatureEdit._made})
+    makers: dict[str, tensors.Maker[WeightEdit | FeatureEdit]]
+    makers = {"weight edit": WeightEdit._made, "feature edit": FeatureEdit._made}
+    return tensors.load(path, makers)
 
 
 def feature_units(mask: ComponentMask, dictionary: Dictionary, model: Model) -> Int[Tensor, " _unit"]:

@@ -86,8 +86,9 @@ class Codes(nn.Module):
         return codes[ids.unflatten(-1, (self.groups, -1))].sum(-2).flatten(-2)
 
     def forward(self, h: Tensor) -> Tensor:
-        """Return the activation that takes the place of h; gradients reach h as if nothing stood between
-        (straight-through).
+        """Return the activation that takes the place of h.
+
+        Gradients reach h as if nothing stood between (straight-through).
 
         Args:
             h: Activations `[..., d_model]`.
