@@ -51,7 +51,7 @@ def by_token(language, codebook, seed: int) -> tuple[FiringStatistics, torch.Ten
 
 def detection(seen: FiringStatistics, states, state: int, codes) -> tuple[float, float]:
     """Precision and recall of "one of the codes is active" for "the token is in the state"."""
-    hit, true = seen.fired[:, codes].any(1), states == state
+    hit, true = seen.fire_count[:, codes].any(1), states == state
     return float((hit & true).sum() / hit.sum().clamp(min=1)), float((hit & true).sum() / true.sum())
 
 

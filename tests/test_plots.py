@@ -280,13 +280,17 @@ class TestVolcano:
         units = [int(unit) for unit, _ in marks["selected"].customdata]
         assert units == [component.unit for component in chosen]
         assert list(marks["selected"].x) == pytest.approx(scores[units].tolist(), abs=1e-5)
-        often = (here.fired.sum(0)[units] + 0.5) / here.tokens.sum()
+        often = (here.fire_count.sum(0)[units] + 0.5) / here.tokens.sum()
         assert list(marks["selected"].y) == pytest.approx(often.tolist())
 
     def test_units_never_seen_have_no_mark(self, activities):
         here, there, _ = activities
         (marks,) = plots.code_volcano(here, there).data
-        assert len(marks.x) == int(((here.fired.sum(0) + there.fired.sum(0)) > 0).sum()) < here.fired.shape[1]
+        assert (
+            len(marks.x)
+            == int(((here.fire_count.sum(0) + there.fire_count.sum(0)) > 0).sum())
+            < here.fire_count.shape[1]
+        )
         assert all(map(math.isfinite, marks.x))
 
     def test_another_dictionary_is_refused(self, activities, toy):

@@ -431,6 +431,7 @@ def compare(
     }
     check_grid(**grid)
     hooked, forgotten, _ = _load(model, facts, forget, 0, device, dtype)
+    assert forgotten.facts is not None and forgotten.facts.source is not None
     grid |= {"forget": forget, "steps": steps, "attack": attack, "progress": True}
     made = compared(hooked, forgotten.facts.source, folder=output, **grid)
     _print_arms(made.summary(short=True))

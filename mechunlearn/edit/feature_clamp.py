@@ -73,11 +73,11 @@ def feature_clamp(
         raise MechunlearnError(f"{dictionary} has codes, which are used or not: delete them with codebook_delete.")
     units = feature_units(mask, dictionary, model)
     seen = forget if isinstance(forget, FiringStatistics) else FiringStatistics.of(model, dictionary, forget)
-    if seen.largest.shape[1] != dictionary.size:
+    if seen.max_activation.shape[1] != dictionary.size:
         raise MechunlearnError(
-            f"The activity is of {seen.largest.shape[1]} units, {dictionary} has others. Give the one it was seen with."
+            f"The activity is of {seen.max_activation.shape[1]} units, {dictionary} has others. Give the one it was seen with."
         )
-    largest = seen.largest.amax(0)[units]
+    largest = seen.max_activation.amax(0)[units]
     if (largest <= 0).all():
         raise MechunlearnError("The forget text activates none of the mask's features, so nothing would be clamped.")
     share = 0.0

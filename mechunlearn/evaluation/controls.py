@@ -136,7 +136,7 @@ def remade_from_card(
         if len(values) and not isinstance(card.settings.get("scale"), float | int):
             raise MechunlearnError(f"The file of this clamp does not hold its scale. {YOURS}")
         if len(values):
-            largest = _statistics(model, part.dictionary, (forget, retain)).largest.amax(0)
+            largest = _statistics(model, part.dictionary, (forget, retain)).max_activation.amax(0)
             values = -float(card.settings["scale"]) * largest[units]
         return replace(edit, parts=(replace(part, units=units, values=values),))
     editor = getattr(mechunlearn.edit, card.method)

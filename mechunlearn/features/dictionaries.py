@@ -344,7 +344,7 @@ class SAE:
         self.sae.process_state_dict_for_saving(weights)
         name = hook_name_of(self.hook_name)
         if cfg["reshape_activations"] == "hook_z":  # sae-lens accepts it under the older name only
-            name = name.replace(*HOOK_POINTS["attn.o"])
+            name = name.replace(HOOK_POINTS["attn.o"][0], HOOK_POINTS["attn.o"][1])
         ours = {"signature": _plain(self.signature), "fitted_on": self.fitted_on, "quality": self.quality}
         return {**cfg, "metadata": {**cfg["metadata"], "hook_name": name, "mechunlearn": ours}}, weights
 

@@ -107,9 +107,9 @@ def feature_discovery(
             one if isinstance(one, FiringStatistics) else FiringStatistics.of(model, dictionary, one, nearest)
             for one in (prompts, against)
         )
-        if here.fired.shape[1] != dictionary.size or there.fired.shape[1] != dictionary.size:
+        if here.fire_count.shape[1] != dictionary.size or there.fire_count.shape[1] != dictionary.size:
             raise MechunlearnError(
-                f"The activity is of {here.fired.shape[1]} and {there.fired.shape[1]} units, {dictionary} has others. "
+                f"The activity is of {here.fire_count.shape[1]} and {there.fire_count.shape[1]} units, {dictionary} has others. "
                 "Give the dictionary that it was seen with."
             )
         if not (here.tokens.sum() and there.tokens.sum()):
@@ -137,7 +137,7 @@ def feature_discovery(
 def _frequency(
     here: FiringStatistics, there: FiringStatistics, least: float, false_discoveries: float
 ) -> Float[Tensor, " feature"]:
-    mine, theirs = here.fired.sum(0).double(), there.fired.sum(0).double()
+    mine, theirs = here.fire_count.sum(0).double(), there.fire_count.sum(0).double()
     n, m = float(here.tokens.sum()), float(there.tokens.sum())
     ratio = (((mine + 0.5) / n) / ((theirs + 0.5) / m)).log2()
     chance = hypergeom.sf((mine - 1).numpy(), n + m, (mine + theirs).numpy(), n)

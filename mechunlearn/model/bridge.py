@@ -118,7 +118,7 @@ def _boot(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: 
 
 
 def _placeholder_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    made = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    made = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(WordLevel({"<unk>": 0}, unk_token="<unk>")),
         **dict.fromkeys(("unk_token", "bos_token", "eos_token", "pad_token"), "<unk>"),
     )

@@ -74,7 +74,7 @@ class Decoder:
     @property
     def unembedding(self) -> nn.Module:
         """The module that turns the stream into logits."""
-        unembedding: nn.Module = self.hf.get_output_embeddings()  # type: ignore[no-untyped-call]
+        unembedding: nn.Module = self.hf.get_output_embeddings()
         return unembedding
 
     @property

@@ -3,6 +3,7 @@
 import difflib
 import re
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -52,8 +53,16 @@ class ActivationCache(dict[str, Tensor]):
             raise KeyError(f"'{name}' is not in this cache, which holds {', '.join(self) or 'nothing'}.")
         return self[site]
 
-    get = Mapping.get  # type: ignore[assignment]  # as `[]` finds it, not as `dict.get` does
     __contains__ = Mapping.__contains__
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return an activation as `[]` finds it, or the default.
+
+        Args:
+            name: A site or a hook name of TransformerLens.
+            default: What to return for a name that is not in the cache.
+        """
+        return Mapping.get(self, name, default)
 
 
 def layer_of(hook_name: str) -> int:

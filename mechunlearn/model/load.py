@@ -43,12 +43,12 @@ def checkpoint(source: str, dtype: torch.dtype | None) -> tuple[PreTrainedModel,
 def _no_bar() -> Iterator[None]:
     """Without the progress bar of transformers: a shipped model is there at once."""
     shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()
     try:
         yield
     finally:
         if shown:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+            logging.enable_progress_bar()
 
 
 def _folder(source: str) -> str:

@@ -43,7 +43,7 @@ class Restart:
         return left
 
 
-class Prefix(DynamicLayer):  # type: ignore[no-untyped-call]
+class Prefix(DynamicLayer):
     """The keys and values of earlier positions in one layer, repeated for as many rows as ask; nothing is added to them."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:

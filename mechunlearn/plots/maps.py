@@ -241,15 +241,15 @@ def code_volcano(here: FiringStatistics, there: FiringStatistics, chosen: Compon
     Raises:
         MechunlearnError: If the statistics or the mask are of dictionaries of other sizes.
     """
-    size = here.fired.shape[1]
+    size = here.fire_count.shape[1]
     marked = list(chosen.sites.values()) if chosen is not None else []
-    sizes = [there.fired.shape[1], *map(len, marked)]
+    sizes = [there.fire_count.shape[1], *map(len, marked)]
     if len(marked) > 1 or any(other != size for other in sizes):
         raise MechunlearnError(
             f"The activity is of {size} units, what is given beside it of {', '.join(map(str, sizes))}. Expected activities "
             "and a mask of one dictionary."
         )
-    mine, theirs = here.fired.sum(0).double(), there.fired.sum(0).double()
+    mine, theirs = here.fire_count.sum(0).double(), there.fire_count.sum(0).double()
     often, elsewhere = (mine + 0.5) / here.tokens.sum(), (theirs + 0.5) / there.tokens.sum()
     frame = pd.DataFrame({"ratio": (often / elsewhere).log2(), "often": often, "elsewhere": elsewhere})
     frame["group"] = [("selected" if one else "others") for one in marked[0].tolist()] if marked else "units"

@@ -269,7 +269,7 @@ class Bench:
         """Return which share of what is active over all stories is the mask's; NaN for an edit of weights."""
         if method not in (*BY_CODES, "SAE clamp", "random features", "SAE zero-ablation"):
             return float("nan")
-        fired = torch.stack([here.fired.sum(0) for here, _ in self._seen(method in BY_CODES).values()]).sum(0)
+        fired = torch.stack([here.fire_count.sum(0) for here, _ in self._seen(method in BY_CODES).values()]).sum(0)
         (chosen,) = mask.sites.values()
         return float(fired[chosen].sum() / fired.sum())
 

@@ -19,7 +19,7 @@ from mechunlearn.attack.states import recovery
 from mechunlearn.core.grid import Grid
 from mechunlearn.edit import masked_gradient
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.evaluation.compare import select
+from mechunlearn.evaluation.selection import select
 from mechunlearn.facts.load import world_facts
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.localize import (

@@ -29,17 +29,28 @@ class Covariance:
 
     C = E[k k^T], [neuron neuron], over all tokens of a text, k being the activation at `L<layer>.mlp.out` (MEMIT, arXiv
     2210.07229, whose C_0 is lambda C; LAW, arXiv 2405.16720). tr(D C D^T) is the mean |D k|^2 by which a change D of
-    W_out moves the MLP's output on that text: closed-form editors keep it small. One pass, which ends at the last of the
-    sites, collects them all. `skip_first` leaves out position 0, whose activations are far larger in many models.
+    W_out moves the MLP's output on that text: closed-form editors keep it small. One pass, which ends at the last of
+    the sites, collects them all.
 
-    Products of a few thousand tokens are formed in float32 (float64 if the model is), on and above the diagonal alone, and
-    added in float64. Memory: d_mlp^2 float64 a site, and one batch; as much again for one site while it is written to a
-    cache, and twice that while `matrix` makes it.
+    Products of a few thousand tokens are formed in float32 (float64 if the model is), on and above the diagonal alone,
+    and added in float64. Memory: d_mlp^2 float64 a site, and one batch; as much again for one site while it is written
+    to a cache, and twice that while `matrix` makes it.
 
     Not for another model, nor for the same one after an edit: collect again. With fewer tokens than neurons C is
     singular, and it speaks for no text unlike the one it has seen.
 
-    Raises `MechunlearnError` if a site is not `L<layer>.mlp.out` with a layer of the model.
+    Args:
+        model: The model.
+        sites: Names `L<layer>.mlp.out`.
+        skip_first: Whether to leave out position 0, whose activations are far larger in many models.
+
+    Attributes:
+        sites: The sites, in the order of layers.
+        fingerprint: The model's.
+        count: How many tokens were seen so far.
+
+    Raises:
+        MechunlearnError: If a site is not `L<layer>.mlp.out` with a layer of the model.
 
     >>> from mechunlearn.world.toy import planted_facts
     >>> toy = planted_facts()
@@ -63,19 +74,31 @@ class Covariance:
         self._sums = {site: torch.zeros(units, units, dtype=torch.float64, device=model.device) for site in self.sites}
 
     def update(self, tokens: Int[Tensor, "row pos"], lengths: Int[Tensor, " row"]) -> "Covariance":
-        """Add a batch of right-padded rows, of which the first `lengths` tokens count. If this raises, start anew.
+        """Add a batch. If this raises, start anew.
 
-        Raises `MechunlearnError` if the model's weights have changed since the start, if it is in training mode, or if
-        activations are not finite.
+        Args:
+            tokens: Rows of tokens, padded on the right.
+            lengths: How many tokens of each row count.
+
+        Returns:
+            This object.
+
+        Raises:
+            MechunlearnError: If the model's weights have changed since the start, it is in training mode, or
+                activations are not finite.
         """
         self.texts = None  # they are not all of what is counted any more
         self.count += self._add(tokens, lengths, self.sites)
         return self
 
     def matrix(self, site: str) -> Float[Tensor, "unit other"]:
-        """The mean of k k^T at a site, exactly symmetric, in float64 on the model's device.
+        """Return the mean of k k^T at a site, exactly symmetric, in float64 on the model's device.
 
-        Raises `MechunlearnError` if the site was not asked for, or before the first token.
+        Args:
+            site: One of `sites`.
+
+        Raises:
+            MechunlearnError: If the site was not asked for, or no token was seen yet.
         """
         if site not in self._sums or not self.count:
             raise MechunlearnError(
@@ -97,7 +120,15 @@ class Covariance:
         return made
 
     def check(self, model: HookedModel, sites: Iterable[str]) -> None:
-        """Raises `MechunlearnError` unless these are invertible statistics of this model at these sites."""
+        """Check that these are invertible statistics of a model at some sites.
+
+        Args:
+            model: The model.
+            sites: The sites.
+
+        Raises:
+            MechunlearnError: If they are not.
+        """
         if model.fingerprint != self.fingerprint:
             raise MechunlearnError(
                 f"The second moments are of the model {self.fingerprint}, the given one is {model.fingerprint}. "
@@ -125,15 +156,24 @@ class Covariance:
         cache: str | Path | None = None,
         progress: bool = False,
     ) -> "Covariance":
-        """Collect over texts, shortest first so that little is padding, `batch_size` texts at a time.
+        """Collect over texts, shortest first so that little is padding.
 
-        In the folder `cache` each site has a file, named by the model's fingerprint, the texts' tokens and the site.
-        Sites found there are read, the others collected in one pass. Unfinished sums are kept every `SAVE_EVERY`
-        seconds, so that a killed run goes on to the same bits if called again. Do not cache under hooks that change
-        activations: the name knows the weights alone.
+        With a cache, unfinished sums are kept every `SAVE_EVERY` seconds, so that a killed run goes on to the same bits
+        if called again. Do not cache under hooks that change activations: the name knows the weights alone.
 
-        Raises `MechunlearnError` if the model has no tokenizer, there are no tokens, a text is longer than the model's
-        context, or a cached file is damaged, is not what its name says, or cannot be written.
+        Args:
+            model: The model.
+            sites: Names `L<layer>.mlp.out`.
+            texts: The texts.
+            skip_first: Whether to leave out position 0.
+            batch_size: Texts in a batch.
+            cache: A folder with a file for each site, named by the model's fingerprint, the texts' tokens and the site.
+                Sites found there are read, the others collected in one pass.
+            progress: Whether to show a bar.
+
+        Raises:
+            MechunlearnError: If the model has no tokenizer, there are no tokens, a text is longer than the model's
+                context, or a cached file is damaged, is not what its name says, or cannot be written.
         """
         made = cls(model, sites, skip_first)
         made.texts = tuple(texts)
