@@ -83,7 +83,9 @@ def nouns() -> dict[str, tuple[Any, Callable[[Path], Any]]]:
 
 def stored(kind: str, suffix: str, folder: Path) -> Stored:
     if kind in ("codebook", "sae"):
-        (codebook() if kind == "codebook" else sae()).save(folder / "it")
+        value = codebook() if kind == "codebook" else sae()
+        value.save(folder / "it")
+        assert weights_said(load_dictionary(folder / "it")) == weights_said(value)
         return Stored(sorted((folder / "it").iterdir()), lambda: load_dictionary(folder / "it"), weights_said)
     path = folder / f"it{suffix}"
     if kind == "covariance":
@@ -103,6 +105,7 @@ def stored(kind: str, suffix: str, folder: Path) -> Stored:
         value.save(folder / "said.json")
         return (folder / "said.json").read_text()
 
+    assert said(load(path)) == said(made)
     return Stored([path], lambda: load(path), said)
 
 

@@ -6,13 +6,11 @@ The only file that knows sae_lens.
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import load as tensors_in
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -20,16 +18,15 @@ from mechunlearn.core import tensors
 from mechunlearn.core.files import data_folder, whole_folder
 from mechunlearn.core.runcard import digest
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.features.interventions import Codes, PlainSAE
+from mechunlearn.features.codebook import CONFIG, hashed, origin, told_origin
+from mechunlearn.features.codebook import Codebook as Codebook
+from mechunlearn.features.interventions import PlainSAE
 from mechunlearn.features.places import Model, installed, place, signature_of, weights_name, width
 from mechunlearn.model.hook_points import HOOK_POINTS, hook_name_of, layer_of, site_of
 from mechunlearn.model.hooked import HookedModel
 from mechunlearn.model.layout import Signature
 
 SHIPPED = ("factworld-codebook", "factworld-sae")
-SHAPE = {"d_model": int, "size": int, "used": int, "groups": int, "linear": int}
-ABOUT = {"fitted_on": str, "quality": dict[str, float]}
-CONFIG, CODEBOOK = "config.json", "codebook.safetensors"
 CFG, WEIGHTS = "cfg.json", "sae_weights.safetensors"  # as sae-lens names them
 OURS = ("mechunlearn", "fitted_on")  # two names in a cfg.json of ours: a bit that flips in one leaves the other
 
@@ -84,158 +81,6 @@ class Dictionary(Protocol):
         """
 
 
-class Codebook(Codes):
-    """A discrete bottleneck at one point of a model (CodeUnlearn, arXiv 2410.10866; codebook features, arXiv 2310.17230).
-
-    x = ReLU(W h + b); the `used` codes with the largest cosine to x are summed, and a linear map of the sum takes the
-    place of h: nothing else passes, so what no code says is lost. `hook_ids` is the module that the ids `[... used]` go
-    through; hook it to see or replace them. Make one with `train_codebook`. Not for keeping a model as it is: every
-    codebook costs some loss, look at its `quality`.
-
-    Args:
-        d_model: The width of h.
-        size: The number of codes.
-        used: How many codes stand for one activation (of each group).
-        hook_name: The hook point.
-        groups: Into how many parts x is cut, each with `size / groups` codes of its own.
-        linear: How many times as wide as h x is (ReLU of a square map loses half of it); 0 for x = h.
-        signature: The architecture of the model, if it is known.
-        fitted_on: The fingerprint of the model that it was trained on.
-
-    Raises:
-        MechunlearnError: If there are fewer codes than are used, or groups do not divide size and width.
-
-    >>> codebook = Codebook(d_model=16, size=32, used=4, hook_name="L1.resid_post")
-    >>> h = torch.randn(2, 5, 16)
-    >>> codebook(h).shape, codebook.encode(h).sum(-1).unique()
-    (torch.Size([2, 5, 16]), tensor([4.]))
-    """
-
-    def __init__(
-        self,
-        d_model: int,
-        size: int,
-        used: int,
-        *,
-        hook_name: str,
-        groups: int = 1,
-        linear: int = 2,
-        signature: Signature | None = None,
-        fitted_on: str = "",
-    ) -> None:
-        if min(used, groups) < 1 or linear < 0 or size % groups or d_model * (linear or 1) % groups:
-            raise MechunlearnError(
-                f"A codebook of {size} codes, {used} used, in {groups} groups does not fit width {d_model}. Expected at "
-                "least one used, and a number of groups that divides both the codes and the width."
-            )
-        if size // groups < used:
-            raise MechunlearnError(
-                f"A codebook of {size // groups} codes{' a group' if groups > 1 else ''} cannot use {used} of them at a "
-                "time. Give more codes (size) or use fewer (used)."
-            )
-        super().__init__(d_model, size, used, groups, linear)
-        self.hook_name, self.signature, self.fitted_on = hook_name, signature, fitted_on
-        self.quality: dict[str, float] = {}
-
-    @property
-    def about(self) -> dict[str, Any]:
-        """The shape, as `interventions.Codes` takes it."""
-        return {name: getattr(self, name) for name in SHAPE}
-
-    @property
-    def site(self) -> str:
-        """What its units are called in masks."""
-        return f"L{layer_of(self.hook_name)}.codebook:{weights_name(self)}"
-
-    def encode(self, h: Float[Tensor, "*pos d_model"]) -> Float[Tensor, "*pos feature"]:
-        """Return how often each code is used, 0 or 1 (in each group).
-
-        Args:
-            h: Activations.
-        """
-        return self.counted(self.nearest(self.entering(h)))
-
-    def counted(self, ids: Tensor) -> Float[Tensor, "*pos feature"]:
-        """Return how often each code stands among ids.
-
-        Args:
-            ids: `[... used]`, the numbers of codes.
-        """
-        counts = torch.zeros(*ids.shape[:-1], self.size, device=ids.device)
-        return counts.scatter_add_(-1, ids, torch.ones_like(ids, dtype=counts.dtype))
-
-    def decode(self, z: Float[Tensor, "*pos feature"]) -> Float[Tensor, "*pos d_model"]:
-        """Return what a weighted sum of codes writes.
-
-        Args:
-            z: The weight of each code.
-        """
-        codes = self.codes.unflatten(0, (self.groups, -1))
-        summed = torch.einsum("...gk,gkd->...gd", z.unflatten(-1, (self.groups, -1)).to(codes), codes).flatten(-2)
-        return self.leaving(summed)
-
-    def described(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return what `restored` makes the codebook of: a description for JSON, and the weights by name."""
-        about = {"hook_name": self.hook_name, "fitted_on": self.fitted_on, "quality": self.quality}
-        return {**self.about, **about, "signature": _plain(self.signature)}, self.state_dict()
-
-    @classmethod
-    def restored(cls, about: Mapping[str, Any], weights: Mapping[str, Tensor]) -> "Codebook":
-        """Make a codebook of what `described` returns.
-
-        Args:
-            about: The description.
-            weights: The weights by name.
-
-        Raises:
-            MechunlearnError, LookupError, TypeError, RuntimeError: If they are not those of a codebook.
-        """
-        settings = tensors.checked(about, {**SHAPE, "hook_name": str, **ABOUT})
-        quality, signature = settings.pop("quality"), _signature(about["signature"])
-        with torch.device("meta"):  # sizes that a file claims take no memory, and nothing is drawn
-            made = cls(**settings, signature=signature)
-        made.load_state_dict(dict(weights), assign=True)
-        made.quality = quality
-        return made.eval()
-
-    def save(self, folder: str | Path) -> None:
-        """Write `config.json`, which holds a hash of both files, and `codebook.safetensors`.
-
-        Args:
-            folder: A new or empty folder.
-
-        Raises:
-            MechunlearnError: If the folder holds something, or the disk refuses.
-        """
-        about, weights = self.described()
-        with whole_folder(folder) as beside:
-            save_file({name: t.detach().cpu().contiguous() for name, t in weights.items()}, beside / CODEBOOK)
-            about["weights"] = digest((beside / CODEBOOK).read_bytes())
-            tensors.save(beside / CONFIG, "codebook", {}, about)
-
-    @classmethod
-    def load(cls, folder: str | Path) -> "Codebook":
-        """Read a codebook from a folder of `save`.
-
-        Args:
-            folder: The folder.
-
-        Returns:
-            The codebook, in evaluation mode.
-
-        Raises:
-            MechunlearnError: If the folder holds no codebook, or one that is damaged.
-        """
-
-        def made(_: dict[str, Tensor], about: dict[str, Any]) -> "Codebook":
-            return cls.restored(about, _hashed(Path(folder) / CODEBOOK, about["weights"]))
-
-        return tensors.load(Path(folder) / CONFIG, {"codebook": made})
-
-    def __repr__(self) -> str:
-        return f"Codebook({self.size} codes, {self.used} used, {self.hook_name}, width {self.d_model})"
-
-
 class SAE:
     """A sparse autoencoder of sae-lens at one point of a model; `.sae` is sae-lens's own object.
 
@@ -262,11 +107,9 @@ class SAE:
             )
         self.sae, self.hook_name = sae.eval(), site_of(told)
         sae.turn_off_forward_pass_hook_z_reshaping()
-        ours: dict[str, Any] = {"signature": None, "fitted_on": "", "quality": {}}
-        ours |= sae.cfg.metadata.mechunlearn or {}
-        tensors.checked(ours, ABOUT)
-        self.signature = signature or _signature(ours["signature"])
-        self.fitted_on, self.quality = fitted_on or ours["fitted_on"], ours["quality"]
+        ours = {"signature": None, "fitted_on": "", "quality": {}, **(sae.cfg.metadata.mechunlearn or {})}
+        told_signature, told_fitted_on, self.quality = told_origin(ours)
+        self.signature, self.fitted_on = signature or told_signature, fitted_on or told_fitted_on
 
     @property
     def size(self) -> int:
@@ -345,8 +188,8 @@ class SAE:
         name = hook_name_of(self.hook_name)
         if cfg["reshape_activations"] == "hook_z":  # sae-lens accepts it under the older name only
             name = name.replace(HOOK_POINTS["attn.o"][0], HOOK_POINTS["attn.o"][1])
-        ours = {"signature": _plain(self.signature), "fitted_on": self.fitted_on, "quality": self.quality}
-        return {**cfg, "metadata": {**cfg["metadata"], "hook_name": name, "mechunlearn": ours}}, weights
+        metadata = {**cfg["metadata"], "hook_name": name, "mechunlearn": origin(self)}
+        return {**cfg, "metadata": metadata}, weights
 
     @classmethod
     def restored(cls, about: Mapping[str, Any], weights: Mapping[str, Tensor]) -> "SAE":
@@ -400,7 +243,7 @@ class SAE:
                 ours = cfg["metadata"]["mechunlearn"]
                 if ours["hash"] != tensors.text_hash(text, ours["hash"]):
                     raise MechunlearnError(tensors.DAMAGED)
-                return cls.restored(cfg, _hashed(folder / WEIGHTS, ours["weights"]))
+                return cls.restored(cfg, hashed(folder / WEIGHTS, ours["weights"]))
             from sae_lens import SAE as Loaded  # seconds to import
 
             loaded = Loaded.load_from_disk(folder)
@@ -510,19 +353,3 @@ def sealed(cfg: dict[str, Any], weights: bytes) -> str:
     ours |= {"weights": digest(weights), "hash": ""}
     ours["hash"] = tensors.text_hash(json.dumps(cfg))
     return json.dumps(cfg) + "\n"
-
-
-def _hashed(path: Path, told: str) -> dict[str, Tensor]:
-    """The tensors of a file of this hash."""
-    data = path.read_bytes()
-    if digest(data) != told:
-        raise MechunlearnError(f"{path.name}: {tensors.DAMAGED}")
-    return tensors_in(data)
-
-
-def _plain(signature: Signature | None) -> dict[str, Any] | None:
-    return None if signature is None else asdict(signature)
-
-
-def _signature(entry: Mapping[str, Any] | None) -> Signature | None:
-    return None if entry is None else tensors.record(Signature, entry)
