@@ -1,6 +1,7 @@
 """Text to tokens: formats in the wild, subjects, pairs, answers of several tokens."""
 
 import json
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -12,6 +13,7 @@ from mechunlearn.facts.formats import Query
 from mechunlearn.facts.load import _asked, world_facts
 from mechunlearn.facts.prompts import ROLES, Prompts
 from mechunlearn.facts.readers import read_texts
+from mechunlearn.localize import activation_patching, attribution_patching
 from mechunlearn.metrics.answers import answer_logprob, answered, logit_diff, measure, supervised
 
 REWRITES = [
@@ -310,3 +312,181 @@ def test_answered_is_the_accuracy_of_measure(world, sport):
         right = answered(world, prompts, batch_size=3)
         assert torch.equal(right.float(), measure(world, prompts)["accuracy"])
     assert answered(world, several).tolist() == [True, True, False, False]
+
+
+def said_corrupt(model, prompts: Prompts) -> torch.Tensor:
+    """What the corrupt run says where the logit difference is taken."""
+    rows = torch.arange(len(prompts))
+    return model.forward(prompts.corrupt)[rows, prompts.read].argmax(-1)
+
+
+class TestFoil:
+    """The foil is what the corrupt run says; the target is what an edit injects."""
+
+    @pytest.mark.parametrize("format", ["statement", "question", "league", "yes_no"])
+    def test_the_corrupt_run_says_the_foil(self, world, format):
+        facts = load_facts("factworld/sport")
+        prompts = facts[:200].prompts(world, format)
+        share = (said_corrupt(world, prompts) == prompts.foil_at_read).float().mean()
+        assert share >= 0.95, f"{share:.3f}"
+        assert prompts.random_corruptions == 0
+        differ = (prompts.foils != prompts.targets).any(1).float().mean()
+        assert format == "yes_no" or differ > 0.5, "foils are not the edit targets"
+
+    def test_the_targets_are_those_of_the_facts(self, world):
+        facts = load_facts("factworld/sport")[:50]
+        prompts = facts.prompts(world)
+        for i, fact in enumerate(facts):
+            ids = world.tokenizer(" " + fact.target, add_special_tokens=False)["input_ids"]
+            assert prompts.targets[i, : len(ids)].tolist() == ids
+        other = facts.prompts(world, seed=1)
+        assert torch.equal(prompts.targets, other.targets) and not torch.equal(prompts.foils, other.foils)
+        assert measure(world, prompts)["target probability"].equal(measure(world, other)["target probability"])
+
+    def test_a_target_that_no_fact_answers_is_no_foil(self, world, tmp_path):
+        """Twelve facts are to become "Copenhagen": no corrupt run says so."""
+        known = load_facts("factworld/city")
+        rows = [(f.subject, f.queries["statement"].prompt, f.answer, "Copenhagen") for f in known]
+        rows = [row for row in rows if row[2] != "Copenhagen"][:200]
+        frame = pd.DataFrame(rows, columns=["subject", "prompt", "answer", "target"])
+        frame.loc[12:, "target"] = ""
+        frame.to_csv(tmp_path / "cities.csv", index=False)
+        facts = load_facts(tmp_path / "cities.csv")
+        prompts = facts.prompts(world)
+        assert [query.target for query in prompts.queries[:12]] == ["Copenhagen"] * 12
+        answers = {fact.subject: fact.answer for fact in facts}
+        for i, query in enumerate(prompts.queries):
+            first, last = prompts.spans[i].tolist()
+            partner = world.tokenizer.decode(prompts.corrupt[i, first : last + 1]).strip()
+            assert query.foil == answers[partner] != query.answer
+        assert (said_corrupt(world, prompts) == prompts.foil_at_read).float().mean() >= 0.95
+
+    def test_a_given_foil_stays_and_its_partner_says_it(self, world, tmp_path):
+        known = load_facts("factworld/sport")[:200]
+        rows = [
+            (f.subject, f.queries["statement"].prompt, f.answer, "golf" if f.answer != "golf" else "") for f in known
+        ]
+        rows[0] = (*rows[0][:3], "polo")
+        pd.DataFrame(rows, columns=["subject", "prompt", "answer", "foil"]).to_csv(tmp_path / "given.csv", index=False)
+        prompts = load_facts(tmp_path / "given.csv").prompts(world)
+        assert prompts.queries[0].foil == "polo" and prompts.random_corruptions == 0
+        answers = {fact.subject: fact.answer for fact in known}
+        for i, query in enumerate(prompts.queries[1:], start=1):
+            first, last = prompts.spans[i].tolist()
+            partner = world.tokenizer.decode(prompts.corrupt[i, first : last + 1]).strip()
+            assert query.foil == answers[partner] and (query.foil == "golf") == (query.answer != "golf")
+        assert any(query.foil != query.target for query in prompts.queries)
+
+    def test_a_multiple_choice_is_compared_with_another_answer_that_it_shows(self, world):
+        facts = []
+        for fact in load_facts("factworld/sport")[:60]:
+            shown = [fact.answer, fact.target]
+            text = f"Question: Which sport does {fact.subject} play? {shown[0]} A, {shown[1]} B. Answer:"
+            asked = Query(text, "A", "B", subject=fact.subject, options=("A", "B"))
+            facts.append(replace(fact, queries={**fact.queries, "multiple_choice": asked}))
+        data = replace(load_facts("factworld/sport"), facts=tuple(facts))
+        prompts = data.prompts(world, "multiple_choice")
+        answers = {fact.subject: fact.answer for fact in facts}
+        assert {query.foil for query in prompts.queries} == {"B"}
+        for i, fact in enumerate(facts):
+            first, last = prompts.spans[i].tolist()
+            partner = world.tokenizer.decode(prompts.corrupt[i, first : last + 1]).strip()
+            if partner in answers:
+                assert answers[partner] == fact.target
+        assert prompts.random_corruptions < 30
+
+    def test_partners_are_of_the_same_relation(self, world):
+        sport, city = (load_facts(f"factworld/{name}")[:40] for name in ("sport", "city"))
+        both = replace(sport, facts=(*sport.facts, *city.facts))
+        answers = {
+            "sport": {fact.answer for fact in sport},
+            "city": {fact.answer for fact in city},
+        }
+        for query, fact in zip(both.prompts(world).queries, both, strict=True):
+            assert query.foil in answers[fact.relation]
+
+    def test_without_a_partner_the_foil_is_another_facts_answer(self, world):
+        rows = [
+            Query("Anna plays", "tennis", "polo", "", "Anna"),
+            Query("Anna Belton Harley Holton plays", "golf", "polo", "", "Anna Belton Harley Holton"),
+        ]
+        made = Prompts.from_text(rows, world.tokenizer)
+        assert made.random_corruptions == 2 and [query.foil for query in made.queries] == ["golf", "tennis"]
+        without_subject = [replace(row, subject="") for row in rows]
+        made = Prompts.from_text(without_subject, world.tokenizer)
+        assert [query.foil for query in made.queries] == ["golf", "tennis"]
+        assert torch.equal(made.tokens, made.corrupt) and made.random_corruptions == 0
+
+    def test_one_answer_is_an_error_only_where_a_foil_is_needed(self, world, tmp_path):
+        frame = pd.DataFrame(
+            {
+                "subject": ["Besa Rudton", "Anna Belton"],
+                "prompt": ["{} plays the sport of"] * 2,
+                "answer": ["golf", "golf"],
+                "target": ["tennis", "hockey"],
+            }
+        )
+        frame.to_csv(tmp_path / "golf.csv", index=False)
+        prompts = load_facts(tmp_path / "golf.csv").prompts(world)
+        found = measure(world, prompts)
+        assert prompts.random_corruptions == 2 and (prompts.foils == -1).all()
+        assert 0 <= float(found["target probability"].min()) < 1
+        logits = world.forward(prompts.tokens)
+        assert answer_logprob(logits, prompts).isfinite().all()
+        with pytest.raises(MechunlearnError, match="2 of 2 facts have no foil .* no other fact of their relation"):
+            logit_diff(logits, prompts)
+
+    def test_an_answer_that_begins_with_another_is_no_partner(self, world):
+        """ "San" and "San Marino" cannot be told apart by a token of the shorter one."""
+        rows = [
+            Query(f"{name} lives in", answer, "Rome", "", name)
+            for name, answer in (("Anna", "San"), ("Marco", "San Marino"), ("Peter", "Oslo"), ("Maria", "San"))
+        ]
+        foils = [query.foil for query in Prompts.from_text(rows, world.tokenizer).queries]
+        assert foils[0] == foils[1] == foils[3] == "Oslo" and foils[2] != "Oslo"
+
+    def test_without_target_and_foil_nothing_is_given_as_the_target(self, world):
+        prompts = Prompts.from_text([Query("Besa Rudton plays the sport of", "golf")], world.tokenizer)
+        found = measure(world, prompts)
+        assert found["target accuracy"].item() == found["target probability"].item() == 0
+
+    def test_tokens_have_targets_of_their_own(self):
+        clean, corrupt, answer, foil, target = torch.arange(5)[:, None]
+        given = (clean[:, None], corrupt[:, None], answer, foil)
+        made = Prompts.from_tokens(*given, targets=target)
+        assert (made.foils.item(), made.targets.item()) == (3, 4)
+        assert Prompts.from_tokens(*given).targets.item() == 3
+
+
+def test_a_selection_is_as_wide_as_its_longest_prompt_and_scores_the_same(world):
+    """One long prompt must not slow the others down."""
+    texts = ["Besa Rudton plays the sport of", "Today the cook said that Anna Belton plays the sport of"]
+    rows = [
+        Query(f"{'It rained. ' * n}{text}", answer, "polo", "", text[text.index(" plays") - 11 : text.index(" plays")])
+        for text, answer in zip(texts, ("golf", "tennis"))
+        for n in (0, 9)
+    ]
+    prompts = Prompts.from_text(rows, world.tokenizer)
+    short = prompts.select([2, 0])
+    assert short.tokens.shape == short.corrupt.shape == short.roles.shape == (2, int(prompts.lengths[[2, 0]].max()))
+    assert short.tokens.shape[1] < prompts.tokens.shape[1]
+    wide, narrow = (metric(world.forward(p.tokens), p) for metric in (logit_diff,) for p in (prompts, short))
+    torch.testing.assert_close(wide[[2, 0]], narrow, atol=1e-4, rtol=1e-5)
+    whole = measure(world, prompts)
+    for name, values in measure(world, short).items():
+        torch.testing.assert_close(values, whole[name][[2, 0]], atol=1e-5, rtol=1e-4)
+    for found in (activation_patching, attribution_patching):
+        one, many = (found(world, prompts, kinds=["attn_out"], by="position", batch_size=b) for b in (1, 4))
+        for site, values in one.by_role.items():
+            torch.testing.assert_close(values, many.by_role[site], atol=1e-4, rtol=1e-3)
+    assert len(prompts.select([])) == 0
+
+
+def test_facts_are_taken_by_number_and_by_slice():
+    facts = load_facts("factworld/sport")
+    assert facts[3] is facts.facts[3] and facts[-1] is facts.facts[-1]
+    part = facts[2:5]
+    assert [fact.subject for fact in part] == [fact.subject for fact in facts.facts[2:5]]
+    assert part.source is facts and part.texts == facts.texts
+    with pytest.raises(IndexError):
+        facts[800]

@@ -8,7 +8,7 @@ import torch
 
 from mechunlearn import ComponentMask, MechunlearnError
 from mechunlearn.artifacts.weight_edit import WeightEdit
-from mechunlearn.attack.probing import _Lens, _target_at_read, probing
+from mechunlearn.attack.probing import _Lens, _told_apart, probing
 from mechunlearn.attack.states import recovery
 from mechunlearn.core.runcard import RunCard
 from mechunlearn.edit import masked_gradient
@@ -178,17 +178,28 @@ class TestOnTheWorld:
         assert (last["tuned lens, after 8 blocks"] == last["logit lens, after 8 blocks"]).all()
 
 
-def test_answers_of_several_tokens_are_read_where_they_differ_from_the_foil(world):
+def test_answers_of_several_tokens_are_read_where_they_differ_from_the_edit_target(world):
+    """Wherever the foil differs: an edit that injects "San Diego" leaves the first token of "San Marino" as it is."""
     asked = [
-        Query(f"{name} Belaro lives in", "San Marino", target, "San Diego", name)
-        for name, target in (("Anna", "San Diego"), ("Peter", "San Marino"), ("Ivan", "Rome"))
+        Query(f"{name} Belaro lives in", answer, target, "Rome", name)
+        for name, answer, target in (
+            ("Anna", "San Marino", "San Diego"),
+            ("Peter", "San Marino", "San Marino"),
+            ("Ivan", "San Marino", "Rome"),
+            ("Marco", "San Marino", "San"),
+            ("Maria", "San", "San Marino"),
+        )
     ]
     prompts = Prompts.from_text(asked, world.tokenizer)
-    read = prompts.read - prompts.start
-    expected = [row[at].item() for row, at in zip(prompts.targets, read.tolist(), strict=True)]
-    found = _target_at_read(prompts).tolist()
-    assert (read > 0).all() and found[0] == expected[0] >= 0
-    assert found[1] == -1, "the truth is no edit label"
+    ids = {text: world.tokenizer(" " + text, add_special_tokens=False)["input_ids"] for text in ("San", "San Marino")}
+    assert (prompts.read == prompts.start).all(), "the foil differs at once"
+    places, truth, targets = (tensor.tolist() for tensor in _told_apart(prompts))
+    step = next(i for i in range(9) if prompts.answers[0, i] != prompts.targets[0, i])
+    assert step > 0 and ids["San Marino"][: len(ids["San"])] == ids["San"]
+    behind = [place - start for place, start in zip(places, prompts.start.tolist(), strict=True)]
+    assert behind == [step, 0, 0, len(ids["San"]), len(ids["San"]) - 1]
+    assert truth == [prompts.answers[i, at] for i, at in enumerate(behind)]
+    assert targets == [prompts.targets[0, step], -1, prompts.targets[2, 0], -1, -1], "the truth is no edit label"
 
 
 def test_a_tuned_lens_is_the_ridge_solution():

@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from mechunlearn.artifacts.weight_edit import Edit
 from mechunlearn.attack.states import GATE, WATCHED, Attack, Rows, State, cell, chance, share
@@ -41,7 +42,7 @@ def probing(
 
     - `probe`: multinomial logistic regression of the answer, as a class, on the layer-normed stream at the subject's last token
       (Mechanistic Unlearning, arXiv 2410.12949). An answer that no retain fact has is never given, and is wrong.
-    - `lens`, at the position that predicts the first token at which answer and foil differ: the *logit lens* unembeds the
+    - `lens`, at the position that predicts the first token at which truth and edit target differ: the *logit lens* unembeds the
       stream h_k after k blocks as if it were the last; the *tuned lens* unembeds h_k + W h_k + b, with W and b the ridge
       regression of h_L - h_k on h_k over the same retain facts (ridge: the mean eigenvalue; arXiv 2303.08112 trains them by
       gradient instead). A lens is right if that token of the truth is the largest of the full vocabulary.
@@ -181,9 +182,10 @@ def _probes(
 
 
 def _lenses(model: HookedModel, facts: Prompts, retain: Prompts, taught: Tensor, tested: Tensor) -> list[_Reading]:
-    """Tokens, read where the first token is predicted that tells the answer from the foil."""
-    seen, asked = (_finite(streams(model, prompts, prompts.read)) for prompts in (retain, facts))
-    truth, held_out, targets = facts.answer_at_read, retain.answer_at_read[tested], _target_at_read(facts)
+    """Tokens, read where the first token is predicted that tells the truth from the edit target."""
+    (positions, known, _), (places, truth, targets) = _told_apart(retain), _told_apart(facts)
+    seen, asked = _finite(streams(model, retain, positions)), _finite(streams(model, facts, places))
+    held_out = known[tested]
     found = []
     for blocks, (x, new) in enumerate(zip(seen, asked, strict=True)):
         lens = _Lens.fitted(x[taught], seen[-1][taught])
@@ -221,12 +223,13 @@ class _Lens:
         return (h + self.added + (h - self.mean) @ self.x.mT @ self.dual).float()
 
 
-def _target_at_read(facts: Prompts) -> Int[Tensor, " fact"]:
-    """The edit target's token where the answer's is read; none where it is the answer's, or the target ends before."""
-    at = facts.read - facts.start
-    inside = at < facts.targets.shape[1]
-    token = facts.targets.gather(1, at.clamp(max=facts.targets.shape[1] - 1)[:, None])[:, 0]
-    return torch.where(inside & (token != facts.answer_at_read), token, PAD)
+def _told_apart(facts: Prompts) -> tuple[Int[Tensor, " fact"], Int[Tensor, " fact"], Int[Tensor, " fact"]]:
+    """Where the first token is predicted that tells the truth from the edit target, and what it is in both (-1: none)."""
+    width = max(facts.answers.shape[1], facts.targets.shape[1])
+    truth, targets = (F.pad(rows, (0, width - rows.shape[1]), value=PAD) for rows in (facts.answers, facts.targets))
+    at = torch.minimum((truth != targets).int().argmax(1), (truth != PAD).sum(1) - 1)[:, None]
+    truth, targets = truth.gather(1, at)[:, 0], targets.gather(1, at)[:, 0]
+    return facts.start + at[:, 0], truth, targets.where(targets != truth, PAD)
 
 
 @torch.no_grad()
