@@ -191,8 +191,8 @@ class HookedModel:
         Returns:
             A list of strings; a list of such lists if several texts or rows are given.
 
-        >>> load_model("factworld").to_str_tokens("The capital")
-        ['<|bos|>', 'The', ' capital']
+        >>> load_model("factworld").to_str_tokens("A company")
+        ['<|bos|>', 'A', ' company']
         """
         rows = text.reshape(-1, text.shape[-1]).tolist() if isinstance(text, Tensor) else ids_of(text, self.tokenizer)
         found = [decoded([[token] for token in row], self.tokenizer) for row in rows]
