@@ -102,13 +102,22 @@ class Localization:
         site = torch.arange(len(sizes)).repeat_interleave(sizes)[order]
         return order, site, order - (sizes.cumsum(0) - sizes)[site]
 
-    def top(self, units: int | None = None, weights: float | int | None = None, tied: bool = False) -> ComponentMask:
+    def top(
+        self, units: float | int | None = None, weights: float | int | None = None, tied: bool = False
+    ) -> ComponentMask:
         """The units with the largest |score| within a budget: a number of units, or a share of all editable weights.
 
         Taken in order and stopped before the first that would exceed the budget, so that masks of growing budgets
         nest. With `tied=True` the result is tied (see `ComponentMask.tied`) and tied weights count.
+        `top(0.05)` is `top(weights=0.05)`: a float below 1 is a share.
         Raises `MechunlearnError` if the budget is out of range or both are given.
         """
+        if isinstance(units, float):
+            if not units < 1 or weights is not None:
+                raise MechunlearnError(
+                    f"A budget of {units:g} is no number of units. Give one budget: top(64), top(units=64) or top(weights=0.05)."
+                )
+            units, weights = None, units
         if (units is None) == (weights is None):
             raise MechunlearnError("Give one budget: top(units=64) or top(weights=0.05).")
         available = sum(len(s) for s in self.scores.values())
