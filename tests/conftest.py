@@ -82,7 +82,7 @@ def _edited(world, sixteen, sites: list[str]) -> "WeightEdit":
 
     forget, retain = sixteen
     mask = ComponentMask.of(sites, world.signature)
-    return masked_gradient(world, mask, forget, retain.select(range(48)), steps=30, batch_size=16)
+    return masked_gradient(world, mask, forget, retain.select(range(48)), steps=40, batch_size=16)
 
 
 @pytest.fixture(scope="session")

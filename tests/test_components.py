@@ -120,6 +120,11 @@ def test_a_budget_stops_before_the_first_unit_that_exceeds_it():
     assert len(found.top(weights=exactly)) == 2
     assert len(found.top(weights=exactly - 1e-4)) == 1, "the head would exceed the budget: stop, do not skip"
     assert found.share(found.top(weights=exactly)) == pytest.approx(exactly)
+    assert found.top(exactly) == found.top(weights=exactly), "a float below 1 is a share"
+    assert found.top(2) == found.top(units=2) and not len(found.top(0.0))
+    for budget in ({"units": 2.0}, {"units": 0.5, "weights": 0.5}, {"units": float("nan")}):
+        with pytest.raises(MechunlearnError, match="is no number of units. Give one budget"):
+            found.top(**budget)
 
 
 def test_masks_of_growing_budgets_nest():

@@ -1,9 +1,13 @@
 """The report says what was measured, and its control is a real one."""
 
+import inspect
+
 import pandas as pd
 import pytest
 
-from mechunlearn import ComponentMask, evaluate
+from mechunlearn import ComponentMask, MechunlearnError, evaluate
+from mechunlearn.artifacts.weight_edit import WeightEdit
+from mechunlearn.core.runcard import RunCard
 from mechunlearn.edit import losses, masked_gradient
 from mechunlearn.evaluation.controls import random_mask
 from mechunlearn.localize import fact_lookup
@@ -106,6 +110,23 @@ def test_unlearning_losses_remove_the_truth_and_the_retain_term_keeps_the_rest(l
             assert measure(world, forget)["probability"].mean() < 0.8 * before
             kept.append(float(measure(world, retain)["probability"].mean()))
     assert kept[1] > kept[0], "without the retain term more is lost"
+
+
+def test_the_summary_prints_its_numbers_in_full(report):
+    """Where pandas would leave out columns: more of them than a terminal is wide."""
+    shown = str(report.summary())
+    assert "..." not in shown and len(shown.splitlines()) == len(report.summary()) + 1
+    for name in ("before", "after", "control"):
+        assert f"{report.value('forget', 'statement', 'accuracy', name):.2f} [" in shown and name in shown
+
+
+def test_what_is_no_edit_is_refused(world, sport, found):
+    """Past the type checker of the tests, as users call it."""
+    measured = inspect.unwrap(evaluate)
+    told = r"Expected an edit, got a Localization.*found.above\(0\) or found.top\(weights=0.05\)"
+    for given in ({"edit": found}, {"edit": WeightEdit({}, {}, world.signature, RunCard("none")), "control": found}):
+        with pytest.raises(MechunlearnError, match=told):
+            measured(world, **given, forget=sport[0], retain=sport[1])
 
 
 def test_reports_show_as_tables(report):

@@ -1,5 +1,6 @@
 """Every figure shows the numbers it was given, names its axes, and touches no theme but its own."""
 
+import inspect
 import math
 import sys
 from xml.etree import ElementTree
@@ -202,6 +203,13 @@ class TestMaskMap:
         assert len(plots.mask_map(chosen, model=world).data) == 1
         figure = plots.mask_map(chosen, activities[2])
         assert figure.data[0].y[0].endswith("(codes)") and sum(figure.data[1].y) == pytest.approx(len(chosen) / 512)
+
+    def test_a_localization_is_no_mask(self, attributed):
+        """Past the type checker of the tests, as users call it."""
+        with pytest.raises(
+            MechunlearnError, match=r"got a Localization.*found.above\(0\) or found.top\(weights=0.05\)"
+        ):
+            inspect.unwrap(plots.mask_map)(attributed)
 
     def test_a_mask_of_another_model_is_refused(self, toy, attributed):
         with pytest.raises(MechunlearnError, match="fits one architecture only"):

@@ -6,14 +6,12 @@ import pandas as pd
 import pytest
 import torch
 
-from mechunlearn import ComponentMask, MechunlearnError
+from mechunlearn import MechunlearnError
 from mechunlearn.artifacts.weight_edit import WeightEdit
 from mechunlearn.attack.probing import _Lens, _told_apart, probing
 from mechunlearn.attack.states import recovery
 from mechunlearn.core.runcard import RunCard
-from mechunlearn.edit import masked_gradient
 from mechunlearn.facts.formats import Query
-from mechunlearn.facts.load import load_facts
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.metrics.answers import answered
 from mechunlearn.model.hooked import load_model
@@ -100,15 +98,10 @@ class TestOnThePlantedModel:
         assert self.of(rows, "unedited", "probe, after 1 blocks") == 0.75
         assert self.of(rows, "unedited", "logit lens, after 2 blocks") == 1, "a lens has all tokens"
 
-    def test_no_trace_also_after_an_error(self, setup):
-        model = setup[0]
+    def test_retain_facts_with_one_answer_are_refused(self, setup):
         one_answer = planted_facts().prompts([i for i in range(24) if i % 4 == 0] * 2)
-        before = state_of(model)
-        probing(*setup)
-        assert_untouched(model, before)
         with pytest.raises(MechunlearnError, match="All 10 retain facts .* have one answer"):
             probing(*setup[:3], one_answer)
-        assert_untouched(model, before)
 
     def test_known_ceilings_are_not_run_again(self, setup, rows):
         again = probing(*setup, baseline_rows=rows)
@@ -134,18 +127,9 @@ class TestOnThePlantedModel:
 @pytest.mark.slow
 class TestOnTheWorld:
     @pytest.fixture(scope="class")
-    def rows(self, world):
-        forget, retain = load_facts("factworld/sport").prompts(world).split(forget=16, retain=240, seed=1)
-        last = ComponentMask.of(["L7.attn.o", "L7.mlp.out"], world.signature)
-        hidden = masked_gradient(world, last, forget, retain, steps=40, batch_size=16)
-        site = [f"L{layer}.mlp.{kind}" for layer in (1, 2) for kind in ("in", "gate", "out")]
-        removed = masked_gradient(
-            world, ComponentMask.of(site, world.signature), forget, retain, steps=40, batch_size=16
-        )
-        wrecked = rewritten(world, "L7.mlp.out", list(range(384)), 0.5)
-        return probing(
-            world, removed, forget, retain, extra_edits={"hidden": hidden, "wrecked": wrecked}, min_retention=0.8
-        )
+    def rows(self, world, sixteen, hidden, gone):
+        extra = {"hidden": hidden, "wrecked": rewritten(world, "L7.mlp.out", list(range(384)), 0.5)}
+        return probing(world, gone, *sixteen, extra_edits=extra, min_retention=0.8)
 
     def test_what_is_hidden_by_the_last_layer_is_read_before_it_and_what_is_gone_is_not(self, rows):
         found = recovery(rows)

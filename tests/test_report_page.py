@@ -90,20 +90,22 @@ class TestText:
         assert "100% → 0%" in first and "95 % interval 0% to 10%, n = 16; random mask: 50%" in first
 
     @pytest.mark.parametrize(
-        ("edited", "word"), [(None, "not attacked"), (0.9, "hidden"), (0.25, "gone")], ids=["none", "back", "not back"]
+        ("edited", "status"),
+        [(None, "not attacked"), (0.9, "hidden"), (0.25, "gone")],
+        ids=["none", "back", "not back"],
     )
-    def test_the_word_is_the_reports(self, edited, word, tmp_path):
+    def test_the_status_is_the_reports(self, edited, status, tmp_path):
         made = report(edited)
         made.to_html(tmp_path / "report.html")
-        assert (made.status()[0] or "not attacked") == word
-        assert f">{word.capitalize()}</p>" in (tmp_path / "report.html").read_text()
+        assert (made.status()[0] or "not attacked") == status
+        assert f">{status.capitalize()}</p>" in (tmp_path / "report.html").read_text()
 
-    @pytest.mark.parametrize(("after", "kept", "word"), [(0.9, 1.0, "still there"), (0.0, 0.5, "collapsed")])
-    def test_what_is_still_there_or_collapsed_is_called_so(self, after, kept, word, tmp_path):
+    @pytest.mark.parametrize(("after", "kept", "status"), [(0.9, 1.0, "still there"), (0.0, 0.5, "collapsed")])
+    def test_what_is_still_there_or_collapsed_is_called_so(self, after, kept, status, tmp_path):
         frame = FRAME.copy()
         frame.loc[0, "after"], frame.loc[3, "after"] = after, kept
         replace(report(), frame=frame).to_html(tmp_path / "report.html")
-        assert f">{word.capitalize()}</p>" in (tmp_path / "report.html").read_text()
+        assert f">{status.capitalize()}</p>" in (tmp_path / "report.html").read_text()
 
     def test_nothing_given_is_taken_for_html_or_cut_short(self, page):
         text = page.read_text()
@@ -114,6 +116,12 @@ class TestText:
         text = page.read_text()
         assert text.count("/**\n* plotly.js v") == 1
         assert "<link" not in text and "<script src" not in text
+
+    def test_tables_print_whole_and_in_plain_words(self, page):
+        for table in (report().summary(), report().outcomes(), report().summary()[["what", "after"]]):
+            assert "..." not in str(table) and len(str(table).splitlines()) == len(table) + 1
+        assert "1.00 [0.90, 1.00]" in str(report().summary())
+        assert "<th>truth came back</th>" in page.read_text() and "truth_came_back" not in page.read_text()
 
     def test_without_a_mask_it_says_how_many_weights(self, tmp_path):
         report().to_html(tmp_path / "report.html")

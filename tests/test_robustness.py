@@ -121,7 +121,7 @@ class TestPlantedCases:
         assert (never["never_low"] <= never["chance"]).all(), never[["never_taught", "never_low", "chance"]]
         assert (never["ceiling"] > 0.8).all(), "and the control could have failed: the unedited model is not there"
 
-    def test_the_word_for_each(self, outcomes):
+    def test_the_status_of_each(self, outcomes):
         assert status(0.16, 1.0, 1.0, 0.22, outcomes["removed"].reset_index())[0] == "gone"
         assert status(0.0, 0.95, 1.0, 0.22, outcomes["hidden"].reset_index())[0] == "hidden"
         assert status(0.6, 0.68, 1.0, 0.22, outcomes["wrecked"].reset_index())[0] == "collapsed"
@@ -227,7 +227,7 @@ class TestStatus:
         }
         return pd.DataFrame([shared | {"high": 0.3, "floor": 0.2, "n": 30} | row])
 
-    def test_the_order_of_the_words(self):
+    def test_the_order(self):
         back = self.table(outcome="back", recovery=0.8)
         assert status(0.9, 0.5, 1.0, 0.2, back)[0] == "collapsed"
         assert status(0.9, 1.0, 1.0, 0.2, back)[0] == "still there"
@@ -240,33 +240,23 @@ class TestStatus:
 
 
 class TestReport:
-    def test_attacks_are_in_the_report_and_its_page(self, tmp_path, monkeypatch):
+    def test_attacks_are_in_the_report_and_its_page(self, tmp_path, monkeypatch, world, sixteen, hidden):
         monkeypatch.setattr("mechunlearn.evaluation.cells.LIMIT", 8)
-        model = load_model("factworld")
-        from mechunlearn import load_facts
-
-        forget, retain = load_facts("factworld/sport").prompts(model).split(forget=16, retain=48, seed=0)
-        last = ComponentMask.of(["L7.attn.o", "L7.mlp.out"], model.signature)
-        edit = masked_gradient(
-            model, last, forget, retain, loss=losses.log_one_minus_p, steps=20, lr=5e-3, batch_size=16
-        )
+        forget, retain = sixteen[0], sixteen[1].select(range(48))
         shown = []
         report = evaluate(
-            model,
-            edit,
+            world,
+            hidden,
             forget=forget,
             retain=retain,
-            control=edit,
+            control=hidden,
             attacks=["quantization", "unlearning_depth"],
             watch=lambda so_far: shown.append(len(so_far.outcomes())),
         )
         assert shown == [0, 1, 2]
         assert report.status()[0] == "hidden" and report.verdict().startswith("Hidden: ")
-        assert (
-            report.value("text", "passages", "kl_to_before")
-            > 0
-            == report.value("text", "passages", "kl_to_before", "before")
-        )
+        moved = [report.value("text", "passages", "kl_to_before", column) for column in ("after", "before")]
+        assert moved[0] > 0 == moved[1]
         assert report.outcomes()["never_taught"].str.contains(r"\[").all()
         report.to_html(tmp_path / "report.html")
         page = (tmp_path / "report.html").read_text()

@@ -96,16 +96,10 @@ class TestOnThePlantedModel:
         with pytest.raises(MechunlearnError, match="no depth holds it"):
             unlearning_depth(*setup, threshold=most + 1)
 
-    def test_no_trace_and_no_rows_of_an_error(self, setup):
-        model = setup[0]
+    def test_an_edit_of_another_model_is_refused(self, setup):
         elsewhere = silenced(load_model((random_hf("gpt2"), None)), "L0.mlp.out", [0])
-        before = state_of(model)
-        unlearning_depth(*setup)
-        assert_untouched(model, before)
-
         with pytest.raises(MechunlearnError, match="The edit is for"):
             unlearning_depth(*setup, extra_edits={"of another model": elsewhere})
-        assert_untouched(model, before)
 
     def test_known_ceilings_are_not_run_again(self, setup, rows, monkeypatch):
         again = unlearning_depth(*setup, baseline_rows=rows)

@@ -126,19 +126,27 @@ class Localization:
         site = torch.arange(len(sizes)).repeat_interleave(sizes)[order]
         return order, site, order - (sizes.cumsum(0) - sizes)[site]
 
-    def top(self, units: int | None = None, weights: float | int | None = None, tied: bool = False) -> ComponentMask:
+    def top(
+        self, units: float | int | None = None, weights: float | int | None = None, tied: bool = False
+    ) -> ComponentMask:
         """Return the mask of the units with the largest |score| within a budget.
 
         Units are taken in order, up to the first that would exceed the budget, so that masks of growing budgets nest.
 
         Args:
-            units: The budget as a number of units.
+            units: The budget as a number of units; a float below 1 is a share, so `top(0.05)` is `top(weights=0.05)`.
             weights: The budget as a share of all editable weights, 0 to 1. Give one of the two.
             tied: Whether to add what feeds each unit (see `ComponentMask.tied`) and to count its weights too.
 
         Raises:
             MechunlearnError: If the budget is out of range, or not exactly one is given.
         """
+        if isinstance(units, float):
+            if not units < 1 or weights is not None:
+                raise MechunlearnError(
+                    f"A budget of {units:g} is no number of units. Give one budget: top(64), top(units=64) or top(weights=0.05)."
+                )
+            units, weights = None, units
         if (units is None) == (weights is None):
             raise MechunlearnError("Give one budget: top(units=64) or top(weights=0.05).")
         available = sum(len(s) for s in self.scores.values())
