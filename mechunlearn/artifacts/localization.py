@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import pandas as pd
 import torch
@@ -60,6 +60,19 @@ class Localization:
             check_site(site, len(scores), self.signature)
         ordered = sorted(self.scores, key=Component.parse)
         object.__setattr__(self, "scores", {site: self.scores[site].detach().float().cpu() for site in ordered})
+
+    def check(self, signature: Signature) -> NoReturn:
+        """Refuse to be a mask, which is what checks its architecture: scores say how much, a mask says which.
+
+        Args:
+            signature: That of the model which the mask is for.
+
+        Raises:
+            MechunlearnError: Always, with how to make a mask of the scores.
+        """
+        raise MechunlearnError(
+            "A Localization is given where a mask is expected. Choose units: found.above(0), or found.top(weights=0.05)."
+        )
 
     def above(self, threshold: float | int) -> ComponentMask:
         """The units whose |score| is larger than the threshold."""
