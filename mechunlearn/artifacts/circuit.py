@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pandas as pd
 import torch
@@ -186,6 +186,20 @@ class Circuit:
         heads, mlp = block[:, :-1], block[:, -1:]
         groups = heads.reshape(len(heads), self.signature.kv_heads, -1).any(2)
         return torch.cat([free, kept])[:, None] & by_reader(heads, groups, mlp, free)
+
+    def check(self, signature: Signature) -> NoReturn:
+        """Refuse to be a mask, which is what checks its architecture: a circuit has edges, a mask units.
+
+        Args:
+            signature: That of the model which the mask is for.
+
+        Raises:
+            MechunlearnError: Always, with how to make a mask of the circuit.
+        """
+        raise MechunlearnError(
+            "A Circuit is given where a mask is expected. Choose units: circuit.nodes().above(0), or "
+            "circuit.nodes().top(weights=0.05)."
+        )
 
     def nodes(self) -> Localization:
         """Return how much each head and MLP matters: the sum of its outgoing edges in the circuit.

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pandas as pd
 import torch
@@ -73,6 +73,19 @@ class Localization:
             check_site(site, len(scores), self.signature)
         ordered = sorted(self.scores, key=Component.parse)
         object.__setattr__(self, "scores", {site: self.scores[site].detach().float().cpu() for site in ordered})
+
+    def check(self, signature: Signature) -> NoReturn:
+        """Refuse to be a mask, which is what checks its architecture: scores say how much, a mask says which.
+
+        Args:
+            signature: That of the model which the mask is for.
+
+        Raises:
+            MechunlearnError: Always, with how to make a mask of the scores.
+        """
+        raise MechunlearnError(
+            "A Localization is given where a mask is expected. Choose units: found.above(0), or found.top(weights=0.05)."
+        )
 
     def above(self, threshold: float | int) -> ComponentMask:
         """Return the mask of the units whose |score| is larger than a threshold.

@@ -236,9 +236,9 @@ class LowRank:
 
     def __init__(self, model: HookedModel, mask: ComponentMask, rank: int, scale: float | int, start: Start) -> None:
         self.model, self.mask = model, mask
-        self.lowest: int | None = lowest_layer(mask) if len(mask) else 0
         self.factors: list[Factors] = []
         parts = matrices(model, mask)
+        self.lowest: int | None = lowest_layer(mask) if len(mask) else 0
         for part in parts:
             rows, columns = part.shape
             if not 0 < rank <= min(rows, columns):
