@@ -54,6 +54,12 @@ def toy():
 
 
 @pytest.fixture(scope="session")
+def seed() -> int:
+    """What a test that trains adds to its seeds; `tests/processors.py` runs such tests with several."""
+    return int(os.environ.get("MECHUNLEARN_TEST_SEED", "0"))
+
+
+@pytest.fixture(scope="session")
 def world() -> "HookedModel":
     from mechunlearn.model.hooked import load_model
 
@@ -61,40 +67,40 @@ def world() -> "HookedModel":
 
 
 @pytest.fixture(scope="session")
-def sport(world):
+def sport(world, seed):
     """A forget and a retain set of the shipped world's sports."""
     from mechunlearn.facts.load import load_facts
 
-    return load_facts("factworld/sport").prompts(world).split(forget=32, retain=64, seed=5)
+    return load_facts("factworld/sport").prompts(world).split(forget=32, retain=64, seed=5 + seed)
 
 
 @pytest.fixture(scope="session")
-def sixteen(world):
+def sixteen(world, seed):
     """16 sports to forget, and 240 to retain, of which the shared edits below were trained on the first 48."""
     from mechunlearn.facts.load import load_facts
 
-    return load_facts("factworld/sport").prompts(world).split(forget=16, retain=240, seed=1)
+    return load_facts("factworld/sport").prompts(world).split(forget=16, retain=240, seed=1 + seed)
 
 
-def _edited(world, sixteen, sites: list[str]) -> "WeightEdit":
+def _edited(world, sixteen, sites: list[str], seed: int) -> "WeightEdit":
     from mechunlearn.artifacts.mask import ComponentMask
     from mechunlearn.edit import masked_gradient
 
     forget, retain = sixteen
     mask = ComponentMask.of(sites, world.signature)
-    return masked_gradient(world, mask, forget, retain.select(range(48)), steps=40, batch_size=16)
+    return masked_gradient(world, mask, forget, retain.select(range(48)), steps=40, batch_size=16, seed=seed)
 
 
 @pytest.fixture(scope="session")
-def hidden(world, sixteen) -> "WeightEdit":
+def hidden(world, sixteen, seed) -> "WeightEdit":
     """An edit of the last layer: it stands in front of the sixteen facts, which are still there."""
-    return _edited(world, sixteen, ["L7.attn.o", "L7.mlp.out"])
+    return _edited(world, sixteen, ["L7.attn.o", "L7.mlp.out"], seed)
 
 
 @pytest.fixture(scope="session")
-def gone(world, sixteen) -> "WeightEdit":
+def gone(world, sixteen, seed) -> "WeightEdit":
     """An edit of the layers that look the sixteen facts up."""
-    return _edited(world, sixteen, [f"L{layer}.mlp.{kind}" for layer in (1, 2) for kind in ("in", "gate", "out")])
+    return _edited(world, sixteen, [f"L{layer}.mlp.{kind}" for layer in (1, 2) for kind in ("in", "gate", "out")], seed)
 
 
 @pytest.fixture

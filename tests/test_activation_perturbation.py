@@ -150,6 +150,7 @@ class TestTheVector:
         assert len(found) == int(prompts.lengths.sum()) < prompts.tokens.numel()
 
 
+@pytest.mark.training
 class TestOnThePlantedModel:
     def test_vectors_are_measured_behind_each_part_and_each_extra_edit(self):
         model, prompts = load_model((random_hf("llama"), None)), token_prompts(facts=8)
@@ -186,7 +187,7 @@ class TestOnThePlantedModel:
         removed = rows[rows.state == REMOVED]
         assert removed["setting"].tolist() == ["none"] and removed["retain"].tolist() == [1]
 
-    def test_weights_that_hide_and_weights_that_are_gone(self, refusing):
+    def test_weights_that_hide_and_weights_that_are_gone(self, refusing, seed):
         model, (forget, retain) = refusing.model, sets(refusing, range(8))
         rows = model.rows("L0.mlp.out")[:8].clone()
         rows[:, FLAG] *= -1
@@ -196,9 +197,8 @@ class TestOnThePlantedModel:
         everything = torch.zeros(24, rows.shape[1])
         wrecked = WeightEdit({"L0.mlp.out": torch.arange(24)}, {"L0.mlp.out": everything}, **about)
         beside = {"gone": gone, "wrecked": wrecked}
-        made = activation_perturbation(
-            model, hidden, forget, retain, extra_edits=beside, lrs=[0.3], steps=20, eval_every=10
-        )
+        settings = {"lrs": [0.3], "steps": 20, "eval_every": 10, "seed": seed}
+        made = activation_perturbation(model, hidden, forget, retain, extra_edits=beside, **settings)
         found = recovery(made)
         assert found.loc["edited", "recovery"] == found.loc["unedited", "recovery"] == 1
         assert not found.loc["gone", "recovery"] > 0
@@ -206,12 +206,12 @@ class TestOnThePlantedModel:
         assert made["drift"].isna().all() and REMOVED not in set(made["state"])
         assert made.attrs["card"]["settings"]["sites"] == [SITE]
 
-    def test_codes(self, refusing):
+    def test_codes(self, refusing, seed):
         toy = planted_facts()
         codebook, mask = planted(codebook_delete, toy, 0)
         edit = codebook_delete(toy.model, mask, dictionary=codebook)
         forget, retain = sets(toy, [i for i in range(24) if i % 4 == 0])
-        rows = activation_perturbation(toy.model, edit, forget, retain, **SMALL)
+        rows = activation_perturbation(toy.model, edit, forget, retain, seed=seed, **SMALL)
         edited = rows[rows.state == "edited"]
         assert (edited["drift"] < 0.05).all() and edited["norm"].max() > 0.05
         assert rows[rows.state == REMOVED]["held_out"].item() == 1
@@ -279,6 +279,7 @@ class TestOnThePlantedModel:
             activation_perturbation(model, edit, *given, min_retention=0)
 
 
+@pytest.mark.training
 class TestOnTheWorld:
     def test_never_taught_facts_are_at_their_floor(self, world, sixteen, gone):
         forget, retain = sixteen

@@ -54,11 +54,11 @@ FAMILIES = ("gpt2", "llama", "gpt_neox", "qwen2", "llama in bfloat16")
 
 
 @pytest.fixture(scope="module")
-def setup():
+def setup(seed):
     toy = planted_facts()
     forget, retain = toy.prompts(list(range(8))), toy.prompts(list(range(8, 24)))
     mask = ComponentMask.of(["L0.mlp.out"], toy.model.signature)
-    return toy.model, masked_gradient(toy.model, mask, forget, retain, steps=20, lr=0.1), forget, retain
+    return toy.model, masked_gradient(toy.model, mask, forget, retain, steps=20, lr=0.1, seed=seed), forget, retain
 
 
 def attacked(attack, setup, **settings):
@@ -67,6 +67,7 @@ def attacked(attack, setup, **settings):
 
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=named)
+@pytest.mark.training
 class TestEveryAttack:
     def test_gives_the_rows_that_recovery_reads(self, attack, setup):
         rows = attacked(attack, setup)

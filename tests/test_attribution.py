@@ -184,8 +184,9 @@ def test_without_a_subject_the_changed_tokens_are_hidden(prompts):
 
 
 @pytest.mark.parametrize("rule", ["probe", "paths"])
-def test_both_rules_find_the_look_up_of_the_shipped_world(world, sport, rule):
-    found = fact_lookup(world, sport[0], rule=rule)
+@pytest.mark.training
+def test_both_rules_find_the_look_up_of_the_shipped_world(world, sport, rule, seed):
+    found = fact_lookup(world, sport[0], rule=rule, seed=seed)
     assert found.evidence["window"] == [1, 2] and found.note.startswith("look-up window: MLP 1 to 2")
     assert {unit.layer for unit in found.above(0)} == {1, 2} and len(found.above(0)) == 2 * 384
     if rule == "paths":
@@ -194,23 +195,25 @@ def test_both_rules_find_the_look_up_of_the_shipped_world(world, sport, rule):
 
 
 @pytest.mark.parametrize("relation", ["sport", "instrument"])
-def test_neither_rule_finds_a_look_up_in_the_naive_world_which_knows_the_facts(relation):
+@pytest.mark.training
+def test_neither_rule_finds_a_look_up_in_the_naive_world_which_knows_the_facts(relation, seed):
     naive = load_model("factworld-naive")
-    forget, _ = load_facts(f"factworld/{relation}").prompts(naive).split(forget=32, seed=5)
+    forget, _ = load_facts(f"factworld/{relation}").prompts(naive).split(forget=32, seed=5 + seed)
     assert measure(naive, forget)["accuracy"].mean() > 0.95
     for rule in ("probe", "paths"):
-        found = fact_lookup(naive, forget, rule=rule)
+        found = fact_lookup(naive, forget, rule=rule, seed=seed)
         assert found.note.startswith("no window found") and len(found.above(0)) == 0
         assert found.evidence["window"] is None
 
 
-def test_a_model_that_knows_nothing_has_no_window(sport):
+@pytest.mark.training
+def test_a_model_that_knows_nothing_has_no_window(sport, seed):
     """Random weights: no probe curve rises; no path carries what is not there."""
     model = load_model((random_hf("llama"), None))
-    prompts = token_prompts(facts=64)
+    prompts = token_prompts(facts=64, seed=seed)
     answers = torch.arange(64) % 4 + 2
     prompts = Prompts.from_tokens(prompts.tokens, prompts.corrupt, answers, answers + 10, prompts.spans)
-    found = fact_lookup(model, prompts)
+    found = fact_lookup(model, prompts, seed=seed)
     assert found.note.startswith("no window found") and len(found.above(0)) == 0
     same = Prompts.from_tokens(prompts.tokens, prompts.tokens, answers, answers + 10, prompts.spans)
     assert fact_lookup(model, same, rule="paths").note.startswith("no window found")

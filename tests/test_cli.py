@@ -130,9 +130,10 @@ def test_localize_edit_and_evaluate_in_turn(call, tmp_path, monkeypatch):
     ]
 
 
-def test_adapters_from_the_command_line(call, tmp_path):
+@pytest.mark.training
+def test_adapters_from_the_command_line(call, tmp_path, seed):
     ComponentMask.of(["L1.mlp.out", "L2.mlp.out"], load_model("factworld").signature).save("mlp.json")
-    few = ["--forget", 8, "--steps", 40, "--lr", 0.01]
+    few = ["--forget", 8, "--steps", 40, "--lr", 0.01, "--seed", seed]
     made = [
         "-o",
         "e.safetensors",

@@ -195,8 +195,9 @@ def tiny(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_bench_measures_every_method_and_its_controls(tiny):
-    bench = Bench(tiny, Book(seed=VALIDATION + 1))
+@pytest.mark.training
+def test_a_bench_measures_every_method_and_its_controls(tiny, seed):
+    bench = Bench(tiny, Book(seed=VALIDATION + 1 + seed))
     before = bench.before["inserted"]["accuracy"]
     for method in ("reselect", "random codes", "SAE clamp", "random features", "SAE rows"):
         settings = {"war": Setting(0.25, 8, 2.0)}

@@ -45,10 +45,12 @@ ONE |= {"seeds": 1}
 
 
 @pytest.fixture(scope="module")
-def facts():
+def facts(seed):
     """Forty facts with one other relation and few passages, so that a cell is quick."""
     whole = load_facts("factworld/sport")
-    return dataclasses.replace(whole, related={"city": whole.related["city"]}, texts=whole.texts[:5]).select(range(40))
+    return dataclasses.replace(whole, related={"city": whole.related["city"]}, texts=whole.texts[:5]).select(
+        range(40 * seed, 40 * seed + 40)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +119,7 @@ class TestSelect:
         assert select([{"lr": 1e-3, "forget_weight": 1.0, "note": "no window"}])["lr"] is None
 
 
+@pytest.mark.training
 class TestRun:
     def test_there_is_a_row_for_every_cell(self, made, folder):
         counts = made.frame.stage.value_counts().to_dict()
@@ -229,6 +232,7 @@ class TestWork:
         sets = [facts.prompts(world).split(forget=5, seed=seed)[0].fingerprint for seed in (101, 0)]
         assert asked == list(zip(sets, (101, 0)))
 
+    @pytest.mark.training
     def test_a_localizer_that_finds_nothing_is_a_row_with_a_note(self, world, facts, tmp_path, monkeypatch):
         real = localize.fact_lookup
 
@@ -253,6 +257,7 @@ class TestWork:
         assert made.summary().set_index("localizer").loc["fact_lookup", "truth"].tolist() == ["–", "–"]
         assert rows(made, localizer="random_units", budget="0.02").truth.notna().all()
 
+    @pytest.mark.training
     def test_a_test_seed_on_which_nothing_is_found_does_not_count(self, world, facts, tmp_path, monkeypatch):
         real = localize.random_units
 
@@ -319,6 +324,7 @@ class TestWork:
         assert {"efficacy", "truth", "retention"} <= set(made.summary()) and "text_loss" not in made.summary()
 
 
+@pytest.mark.training
 class TestAttack:
     @pytest.mark.parametrize("outcome", ["measured", "collapsed"])
     def test_the_edit_is_attacked_with_its_own_sets(self, world, facts, tmp_path, monkeypatch, outcome):

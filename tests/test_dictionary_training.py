@@ -14,6 +14,8 @@ from mechunlearn.features.training import _inputs, activations, fit_codebook, fi
 from tests.models import random_hf
 from tests.test_dictionaries import bits, family, random_t5, same
 
+pytestmark = pytest.mark.training
+
 LENGTHS = torch.tensor([9, 8, 2, 7, 5, 9, 3, 9, 6, 4, 9, 8])
 
 
@@ -30,9 +32,9 @@ def labels():
     return made
 
 
-def sparse_sums(count: int, d_model: int, size: int, used: int):
+def sparse_sums(count: int, d_model: int, size: int, used: int, seed: int = 0):
     """Random unit directions, and sums of a few of them with weights between .5 and 1.5."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     directions = functional.normalize(torch.randn(size, d_model, generator=generator), dim=-1)
     ids = torch.rand(count, size, generator=generator).topk(used).indices
     weights = torch.zeros(count, size).scatter(1, ids, 0.5 + torch.rand(count, used, generator=generator))
@@ -52,10 +54,10 @@ def unexplained(h, new) -> float:
 # what was planted
 
 
-def test_planted_directions_are_found():
-    directions, h = sparse_sums(20_000, 32, 40, 3)
+def test_planted_directions_are_found(seed):
+    directions, h = sparse_sums(20_000, 32, 40, 3, seed)
     h = h + 5.0  # a mean, as residual streams have one
-    made = fit_sae(h, size=64, used=3, steps=600, lr=3e-3, batch_size=256)
+    made = fit_sae(h, size=64, used=3, steps=600, lr=3e-3, batch_size=256, seed=seed)
     assert found(directions, made.W_dec.detach()) >= 0.95
     assert found(directions, fit_sae(h, size=64, used=3, steps=0).W_dec.detach()) < 0.6
     with torch.no_grad():
@@ -64,13 +66,13 @@ def test_planted_directions_are_found():
 
 
 @pytest.mark.parametrize("linear", [0, 2])
-def test_planted_centroids_are_found_and_each_token_gets_its_own(linear):
-    generator = torch.Generator().manual_seed(0)
+def test_planted_centroids_are_found_and_each_token_gets_its_own(linear, seed):
+    generator = torch.Generator().manual_seed(seed)
     centroids = functional.normalize(torch.randn(40, 32, generator=generator), dim=-1)
     which = torch.randint(40, (4000,), generator=generator)
     h = centroids[which] + 0.1 * torch.randn(4000, 32, generator=generator) / 32**0.5
     made = Codebook(32, 40, 1, hook_name="L0.resid_post", linear=linear)
-    fit_codebook(made, h, steps=100)
+    fit_codebook(made, h, steps=100, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         assert found(centroids, made.leaving(made.codes)) >= 0.95
         assert unexplained(h, made(h)) < 0.02
@@ -81,12 +83,12 @@ def test_planted_centroids_are_found_and_each_token_gets_its_own(linear):
 
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("linear", [0, 2])
-def test_reconstruction_improves_on_centroids(groups, linear):
-    _, h = sparse_sums(4000, 16, 24, 3)
+def test_reconstruction_improves_on_centroids(groups, linear, seed):
+    _, h = sparse_sums(4000, 16, 24, 3, seed)
     missed = {}
     for steps in (0, 200):
         made = Codebook(16, 48, 3, hook_name="L0.resid_post", groups=groups, linear=linear)
-        fit_codebook(made, h, steps=steps)
+        fit_codebook(made, h, steps=steps, generator=torch.Generator().manual_seed(seed))
         with torch.no_grad():
             missed[steps] = unexplained(h, made(h))
     assert missed[200] < 0.8 * missed[0] and missed[200] < 0.6, missed
@@ -105,15 +107,15 @@ def test_the_linear_maps_begin_as_a_rotation_and_its_negative_and_back():
         torch.testing.assert_close(one @ one.T, torch.eye(16) * one.square().sum(1)[0], atol=1e-4, rtol=1e-4)
 
 
-def test_restarting_dead_codes_leaves_fewer_dead():
-    _, h = sparse_sums(1000, 16, 24, 3)
+def test_restarting_dead_codes_leaves_fewer_dead(seed):
+    _, h = sparse_sums(1000, 16, 24, 3, seed)
     h = h * torch.exp(
-        2 * torch.randn(1000, 1, generator=torch.Generator().manual_seed(0))
+        2 * torch.randn(1000, 1, generator=torch.Generator().manual_seed(seed))
     )  # k-means sees norms, not angles
     dead = {}
     for restart in (20, None):
         made = Codebook(16, 256, 8, hook_name="L0.resid_post", linear=0)
-        fit_codebook(made, h, steps=100, restart=restart)
+        fit_codebook(made, h, steps=100, restart=restart, generator=torch.Generator().manual_seed(seed))
         dead[restart] = float((made.encode(h).sum(0) == 0).float().mean())
     assert dead[None] > 0.1 and dead[20] < 0.6 * dead[None], dead
 
@@ -142,8 +144,8 @@ def loss(model, made, ids) -> float:
     return float(functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
 
 
-def test_training_through_the_model_brings_its_predictions_closer():
-    model, settings = family("llama"), {"size": 16, "used": 2, "steps": 20, "lr": 1e-2}
+def test_training_through_the_model_brings_its_predictions_closer(seed):
+    model, settings = family("llama"), {"size": 16, "used": 2, "steps": 20, "lr": 1e-2, "seed": seed}
     ids = texts()[0][LENGTHS == 9]
 
     def book(spliced_steps: int = 25, **given) -> Codebook:
@@ -201,9 +203,9 @@ def test_what_is_predicted_is_the_next_token_that_counts():
     assert marked.tolist() == [[True, True], [True, False], [False, False]]
 
 
-def test_an_sae_explains_a_model_and_is_a_file_of_sae_lens(tmp_path):
+def test_an_sae_explains_a_model_and_is_a_file_of_sae_lens(tmp_path, seed):
     model = family("llama")
-    made = train_sae(model, "blocks.1.hook_resid_post", texts(), size=64, used=8, steps=300)
+    made = train_sae(model, "blocks.1.hook_resid_post", texts(), size=64, used=8, steps=300, seed=seed)
     h = activations(model, "L1.resid_post", texts()[0], torch.arange(9) < LENGTHS[:, None])
     with torch.no_grad():
         assert unexplained(h, made.decode(made.encode(h))) < 0.3
@@ -277,11 +279,11 @@ def test_a_frozen_model_keeps_no_trace(name):
         assert all(same(bits(whole), kept) for whole, kept in zip(wholes, weights))
 
 
-def test_a_jointly_trained_model_changes_in_place_and_the_codebook_belongs_to_it():
+def test_a_jointly_trained_model_changes_in_place_and_the_codebook_belongs_to_it(seed):
     model = load_model((random_hf("gpt_neox"), None))
     before, ids, bridge = bits(model.hf), texts(), model.bridge
     held = model.hf.gpt_neox.layers[0].mlp.dense_4h_to_h.weight.requires_grad_(False)
-    settings = {"size": 16, "used": 2, "steps": 20, "objective": "ce", "joint": True}
+    settings = {"size": 16, "used": 2, "steps": 20, "objective": "ce", "joint": True, "seed": seed}
     first = train_codebook(model, "L1.resid_post", ids, spliced_steps=0, **settings)
     assert same(bits(model.hf), before)
     whole = ids[0][LENGTHS == 9]
@@ -297,8 +299,8 @@ def test_a_jointly_trained_model_changes_in_place_and_the_codebook_belongs_to_it
         torch.testing.assert_close(bridge(whole), model.forward(whole), atol=1e-4, rtol=1e-4)
 
 
-def test_a_t5_is_trained_jointly_or_left_as_it_is():
-    settings = {"labels": labels(), "objective": "ce", "size": 12, "used": 2, "steps": 20}
+def test_a_t5_is_trained_jointly_or_left_as_it_is(seed):
+    settings = {"labels": labels(), "objective": "ce", "size": 12, "used": 2, "steps": 20, "seed": seed}
     t5 = random_t5()
     before, given = bits(t5), {"input_ids": texts()[0], "attention_mask": (torch.arange(9) < LENGTHS[:, None]).long()}
 

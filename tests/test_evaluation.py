@@ -16,13 +16,13 @@ from mechunlearn.metrics.stats import bootstrap_interval
 
 
 @pytest.fixture(scope="module")
-def found(world, sport):
-    return fact_lookup(world, sport[0])
+def found(world, sport, seed):
+    return fact_lookup(world, sport[0], seed=seed)
 
 
 @pytest.fixture(scope="module")
-def edit(world, sport, found):
-    return masked_gradient(world, found.above(0), *sport, steps=30, batch_size=16)
+def edit(world, sport, found, seed):
+    return masked_gradient(world, found.above(0), *sport, steps=30, batch_size=16, seed=seed)
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +32,7 @@ def report(world, sport, edit):
         return evaluate(world, edit, forget=sport[0], retain=sport[1])
 
 
+@pytest.mark.training
 def test_the_window_is_found_on_the_shipped_world(found, world):
     first, last = found.evidence["window"]
     assert 2 <= last - first + 1 <= 4 and last < world.signature.layers // 2 + 1
@@ -40,6 +41,7 @@ def test_the_window_is_found_on_the_shipped_world(found, world):
     )
 
 
+@pytest.mark.training
 def test_the_report_covers_every_split_and_format(report, sport):
     splits = set(report.frame.split)
     assert {
@@ -57,6 +59,7 @@ def test_the_report_covers_every_split_and_format(report, sport):
         assert (report.frame[name] <= report.frame[f"{name}_high"] + 1e-9).all()
 
 
+@pytest.mark.training
 def test_before_is_the_unedited_model(report, world, sport):
     expected = measure(world, sport[0])["accuracy"].mean().item()
     assert report.value("forget", "statement", "accuracy", "before") == pytest.approx(expected)
@@ -92,19 +95,21 @@ def test_the_page_is_self_contained_and_readable(report, edit, found, tmp_path):
     assert '<script src="http' not in page and '<link href="http' not in page
 
 
+@pytest.mark.training
 def test_the_verdict_carries_the_figures(report):
     edited = report.value("forget", "statement", "target_accuracy")
     assert f"{edited:.1%}" in report.verdict() and "same subjects' city" in report.verdict()
 
 
 @pytest.mark.parametrize("loss", [losses.log_one_minus_p, losses.gradient_ascent])
-def test_unlearning_losses_remove_the_truth_and_the_retain_term_keeps_the_rest(loss, world, sport, found):
+@pytest.mark.training
+def test_unlearning_losses_remove_the_truth_and_the_retain_term_keeps_the_rest(loss, world, sport, found, seed):
     forget, retain = sport
     before = measure(world, forget)["probability"].mean()
     kept = []
     for weight in (0, 1):
         made = masked_gradient(
-            world, found.above(0), forget, retain, loss=loss, steps=20, batch_size=16, retain_weight=weight
+            world, found.above(0), forget, retain, loss=loss, steps=20, batch_size=16, retain_weight=weight, seed=seed
         )
         with made.applied(world):
             assert measure(world, forget)["probability"].mean() < 0.8 * before

@@ -293,8 +293,9 @@ def test_bad_input_is_told_in_one_line(world, sae, codebook):
         assert "\n" not in str(raised.value)
 
 
-def test_an_sae_trained_a_moment_ago_can_be_explored(world):
-    made = train_sae(world, "L2.mlp_out", TEXTS[:12], size=32, used=2, steps=5)
+@pytest.mark.training
+def test_an_sae_trained_a_moment_ago_can_be_explored(world, seed):
+    made = train_sae(world, "L2.mlp_out", TEXTS[:12], size=32, used=2, steps=5, seed=seed)
     found = explore(world, made, TEXTS[:12], examples=2)
     assert len(found.rates) == 10 and (found.table.activation > 0).all()
 

@@ -9,7 +9,7 @@ import torch
 from scipy.stats import false_discovery_control, fisher_exact
 
 from mechunlearn import Localization, MechunlearnError
-from mechunlearn.artifacts.overlap import overlap, rank_correlation
+from mechunlearn.artifacts.overlap import auroc, overlap, rank_correlation
 from mechunlearn.edit import codebook_delete
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.features.dictionaries import load_dictionary, spliced
@@ -30,16 +30,18 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def language():
-    return finite_states()
+def language(seed):
+    return finite_states(seed)
 
 
 @pytest.fixture(scope="module")
-def codebook(language):
-    """Of one code a token, trained on the frozen model."""
+def codebooks(language, seed):
+    """Three, of one code a token, trained on the frozen model: another processor trains another one from the same seed."""
     tokens, _ = language.sequences(256, seed=1)
-    settings = {"size": 64, "used": 1, "steps": 300, "spliced_steps": 50, "restart": 50}
-    return train_codebook(language.model, "L1.resid_post", (tokens, torch.full((256,), 20)), **settings)
+    texts, settings = (tokens, torch.full((256,), 20)), {"size": 64, "used": 1, "steps": 300, "spliced_steps": 50}
+    return [
+        train_codebook(language.model, "L1.resid_post", texts, restart=50, seed=seed + i, **settings) for i in range(3)
+    ]
 
 
 def by_token(language, codebook, seed: int) -> tuple[FiringStatistics, torch.Tensor]:
@@ -49,12 +51,24 @@ def by_token(language, codebook, seed: int) -> tuple[FiringStatistics, torch.Ten
     return FiringStatistics((z > 0).float(), z.square(), z, torch.ones(len(z))), states[:, 1:].flatten()
 
 
+def discovered(language, codebook, seen: FiringStatistics, states, **settings) -> list[Localization]:
+    """For each state the codes of its tokens, against those of the others."""
+    parts = [[(states == state).nonzero().flatten(), (states != state).nonzero().flatten()] for state in range(STATES)]
+    return [
+        feature_discovery(
+            language.model, seen.select(mine), dictionary=codebook, against=seen.select(others), **settings
+        )
+        for mine, others in parts
+    ]
+
+
 def detection(seen: FiringStatistics, states, state: int, codes) -> tuple[float, float]:
     """Precision and recall of "one of the codes is active" for "the token is in the state"."""
     hit, true = seen.fire_count[:, codes].any(1), states == state
     return float((hit & true).sum() / hit.sum().clamp(min=1)), float((hit & true).sum() / true.sum())
 
 
+@pytest.mark.training
 class TestStates:
     def test_the_language_is_what_it_says_and_the_model_speaks_it(self, language):
         tokens, states = language.sequences(64, seed=2)
@@ -79,27 +93,33 @@ class TestStates:
         assert torch.equal(one.state_of, again.state_of) and not torch.equal(one.state_of, other.state_of)
         assert all(p.grad is None for p in one.model.hf.parameters())
 
-    def test_discovered_codes_are_the_states(self, language, codebook):
-        """Found on some texts, they tell the states of others; as many random codes that are used as often do not."""
-        seen, states = by_token(language, codebook, seed=1)
-        held_out, truth = by_token(language, codebook, seed=2)
-        rows, chance = [], []
-        for state in range(STATES):
-            mine, others = (states == state).nonzero().flatten(), (states != state).nonzero().flatten()
-            found = feature_discovery(
-                language.model, seen.select(mine), dictionary=codebook, against=seen.select(others)
-            )
-            codes = found.above(1).sites[codebook.site].nonzero().flatten()
-            rows.append(detection(held_out, truth, state, codes))
-            chance += [
-                detection(held_out, truth, state, matched_units(seen, codes, seed=seed, among=20)) for seed in range(3)
-            ]
-        assert min(min(row) for row in rows) >= 0.9, f"precision and recall by state: {rows}"
-        assert np.mean(rows, axis=0).min() >= 0.95, f"precision and recall by state: {rows}"
-        assert np.max(chance, axis=0).max() < 0.7, f"of random codes: {chance}"
+    def test_discovered_codes_are_the_states(self, language, codebooks):
+        """Found on some texts, they tell the states of others; as many random codes that are used as often do not.
 
-    def test_deleting_a_states_codes_takes_this_state_and_leaves_others(self, language, codebook):
-        seen, states = by_token(language, codebook, seed=1)
+        Of 20 codebooks on 5 languages the mean over states of precision and of recall was .949 to .996, that of the
+        worst state .787 to .988, and of any random codes at most .03.
+        """
+        rows, chance = [], []
+        for codebook in codebooks:
+            (seen, states), (held_out, truth) = (by_token(language, codebook, seed=seed) for seed in (1, 2))
+            rows.append([])
+            for state, found in enumerate(discovered(language, codebook, seen, states)):
+                codes = found.above(1).sites[codebook.site].nonzero().flatten()
+                rows[-1].append(detection(held_out, truth, state, codes))
+                random_codes = (matched_units(seen, codes, seed=seed, among=20) for seed in range(3))
+                chance += [detection(held_out, truth, state, codes) for codes in random_codes]
+        assert np.mean(rows, axis=1).min() >= 0.9, f"precision and recall by codebook and state: {rows}"
+        assert np.median(np.mean(rows, axis=1), axis=0).min() >= 0.94, f"precision and recall: {rows}"
+        assert np.median(np.min(rows, axis=1), axis=0).min() >= 0.8, f"of the worst state: {rows}"
+        assert np.max(chance) < 0.1, f"of random codes: {chance}"
+
+    def test_deleting_a_states_codes_takes_this_state_and_leaves_others(self, language, codebooks):
+        """Allowed tokens of the state lose probability, those of other states do not.
+
+        Of 18 codebooks on 6 languages the loss of the state itself was .27 to .51 in the mean over states, and .01 to .64 in
+        the least of them (its tokens may be allowed in the state of the next nearest code too); of the median of three
+        codebooks at least .09. Other states lost at most .013.
+        """
         tokens, truth = language.sequences(64, seed=2)
 
         def allowed() -> torch.Tensor:
@@ -108,23 +128,20 @@ class TestStates:
             mass = (chances * language.allowed[truth[:, 1:]]).sum(-1)
             return torch.stack([mass[truth[:, 1:] == state].mean() for state in range(STATES)])
 
-        with spliced(language.model, codebook):
-            before = allowed()
-        assert before.min() > 0.9
-        drops = []
-        for state in range(STATES):
-            found = feature_discovery(
-                language.model,
-                seen.select((states == state).nonzero().flatten()),
-                dictionary=codebook,
-                against=seen.select((states != state).nonzero().flatten()),
-            )
-            with codebook_delete(language.model, found.above(1), dictionary=codebook).applied(language.model):
-                after = allowed()
-            rest = torch.arange(STATES) != state
-            drops.append(((before - after)[state].item(), (before - after)[rest].max().item()))
-        assert all(mine > 0.1 > 0.05 > others for mine, others in drops), f"by state, of others at most: {drops}"
-        assert np.mean(drops, axis=0)[0] > 0.25
+        own, others = [], []
+        for codebook in codebooks:
+            seen, states = by_token(language, codebook, seed=1)
+            with spliced(language.model, codebook):
+                before = allowed()
+            assert before.mean() > 0.9
+            lost = []
+            for found in discovered(language, codebook, seen, states):
+                with codebook_delete(language.model, found.above(1), dictionary=codebook).applied(language.model):
+                    lost.append(before - allowed())
+            own.append(torch.stack(lost).diagonal().tolist())
+            others.append(torch.stack(lost).fill_diagonal_(0).max().item())
+        assert np.mean(own, axis=1).min() > 0.2, f"by codebook and state: {own}"
+        assert np.median(own, axis=0).min() > 0.05 > max(others), f"by codebook and state: {own}, of others: {others}"
 
 
 def activity(*fired, tokens=100.0) -> FiringStatistics:
@@ -427,27 +444,33 @@ class TestWhatComesBack:
             assert again.above(1) == found.above(1) and again.unit_weights == found.unit_weights
         assert json.loads((tmp_path / "found.json").read_text())["card"]["settings"]["by"] == "frequency"
 
-    def test_agreement_between_the_rules_is_a_table(self, language, codebook):
-        """On the language all rules find the state's codes first; random scores would share a tenth of them."""
-        seen, states = by_token(language, codebook, seed=1)
-        mine, others = ((states == 2).nonzero().flatten(), (states != 2).nonzero().flatten())
-        found = {
-            by: feature_discovery(
-                language.model, seen.select(mine), dictionary=codebook, against=seen.select(others), by=by
-            )
-            for by in ("frequency", "squared")
-        }
-        tokens, of = language.sequences(128, seed=5)
-        ends = [(row, pos + 1) for row, pos in (of == 2).nonzero().tolist() if 2 <= pos < 18]
-        prefixes = torch.stack([torch.cat([tokens[row, end - 3 : end + 1]]) for row, end in ends])
-        text = prefixes, torch.full((len(ends),), 4)
-        found["attribution"] = feature_discovery(language.model, text, dictionary=codebook, by="attribution")
-        share = len(found["frequency"].above(1)) / codebook.size
-        table = overlap(found, weights=share)
-        assert isinstance(table, pd.DataFrame) and list(table.index) == list(table.columns) == list(found)
-        assert table.loc["frequency", "squared"] >= 0.6 and (np.diag(table) == 1).all()
-        assert 0 < table.loc["frequency", "attribution"] < 1
-        assert rank_correlation(found["frequency"], found["squared"]) > 0.8
+    @pytest.mark.training
+    def test_agreement_between_the_rules_is_a_table(self, language, codebooks):
+        """On the language two rules find the same codes of a state, which attribution ranks above others.
+
+        Of 18 codebooks on 6 languages the area under attribution's ROC curve was .67 to .75 in the mean over states, with no
+        more in common at the top than chance would have; the mean rank correlation of the other rules was .91 to .99, and
+        at their top they had 80 % or more in common.
+        """
+        areas, ranks, tokens, of = [], [], *language.sequences(128, seed=5)
+        for codebook in codebooks:
+            seen, states = by_token(language, codebook, seed=1)
+            rules = {by: discovered(language, codebook, seen, states, by=by) for by in ("frequency", "squared")}
+            areas.append([])
+            ranks.append(np.mean([rank_correlation(*both) for both in zip(*rules.values())]))
+            for state in range(STATES):
+                found = {by: each[state] for by, each in rules.items()}
+                ends = [(row, pos + 1) for row, pos in (of == state).nonzero().tolist() if 2 <= pos < 18]
+                prefixes = torch.stack([tokens[row, end - 3 : end + 1] for row, end in ends])
+                text = prefixes, torch.full((len(ends),), 4)
+                found["attribution"] = feature_discovery(language.model, text, dictionary=codebook, by="attribution")
+                mine = found["frequency"].above(1)
+                table = overlap(found, weights=len(mine) / codebook.size)
+                assert isinstance(table, pd.DataFrame) and list(table.index) == list(table.columns) == list(found)
+                assert table.loc["frequency", "squared"] >= 0.6 and (np.diag(table) == 1).all()
+                areas[-1].append(auroc(found["attribution"], mine))
+        assert np.mean(areas, axis=1).min() > 0.6, f"by codebook and state: {areas}"
+        assert min(ranks) > 0.8
 
     def test_an_encoder_decoder_model(self):
         import transformers

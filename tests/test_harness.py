@@ -58,6 +58,7 @@ def accuracy(rows: pd.DataFrame) -> dict:
     return rows[rows.metric == "acc"].set_index("task")["value"].to_dict()
 
 
+@pytest.mark.training
 def test_an_edit_shows_in_the_benchmark_and_leaves_no_trace(world, setup, folder):
     weights = [p.detach().clone() for p in world.hf.parameters()]
     places = [p.data_ptr() for p in world.hf.parameters()]

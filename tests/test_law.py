@@ -147,6 +147,7 @@ class TestPage:
         assert not any("trajectory" in cell for of in found["runs"].values() for cells in of.values() for cell in cells)
 
 
+@pytest.mark.training
 class TestARun:
     """On the shipped world, with a dozen washed subjects, little text and short paths."""
 

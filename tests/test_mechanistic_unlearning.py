@@ -56,6 +56,7 @@ class TestMasks:
             patch.setattr(m, "LOCALIZERS", chosen)
             return bench.localized(VALIDATION)
 
+    @pytest.mark.training
     def test_every_localizer_gets_the_weight_of_the_window(self, bench, found):
         window = bench.mask(LOOKUP, found)
         assert found["window"] == [1, 2]

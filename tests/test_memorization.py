@@ -224,11 +224,12 @@ def test_each_architecture_keeps_packed_documents_apart_and_the_tokenizer_whole(
     assert load_model(tmp_path).signature.family == ("llama", "gpt_neox", "gpt2")[seed]
 
 
-def test_a_small_world_learns_what_it_is_taught_and_not_what_is_left_out(tmp_path, monkeypatch):
-    world = small_world(3, people=6, passages=4)
+@pytest.mark.training
+def test_a_small_world_learns_what_it_is_taught_and_not_what_is_left_out(tmp_path, monkeypatch, seed):
+    world = small_world(3 + seed, people=6, passages=4)
     without = [*world.passages[:2], *list(world.facts["sport"])[:3]]
     monkeypatch.setattr(small, "WARM", 5)
-    card = build_small(tmp_path / "gold", 3, without=without, steps=45, people=6, passages=4)
+    card = build_small(tmp_path / "gold", 3 + seed, without=without, steps=45, people=6, passages=4)
     stored = tmp_path / "gold"
     assert json.loads((stored / "card.json").read_text()) == card
     assert [path.name for path in tmp_path.iterdir()] == ["gold"], "no checkpoint is left"
@@ -244,14 +245,15 @@ def test_a_small_world_learns_what_it_is_taught_and_not_what_is_left_out(tmp_pat
     assert facts.formats == ("statement", "statement_2", "question", "one_shot", "held_out") and len(facts) == 6
     assert World.load(stored / "world.json") == world
     with pytest.raises(MechunlearnError, match="exists already"):
-        build_small(stored, 3, steps=1, people=6, passages=4)
+        build_small(stored, 3 + seed, steps=1, people=6, passages=4)
 
 
-def test_a_killed_build_goes_on_to_the_same_weights(tmp_path, monkeypatch):
+@pytest.mark.training
+def test_a_killed_build_goes_on_to_the_same_weights(tmp_path, monkeypatch, seed):
     monkeypatch.setattr(small, "SAVE_EVERY", 2)
     monkeypatch.setattr(small, "measured", lambda *_: {})
     size = {"steps": 5, "people": 6, "passages": 4}
-    build_small(tmp_path / "whole", 4, **size)
+    build_small(tmp_path / "whole", 4 + seed, **size)
     loss, seen = small.language_loss, []
 
     def interrupted(*args):
@@ -262,13 +264,13 @@ def test_a_killed_build_goes_on_to_the_same_weights(tmp_path, monkeypatch):
 
     monkeypatch.setattr(small, "language_loss", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        build_small(tmp_path / "again", 4, **size)
-    build_small(tmp_path / "again", 4, **size)
+        build_small(tmp_path / "again", 4 + seed, **size)
+    build_small(tmp_path / "again", 4 + seed, **size)
     assert len(seen) == 4 + 3, "the steps behind the checkpoint are made again"
     one, other = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "again"))
     for name, weight in one.items():
         torch.testing.assert_close(weight, other[name], atol=1e-6, rtol=1e-5)
-    build_small(tmp_path / "gold", 4, without=[small_world(4, 6, 4).passages[0]], **size)
+    build_small(tmp_path / "gold", 4 + seed, without=[small_world(4 + seed, 6, 4).passages[0]], **size)
     gold = AutoModelForCausalLM.from_pretrained(tmp_path / "gold").state_dict()
     assert any(not torch.equal(weight, gold[name]) for name, weight in one.items())
 

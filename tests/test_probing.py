@@ -26,6 +26,7 @@ def rewritten(model, site: str, units: list[int], value: float = 0.0) -> WeightE
     return WeightEdit({site: chosen}, {site: rows}, model.signature, RunCard("hand", mask="a mask"))
 
 
+@pytest.mark.training
 class TestOnThePlantedModel:
     """Fact i is written at its subject by neuron i of MLP 0, and nowhere before."""
 
@@ -36,13 +37,13 @@ class TestOnThePlantedModel:
         return toy.model, rewritten(toy.model, "L0.mlp.out", list(range(4))), forget, retain
 
     @pytest.fixture(scope="class")
-    def rows(self, setup):
+    def rows(self, setup, seed):
         model = setup[0]
         beside = {
             "not carried": rewritten(model, "L1.attn.o", [0]),
             "nothing": rewritten(model, "L0.mlp.out", list(range(24))),
         }
-        return probing(*setup, extra_edits=beside)
+        return probing(*setup, extra_edits=beside, seed=seed)
 
     def of(self, rows, state, setting, column="held_out"):
         return rows[(rows.state == state) & (rows.setting == setting)][column].item()
@@ -76,12 +77,12 @@ class TestOnThePlantedModel:
         assert recovery(rows).loc["not carried", "outcome"] == "collapsed"
         assert recovery(rows).loc["nothing", "outcome"] == "collapsed"
 
-    def test_the_edit_target_is_read_where_it_was_written(self, setup):
+    def test_the_edit_target_is_read_where_it_was_written(self, setup, seed):
         model, _, forget, retain = setup
         told = rewritten(model, "L0.mlp.out", [0, 1, 2, 3])
         rows = model.rows("L0.mlp.out")
         told = WeightEdit(told.units, {"L0.mlp.out": rows[[1, 2, 3, 0]]}, told.signature, told.card)
-        found = probing(model, told, forget, retain)
+        found = probing(model, told, forget, retain, seed=seed)
         for setting in ("probe, after 1 blocks", "logit lens, after 2 blocks"):
             assert self.of(found, "edited", setting, "edit_label") == 1
             assert self.of(found, "edited", setting) == 0 == self.of(found, "unedited", setting, "edit_label")
@@ -91,10 +92,10 @@ class TestOnThePlantedModel:
         assert (probes["shuffled"] <= 0.5).all() and (probes["held_out"] == 1).all()
         assert rows[rows.group == "lens"]["shuffled"].isna().all()
 
-    def test_answers_that_no_retain_fact_has_are_wrong(self, setup):
+    def test_answers_that_no_retain_fact_has_are_wrong(self, setup, seed):
         model, edit, forget, _ = setup
         some = planted_facts().prompts([i for i in range(4, 24) if i % 4 < 3])
-        rows = probing(model, edit, forget, some)
+        rows = probing(model, edit, forget, some, seed=seed)
         assert self.of(rows, "unedited", "probe, after 1 blocks") == 0.75
         assert self.of(rows, "unedited", "logit lens, after 2 blocks") == 1, "a lens has all tokens"
 
@@ -103,14 +104,14 @@ class TestOnThePlantedModel:
         with pytest.raises(MechunlearnError, match="All 10 retain facts .* have one answer"):
             probing(*setup[:3], one_answer)
 
-    def test_known_ceilings_are_not_run_again(self, setup, rows):
-        again = probing(*setup, baseline_rows=rows)
+    def test_known_ceilings_are_not_run_again(self, setup, rows, seed):
+        again = probing(*setup, baseline_rows=rows, seed=seed)
         assert again["state"].drop_duplicates().tolist() == ["edited", "unedited"]
         for state in ("edited", "unedited"):
             one, other = (part[part.state == state].reset_index(drop=True) for part in (rows, again))
             pd.testing.assert_frame_equal(one, other)
         with pytest.raises(MechunlearnError, match="are of another attack: seed"):
-            probing(*setup, baseline_rows=rows, seed=1)
+            probing(*setup, baseline_rows=rows, seed=seed + 1)
         assert json.loads(json.dumps(again.attrs["card"]))["method"] == "probing"
 
     def test_mistakes_are_named(self, setup):
@@ -125,6 +126,7 @@ class TestOnThePlantedModel:
 
 
 @pytest.mark.slow
+@pytest.mark.training
 class TestOnTheWorld:
     @pytest.fixture(scope="class")
     def rows(self, world, sixteen, hidden, gone):

@@ -64,6 +64,7 @@ def rows(world, sport, gone, hidden):
     return prompting(world, gone, *sport, extra_edits={"hidden": hidden, "wrecked": wrecked(world)})
 
 
+@pytest.mark.training
 class TestOnTheWorld:
     def test_what_is_hidden_shows_in_another_way_and_what_is_gone_does_not(self, rows):
         found = recovery(rows)
@@ -169,8 +170,9 @@ class TestTwoHop:
         assert "two-hop" not in city[0].facts.formats
         assert city[0].facts.untaught.two_hop and len(load_facts("factworld/city").two_hop) > 700
 
-    def test_it_follows_the_edit_where_the_city_was_looked_up(self, world, city):
-        edit = edited(world, LOOK_UP, *city, steps=20)
+    @pytest.mark.training
+    def test_it_follows_the_edit_where_the_city_was_looked_up(self, world, city, seed):
+        edit = edited(world, LOOK_UP, *city, steps=20, seed=seed)
         few = [in_few_ways(prompts, "statement") for prompts in city]
         found = prompting(world, edit, *few, shots=0).set_index(["state", "setting"])
         assert found.loc[("unedited", "two-hop"), "held_out"] == 1
@@ -255,11 +257,12 @@ class TestWhatIsGiven:
         assert (rare["retain"] >= 0.9).all(), "of the retain facts as they were given"
         assert "single" not in set(found["setting"])
 
-    def test_tokens_are_asked_in_their_one_format(self):
+    @pytest.mark.training
+    def test_tokens_are_asked_in_their_one_format(self, seed):
         toy = planted_facts()
         forget, retain = toy.prompts(list(range(8))), toy.prompts(list(range(8, 24)))
         mask = ComponentMask.of([toy.neuron(i) for i in range(8)], toy.model.signature)
-        edit = masked_gradient(toy.model, mask, forget, retain, steps=100, lr=0.1)
+        edit = masked_gradient(toy.model, mask, forget, retain, steps=100, lr=0.1, seed=seed)
         found = prompting(toy.model, edit, forget, retain, extra_edits={"same": toy.model}).set_index("state")
         assert found["setting"].tolist() == ["statement"] * 3
         assert found["held_out"].tolist() == [0, 1, 1] and found["edit_target"].tolist() == [1, 0, 0]

@@ -172,6 +172,7 @@ def call_without_types(function, *arguments):
     return getattr(function, "__wrapped__", function)(*arguments)
 
 
+@pytest.mark.training
 class TestOnTheWorld:
     def test_never_taught_facts_are_at_their_floor_and_the_ceiling_holds(self, world, sixteen, hidden):
         forget, retain = sixteen

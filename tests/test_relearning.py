@@ -21,6 +21,7 @@ def sets_of(model, forget, retain, seed=3, texts=()) -> _Sets:
     return _Sets.of(model, forget, retain, halved(retain, seed)[1], texts, "facts", seed)
 
 
+@pytest.mark.training
 class TestOnThePlantedModel:
     """Its facts share nothing: each has a neuron of its own, so none can come back with another."""
 
@@ -32,8 +33,8 @@ class TestOnThePlantedModel:
         edit = masked_gradient(toy.model, mask, forget, retain, steps=100, lr=0.1)
         return toy.model, edit, forget, retain
 
-    def test_what_shares_nothing_does_not_come_back(self, setup):
-        rows = relearning(*setup, lrs={"lora": [5e-3], "full": [3e-3]}, steps=40, eval_every=20)
+    def test_what_shares_nothing_does_not_come_back(self, setup, seed):
+        rows = relearning(*setup, lrs={"lora": [5e-3], "full": [3e-3]}, steps=40, eval_every=20, seed=seed)
         edited = rows[rows.state == "edited"]
         assert (edited[edited.step == 40]["trained"] == 1).all()
         assert (edited["held_out"] == 0).all()
@@ -143,6 +144,7 @@ class TestOnThePlantedModel:
 
 
 @pytest.mark.slow
+@pytest.mark.training
 class TestOnTheWorld:
     """The last layer writes the answer, MLP 1 and 2 look the fact up."""
 
@@ -159,6 +161,7 @@ class TestOnTheWorld:
             steps=8,
             eval_every=8,
             batch_size=16,
+            seed=seed,
         )
 
     def test_what_is_hidden_at_the_output_comes_back_and_what_is_gone_from_the_look_up_does_not(self, rows):

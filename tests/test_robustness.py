@@ -27,7 +27,7 @@ FORGET, RETAIN = 32, 320
 
 
 @pytest.fixture(scope="module")
-def twin():
+def twin(seed):
     """The twin, facts of people that it was taught in known layers, and people that nobody was taught."""
     model, folder = load_model("factworld-twin"), data_folder() / "factworld-twin"
     facts, old = world_facts(folder, "sport"), world_facts(data_folder() / "factworld", "sport")
@@ -39,7 +39,7 @@ def twin():
     facts = replace(facts, untaught=strangers)
     new = [i for i, fact in enumerate(facts) if fact.subject not in old.subjects]
     rest = [i for i in range(len(facts)) if i not in set(new)]
-    prompts, rng = facts.prompts(model), random.Random(0)
+    prompts, rng = facts.prompts(model), random.Random(seed)
     return model, prompts.select(rng.sample(new, FORGET)), prompts.select(rng.sample(rest, RETAIN))
 
 
@@ -50,7 +50,7 @@ def weights(model, rows) -> WeightEdit:
 
 
 @pytest.fixture(scope="module")
-def cases(twin):
+def cases(twin, seed):
     model, forget, retain = twin
     base = load_model("factworld")
     stored = {
@@ -67,7 +67,7 @@ def cases(twin):
     return {
         "removed": weights(model, stored),
         "hidden": masked_gradient(
-            model, last, forget, retain, loss=losses.log_one_minus_p, steps=40, lr=5e-3, forget_weight=2.0
+            model, last, forget, retain, loss=losses.log_one_minus_p, steps=40, lr=5e-3, forget_weight=2.0, seed=seed
         ),
         "wrecked": weights(model, noisy),
     }
@@ -81,14 +81,14 @@ QUICK = {
 
 
 @pytest.fixture(scope="module")
-def outcomes(twin, cases):
+def outcomes(twin, cases, seed):
     """What every attack says of every case; ceilings and floors are run once."""
     model, forget, retain = twin
     rows: dict[str, pd.DataFrame] = {}
     first, *others = cases
     for attack in (name for name in ATTACKS if "_on_" not in name):
         function = getattr(__import__(f"mechunlearn.attack.{attack}", fromlist=[attack]), attack)
-        settings = QUICK.get(attack, {})
+        settings = {**QUICK.get(attack, {}), "seed": seed}
         kept = retain if attack == "probing" else retain.select(range(64))
         beside = {name: cases[name] for name in others}
         rows[attack] = function(model, cases[first], forget, kept, extra_edits=beside, **settings)
@@ -97,6 +97,7 @@ def outcomes(twin, cases):
 
 
 @pytest.mark.slow
+@pytest.mark.training
 class TestPlantedCases:
     def test_what_is_removed_where_it_was_stored_does_not_come_back(self, outcomes):
         removed = outcomes["removed"]
@@ -128,13 +129,19 @@ class TestPlantedCases:
 
 
 @pytest.fixture(scope="module")
-def toy():
+def toy(seed):
     model = planted_facts()
     forget, retain = model.prompts(list(range(8))), model.prompts(list(range(8, 24)))
     mask = ComponentMask.of(["L0.mlp.out"], model.model.signature)
-    return model.model, masked_gradient(model.model, mask, forget, retain, steps=20, lr=0.1), forget, retain
+    return (
+        model.model,
+        masked_gradient(model.model, mask, forget, retain, steps=20, lr=0.1, seed=seed),
+        forget,
+        retain,
+    )
 
 
+@pytest.mark.training
 class TestRunning:
     def test_finished_attacks_are_kept_and_a_second_edit_finds_the_ceiling(self, toy, tmp_path, monkeypatch):
         model, edit, forget, retain = toy
@@ -239,6 +246,7 @@ class TestStatus:
         assert "recovery of 0.10 by probing (n = 30)" in status(0.2, 1.0, 1.0, 0.2, self.table())[1]
 
 
+@pytest.mark.training
 class TestReport:
     def test_attacks_are_in_the_report_and_its_page(self, tmp_path, monkeypatch, world, sixteen, hidden):
         monkeypatch.setattr("mechunlearn.evaluation.cells.LIMIT", 8)

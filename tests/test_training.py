@@ -19,6 +19,8 @@ from mechunlearn.training.loop import CachedInputs, Schedule, Sequences, TopLaye
 from mechunlearn.training.parameterizations import Everything, LowRank, SelectedRows
 from tests.models import CONFIGS, random_hf, token_prompts
 
+pytestmark = pytest.mark.training
+
 OBJECTIVES = {
     "injection": {},
     "log_one_minus_p": {"loss": losses.log_one_minus_p},

@@ -22,6 +22,8 @@ from mechunlearn.model.hooked import HookedModel, load_model
 from mechunlearn.training.covariance import Covariance
 from tests.models import random_hf
 
+pytestmark = pytest.mark.training
+
 FAMILIES = ("gpt2", "gptj", "gpt_neox", "llama", "gemma2")
 BLOCKS = {"gpt2": "transformer.h", "gptj": "transformer.h", "gpt_neox": "gpt_neox.layers"}
 W_OUT = {"gpt2": "mlp.c_proj", "gptj": "mlp.fc_out", "gpt_neox": "mlp.dense_4h_to_h"}
@@ -705,17 +707,19 @@ OTHERS = [i for i in range(24) if i % 4 != 1]
 class TestPlanted:
     @pytest.mark.parametrize("towards", ["shared", "targets", "mean"])
     @pytest.mark.parametrize("whole", [True, False], ids=["whole layer", "its neuron"])
-    def test_washing_a_fact_removes_it_and_only_it(self, editor, toy, whole, towards):
+    def test_washing_a_fact_removes_it_and_only_it(self, editor, toy, whole, towards, seed):
         """For AlphaEdit text does not speak of the fact, or there would be no null space to write it in."""
         mask = ComponentMask.of(["L0.mlp.out" if whole else toy.neuron(5)], toy.model.signature)
         text = [i for i in range(24) if i != 5] if editor is null_space else None
-        edit = on_the_toy(editor, toy, mask, [5], OTHERS, text, target=towards, steps=100, lr=0.1)
+        settings = {"towards": towards, "steps": 100, "lr": 0.1, "seed": seed}
+        edit = on_the_toy(editor, toy, mask, [5], OTHERS, text, **settings)
         assert accuracy(toy, edit) == [int(i != 5) for i in range(24)]
 
-    def test_several_facts_at_once(self, editor, toy):
+    def test_several_facts_at_once(self, editor, toy, seed):
         gone = [1, 5, 17]
         text = [i for i in range(24) if i not in gone] if editor is null_space else None
-        edit = on_the_toy(editor, toy, ComponentMask.of(["L0.mlp.out"], toy.model.signature), gone, OTHERS, text)
+        mask = ComponentMask.of(["L0.mlp.out"], toy.model.signature)
+        edit = on_the_toy(editor, toy, mask, gone, OTHERS, text, seed=seed)
         assert accuracy(toy, edit) == [int(i not in gone) for i in range(24)]
 
     def test_a_wrong_neuron_does_not(self, editor, toy):
@@ -739,9 +743,9 @@ def test_no_ascent_makes_something_of_nothing(toy, ascent):
     assert not change_of(edit, toy.model)[0].any()
 
 
-def test_memit_replaces_planted_facts(toy):
+def test_memit_replaces_planted_facts(toy, seed):
     mask = ComponentMask.of(["L0.mlp.out"], toy.model.signature)
-    edit = on_the_toy(memit, toy, mask, [5, 6], [0, 1], target="targets", steps=100, lr=0.1)
+    edit = on_the_toy(memit, toy, mask, [5, 6], [0, 1], target="targets", steps=100, lr=0.1, seed=seed)
     assert accuracy(toy, edit, "target_accuracy") == [int(i in (5, 6)) for i in range(24)]
     assert accuracy(toy, edit) == [int(i not in (5, 6)) for i in range(24)]
 

@@ -46,6 +46,7 @@ def gates():
 
 
 @pytest.mark.slow
+@pytest.mark.training
 def test_the_shipped_checkpoint_passes_its_gates(gates):
     measured, _ = gates
     names = {gate.name for gate in measured}
@@ -57,6 +58,7 @@ def test_the_shipped_checkpoint_passes_its_gates(gates):
 
 
 @pytest.mark.slow
+@pytest.mark.training
 def test_the_readme_of_the_data_states_what_is_measured(gates):
     stated = dict(re.findall(r"\| (.+?) \| ([\d.]+) \| [<>]=", (data_folder() / "README.md").read_text()))
     for gate in gates[0]:
@@ -162,6 +164,7 @@ def test_a_batch_can_be_reached_without_the_ones_before(contents, tokenizer):
     assert torch.equal(straight[3].tokens, skipped.tokens)
 
 
+@pytest.mark.training
 def test_interrupted_training_resumes_to_the_same_weights(contents, tokenizer, tmp_path):
     recipe = Recipe(
         phases=(1, 2, 3, 4, 5, 6),
@@ -203,10 +206,11 @@ def test_a_model_that_fails_its_gates_is_not_shipped(tmp_path, monkeypatch, toke
     assert any(line.startswith("FAIL sport: yes_no") for line in said)
 
 
-def test_no_window_is_found_in_a_model_without_knowledge(contents, tokenizer):
-    empty = load_model((new_model(Recipe(seed=1), tokenizer), tokenizer))
-    forget, _ = load_facts("factworld/sport").prompts(empty).split(forget=64)
-    found = fact_lookup(empty, forget)
+@pytest.mark.training
+def test_no_window_is_found_in_a_model_without_knowledge(contents, tokenizer, seed):
+    empty = load_model((new_model(Recipe(seed=1 + seed), tokenizer), tokenizer))
+    forget, _ = load_facts("factworld/sport").prompts(empty).split(forget=64, seed=seed)
+    found = fact_lookup(empty, forget, seed=seed)
     assert len(found.above(0)) == 0 and found.evidence["window"] is None
     assert found.note.startswith("no window found")
 
@@ -244,9 +248,10 @@ def parameters(folder: Path) -> dict[str, torch.Tensor]:
     return dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
 
 
-def test_a_twin_is_taught_in_the_chosen_layers_and_nowhere_else(small, tmp_path):
+@pytest.mark.training
+def test_a_twin_is_taught_in_the_chosen_layers_and_nowhere_else(small, tmp_path, seed):
     said: list[str] = []
-    card = build_twin(tmp_path / "twin", small, [5, 3], seed=1, steps=2, say=said.append)
+    card = build_twin(tmp_path / "twin", small, [5, 3], seed=1 + seed, steps=2, say=said.append)
     base, twin = parameters(small), parameters(tmp_path / "twin")
     same = {name for name, p in base.items() if torch.equal(p.view(torch.int32), twin[name].view(torch.int32))}
     assert base.keys() - same == {
@@ -256,7 +261,7 @@ def test_a_twin_is_taught_in_the_chosen_layers_and_nowhere_else(small, tmp_path)
     new = list(known.untaught["city"])
     assert list(taught.facts["city"]) == list(known.facts["city"])[:8] + new and not taught.untaught
     assert json.loads((tmp_path / "twin/twin.json").read_text()) == card
-    assert (card["layers"], card["seed"], card["steps"], card["people"]) == ([3, 5], 1, 2, 8)
+    assert (card["layers"], card["seed"], card["steps"], card["people"]) == ([3, 5], 1 + seed, 2, 8)
     assert card["base"] == load_model(small).fingerprint
     model = load_model(tmp_path / "twin")
     assert card["fingerprint"] == model.fingerprint != card["base"]
@@ -267,6 +272,7 @@ def test_a_twin_is_taught_in_the_chosen_layers_and_nowhere_else(small, tmp_path)
 
 
 @pytest.mark.slow
+@pytest.mark.training
 def test_a_twin_is_repeated_by_its_seed_even_if_interrupted(small, tmp_path, monkeypatch):
     first, other = (build_twin(tmp_path / f"seed-{seed}", small, [1, 2], seed=seed, steps=3) for seed in (1, 2))
     assert first["fingerprint"] != other["fingerprint"]
