@@ -149,7 +149,7 @@ class TestOnTheWorld:
     """The last layer writes the answer, MLP 1 and 2 look the fact up."""
 
     @pytest.fixture(scope="class")
-    def rows(self, world, sixteen, hidden, gone):
+    def rows(self, world, sixteen, hidden, gone, seed):
         forget, retain = sixteen
         return relearning(
             world,
