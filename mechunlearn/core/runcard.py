@@ -78,6 +78,7 @@ class Stopwatch:
     """
 
     def __init__(self) -> None:
+        """Start the watch."""
         self._start = time.perf_counter()
 
     def seconds(self) -> float:
