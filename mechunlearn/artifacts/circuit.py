@@ -5,7 +5,7 @@ An edge is named as in the MIB benchmark: `a0.h1->m2`, `input->a0.h0<q>`, `m1->l
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -27,8 +27,15 @@ from mechunlearn.model.layout import Signature
 if TYPE_CHECKING:
     import networkx
 
-ABOUT = {"parallel": bool, "unit_weights": dict[str, int], "total_weights": int, "note": str}
-"""What a file says of a circuit besides its two matrices, its signature and its card."""
+ABOUT = {
+    "signature": Signature,
+    "parallel": bool,
+    "unit_weights": dict[str, int],
+    "total_weights": int,
+    "card": RunCard,
+    "note": str,
+}
+"""What a file says of a circuit besides its two matrices."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -330,9 +337,8 @@ class Circuit:
             with whole_file(path) as beside:
                 networkx.write_graphml(self.to_networkx(), beside, edge_id_from_attribute="name")
         else:
-            about = {"signature": asdict(self.signature), "card": asdict(self.card)}
-            about |= {**{name: getattr(self, name) for name in ABOUT}, "unit_weights": dict(self.unit_weights)}
-            tensors.save(path, "circuit", {"scores": self.scores, "chosen": self.chosen}, about)
+            held = {"scores": self.scores, "chosen": self.chosen}
+            tensors.save(path, "circuit", held, {name: getattr(self, name) for name in ABOUT})
 
     @classmethod
     def load(cls, path: str | Path) -> "Circuit":
@@ -350,13 +356,11 @@ class Circuit:
         advice = (
             "`Circuit.from_mib` reads MIB graphs; make others again with `Circuit.save`, or take an undamaged copy."
         )
-        return tensors.load(path, {"circuit": cls._made}, advice)
 
-    @classmethod
-    def _made(cls, held: dict[str, Tensor], about: dict[str, Any]) -> "Circuit":
-        signature, card = tensors.record(Signature, about["signature"]), tensors.record(RunCard, about["card"])
-        rest = tensors.checked(about, ABOUT)
-        return cls(held["scores"], signature=signature, card=card, chosen=held["chosen"], **rest)
+        def made(held: dict[str, Tensor], about: dict[str, Any]) -> "Circuit":
+            return cls(held["scores"], chosen=held["chosen"], **tensors.checked(about, ABOUT))
+
+        return tensors.load(path, {"circuit": made}, advice)
 
     def __repr__(self) -> str:
         best = ", ".join(f"{name} {score:+.3g}" for name, score in self._named(3).items())

@@ -1,7 +1,7 @@
 """How much each unit matters: scores, budgets, masks of the largest. A localization knows no method."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,13 +19,15 @@ from mechunlearn.model.component import Component, check_site
 from mechunlearn.model.layout import Layout, Signature
 
 ABOUT = {
+    "signature": Signature,
+    "card": RunCard,
     "unit_weights": dict[str, int],
     "total_weights": int,
     "evidence": dict[str, Any],
     "note": str,
     "roles": list[str],
 }
-"""What a file says of a localization besides its tensors, its signature and its card."""
+"""What a file says of a localization besides its tensors."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,12 +228,7 @@ class Localization:
             MechunlearnError: If the name ends in something else, or the disk refuses.
         """
         held = {f"{part}/{site}": t for part in ("scores", "by_role") for site, t in getattr(self, part).items()}
-        about = {
-            "signature": asdict(self.signature),
-            "card": asdict(self.card),
-            "unit_weights": dict(self.unit_weights),
-        }
-        tensors.save(path, "localization", held, {**{name: getattr(self, name) for name in ABOUT}, **about})
+        tensors.save(path, "localization", held, {name: getattr(self, name) for name in ABOUT})
 
     @classmethod
     def load(cls, path: str | Path) -> "Localization":
@@ -250,10 +247,9 @@ class Localization:
 
     @classmethod
     def _made(cls, held: dict[str, Tensor], about: dict[str, Any]) -> "Localization":
-        signature, card = tensors.record(Signature, about["signature"]), tensors.record(RunCard, about["card"])
         parts, rest = tensors.grouped(held, ("scores", "by_role")), tensors.checked(about, ABOUT)
-        rest["roles"], rest["by_role"] = tuple(rest["roles"]), parts["by_role"]
-        return cls(parts["scores"], signature, card=card, **rest)
+        rest["roles"] = tuple(rest["roles"])
+        return cls(parts["scores"], by_role=parts["by_role"], **rest)
 
     def __repr__(self) -> str:
         units = sum(len(s) for s in self.scores.values())

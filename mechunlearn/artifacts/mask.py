@@ -1,7 +1,7 @@
 """Which units: masks and their set algebra. A mask knows no method and no score."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -319,7 +319,7 @@ class ComponentMask:
         Raises:
             MechunlearnError: If the name ends in something else, or the disk refuses.
         """
-        tensors.save(path, "mask", self.sites, {"signature": asdict(self.signature)})
+        tensors.save(path, "mask", self.sites, {"signature": self.signature})
 
     @classmethod
     def load(cls, path: str | Path) -> "ComponentMask":
@@ -334,9 +334,8 @@ class ComponentMask:
         Raises:
             MechunlearnError: If the file is missing, damaged or something else than a mask.
         """
-        return tensors.load(
-            path, {"mask": lambda sites, about: cls(sites, tensors.record(Signature, about["signature"]))}
-        )
+        hints = {"signature": Signature}
+        return tensors.load(path, {"mask": lambda sites, about: cls(sites, **tensors.checked(about, hints))})
 
     def _by_kind(self) -> list[tuple[str, str, int, int]]:
         addresses = ((Component.parse(site), chosen) for site, chosen in self.sites.items())

@@ -294,7 +294,7 @@ class WeightEdit:
         pairs = {side: {name: pair[i] for name, pair in self.low_rank.items()} for i, side in enumerate(SIDES)}
         parts = {"units": self.units, "rows": self.rows, **pairs}
         held = {f"{part}/{name}": t for part, of in parts.items() for name, t in of.items()}
-        tensors.save(path, "weight edit", held, {"signature": asdict(self.signature), "card": asdict(self.card)})
+        tensors.save(path, "weight edit", held, {"signature": self.signature, "card": self.card})
 
     @classmethod
     def load(cls, path: str | Path) -> "WeightEdit":
@@ -315,8 +315,8 @@ class WeightEdit:
     def _made(cls, held: dict[str, Tensor], about: dict[str, Any]) -> "WeightEdit":
         parts = tensors.grouped(held, ("units", "rows", *SIDES))
         pairs = {name: (left, parts["right"][name]) for name, left in parts["left"].items()}
-        signature, card = tensors.record(Signature, about["signature"]), tensors.record(RunCard, about["card"])
-        return cls(parts["units"], parts["rows"], signature, card, pairs)
+        made = tensors.checked(about, {"signature": Signature, "card": RunCard})
+        return cls(parts["units"], parts["rows"], low_rank=pairs, **made)
 
     def __repr__(self) -> str:
         weights = sum(rows.numel() for rows in self.rows.values())

@@ -4,7 +4,9 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
+from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
@@ -30,7 +32,7 @@ def save(path: str | Path, kind: str, tensors: Mapping[str, Tensor], about: Mapp
         path: The file, which is replaced if it exists.
         kind: What the artefact is called in messages, such as `mask`.
         tensors: Its tensors by name, of any dtype and shape.
-        about: Everything else, as JSON can hold it.
+        about: Everything else, as JSON can hold it; dataclasses become objects.
 
     Raises:
         MechunlearnError: If the name ends in something else, or the disk refuses; nothing is left half-written.
@@ -50,7 +52,7 @@ def save(path: str | Path, kind: str, tensors: Mapping[str, Tensor], about: Mapp
         if path.suffix == ".json":
             beside.write_text(_sealed_text(kind, held, about), encoding="utf-8")
             return
-        metadata = {"kind": kind, "about": json.dumps(about)}
+        metadata = {"kind": kind, "about": json.dumps(about, default=_plain)}
         try:
             save_file(held, beside, metadata={**metadata, "hash": _hash(held, metadata)})
         except SafetensorError as error:  # what it makes of an OSError
@@ -123,48 +125,26 @@ def text_hash(text: str, told: str = "") -> str:
     return digest(json.dumps(json.loads(text.replace(f'"{told}"', '""', 1), **digits), sort_keys=True))
 
 
-def checked(entry: Mapping[str, Any], hints: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the entries that type hints name, if all of them are there and are what the hints say.
+def checked(about: Mapping[str, Any], hints: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries of a JSON object that type hints name, if they are what the hints say.
 
     Args:
-        entry: A JSON object.
-        hints: Names and types of what it must hold: str, int, float, bool, and lists and dicts of these.
+        about: The object, which may hold more.
+        hints: For each name a type: str, int, float, bool, dicts and lists of these, dataclasses of these, or one of them
+            or None. A bool is no number, an int is a float too.
 
     Returns:
-        The named entries, in the order of the hints.
+        The named entries in the order of the hints, with dataclasses made.
 
     Raises:
-        MechunlearnError: If a value has another type; a bool is no number, an int is a float too.
+        MechunlearnError: If a value has another type.
         KeyError: If a name is missing.
+        TypeError: If a dataclass lacks a field.
 
-    >>> checked({"seed": 1, "rate": 2}, {"rate": float})
-    {'rate': 2}
+    >>> checked({"seed": 1, "lr": 2}, {"lr": float})
+    {'lr': 2}
     """
-    for name, hint in hints.items():
-        if not _fits(entry[name], hint):
-            raise MechunlearnError(
-                f"{name} is {one_line(repr(entry[name]))}, not of type {getattr(hint, '__name__', hint)}"
-            )
-    return {name: entry[name] for name in hints}
-
-
-def record(cls: type[Made], entry: Mapping[str, Any]) -> Made:
-    """Make a dataclass from a JSON object.
-
-    Args:
-        cls: The dataclass.
-        entry: Its fields by name; those with a default may be missing.
-
-    Returns:
-        The instance.
-
-    Raises:
-        MechunlearnError: If a field has another type than it is declared with.
-        TypeError: If a field is missing, or there is no such field.
-    """
-    hints = get_type_hints(cls)
-    checked(entry, {name: hints[name] for name in entry if name in hints})
-    return cls(**entry)
+    return {name: _typed(name, about[name], hint) for name, hint in hints.items()}
 
 
 def grouped(held: Mapping[str, Tensor], parts: Sequence[str]) -> dict[str, dict[str, Tensor]]:
@@ -190,12 +170,23 @@ def grouped(held: Mapping[str, Tensor], parts: Sequence[str]) -> dict[str, dict[
     return found
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def _typed(name: str, value: Any, hint: Any) -> Any:
     kind, inner = get_origin(hint) or hint, get_args(hint)
-    if kind in (dict, list):
-        values = value.values() if type(value) is dict else value
-        return type(value) is kind and all(_fits(one, inner[-1]) for one in values if inner)
-    return hint is Any or type(value) is kind or (kind is float and type(value) is int)
+    if kind is UnionType:
+        return None if value is None else _typed(name, value, inner[0])
+    if is_dataclass(hint) and type(value) is dict:
+        hints = get_type_hints(kind)
+        return kind(**checked(value, {field: hints[field] for field in value}))
+    if kind is not Any and type(value) is not kind and not (kind is float and type(value) is int):
+        raise MechunlearnError(f"{name} is {one_line(repr(value))}, not of type {kind.__name__}")
+    for one in value.values() if kind is dict else value if kind is list else ():
+        _typed(f"an entry of {name}", one, inner[-1] if inner else Any)
+    return value
+
+
+def _plain(value: Any) -> Any:
+    """What JSON does not know, as something that it does."""
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else dict(value)
 
 
 def one_line(of: object) -> str:
@@ -240,7 +231,7 @@ def _json_file(path: Path) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
 
 def _sealed_text(kind: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> str:
     """The JSON file: a line a tensor, the hash near the top."""
-    head = json.dumps({"kind": kind, "hash": "", "about": about}, indent=1).removesuffix("\n}")
+    head = json.dumps({"kind": kind, "hash": "", "about": about}, indent=1, default=_plain).removesuffix("\n}")
     lines = ",".join(f"\n  {json.dumps(name)}: {json.dumps(_listed(one))}" for name, one in tensors.items())
     text = f'{head},\n "tensors": {{{lines}}}\n}}\n'
     return text.replace('"hash": ""', f'"hash": "{text_hash(text)}"', 1)

@@ -1,7 +1,6 @@
 """Codebooks: activations at one point of a model as the sum of a few of many codes."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,8 @@ from mechunlearn.model.hook_points import layer_of
 from mechunlearn.model.layout import Signature
 
 SHAPE = {"d_model": int, "size": int, "used": int, "groups": int, "linear": int}
+ORIGIN = {"signature": Signature | None, "fitted_on": str, "quality": dict[str, float]}
+"""What the files of codebooks and SAEs say besides shape, place and weights."""
 CONFIG, WEIGHTS = "config.json", "codebook.safetensors"
 
 
@@ -116,7 +117,7 @@ class Codebook(Codes):
 
     def described(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return what `restored` makes the codebook of: a description for JSON, and the weights by name."""
-        return {**self.about, "hook_name": self.hook_name, **origin(self)}, self.state_dict()
+        return {name: getattr(self, name) for name in (*SHAPE, "hook_name", *ORIGIN)}, self.state_dict()
 
     @classmethod
     def restored(cls, about: Mapping[str, Any], weights: Mapping[str, Tensor]) -> "Codebook":
@@ -129,10 +130,10 @@ class Codebook(Codes):
         Raises:
             MechunlearnError, LookupError, TypeError, RuntimeError: If they are not those of a codebook.
         """
-        settings = tensors.checked(about, {**SHAPE, "hook_name": str})
-        signature, fitted_on, quality = told_origin(about)
+        settings = tensors.checked(about, {**SHAPE, "hook_name": str, **ORIGIN})
+        quality = settings.pop("quality")
         with torch.device("meta"):  # sizes that a file claims take no memory, and nothing is drawn
-            made = cls(**settings, signature=signature, fitted_on=fitted_on)
+            made = cls(**settings)
         made.load_state_dict(dict(weights), assign=True)
         made.quality = quality
         return made.eval()
@@ -189,27 +190,3 @@ def hashed(path: Path, told: str) -> dict[str, Tensor]:
     if digest(data) != told:
         raise MechunlearnError(f"{path.name}: {tensors.DAMAGED}")
     return tensors_in(data)
-
-
-def origin(dictionary: Any) -> dict[str, Any]:
-    """Return what a dictionary was made for, for JSON: the signature, the model's fingerprint and its quality there.
-
-    Args:
-        dictionary: A codebook or an SAE.
-    """
-    signature = None if dictionary.signature is None else asdict(dictionary.signature)
-    return {"signature": signature, "fitted_on": dictionary.fitted_on, "quality": dictionary.quality}
-
-
-def told_origin(about: Mapping[str, Any]) -> tuple[Signature | None, str, dict[str, float]]:
-    """Return what `origin` has told: the signature, the model's fingerprint and the quality.
-
-    Args:
-        about: An object with these three.
-
-    Raises:
-        MechunlearnError, KeyError, TypeError: If they are not what they should be.
-    """
-    tensors.checked(about, {"fitted_on": str, "quality": dict[str, float]})
-    signature = None if about["signature"] is None else tensors.record(Signature, about["signature"])
-    return signature, about["fitted_on"], about["quality"]

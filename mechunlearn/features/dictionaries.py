@@ -6,6 +6,7 @@ The only file that knows sae_lens.
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,7 +19,7 @@ from mechunlearn.core import tensors
 from mechunlearn.core.files import data_folder, whole_folder
 from mechunlearn.core.runcard import digest
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.features.codebook import CONFIG, hashed, origin, told_origin
+from mechunlearn.features.codebook import CONFIG, ORIGIN, hashed
 from mechunlearn.features.codebook import Codebook as Codebook
 from mechunlearn.features.interventions import PlainSAE
 from mechunlearn.features.places import Model, installed, place, signature_of, weights_name, width
@@ -108,8 +109,9 @@ class SAE:
         self.sae, self.hook_name = sae.eval(), site_of(told)
         sae.turn_off_forward_pass_hook_z_reshaping()
         ours = {"signature": None, "fitted_on": "", "quality": {}, **(sae.cfg.metadata.mechunlearn or {})}
-        told_signature, told_fitted_on, self.quality = told_origin(ours)
-        self.signature, self.fitted_on = signature or told_signature, fitted_on or told_fitted_on
+        ours = tensors.checked(ours, ORIGIN)
+        self.signature, self.fitted_on = signature or ours["signature"], fitted_on or ours["fitted_on"]
+        self.quality: dict[str, float] = ours["quality"]
 
     @property
     def size(self) -> int:
@@ -188,8 +190,8 @@ class SAE:
         name = hook_name_of(self.hook_name)
         if cfg["reshape_activations"] == "hook_z":  # sae-lens accepts it under the older name only
             name = name.replace(HOOK_POINTS["attn.o"][0], HOOK_POINTS["attn.o"][1])
-        metadata = {**cfg["metadata"], "hook_name": name, "mechunlearn": origin(self)}
-        return {**cfg, "metadata": metadata}, weights
+        ours = {key: getattr(self, key) for key in ORIGIN} | {"signature": self.signature and asdict(self.signature)}
+        return {**cfg, "metadata": {**cfg["metadata"], "hook_name": name, "mechunlearn": ours}}, weights
 
     @classmethod
     def restored(cls, about: Mapping[str, Any], weights: Mapping[str, Tensor]) -> "SAE":

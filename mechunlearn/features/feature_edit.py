@@ -243,7 +243,7 @@ class FeatureEdit:
             held |= {f"{i}/weights/{name}": t for name, t in weights.items()}
             held |= {f"{i}/units": part.units, f"{i}/values": part.values}
             parts.append({"dictionary": kind, "described": described, **part.settings})
-        about = {"signature": asdict(self.signature), "card": asdict(self.card), "parts": parts}
+        about = {"signature": self.signature, "card": self.card, "parts": parts}
         tensors.save(path, "feature edit", held, about)
 
     @classmethod
@@ -265,7 +265,7 @@ class FeatureEdit:
     def _made(cls, held: dict[str, Tensor], about: dict[str, Any]) -> "FeatureEdit":
         numbered = tensors.grouped(held, [str(i) for i in range(len(about["parts"]))])
         parts = [_made_part(settings, numbered[str(i)]) for i, settings in enumerate(about["parts"])]
-        return cls(tuple(parts), tensors.record(Signature, about["signature"]), tensors.record(RunCard, about["card"]))
+        return cls(tuple(parts), **tensors.checked(about, {"signature": Signature, "card": RunCard}))
 
     def export(self, model: Model, folder: str | Path) -> None:
         """Write a Hugging Face folder that reproduces the edited logits, with the loader it needs.
