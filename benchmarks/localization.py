@@ -25,7 +25,7 @@ import transformers
 from transformer_lens import HookedTransformer, HookedTransformerConfig, patching
 from transformer_lens.tools.analysis.attribution_patching import attribution_patch
 
-from mechunlearn.artifacts.circuit import edges, readers, writers
+from mechunlearn.artifacts.edges import edges, readers, writers
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.localize import activation_patching, attribution_patching, edge_attribution, edge_patching
 from mechunlearn.model.hooked import HookedModel, frozen, load_model

@@ -45,7 +45,7 @@ def main() -> None:
                 {
                     "mask": name,
                     "lr": rate,
-                    "edit": changed["target accuracy"].mean().item(),
+                    "edit": changed["target_accuracy"].mean().item(),
                     "truth": changed["accuracy"].mean().item(),
                     "unseen": kept["accuracy"].mean().item(),
                 }

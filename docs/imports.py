@@ -38,7 +38,9 @@ def folders() -> nx.DiGraph:
 def picture(graph: nx.DiGraph, rows: list[list[str]]) -> str:
     """Return the graph as SVG, one row a layer."""
     at = {
-        name: (WIDTH * (i + 1) / (len(row) + 1), 30 + ROW * j) for j, row in enumerate(rows) for i, name in enumerate(row)
+        name: (WIDTH * (i + 1) / (len(row) + 1), 30 + ROW * j)
+        for j, row in enumerate(rows)
+        for i, name in enumerate(row)
     }
     arrows, boxes = [], []
     for here, there in sorted(nx.transitive_reduction(graph).edges):
@@ -51,7 +53,9 @@ def picture(graph: nx.DiGraph, rows: list[list[str]]) -> str:
         boxes.append(f'<rect x="{left:.0f}" y="{top:.0f}" width="{BOX}" height="{HIGH}" rx="6"/>')
         boxes.append(f'<text x="{x:.0f}" y="{y + 5:.0f}">{escape(name)}</text>')
     high = 30 + ROW * (len(rows) - 1) + 60
-    caption = f"{graph.number_of_nodes()} folders, {graph.number_of_edges()} arrows, no cycle; implied arrows are left out"
+    caption = (
+        f"{graph.number_of_nodes()} folders, {graph.number_of_edges()} arrows, no cycle; implied arrows are left out"
+    )
     return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {high}" role="img" aria-label="{caption}">
 <style>
   path {{ fill: none; stroke: #7f8ea3; stroke-width: 1.3; marker-end: url(#tip) }}

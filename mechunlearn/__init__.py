@@ -5,11 +5,15 @@ from typing import TYPE_CHECKING
 from mechunlearn.core.lazy import lazy
 
 if TYPE_CHECKING:
+    from mechunlearn import artifacts as artifacts
     from mechunlearn import attack as attack
     from mechunlearn import edit as edit
+    from mechunlearn import evaluation as evaluation
+    from mechunlearn import facts as facts
     from mechunlearn import features as features
     from mechunlearn import localize as localize
     from mechunlearn import metrics as metrics
+    from mechunlearn import model as model
     from mechunlearn import patching as patching
     from mechunlearn import plots as plots
     from mechunlearn import training as training
@@ -18,6 +22,7 @@ if TYPE_CHECKING:
     from mechunlearn.artifacts.mask import ComponentMask as ComponentMask
     from mechunlearn.artifacts.weight_edit import Edit as Edit
     from mechunlearn.artifacts.weight_edit import WeightEdit as WeightEdit
+    from mechunlearn.core.version import __version__ as __version__
     from mechunlearn.errors import MechunlearnError as MechunlearnError
     from mechunlearn.evaluation.compare import compare as compare
     from mechunlearn.evaluation.evaluate import evaluate as evaluate

@@ -13,6 +13,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import pytest
 
 if TYPE_CHECKING:
+    from mechunlearn.artifacts.weight_edit import WeightEdit
     from mechunlearn.facts.prompts import Prompts
     from mechunlearn.model.hooked import HookedModel
 
@@ -65,6 +66,35 @@ def sport(world):
     from mechunlearn.facts.load import load_facts
 
     return load_facts("factworld/sport").prompts(world).split(forget=32, retain=64, seed=5)
+
+
+@pytest.fixture(scope="session")
+def sixteen(world):
+    """16 sports to forget, and 240 to retain, of which the shared edits below were trained on the first 48."""
+    from mechunlearn.facts.load import load_facts
+
+    return load_facts("factworld/sport").prompts(world).split(forget=16, retain=240, seed=1)
+
+
+def _edited(world, sixteen, sites: list[str]) -> "WeightEdit":
+    from mechunlearn.artifacts.mask import ComponentMask
+    from mechunlearn.edit import masked_gradient
+
+    forget, retain = sixteen
+    mask = ComponentMask.of(sites, world.signature)
+    return masked_gradient(world, mask, forget, retain.select(range(48)), steps=40, batch_size=16)
+
+
+@pytest.fixture(scope="session")
+def hidden(world, sixteen) -> "WeightEdit":
+    """An edit of the last layer: it stands in front of the sixteen facts, which are still there."""
+    return _edited(world, sixteen, ["L7.attn.o", "L7.mlp.out"])
+
+
+@pytest.fixture(scope="session")
+def gone(world, sixteen) -> "WeightEdit":
+    """An edit of the layers that look the sixteen facts up."""
+    return _edited(world, sixteen, [f"L{layer}.mlp.{kind}" for layer in (1, 2) for kind in ("in", "gate", "out")])
 
 
 @pytest.fixture

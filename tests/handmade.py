@@ -1,10 +1,15 @@
 """Dictionaries made by hand, and masks of their units: what tests of feature edits and of discovery act with."""
 
+import signal
+
 import torch
 from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
 
 from mechunlearn import ComponentMask
-from mechunlearn.features.dictionaries import SAE, Codebook, installed, signature_of, width
+from mechunlearn.artifacts.weight_edit import WeightEdit
+from mechunlearn.core.runcard import RunCard
+from mechunlearn.features.dictionaries import SAE, Codebook
+from mechunlearn.features.places import installed, signature_of, width
 from mechunlearn.world.toy import FIRST_SUBJECT, LOOKED_UP, SUBJECTS
 
 
@@ -99,3 +104,40 @@ def planted(editor, toy, answer: int):
         codebook.codes.copy_(torch.cat([kept[site][:, 1], kept[site][0, [0, 2]]]))
     mine = [1 + i for i in range(SUBJECTS) if i % 4 == answer]
     return codebook, mask_of(toy.model, codebook, mine)
+
+
+def hand_made(model) -> WeightEdit:
+    """New weights for two neurons."""
+    units = torch.tensor([0, 2])
+    rows = model.rows("L1.mlp.out")[units].float() + 0.1
+    return WeightEdit({"L1.mlp.out": units}, {"L1.mlp.out": rows}, model.signature, RunCard("hand", mask="a mask"))
+
+
+def state_of(model) -> dict:
+    """All that an attack could leave behind."""
+    everything = [*model.hf.named_parameters(), *model.bridge.named_parameters()]
+    return {
+        "weights": [p.detach().clone() for _, p in everything],
+        "flags": [p.requires_grad for _, p in everything],
+        "gradients": [None if p.grad is None else p.grad.clone() for _, p in everything],
+        "random": torch.get_rng_state(),
+        "hooks": [
+            len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.hf.modules()
+        ],
+        "training": [m.training for m in model.hf.modules()],
+        "forwards": [name for name, m in model.hf.named_modules() if "forward" in vars(m)],
+        "handler": signal.getsignal(signal.SIGINT),
+    }
+
+
+def same(one, other) -> bool:
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and torch.equal(one, other)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+def assert_untouched(model, before: dict) -> None:
+    after = state_of(model)
+    assert [name for name in before if not same(before[name], after[name])] == []

@@ -1,29 +1,56 @@
-"""Laws, over every attack: the package is walked, so a new file is tested before anyone writes a test for it."""
+"""Invariants, over every attack: the folder is walked, so a new file is tested before anyone writes a test for it."""
 
+import inspect
 import json
+import os
+import signal
 
 import pytest
 import torch
 
-import mechunlearn.attack
 from mechunlearn import ComponentMask, MechunlearnError
 from mechunlearn.artifacts.weight_edit import WeightEdit
-from mechunlearn.attack.relearning import relearning
-from mechunlearn.attack.states import COLUMNS, recovery
+from mechunlearn.attack import relearning
+from mechunlearn.attack.states import COLUMNS, recovery, states_to_attack
 from mechunlearn.core.runcard import RunCard
-from mechunlearn.edit import feature_clamp, masked_gradient
+from mechunlearn.edit import codebook_delete, feature_clamp, masked_gradient
 from mechunlearn.evaluation.robustness import PLACED
 from mechunlearn.features.feature_edit import FeatureEdit
+from mechunlearn.localize import random_units
+from mechunlearn.model.hooked import load_model
 from mechunlearn.world.toy import LOOKED_UP, planted_facts
-from tests.handmade import axes, mask_of
-from tests.test_laws import methods, named, parameters_of
+from tests.handmade import (
+    assert_untouched,
+    axes,
+    hand_made,
+    mask_of,
+    random_codebook,
+    random_sae,
+    rows_of_tokens,
+    state_of,
+)
+from tests.models import random_hf, token_prompts
+from tests.test_invariants import functions, named
 
-ATTACKS = methods(mechunlearn.attack)
+ATTACKS = functions("attack")
 SHORT = {
     "relearning": {"lrs": {"full": [1e-3]}, "steps": 2, "eval_every": 1},
     "soft_prompt": {"lrs": [1e-4], "steps": 2, "eval_every": 1},
     "activation_perturbation": {"lrs": [1e-2], "steps": 2, "eval_every": 1},
 }
+"""On the planted model."""
+TWICE = {
+    "relearning": {"lrs": {"full": [0.01, 0.02]}, "steps": 3, "eval_every": 2},
+    "soft_prompt": {"tokens": 3, "lrs": [0.1, 0.2], "steps": 3, "eval_every": 2},
+    "activation_perturbation": {"lrs": [0.1, 0.2], "steps": 3, "eval_every": 2},
+    "unlearning_depth": {"threshold": -100.0},  # so that some depth of a random model holds its facts
+}
+"""On random models, with two settings where there are any."""
+CASES = [pytest.param(attack, TWICE.get(attack.__name__, {}), id=attack.__name__) for attack in ATTACKS]
+CASES.append(
+    pytest.param(relearning, TWICE["relearning"] | {"lrs": {"lora": [0.01, 0.02]}}, id="relearning by adapters")
+)
+FAMILIES = ("gpt2", "llama", "gpt_neox", "qwen2", "llama in bfloat16")
 
 
 @pytest.fixture(scope="module")
@@ -34,52 +61,24 @@ def setup():
     return toy.model, masked_gradient(toy.model, mask, forget, retain, steps=20, lr=0.1), forget, retain
 
 
-def states_to_attack(attack, setup, **settings):
+def attacked(attack, setup, **settings):
     model, edit, forget, retain = setup
     return attack(model, edit, forget, retain, **SHORT.get(attack.__name__, {}), **settings)
 
 
-def test_the_walk_finds_the_attacks():
-    assert {f.__name__ for f in ATTACKS} == {
-        "activation_perturbation",
-        "probing",
-        "prompting",
-        "quantization",
-        "relearning",
-        "soft_prompt",
-        "unlearning_depth",
-    }
-    assert all(getattr(mechunlearn.attack, f.__name__) is f for f in ATTACKS), "one re-export line each"
-
-
 @pytest.mark.parametrize("attack", ATTACKS, ids=named)
 class TestEveryAttack:
-    def test_leaves_no_trace(self, attack, setup):
-        model = setup[0]
-        for parameter in model.hf.parameters():
-            parameter.grad = torch.ones_like(parameter)
-        before, flags, random_state = (
-            parameters_of(model),
-            [p.requires_grad for p in model.hf.parameters()],
-            torch.get_rng_state(),
-        )
-        states_to_attack(attack, setup)
-        assert all(torch.equal(before[name], p) for name, p in parameters_of(model).items())
-        assert [p.requires_grad for p in model.hf.parameters()] == flags and not model.hf.training
-        assert all(torch.equal(p.grad, torch.ones_like(p)) for p in model.hf.parameters())
-        assert torch.equal(torch.get_rng_state(), random_state)
-        assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in model.hf.modules())
-
     def test_gives_the_rows_that_recovery_reads(self, attack, setup):
-        rows = states_to_attack(attack, setup)
+        rows = attacked(attack, setup)
         assert set(COLUMNS) <= set(rows) and set(rows["state"]) == {"edited", "unedited"}
+        assert all(name.isidentifier() and name.islower() for name in rows), "columns are in snake case"
         card = json.loads(json.dumps(rows.attrs["card"]))
         assert card["method"] == attack.__name__ and card["model"] == setup[0].fingerprint
-        assert ((rows["low"] <= rows["held out"]) & (rows["held out"] <= rows["high"])).all() and (rows["n"] > 0).all()
+        assert ((rows["low"] <= rows["held_out"]) & (rows["held_out"] <= rows["high"])).all() and (rows["n"] > 0).all()
         assert "edited" in recovery(rows).index
 
     def test_the_same_seed_gives_the_same_rows(self, attack, setup):
-        one, two = states_to_attack(attack, setup, seed=3), states_to_attack(attack, setup, seed=3)
+        one, two = attacked(attack, setup, seed=3), attacked(attack, setup, seed=3)
         assert one.equals(two)
 
     def test_an_edit_of_nothing_is_the_ceiling(self, attack, setup):
@@ -97,13 +96,13 @@ class TestEveryAttack:
             assert found["edited"] == pytest.approx(1.0)
 
     def test_known_rows_stand_for_ceiling_and_floor(self, attack, setup):
-        first = states_to_attack(attack, setup)
-        again = states_to_attack(attack, setup, baseline_rows=first)
+        first = attacked(attack, setup)
+        again = attacked(attack, setup, baseline_rows=first)
         assert sorted(again["state"]) == sorted(first["state"])
         ceiling = [rows[rows.state == "unedited"].reset_index(drop=True)[list(COLUMNS)] for rows in (first, again)]
         assert ceiling[0].equals(ceiling[1])
         with pytest.raises(MechunlearnError, match="another attack"):
-            states_to_attack(attack, setup, baseline_rows=first, seed=9)
+            attacked(attack, setup, baseline_rows=first, seed=9)
 
     def test_ceiling_and_floor_can_be_run_alone(self, attack, setup):
         if attack.__name__ in PLACED:
@@ -111,7 +110,7 @@ class TestEveryAttack:
         model, _, forget, retain = setup
         rows = attack(model, None, forget, retain, **SHORT.get(attack.__name__, {}))
         assert set(rows["state"]) == {"unedited"}
-        assert set(states_to_attack(attack, setup, baseline_rows=rows)["state"]) == {"edited", "unedited"}
+        assert set(attacked(attack, setup, baseline_rows=rows)["state"]) == {"edited", "unedited"}
 
     def test_feature_edits_are_attacked_with_their_hooks_on(self, attack, setup):
         model, _, forget, retain = setup
@@ -122,37 +121,141 @@ class TestEveryAttack:
         rows = attack(model, edit, forget, retain, **SHORT.get(attack.__name__, {}))
         start = rows[(rows.state == "edited") & (rows["step"] == 0)]
         unedited = rows[(rows.state == "unedited") & (rows["step"] == 0)]
-        assert start["held out"].min() < unedited["held out"].max()
+        assert start["held_out"].min() < unedited["held_out"].max()
 
     def test_a_name_that_is_taken_is_refused(self, attack, setup):
         with pytest.raises(MechunlearnError, match="cannot be named"):
-            states_to_attack(attack, setup, extra_edits={"unedited": None})
+            attacked(attack, setup, extra_edits={"unedited": None})
+
+    def test_a_gate_that_the_unedited_model_does_not_reach_is_refused(self, attack, setup):
+        with pytest.raises(MechunlearnError, match=r"knows 100% of the retain facts.*asks for 200%.*or a lower gate"):
+            attacked(attack, setup, min_retention=2)
+
+
+@pytest.fixture(scope="module")
+def random_models():
+    """Models of each family, made once: what these tests leave behind would fail them."""
+    made: dict = {}
+
+    def model(family: str):
+        if family not in made:
+            name, _, dtype = family.partition(" in ")
+            made[family] = load_model((random_hf(name), None), dtype=dtype or None)
+            parameters = list(made[family].hf.parameters())
+            parameters[1].requires_grad_(False)
+            parameters[2].grad = torch.ones_like(parameters[2])
+        return made[family]
+
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("attack", "settings"), CASES)
+class TestNoTrace:
+    """Also of edits by hooks and by weights one behind the other; after an error and Ctrl-C wherever they happen."""
+
+    passes: dict = {}  # noqa: RUF012
+
+    @pytest.fixture
+    def run(self, attack, settings, family, random_models):
+        """Run the attack while something may happen in the so-many-th pass through the last block; gives the passes."""
+        model, prompts = random_models(family), token_prompts(facts=16)
+        codebook, sae = random_codebook(model, "L0.resid_post"), random_sae(model, "L1.resid_post")
+        clamp = feature_clamp(model, mask_of(model, sae, [1, 2]), rows_of_tokens(), dictionary=sae)
+        edit = codebook_delete(model, mask_of(model, codebook, [0, 5]), dictionary=codebook) | clamp
+        sets = prompts.select(range(4)), prompts.select(range(4, 16))
+        counted: list = []
+
+        def ran(happens=lambda: None, at: int = -1, **more):
+            counted.clear()
+
+            def note(*_):
+                counted.append(1)
+                if len(counted) == at:
+                    happens()
+
+            handle = last_block(model).register_forward_pre_hook(note)
+            before = state_of(model)
+            try:
+                return attack(model, edit, *sets, min_retention=0, **settings, **more)
+            finally:
+                assert_untouched(model, before)
+                handle.remove()
+
+        ran.passes = lambda: len(counted)  # type: ignore[attr-defined]
+        return ran
+
+    def all_passes(self, run, attack, settings) -> int:
+        key = attack, str(settings)  # it is the same for all families
+        if key not in self.passes:
+            run()
+            self.passes[key] = run.passes()
+        return self.passes[key]
+
+    def test_in_peace(self, run, attack, settings, family):
+        other = load_model((random_hf(family.partition(" in ")[0]), None))
+        before = state_of(other)
+        rows = run(extra_edits={"other": other, "rows": hand_made(other)})
+        assert_untouched(other, before)
+        states = list(dict.fromkeys(rows["state"]))
+        assert [state for state in states if "removed" not in state] == ["edited", "unedited", "other", "rows"]
+        if "steps" in settings:
+            assert rows[rows.state == "other"]["step"].tolist() == [0, 2, 3] * 2, "two settings"
+            assert rows["trained"].notna().any()
+
+    @pytest.mark.parametrize("moment", [0.0, 0.5, 0.9])
+    def test_after_an_error(self, run, attack, settings, family, moment):
+        def fail():
+            raise RuntimeError("on the way")
+
+        total = self.all_passes(run, attack, settings)
+        with pytest.raises(RuntimeError, match="on the way"):
+            run(fail, 1 + int(moment * total))
+        assert run.passes() <= total
+
+    @pytest.mark.parametrize("moment", [0.1, 0.4])
+    def test_after_ctrl_c_which_leaves_no_rows_either(self, run, attack, settings, family, moment):
+        total = self.all_passes(run, attack, settings)
+        with pytest.raises(KeyboardInterrupt):
+            run(lambda: os.kill(os.getpid(), signal.SIGINT), 1 + int(moment * total))
+        assert run.passes() < total, "it ended at once, not after the last setting"
+
+
+def last_block(model) -> torch.nn.Module:
+    (found,) = [
+        module for name, module in model.hf.named_modules() if name.split(".")[-2:] in (["layers", "2"], ["h", "2"])
+    ]
+    return found
+
+
+def test_a_localization_or_a_mask_is_no_edit(setup):
+    """Past the type checker of the tests, as users call it."""
+    model, edit, forget, _ = setup
+    found = random_units(model)
+    find = inspect.unwrap(states_to_attack)
+    for given, told in ((found, r"found.above\(0\) or found.top\(weights=0.05\)"), (found.above(0), "edit them first")):
+        for call in (lambda g=given: find(model, g, forget), lambda g=given: find(model, edit, forget, {"mine": g})):
+            with pytest.raises(MechunlearnError, match=f"Expected an edit, got a {type(given).__name__}.*{told}"):
+                call()
 
 
 class TestRelearningOnOtherThings:
-    @pytest.fixture(scope="class")
-    def world(self):
-        from mechunlearn import load_facts, load_model
-
-        model = load_model("factworld")
-        forget, retain = load_facts("factworld/sport").prompts(model).split(forget=8, retain=64, seed=0)
-        last = ComponentMask.of(["L7.attn.o", "L7.mlp.out"], model.signature)
-        return model, masked_gradient(model, last, forget, retain, steps=15, batch_size=16, lr=5e-3), forget, retain
-
-    def test_other_facts_share_no_name_and_no_relation(self, world):
+    def test_other_facts_share_no_name_and_no_relation(self, world, sixteen):
         from mechunlearn.attack.relearning import _unrelated
 
-        model, _, forget, retain = world
-        shown = _unrelated(model, forget, retain)
+        forget, retain = sixteen
+        shown = _unrelated(world, forget, retain)
         names = {word for subject in forget.facts.subjects for word in subject.split()}
         assert len(shown) > 10 and not any(names & set(query.subject.split()) for query in shown.queries)
         sports = {fact.answer for fact in forget.facts.source}
         assert not sports & {query.answer for query in shown.queries}
 
     @pytest.mark.parametrize("on", ["other facts", "text"])
-    def test_all_forgotten_facts_are_held_out(self, world, on):
-        rows = relearning(*world, on=on, lrs={"full": [5e-4]}, steps=2, eval_every=2, batch_size=8)
-        assert (rows["n"] == 8).all() and rows["trained"].isna().all()
+    def test_all_forgotten_facts_are_held_out(self, world, sixteen, hidden, on):
+        forget, retain = sixteen
+        settings = {"lrs": {"full": [5e-4]}, "steps": 2, "eval_every": 2, "batch_size": 8}
+        rows = relearning(world, hidden, forget, retain, on=on, **settings)
+        assert (rows["n"] == 16).all() and rows["trained"].isna().all()
         assert set(rows["state"]) == {"edited", "unedited", "never taught"}
 
     def test_data_without_other_relations_or_text_say_so(self, setup):

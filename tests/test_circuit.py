@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from mechunlearn import MechunlearnError
-from mechunlearn.artifacts.circuit import Circuit, edges, readers, writers
+from mechunlearn.artifacts.circuit import Circuit
+from mechunlearn.artifacts.edges import edges, readers, writers
 from mechunlearn.core.runcard import RunCard
 from mechunlearn.model.layout import Signature
 

@@ -105,5 +105,5 @@ def test_evaluate_sets_a_feature_edit_beside_units_that_are_active_as_often(worl
 
 def test_files_of_both_kinds_load_and_others_do_not(world, tmp_path):
     (tmp_path / "x.safetensors").write_bytes(b"nothing")
-    with pytest.raises(MechunlearnError, match="not a whole .safetensors file"):
+    with pytest.raises(MechunlearnError, match="weight edit or feature edit"):
         load_edit(tmp_path / "x.safetensors")

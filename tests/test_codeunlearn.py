@@ -13,24 +13,10 @@ from mechunlearn.edit import codebook_delete
 from mechunlearn.features.dictionaries import load_dictionary, spliced
 from mechunlearn.features.firing import swapped
 from mechunlearn.localize import feature_discovery
-from mechunlearn.reproduce import codeunlearn
-from mechunlearn.reproduce.codeunlearn import (
-    GRADIENT_TOPICS,
-    METHODS,
-    SHIPPED,
-    VALIDATION,
-    Bench,
-    Book,
-    Cell,
-    Plan,
-    Setting,
-    choose,
-    cumulative,
-    measured,
-    quick_plan,
-    stored,
-)
-from mechunlearn.reproduce.codeunlearn_page import EIGHT, page
+from mechunlearn.reproduce import codeunlearn, codeunlearn_bench
+from mechunlearn.reproduce.codeunlearn import EIGHT, GRADIENT_TOPICS, METHODS, PAPER
+from mechunlearn.reproduce.codeunlearn_bench import SHIPPED, VALIDATION, Bench, Book, Cell, Setting
+from mechunlearn.reproduce.engine import Plan, stored
 from mechunlearn.reproduce.topics import PARAPHRASED, TOLD, TOPICS, Shown, Topics, by_topic, kept, others
 from mechunlearn.world import lexicon as lex
 from mechunlearn.world.dictionaries import dictionary_texts, topic_stories, topic_words, unrelated_words
@@ -118,7 +104,7 @@ def test_paraphrases_are_in_frames_that_discovery_never_sees(topics):
 
 
 def test_held_out_stories_are_not_those_of_discovery(topics):
-    shown = {text for t in TOPICS for text in topic_stories(t, 24, codeunlearn.HELD_OUT * 3 + 7, TOLD)}
+    shown = {text for t in TOPICS for text in topic_stories(t, 24, codeunlearn_bench.HELD_OUT * 3 + 7, TOLD)}
     assert len(shown & {text for texts in topics.stories.values() for text in texts}) < 0.05 * len(shown)
 
 
@@ -166,7 +152,7 @@ def test_the_rule_takes_the_least_left_among_settings_that_keep_the_others(tmp_p
     a, b, c, *more = METHODS["gradient difference"]
     worse = dict.fromkeys(more, tried(0.0, 0.3))
     store(grid, "gradient difference", book, {a: tried(0.5, 0.95), b: tried(0.2, 0.91), c: tried(0.0, 0.4), **worse})
-    assert choose(grid, "gradient difference", book, "farm") == b
+    assert codeunlearn._choose(grid, "gradient difference", book, "farm") == b
 
 
 def test_the_rule_takes_what_keeps_most_if_nothing_keeps_enough(tmp_path):
@@ -174,7 +160,7 @@ def test_the_rule_takes_what_keeps_most_if_nothing_keeps_enough(tmp_path):
     a, b, c, *more = METHODS["gradient difference"]
     worse = dict.fromkeys(more, tried(0.0, 0.3))
     store(grid, "gradient difference", book, {a: tried(0.5, 0.7), b: tried(0.2, 0.8), c: tried(0.0, 0.4), **worse})
-    assert choose(grid, "gradient difference", book, "farm") == b
+    assert codeunlearn._choose(grid, "gradient difference", book, "farm") == b
 
 
 def test_the_rule_does_not_look_at_the_topic_itself_nor_its_near_synonym(tmp_path):
@@ -187,22 +173,22 @@ def test_the_rule_does_not_look_at_the_topic_itself_nor_its_near_synonym(tmp_pat
     for topic in ("sea", "ocean"):
         values[second]["topics"][topic]["brief"]["accuracy"][topic] = 0.0
     store(grid, "SAE zero-ablation", book, values)
-    assert choose(grid, "SAE zero-ablation", book, "sea") == first
-    assert choose(grid, "SAE zero-ablation", book, "war") == second
+    assert codeunlearn._choose(grid, "SAE zero-ablation", book, "sea") == first
+    assert codeunlearn._choose(grid, "SAE zero-ablation", book, "war") == second
 
 
 def test_a_missing_run_is_named(tmp_path):
-    with pytest.raises(MechunlearnError, match=r"The run of zero on factworld-frozen-.* is not finished"):
+    with pytest.raises(MechunlearnError, match=r"method='zero'.*world='factworld', arm='frozen'.* is not finished"):
         stored(Grid.open(tmp_path, {"test": 1}), Cell("zero", Book()))
 
 
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
     """A folder in which trainings are tiny and texts few."""
-    monkeypatch.setitem(codeunlearn.CODEBOOK, "steps", 60)
-    monkeypatch.setitem(codeunlearn.CODEBOOK, "spliced_steps", 2)
+    monkeypatch.setitem(codeunlearn_bench.CODEBOOK, "steps", 60)
+    monkeypatch.setitem(codeunlearn_bench.CODEBOOK, "spliced_steps", 2)
     for name, value in (("SAE_STEPS", 60), ("TEXTS", 240)):
-        monkeypatch.setattr(codeunlearn, name, value)
+        monkeypatch.setattr(codeunlearn_bench, name, value)
     monkeypatch.setattr("mechunlearn.reproduce.topics.DISCOVERED", 24)
     monkeypatch.setattr("mechunlearn.reproduce.topics.SHOWN", 4)
     return tmp_path
@@ -214,9 +200,9 @@ def test_a_bench_measures_every_method_and_its_controls(tiny):
     before = bench.before["inserted"]["accuracy"]
     for method in ("reselect", "random codes", "SAE clamp", "random features", "SAE rows"):
         settings = {"war": Setting(0.25, 8, 2.0)}
-        found = measured(bench, Cell(method, bench.book, settings))["topics"]["war"]
+        found = bench.measured(Cell(method, bench.book, settings))["topics"]["war"]
         assert found["units"] > 0 and 0 <= found["kept"] <= 1.5, (method, found)
-        assert len(found.get("draws", [0])) == (codeunlearn.DRAWS if method.startswith("random") else 1)
+        assert len(found.get("draws", [0])) == (codeunlearn_bench.DRAWS if method.startswith("random") else 1)
         assert set(found["brief"]["paraphrases"]) == {"war"} and found["brief"]["text loss"] > 0
         if method == "random codes":
             control = found["brief"]["accuracy"]["war"]
@@ -224,7 +210,7 @@ def test_a_bench_measures_every_method_and_its_controls(tiny):
             assert found["brief"]["accuracy"]["war"] < before["war"]
             edited = found["brief"]["accuracy"]["war"]
     assert edited < control
-    steps = cumulative(bench, Cell("cumulative", bench.book, dict.fromkeys(("war", "farm"), Setting(0.25, 8))))["steps"]
+    steps = bench.measured(Cell("cumulative", bench.book, dict.fromkeys(("war", "farm"), Setting(0.25, 8))))["steps"]
     assert steps[0]["units"] < steps[1]["units"] and steps[1]["accuracy"]["farm"] < steps[0]["accuracy"]["farm"]
 
 
@@ -246,10 +232,10 @@ def test_texts_of_dictionaries_tell_every_topic_about_as_often():
 
 
 def test_quick_plans_leave_out_what_is_long(tmp_path):
-    plan = quick_plan(tmp_path)
-    assert plan.arms == ((SHIPPED, "frozen"),) and not plan.swept and len(plan.seeds) == 2
-    assert "gradient difference" not in codeunlearn.methods(plan, SHIPPED, "frozen")
-    assert plan.about() != Plan(tmp_path).about()
+    quick, full = Plan(tmp_path, *PAPER.short, quick=True), Plan(tmp_path, *PAPER.full)
+    assert codeunlearn._swept_books(quick) == () and len(codeunlearn._swept_books(full)) == 4
+    assert "gradient difference" not in codeunlearn._methods(quick, SHIPPED, "frozen")
+    assert PAPER.about(quick) != PAPER.about(full)
 
 
 def test_the_committed_numbers_show_what_was_asked():
@@ -273,8 +259,8 @@ def test_the_committed_numbers_show_what_was_asked():
             and middle("random codes", "share") >= 0.85
         )
     assert holding >= 5
-    assert f"**Reselect: {holding} of 8**" in page(found)
+    assert f"**Reselect: {holding} of 8**" in PAPER.page(found)
     for row in found["rows"]:
         if row["method"] == "reselect":
             row["accuracy"] = 0.9
-    assert "**Reselect: 0 of 8** (none)" in page(found)
+    assert "**Reselect: 0 of 8** (none)" in PAPER.page(found)

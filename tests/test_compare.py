@@ -18,9 +18,12 @@ import torch
 
 import mechunlearn.localize as localize
 from mechunlearn import MechunlearnError, load_facts
-from mechunlearn.cli.main import Method, main
+from mechunlearn.cli.main import main
+from mechunlearn.core.methods import ready_methods
 from mechunlearn.edit import losses, masked_gradient
-from mechunlearn.evaluation.compare import COLUMNS, LOCALIZERS, Comparison, check_grid, compare, select
+from mechunlearn.evaluation.compare import check_grid, compare
+from mechunlearn.evaluation.comparison import COLUMNS, Comparison
+from mechunlearn.evaluation.selection import select
 from mechunlearn.metrics.answers import measure
 from mechunlearn.metrics.text import text_loss
 
@@ -69,7 +72,7 @@ def rows(made: Comparison, **names: object) -> pd.DataFrame:
     return frame
 
 
-TRIAL = {"lr": 1e-3, "forget_weight": 1.0, "share": 0.1, "efficacy": 1.0, "truth": 0.0, "retain": 0.9}
+TRIAL = {"lr": 1e-3, "forget_weight": 1.0, "share": 0.1, "efficacy": 1.0, "truth": 0.0, "retention": 0.9}
 
 
 class TestSelect:
@@ -77,8 +80,8 @@ class TestSelect:
         return tuple(select([TRIAL | trial for trial in trials]).values())
 
     def test_the_best_retain_accuracy_among_those_that_qualify(self):
-        better, weak, leaky = {"retain": 0.95, "lr": 2e-3}, {"efficacy": 0.98}, {"truth": 0.06}
-        spoilt = [{"retain": 1.0, "lr": 3e-3 + i / 1e3} | flaw for i, flaw in enumerate((weak, leaky))]
+        better, weak, leaky = {"retention": 0.95, "lr": 2e-3}, {"efficacy": 0.98}, {"truth": 0.06}
+        spoilt = [{"retention": 1.0, "lr": 3e-3 + i / 1e3} | flaw for i, flaw in enumerate((weak, leaky))]
         assert self.chosen({}, better, *spoilt) == (2e-3, 1.0, "qualifies")
 
     def test_the_limits_qualify(self):
@@ -87,7 +90,7 @@ class TestSelect:
     def test_the_mean_over_validation_sets_counts(self):
         assert self.chosen({"efficacy": 1.0}, {"efficacy": 0.98}) == (1e-3, 1.0, "qualifies")
         assert self.chosen({"efficacy": 1.0}, {"efficacy": 0.97})[2] == "none qualifies"
-        two = [{"lr": lr, "retain": retain} for lr in (1e-3, 2e-3) for retain in (0.8, 0.9 + lr)]
+        two = [{"lr": lr, "retention": retain} for lr in (1e-3, 2e-3) for retain in (0.8, 0.9 + lr)]
         assert self.chosen(*two)[0] == 2e-3
 
     def test_ties_go_to_the_smallest_rate_then_the_smallest_weight(self):
@@ -96,16 +99,16 @@ class TestSelect:
         assert self.chosen(*({**each, "efficacy": 0.5} for each in settings)) == (1e-3, 0.5, "none qualifies")
 
     def test_if_none_qualifies_the_strongest_edit_is_taken(self):
-        weak = {"efficacy": 0.5, "retain": 1.0}
-        assert self.chosen(weak, {"efficacy": 0.9, "retain": 0.1, "lr": 2e-3}) == (2e-3, 1.0, "none qualifies")
+        weak = {"efficacy": 0.5, "retention": 1.0}
+        assert self.chosen(weak, {"efficacy": 0.9, "retention": 0.1, "lr": 2e-3}) == (2e-3, 1.0, "none qualifies")
 
     def test_no_robustness_metric_is_looked_at(self):
-        robust = {"truth_elsewhere": 0.0, "same_subject": 1.0, "recovery": 0.0, "text_loss": 0.0, "lr": 2e-3}
-        assert self.chosen({"truth_elsewhere": 1.0, "recovery": 1.0, "retain": 0.91}, robust)[0] == 1e-3
+        robust = {"generalization": 0.0, "same_subject": 1.0, "recovery": 0.0, "text_loss": 0.0, "lr": 2e-3}
+        assert self.chosen({"generalization": 1.0, "recovery": 1.0, "retention": 0.91}, robust)[0] == 1e-3
 
     def test_a_setting_that_diverged_on_any_set_is_out(self):
-        diverged = {"lr": 2e-3, "retain": 1.0, "forget_weight": 1.0, "share": 0.1, "note": "loss is inf"}
-        good = TRIAL | {"lr": 2e-3, "retain": 1.0}
+        diverged = {"lr": 2e-3, "retention": 1.0, "forget_weight": 1.0, "share": 0.1, "note": "loss is inf"}
+        good = TRIAL | {"lr": 2e-3, "retention": 1.0}
         assert select([TRIAL, TRIAL, good, diverged])["lr"] == 1e-3
         assert select([diverged])["lr"] is None
 
@@ -143,26 +146,29 @@ class TestRun:
         def accuracy(prompts, name="accuracy"):
             return measure(world, prompts)[name].mean().item()
 
+        def efficacy(prompts):
+            aimed = objective == "injection"
+            return accuracy(prompts, "target_accuracy") if aimed else 1 - accuracy(prompts)
+
         with edit.applied(world):
-            elsewhere = [accuracy(forget.facts.prompts(world, f)) for f in facts.formats if f != "statement"]
-            strength = accuracy(forget, "target accuracy") if objective == "injection" else 1 - accuracy(forget)
+            elsewhere = [efficacy(forget.facts.prompts(world, f)) for f in facts.formats if f != "statement"]
             expected = {
                 "share": found.share(mask),
-                "efficacy": strength,
+                "efficacy": efficacy(forget),
                 "truth": accuracy(forget),
-                "truth_elsewhere": sum(elsewhere) / 10,
-                "retain": accuracy(retain),
+                "generalization": sum(elsewhere) / 10,
+                "retention": accuracy(retain),
                 "same_subject": accuracy(facts.related["city"].about(forget.facts.subjects).prompts(world)),
                 "text_loss": text_loss(world, facts.texts[1::2]).mean().item(),
             }
         assert len(elsewhere) == 10 and "held_out" in facts.formats
         assert {name: row[name] for name in expected} == pytest.approx(expected, abs=1e-6)
-        assert row.truth_elsewhere < 0.9 and row.seconds > 0, "an edit that does nothing would prove nothing"
+        assert row.generalization > 0.1 and row.seconds > 0, "an edit that does nothing would prove nothing"
 
     def test_the_unedited_model_stands_beside(self, made, world, facts):
         row = rows(made, stage="unedited", seed=0).iloc[0]
         forget, _ = facts.prompts(world).split(forget=5, seed=0)
-        assert row.truth == 1 and pd.isna(row.efficacy) and row.retain == 1
+        assert row.truth == 1 and pd.isna(row.efficacy) and pd.isna(row.generalization) and row.retention == 1
         assert row.text_loss == pytest.approx(text_loss(world, facts.texts[1::2]).mean().item(), abs=1e-6)
         assert measure(world, forget)["accuracy"].mean() == 1, "the model is left as it was"
 
@@ -183,6 +189,7 @@ class TestRun:
             assert row.truth in table and row.localizer in table
         page = (folder / "figure.html").read_text()
         assert "https://cdn" not in page.split("plotly.js", 1)[0] and '<script src="http' not in page
+        assert "| generalization" in table and "| text loss" in table and "..." not in str(made.summary())
         assert all(name in page for name in ("unedited", "fact_lookup", "same subject", "log_one_minus_p, window"))
 
     def test_a_second_call_makes_nothing_again(self, made, world, facts, folder, monkeypatch):
@@ -308,8 +315,8 @@ class TestWork:
         lines = [f"{f.subject},{f.queries['statement'].prompt},{f.answer}" for f in chosen]
         (tmp_path / "mine.csv").write_text("\n".join(["subject,prompt,answer", *lines]) + "\n")
         made = compare(world, load_facts(tmp_path / "mine.csv"), folder=tmp_path / "grid", **ONE)
-        assert made.frame[["truth_elsewhere", "same_subject", "text_loss"]].isna().all(axis=None)
-        assert {"edit", "truth", "retain"} <= set(made.summary()) and "text loss" not in made.summary()
+        assert made.frame[["generalization", "same_subject", "text_loss"]].isna().all(axis=None)
+        assert {"efficacy", "truth", "retention"} <= set(made.summary()) and "text_loss" not in made.summary()
 
 
 class TestAttack:
@@ -343,11 +350,12 @@ class TestAttack:
     def test_an_attack_that_cannot_be_made_leaves_the_rest_of_the_row(self, world, facts, tmp_path):
         made = compare(world, facts, folder=tmp_path, **{**ONE, "forget": 1}, attack=True)
         row = rows(made, stage="test").iloc[0]
-        assert pd.isna(row.recovery) and row.note and row.retain > 0
+        assert pd.isna(row.recovery) and row.note and row.retention > 0
 
 
-def test_the_command_line_knows_every_localizer():
-    assert set(LOCALIZERS) == {method.value for method in Method}
+def test_every_localizer_of_facts_can_be_compared():
+    names = ready_methods("localize")
+    assert check_grid(names, ["npo"], [0.1], 1, [1e-3], [1], 1)["localizers"] == list(names)
 
 
 class TestComparison:
@@ -361,7 +369,9 @@ class TestComparison:
             for seed, truth in by_seed.items()
         ]
         gone = {"stage": "test", "localizer": "fact_lookup", "objective": "npo", "budget": "0.1", "seed": 2}
-        return module._frame([{"stage": "unedited", "seed": 0, "truth": 1.0}, *tests, {**gone, "note": "no window"}])
+        return Comparison.of(
+            [{"stage": "unedited", "seed": 0, "truth": 1.0}, *tests, {**gone, "note": "no window"}], {}
+        ).frame
 
     def test_differences_are_paired_by_seed(self, frame):
         row = Comparison(frame, {}).differences().iloc[0]
@@ -432,6 +442,12 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path, capsys):
     assert call(*(part for k, v in quick.items() for part in (f"--{k}", v)), "--forget", 2, "-o", tmp_path) == 2
     assert "holds table.md and no grid" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["table.md"] and (tmp_path / "table.md").read_text() == "mine"
+
+
+def test_a_localization_is_no_name_of_a_localizer(world):
+    """Past the type checker of the tests, as users call it."""
+    with pytest.raises(MechunlearnError, match=r"got a Localization.*found.above\(0\) or found.top\(weights=0.05\)"):
+        inspect.unwrap(check_grid)([localize.random_units(world)], ["npo"], ["window"], 1, [1], [1], 1)
 
 
 def test_names_are_kept_in_order_once():

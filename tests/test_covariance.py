@@ -224,8 +224,8 @@ def killed(world, texts, folder: Path, monkeypatch, owner: object, name: str, ca
     [
         (Decoder, "observe", 0, [LATER] * 6),
         (Decoder, "observe", 3, [LATER] * 3),
-        (moments, "save_tensors", 5, [LATER[1:]] + [LATER] * 3),
-        (moments, "save_tensors", 11, [LATER[1:]]),
+        (tensors, "save", 5, [LATER[1:]] + [LATER] * 3),
+        (tensors, "save", 11, [LATER[1:]]),
     ],
 )
 def test_a_killed_run_goes_on_to_the_same_bits(
@@ -246,8 +246,8 @@ def test_a_partial_file_of_another_batch_size_is_refused(world, texts, tmp_path,
 
 def test_nothing_is_saved_between_times(world, texts, tmp_path, monkeypatch):
     written: list[str] = []
-    save = moments.save_tensors
-    monkeypatch.setattr(moments, "save_tensors", lambda path, *rest: (written.append(path.name), save(path, *rest)))
+    save = tensors.save
+    monkeypatch.setattr(tensors, "save", lambda path, *rest: (written.append(path.name), save(path, *rest)))
     Covariance.of_text(world, LATER, texts, batch_size=7, cache=tmp_path)
     assert sorted(written) == names(tmp_path) and len(written) == 2
 

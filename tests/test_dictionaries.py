@@ -17,20 +17,10 @@ from transformers import PreTrainedTokenizerFast
 
 from mechunlearn import MechunlearnError, load_model
 from mechunlearn.artifacts.mask import ComponentMask
-from mechunlearn.features.dictionaries import (
-    SAE,
-    Codebook,
-    check,
-    fingerprint_of,
-    installed,
-    load_dictionary,
-    place,
-    signature_of,
-    spliced,
-    width,
-)
+from mechunlearn.features.dictionaries import SAE, Codebook, check, load_dictionary, spliced
 from mechunlearn.features.firing import FiringStatistics, matched_mask, matched_units, quality, swapped, tokenized
 from mechunlearn.features.interventions import CodeDeletion, FeatureClamp, PlainSAE, build
+from mechunlearn.features.places import fingerprint_of, installed, place, signature_of, width
 from mechunlearn.model.hook_points import HOOK_POINTS, hook_name_of, site_of
 from tests.models import random_hf, token_prompts
 
@@ -339,7 +329,7 @@ def test_a_model_of_lower_precision_takes_the_same_dictionaries():
             out = model.forward(tokens())
         assert out.dtype == torch.bfloat16
         seen = FiringStatistics.of(model, made, (tokens(), torch.tensor([8, 8, 8])))
-        assert seen.fired.dtype == torch.float32 and seen.fired.sum() > 0
+        assert seen.fire_count.dtype == torch.float32 and seen.fire_count.sum() > 0
     assert (out.float() - plain).abs().max() < 0.05 * plain.abs().max()
 
 
@@ -348,18 +338,18 @@ def test_a_model_of_lower_precision_takes_the_same_dictionaries():
 def test_sites_are_the_hook_points_of_transformer_lens(name):
     model, ids = family(name), tokens()
     _, cache = model.bridge.run_with_cache(ids)
-    for kind, (canonical, alias) in HOOK_POINTS.items():
+    for kind, (canonical, *aliases) in HOOK_POINTS.items():
         if kind == "resid_mid" and model.layout.parallel:
             continue
         site = f"L2.{kind}"
         assert hook_name_of(site) == f"blocks.2.{canonical}"
-        assert site_of(f"blocks.2.{canonical}") == site_of(f"blocks.2.{alias}") == site_of(site) == site
+        assert {site_of(f"blocks.2.{name}") for name in (canonical, *aliases)} == {site_of(site)} == {site}
         seen = []
         with installed(model, site, seen.append):
             model.forward(ids)
         torch.testing.assert_close(cache[f"blocks.2.{canonical}"].view_as(seen[0]), seen[0], atol=1e-4, rtol=1e-4)
     assert hook_name_of("encoder.block.2") == site_of("encoder.block.2") == "encoder.block.2"
-    assert hook_name_of("L1.attn.q") == site_of("L1.attn.q") == "L1.attn.q"
+    assert hook_name_of("L1.nothing") == site_of("L1.nothing") == "L1.nothing"
 
 
 @pytest.mark.parametrize(
@@ -469,16 +459,18 @@ def test_activity_equals_a_loop_over_texts(made, monkeypatch):
     ids = tokens(7)
     seen = FiringStatistics.of(model, made, (ids, lengths))
     expected = [by_hand(model, made, one[:length]) for one, length in zip(ids, lengths)]
-    assert torch.equal(seen.fired, torch.stack([fired for fired, *_ in expected]))
+    assert torch.equal(seen.fire_count, torch.stack([fired for fired, *_ in expected]))
     torch.testing.assert_close(seen.squared, torch.stack([e[1] for e in expected]), rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(seen.largest, torch.stack([e[2] for e in expected]), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(seen.max_activation, torch.stack([e[2] for e in expected]), rtol=1e-3, atol=1e-4)
     assert seen.tokens.tolist() == lengths.tolist() and len(seen) == 7
     other = ids.clone()
     other[torch.arange(8) >= lengths[:, None]] = 0
-    assert torch.equal(FiringStatistics.of(model, made, (other, lengths)).fired, seen.fired)
+    assert torch.equal(FiringStatistics.of(model, made, (other, lengths)).fire_count, seen.fire_count)
     part = seen.select([4, 1])
-    assert torch.equal(part.fired, seen.fired[[4, 1]]) and torch.equal(part.largest, seen.largest[[4, 1]])
-    torch.testing.assert_close(part.rates(), (seen.fired[4] + seen.fired[1]) / 11)
+    assert torch.equal(part.fire_count, seen.fire_count[[4, 1]]) and torch.equal(
+        part.max_activation, seen.max_activation[[4, 1]]
+    )
+    torch.testing.assert_close(part.rates(), (seen.fire_count[4] + seen.fire_count[1]) / 11)
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -487,9 +479,11 @@ def test_more_codes_than_are_used_can_be_counted(groups):
     ids, lengths = tokens(), torch.tensor([8, 2, 5])
     seen = FiringStatistics.of(model, made, (ids, lengths), nearest=6)
     expected = [by_hand(model, made, one[:length], nearest=6)[0] for one, length in zip(ids, lengths)]
-    assert torch.equal(seen.fired, torch.stack(expected)) and float(seen.rates().sum()) == pytest.approx(6 * groups)
+    assert torch.equal(seen.fire_count, torch.stack(expected)) and float(seen.rates().sum()) == pytest.approx(
+        6 * groups
+    )
     everything = FiringStatistics.of(model, made, (ids, lengths), nearest=24 // groups)
-    assert torch.equal(everything.fired, lengths[:, None].expand(3, 24).float())
+    assert torch.equal(everything.fire_count, lengths[:, None].expand(3, 24).float())
     for nearest in (0, 24 // groups + 1):
         with pytest.raises(MechunlearnError, match=f"Cannot count the {nearest} nearest"):
             FiringStatistics.of(model, made, (ids, lengths), nearest=nearest)
@@ -502,7 +496,7 @@ def test_activity_of_a_t5_does_not_see_padding(t5):
     ids, lengths = tokens(), torch.tensor([8, 2, 5])
     seen = FiringStatistics.of(t5, made, (ids, lengths))
     expected = [by_hand(t5, made, one[:length])[0] for one, length in zip(ids, lengths)]
-    assert torch.equal(seen.fired, torch.stack(expected))
+    assert torch.equal(seen.fire_count, torch.stack(expected))
 
 
 def test_beginnings_and_ends_of_text_do_not_count(spoken):
@@ -516,7 +510,7 @@ def test_beginnings_and_ends_of_text_do_not_count(spoken):
     for row, text in enumerate(TEXTS):
         whole = torch.tensor(spoken.tokenizer(text)["input_ids"])
         first = by_hand(spoken, made, whole[:1])[0]
-        assert torch.equal(seen.fired[row], by_hand(spoken, made, whole)[0] - first)
+        assert torch.equal(seen.fire_count[row], by_hand(spoken, made, whole)[0] - first)
     assert seen.tokens.tolist() == [3, 6, 1, 4]
     prompts = token_prompts()
     assert tokenized(spoken, prompts)[1].sum() == prompts.lengths.sum()
@@ -580,7 +574,7 @@ def test_matched_units_are_as_many_others_that_are_used_as_often():
     many = usage(torch.randint(0, 2000, (400,), generator=torch.Generator().manual_seed(0)).tolist())
     chosen = torch.arange(0, 400, 10)
     units = matched_units(many, chosen, seed=1)
-    mine, theirs = many.fired[0][chosen].sort().values, many.fired[0][units].sort().values
+    mine, theirs = many.fire_count[0][chosen].sort().values, many.fire_count[0][units].sort().values
     assert ((mine + 1).log() - (theirs + 1).log()).abs().mean() < 0.1
     assert not set(units.tolist()) & set(chosen.tolist()) and len(units.unique()) == 40
 
@@ -743,7 +737,7 @@ def broken(folder, file, content) -> None:
         ("config", lambda about: "text"),
         ("config", lambda about: {}),
         ("config", lambda about: {**about, "d_model": 31, "d_in": 31}),
-        ("config", lambda about: {name: about[name] for name in about if name not in ("size", "d_sae")}),
+        ("config", lambda about: {name: about[name] for name in about if name not in ("about", "d_sae")}),
     ],
 )
 @pytest.mark.parametrize("kind", ["codebook", "sae"])
@@ -751,7 +745,9 @@ def test_a_folder_that_is_not_whole_is_refused_in_one_line(tmp_path, kind, file,
     names = {"codebook": ("config.json", "codebook.safetensors"), "sae": ("cfg.json", "sae_weights.safetensors")}
     (codebook() if kind == "codebook" else sae()).save(tmp_path / "it")
     broken(tmp_path / "it", names[kind][file == "weights"], content)
-    with pytest.raises(MechunlearnError, match="it' (is not a whole|holds no)") as told:
+    with pytest.raises(
+        MechunlearnError, match=r"/it(/[\w.]+)?' (is not a whole|holds a)|Could not read the \w+( file)? '.*/it/"
+    ) as told:
         load_dictionary(tmp_path / "it")
     assert "\n" not in str(told.value)
 
@@ -763,16 +759,16 @@ def test_what_is_no_dictionary_is_refused(tmp_path):
     with pytest.raises(MechunlearnError, match="no dictionary"):
         load_dictionary(tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(MechunlearnError, match=r"^'[^']*model' holds no codebook"):
+    with pytest.raises(MechunlearnError, match=r"^'[^']*model/config.json' holds a foreign file, not a codebook"):
         load_dictionary(tmp_path / "model")
     sae().save(tmp_path / "sae")
-    with pytest.raises(MechunlearnError, match="not a whole codebook"):
+    with pytest.raises(MechunlearnError, match="Could not read the codebook file"):
         Codebook.load(tmp_path / "sae")
     codebook().save(tmp_path / "codebook")
-    with pytest.raises(MechunlearnError, match="not a whole SAE"):
+    with pytest.raises(MechunlearnError, match="Could not read the SAE"):
         SAE.load(tmp_path / "codebook")
     shutil.copy(tmp_path / "sae" / "cfg.json", tmp_path / "codebook" / "cfg.json")
-    with pytest.raises(MechunlearnError, match="not a whole SAE"):
+    with pytest.raises(MechunlearnError, match="Could not read the SAE"):
         load_dictionary(tmp_path / "codebook")
     with pytest.raises(MechunlearnError, match="Could not load the SAE 'x' of release 'no-such-release'"):
         load_dictionary("no-such-release", "x")

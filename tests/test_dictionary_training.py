@@ -7,8 +7,9 @@ import torch
 from torch.nn import functional
 
 from mechunlearn import MechunlearnError, load_model
-from mechunlearn.features.dictionaries import SAE, Codebook, fingerprint_of, load_dictionary, spliced
+from mechunlearn.features.dictionaries import SAE, Codebook, load_dictionary, spliced
 from mechunlearn.features.firing import FiringStatistics
+from mechunlearn.features.places import fingerprint_of
 from mechunlearn.features.training import _inputs, activations, fit_codebook, fit_sae, train_codebook, train_sae
 from tests.models import random_hf
 from tests.test_dictionaries import bits, family, random_t5, same

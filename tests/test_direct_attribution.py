@@ -9,7 +9,7 @@ import transformers
 
 from mechunlearn import Component, MechunlearnError
 from mechunlearn.facts.prompts import Prompts
-from mechunlearn.localize.direct_logit_attribution import direct_logit_attribution, logit_lens
+from mechunlearn.localize import direct_logit_attribution, logit_lens
 from mechunlearn.metrics.answers import logit_diff, measure
 from mechunlearn.metrics.stats import bootstrap_interval
 from mechunlearn.model.hooked import load_model

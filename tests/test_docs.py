@@ -19,15 +19,14 @@ from mkdocs.structure.files import File, Files
 from mkdocs_jupyter.plugin import NotebookFile
 
 import mechunlearn
-import mechunlearn.attack
 from mechunlearn.cli.main import app
-from tests.test_laws import EDITORS, LOCALIZERS, methods
+from mechunlearn.core.methods import CALLED_WITH, methods
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
-METHODS = [*LOCALIZERS, *EDITORS, *methods(mechunlearn.attack)]
+METHODS = [method.function for folder in CALLED_WITH for method in methods(folder).values()]
 SAYS = ("Use it when", "Cost", "It assumes", "Its control", "Do not use it when")
 
 FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
@@ -72,7 +71,20 @@ def entries(nav: object) -> list[str]:
     return [page for entry in inner for page in entries(entry)]
 
 
-NAV = entries(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"])
+def loaded(name: str):
+    """A file of docs/, which is no package."""
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", DOCS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def hooks():
+    return loaded("hooks")
+
+
+NAV = entries(hooks().with_methods(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]))
 
 
 def public() -> dict[str, object]:
@@ -137,6 +149,11 @@ class TestNames:
             assert name in PUBLIC or importlib.util.find_spec(name), name
 
 
+def shown_index() -> str:
+    """The page that lists the methods, as the site has it."""
+    return hooks().on_page_markdown((DOCS / "methods" / "index.md").read_text(), None, None, None)
+
+
 class TestMethods:
     @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__name__)
     def test_every_method_has_its_page(self, method):
@@ -145,7 +162,8 @@ class TestMethods:
         assert page.startswith(f"# {name}\n") and f"methods/{name}.md" in NAV
         assert f"{inspect.unwrap(method).__module__}.{name}" in DIRECTIVE.findall(page)
         assert [part for part in re.findall(r"^\| \*\*(.+?)\*\* \|", page, re.MULTILINE)] == list(SAYS)
-        assert f"]({name}.md)" in (DOCS / "methods" / "index.md").read_text()
+        sentence = page.split("\n\n")[1]
+        assert f"| [`{name}`]({name}.md) | {sentence} |" in shown_index()
 
     def test_every_page_has_its_method(self):
         pages = {page.stem for page in (DOCS / "methods").glob("*.md")} - {"index"}
@@ -164,6 +182,12 @@ class TestNavigation:
 
 
 class TestExamples:
+    def test_a_method_is_its_file_and_its_page(self):
+        added = re.findall(r"^\+\+\+ (\S+)$", (DOCS / "extending.md").read_text(), re.MULTILINE)
+        methods = (("localize", "activation_change"), ("edit", "silence"), ("attack", "weight_noise"))
+        files = [(f"mechunlearn/{folder}/{name}.py", f"docs/methods/{name}.md") for folder, name in methods]
+        assert added == [file for pair in files for file in pair]
+
     def test_the_diffs_apply(self):
         """What a new method is added beside is still there, line after line."""
         hunks = [
@@ -171,7 +195,7 @@ class TestExamples:
             for diff in DIFF.findall((DOCS / "extending.md").read_text())
             for file, body in re.findall(r"^@@ (\S+) @@\n(.*?)(?=^@@|\Z)", diff, re.MULTILINE | re.DOTALL)
         ]
-        assert len(hunks) == 9
+        assert len(hunks) == 2
         for file, body in hunks:
             old = [line[1:] for line in body.splitlines() if not line.startswith("+")]
             replaced = [line[1:] for line in body.splitlines() if line.startswith("-")]
@@ -198,19 +222,6 @@ class TestExamples:
                 command.make_parser(command.context_class(command)).parse_args(words)
             except Exception as error:
                 pytest.fail(f"{line}: {error}")
-
-
-def loaded(name: str):
-    """A file of docs/, which is no package."""
-    spec = importlib.util.spec_from_file_location(f"docs_{name}", DOCS / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def hooks():
-    return loaded("hooks")
 
 
 class TestHooks:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mechunlearn import MechunlearnError
-from mechunlearn.artifacts.circuit import edges, readers, writers
+from mechunlearn.artifacts.edges import edges, readers, writers
 from mechunlearn.localize import edge_attribution, edge_patching, path_patching
 from mechunlearn.localize.edge_attribution import edge_scores
 from mechunlearn.metrics.answers import logit_diff

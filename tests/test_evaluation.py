@@ -1,9 +1,13 @@
 """The report says what was measured, and its control is a real one."""
 
+import inspect
+
 import pandas as pd
 import pytest
 
-from mechunlearn import ComponentMask, evaluate
+from mechunlearn import ComponentMask, MechunlearnError, evaluate
+from mechunlearn.artifacts.weight_edit import WeightEdit
+from mechunlearn.core.runcard import RunCard
 from mechunlearn.edit import losses, masked_gradient
 from mechunlearn.evaluation.controls import random_mask
 from mechunlearn.localize import fact_lookup
@@ -49,14 +53,14 @@ def test_the_report_covers_every_split_and_format(report, sport):
     } == splits
     assert set(report.frame[report.frame.split == "forget"].format) == set(sport[0].facts.formats)
     for name in ("before", "after", "control"):
-        assert (report.frame[f"{name} low"] <= report.frame[name] + 1e-9).all()
-        assert (report.frame[name] <= report.frame[f"{name} high"] + 1e-9).all()
+        assert (report.frame[f"{name}_low"] <= report.frame[name] + 1e-9).all()
+        assert (report.frame[name] <= report.frame[f"{name}_high"] + 1e-9).all()
 
 
 def test_before_is_the_unedited_model(report, world, sport):
     expected = measure(world, sport[0])["accuracy"].mean().item()
     assert report.value("forget", "statement", "accuracy", "before") == pytest.approx(expected)
-    assert report.value("forget", "statement", "target accuracy", "before") < 0.1
+    assert report.value("forget", "statement", "target_accuracy", "before") < 0.1
 
 
 def test_neighbours_share_a_name_and_were_never_seen(sport):
@@ -89,7 +93,7 @@ def test_the_page_is_self_contained_and_readable(report, edit, found, tmp_path):
 
 
 def test_the_verdict_carries_the_figures(report):
-    edited = report.value("forget", "statement", "target accuracy")
+    edited = report.value("forget", "statement", "target_accuracy")
     assert f"{edited:.1%}" in report.verdict() and "same subjects' city" in report.verdict()
 
 
@@ -106,6 +110,23 @@ def test_unlearning_losses_remove_the_truth_and_the_retain_term_keeps_the_rest(l
             assert measure(world, forget)["probability"].mean() < 0.8 * before
             kept.append(float(measure(world, retain)["probability"].mean()))
     assert kept[1] > kept[0], "without the retain term more is lost"
+
+
+def test_the_summary_prints_its_numbers_in_full(report):
+    """Where pandas would leave out columns: more of them than a terminal is wide."""
+    shown = str(report.summary())
+    assert "..." not in shown and len(shown.splitlines()) == len(report.summary()) + 1
+    for name in ("before", "after", "control"):
+        assert f"{report.value('forget', 'statement', 'accuracy', name):.2f} [" in shown and name in shown
+
+
+def test_what_is_no_edit_is_refused(world, sport, found):
+    """Past the type checker of the tests, as users call it."""
+    measured = inspect.unwrap(evaluate)
+    told = r"Expected an edit, got a Localization.*found.above\(0\) or found.top\(weights=0.05\)"
+    for given in ({"edit": found}, {"edit": WeightEdit({}, {}, world.signature, RunCard("none")), "control": found}):
+        with pytest.raises(MechunlearnError, match=told):
+            measured(world, **given, forget=sport[0], retain=sport[1])
 
 
 def test_reports_show_as_tables(report):

@@ -200,7 +200,7 @@ def test_answers_of_several_tokens_are_scored_as_if_alone(world):
     prompts = Prompts.from_text(rows, world.tokenizer)
     assert len({int((a >= 0).sum()) for a in prompts.answers}) > 1, "answers must be ragged"
     batch = answer_logprob(world.forward(prompts.tokens), prompts)
-    targets = measure(world, prompts)["target probability"]
+    targets = measure(world, prompts)["target_probability"]
     for i, row in enumerate(rows):
         for text, value in ((row.answer, batch[i].exp()), (row.foil, targets[i])):
             ids, total = world.tokenizer(row.prompt)["input_ids"], 0.0

@@ -8,7 +8,8 @@ import torch
 import transformers
 
 from mechunlearn import ComponentMask, MechunlearnError
-from mechunlearn.artifacts.circuit import Circuit, edges
+from mechunlearn.artifacts.circuit import Circuit
+from mechunlearn.artifacts.edges import edges
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.localize import edge_attribution, edge_patching
 from mechunlearn.localize.edge_attribution import edge_scores
@@ -57,7 +58,7 @@ def by_hand():
 def having(circuit: Circuit, *names: str) -> Circuit:
     frame = circuit.to_frame()
     chosen = torch.zeros_like(circuit.chosen)
-    from mechunlearn.artifacts.circuit import readers, writers
+    from mechunlearn.artifacts.edges import readers, writers
 
     for name in names:
         source, target = name.split("->")

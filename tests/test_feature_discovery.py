@@ -12,8 +12,9 @@ from mechunlearn import Localization, MechunlearnError
 from mechunlearn.artifacts.overlap import overlap, rank_correlation
 from mechunlearn.edit import codebook_delete
 from mechunlearn.facts.prompts import Prompts
-from mechunlearn.features.dictionaries import installed, load_dictionary, signature_of, spliced
+from mechunlearn.features.dictionaries import load_dictionary, spliced
 from mechunlearn.features.firing import FiringStatistics, matched_units, swapped
+from mechunlearn.features.places import installed, signature_of
 from mechunlearn.features.training import train_codebook
 from mechunlearn.localize import feature_discovery
 from mechunlearn.metrics.answers import logit_diff
@@ -50,7 +51,7 @@ def by_token(language, codebook, seed: int) -> tuple[FiringStatistics, torch.Ten
 
 def detection(seen: FiringStatistics, states, state: int, codes) -> tuple[float, float]:
     """Precision and recall of "one of the codes is active" for "the token is in the state"."""
-    hit, true = seen.fired[:, codes].any(1), states == state
+    hit, true = seen.fire_count[:, codes].any(1), states == state
     return float((hit & true).sum() / hit.sum().clamp(min=1)), float((hit & true).sum() / true.sum())
 
 

@@ -1,5 +1,6 @@
 """Edits of features and codes: against slow loops by hand, as values, and as folders that Hugging Face loads."""
 
+import inspect
 import json
 import tempfile
 from dataclasses import replace
@@ -10,16 +11,17 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from mechunlearn import ComponentMask, MechunlearnError
 from mechunlearn.artifacts.weight_edit import Edit, WeightEdit
+from mechunlearn.core import tensors
 from mechunlearn.edit import codebook_delete, dictionary_rows, feature_clamp
-from mechunlearn.features.dictionaries import check, installed, signature_of, spliced
+from mechunlearn.edit.remake import editor
+from mechunlearn.features.dictionaries import check, spliced
 from mechunlearn.features.feature_edit import FeatureEdit
 from mechunlearn.features.firing import FiringStatistics
+from mechunlearn.features.places import installed, signature_of
 from mechunlearn.model.hooked import load_model
 from tests.handmade import axes, entering, mask_of, random_codebook, random_sae, rows_of_tokens, seldom
 from tests.models import CONFIGS, random_hf
@@ -222,28 +224,28 @@ class TestAsAValue:
             both.mask.parameter_masks(model)
 
     @pytest.mark.parametrize("hole", ["../../escaped.json", "{outside}", "config.json/../../escaped.json"])
-    @pytest.mark.parametrize("where", ["files", "dictionary", "tensor"])
+    @pytest.mark.parametrize("where", ["files", "dictionary", "tensor", "weights", "architecture"])
     def test_no_name_in_a_file_becomes_a_path(self, model, both, tmp_path, hole, where):
         """A shared edit file must not be able to write anywhere, whatever its metadata say."""
         outside = tmp_path / "outside.json"
         hole = hole.format(outside=outside)
         both.save(tmp_path / "edit.safetensors")
-        with safe_open(tmp_path / "edit.safetensors", "pt") as file:
-            metadata = file.metadata()
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        about = json.loads(metadata["about"])
+        held, about = tensors.load(tmp_path / "edit.safetensors", {"feature edit": lambda held, about: (held, about)})
         for part in about["parts"]:
             if where == "dictionary":
                 part["dictionary"] = hole
             part["files"] = {hole: "overwritten"}
-        if where == "tensor":
-            tensors = {name.replace("0/weights/", f"0/{hole}/", 1): t for name, t in tensors.items()}
+        if where in ("tensor", "weights"):
+            named = f"0/{hole}/" if where == "tensor" else f"0/weights/{hole}"
+            held = {name.replace("0/weights/", named, 1): t for name, t in held.items()}
+        if where == "architecture":
+            about["parts"][1]["described"]["architecture"] = hole
         (tmp_path / "inside").mkdir()
         crafted = tmp_path / "inside" / "crafted.safetensors"
-        save_file(tensors, crafted, {"kind": "feature edit", "about": json.dumps(about)})
+        tensors.save(crafted, "feature edit", held, about)
         before = sorted(tmp_path.rglob("*"))
         if where == "files":
-            FeatureEdit.load(crafted)  # the older key is not read at all
+            assert FeatureEdit.load(crafted).mask == both.mask  # the older key is not read at all
         else:
             with pytest.raises(MechunlearnError, match="not a whole"):
                 FeatureEdit.load(crafted)
@@ -263,9 +265,9 @@ class TestAsAValue:
         lines = {
             "mask": "holds a mask, not a feature edit",
             "weights": "holds a weight edit, not a feature edit",
-            "text": "is not a whole .safetensors file",
-            "half": "is not a whole .safetensors file",
-            "missing": "is not a whole .safetensors file",
+            "text": "is not a whole feature edit file",
+            "half": "is not a whole feature edit file",
+            "missing": "Could not read the feature edit file",
         }
         for name, line in lines.items():
             with pytest.raises(MechunlearnError, match=line) as error:
@@ -273,8 +275,8 @@ class TestAsAValue:
             assert "\n" not in str(error.value)
         with pytest.raises(MechunlearnError, match="holds a feature edit, not a weight edit"):
             WeightEdit.load(tmp_path / "features.safetensors")
-        with pytest.raises(MechunlearnError, match="saved as .safetensors files"):
-            both.save(tmp_path / "edit.json")
+        with pytest.raises(MechunlearnError, match="A feature edit is not written as 'edit.pt'. Expected .json or"):
+            both.save(tmp_path / "edit.pt")
 
     @pytest.mark.parametrize("how", DELETIONS)
     def test_topics_deleted_one_by_one_are_topics_deleted_at_once(self, model, tokens, how):
@@ -549,7 +551,12 @@ class TestCodebookDeleteRefuses:
             ({}, heads, codebook, "selects units of L1.attn.o; the dictionary is"),
             ({}, everything, codebook, "Only 2 codes of Codebook.*fewer than are used.*or how='zero'"),
             ({}, mask_of(model, sae, [0]), sae, "is no codebook: clamp its features with feature_clamp"),
-            ({"how": "drop"}, mask_of(model, codebook, [0]), codebook, "'drop'. Expected one of reselect, zero"),
+            (
+                {"how": "drop"},
+                mask_of(model, codebook, [0]),
+                codebook,
+                "codebook_delete got how='drop'. Expected one of reselect, zero",
+            ),
         ]
         for settings, mask, dictionary, line in cases:
             with pytest.raises(MechunlearnError, match=line) as error:
@@ -572,7 +579,7 @@ class TestCodebookDeleteRefuses:
 
 def call_without_types(function, *args, **kwargs):
     """Past the type checks of the tests, as a user's interpreter has none."""
-    return getattr(function, "__wrapped__", function)(*args, **kwargs)
+    return editor(inspect.unwrap(function))(*args, **kwargs)
 
 
 class TestFeatureClamp:
@@ -673,13 +680,13 @@ class TestFeatureClamp:
             other.sae.b_enc[2] = -100.0
         cases = [
             ((mask, forget), {"dictionary": codebook}, "has codes, which are used or not: delete them with codebook_delete"),
-            ((mask, forget), {"scale": -1}, "A scale of -1 would amplify"),
+            ((mask, forget), {"scale": -1}, "feature_clamp got scale=-1. Expected a number, 0 or more"),
             ((mask_of(model, sae, []), forget), {}, "The mask selects nothing of SAE"),
             ((mask_of(model, other, [0]), forget), {}, "selects units of .*; the dictionary is"),
             ((mask_of(model, other, [2]), forget), {"dictionary": other}, "activates none of the mask's features"),
             ((mask, forget), {"gate": "sequence"}, "A sequence gate is set by retain text: give retain, or gate='token'"),
-            ((mask, forget), {"gate": "text"}, "Unknown gate 'text'. Expected one of token, sequence"),
-            ((mask, forget, forget), {"gate": "sequence", "quantile": 95}, "A quantile of 95 is out of range"),
+            ((mask, forget), {"gate": "text"}, "feature_clamp got gate='text'. Expected one of token, sequence"),
+            ((mask, forget, forget), {"gate": "sequence", "quantile": 95}, "feature_clamp got quantile=95. Expected a share, from 0 to 1"),
             ((mask, forget, forget), {"gate": "sequence", "quantile": 1}, "at the quantile 1: the gate would never open"),
             ((mask, []), {}, "The text is empty"),
             ((mask, smaller), {}, "The activity is of 8 units, SAE"),
@@ -782,7 +789,7 @@ class TestDictionaryRows:
         cases = [
             (codebook, [0], {}, "is no SAE: its codes are not directions"),
             (sae, [], {}, "The mask selects nothing of SAE"),
-            (sae, [0], {"scale": -0.5}, "A scale of -0.5 would keep or amplify"),
+            (sae, [0], {"scale": -0.5}, "dictionary_rows got scale=-0.5. Expected a number, 0 or more"),
             (inner, [0], {}, "'L1.mlp_out' is no residual stream"),
             (early, [0], {}, "No MLP row has any of the mask's features"),
             (silent, [2], {}, "No MLP row has any of the mask's features"),

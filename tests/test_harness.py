@@ -10,10 +10,8 @@ import pandas as pd
 import pytest
 import torch
 
-from mechunlearn import ComponentMask, MechunlearnError
-from mechunlearn.edit import masked_gradient
+from mechunlearn import MechunlearnError
 from mechunlearn.evaluation.harness import _same_random_numbers, benchmark
-from mechunlearn.facts.load import load_facts
 from mechunlearn.model.hooked import load_model
 from tests.models import random_hf
 
@@ -35,11 +33,8 @@ metric_list:
 
 
 @pytest.fixture(scope="module")
-def setup(world):
-    forget, retain = load_facts("factworld/sport").prompts(world).split(forget=12, retain=24, seed=1)
-    sites = [f"L{layer}.mlp.{kind}" for layer in (1, 2) for kind in ("in", "gate", "out")]
-    mask = ComponentMask.of(sites, world.signature)
-    return masked_gradient(world, mask, forget, retain, steps=20, batch_size=12), forget, retain
+def setup(sixteen, gone):
+    return gone, sixteen[0], sixteen[1].select(range(24))
 
 
 @pytest.fixture
@@ -75,9 +70,9 @@ def test_an_edit_shows_in_the_benchmark_and_leaves_no_trace(world, setup, folder
 
     assert accuracy(before) == {"forgotten": 1, "retained": 1}
     found = accuracy(after)
-    assert found["forgotten"] <= 1 / 12 and found["retained"] >= 0.9
+    assert found["forgotten"] <= 1 / 16 and found["retained"] >= 0.9
     assert list(before.columns) == ["task", "metric", "value", "stderr", "n"]
-    assert before["n"].tolist() == [12, 12, 24, 24]
+    assert before["n"].tolist() == [16, 16, 24, 24]
     assert set(before["metric"]) == {"acc", "acc_norm"} and (before["stderr"] == 0).all()
     card = json.loads(json.dumps(after.attrs["card"]))
     assert (card["method"], card["mask"]) == ("benchmark", setup[0].card.mask)

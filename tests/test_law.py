@@ -1,4 +1,4 @@
-"""The LAW reproduction: one rule for every method, paths that end where facts are gone, a page that prints nulls."""
+"""The LAW reproduction: one rule for every method, paths that end where facts are gone, a page that follows from it."""
 
 import json
 import math
@@ -11,30 +11,11 @@ import torch
 from mechunlearn import Localization, MechunlearnError
 from mechunlearn.core.grid import Grid
 from mechunlearn.core.runcard import RunCard
-from mechunlearn.reproduce import law
-from mechunlearn.reproduce.law import (
-    ABLATIONS,
-    ATTACKED,
-    BOUNDS,
-    METHODS,
-    RELEARN,
-    SCALING,
-    SHIPPED,
-    WHERE,
-    Bench,
-    Cell,
-    Plan,
-    Setting,
-    ablated,
-    attacked,
-    choose,
-    located,
-    scaling_settings,
-    site,
-    stored,
-    washed,
-)
-from mechunlearn.reproduce.law_page import page, results
+from mechunlearn.reproduce import law, law_bench
+from mechunlearn.reproduce.engine import Plan, stored
+from mechunlearn.reproduce.law import METHODS, PAPER
+from mechunlearn.reproduce.law_bench import ATTACKED, RELEARN, SHIPPED, WHERE, Bench, Cell, Setting, bench_of, measured
+from tests.pages import flat
 
 NUMBERS = {"forget": 0.04, "paraphrase": 0.05, "question": 0.1, "same subject": 0.5, "retain": 0.9, "neighbours": 0.8}
 NUMBERS |= {"copying": 1.0, "comparison": 0.9, "skills": 0.95, "text loss": 0.6, "KL": 0.01}
@@ -53,13 +34,14 @@ def run(reached: bool = True, **numbers: float) -> dict:
 
 
 @pytest.fixture
-def plan(tmp_path) -> Plan:
-    return Plan(tmp_path, worlds=("0", SHIPPED), seeds=(0, 1), sizes=(100,))
+def plan(tmp_path, monkeypatch) -> Plan:
+    monkeypatch.setattr(law, "SIZES", (100,))
+    return Plan(tmp_path, ("0", SHIPPED), (0, 1))
 
 
 @pytest.fixture
 def grid(plan):
-    return Grid.open(plan.folder, plan.about())
+    return Grid.open(plan.folder, PAPER.about(plan))
 
 
 class TestRule:
@@ -72,7 +54,7 @@ class TestRule:
             settings = METHODS["MEMIT, retain keys"]
             for setting, cell in zip(settings, [*cells, *[run(False)] * len(settings)]):
                 grid.cell(Cell("MEMIT, retain keys", "0", setting=setting).description(), lambda cell=cell: cell)
-            return settings.index(choose(grid, "0", "MEMIT, retain keys"))
+            return settings.index(law._choose(grid, "0", "MEMIT, retain keys"))
 
         return given
 
@@ -113,10 +95,9 @@ class TestPage:
             grid.cell(Cell(WHERE, world).description(), lambda where=where: where)
             for seed in plan.seeds:
                 noise = 0.1 * (i - seed)
-                grid.cell(Cell(BOUNDS, world, seed).description(), lambda: {"measured": {**NUMBERS, "forget": 1.0}})
-                settings = chosen[world] | {method: ablated(method, chosen[world]) for method in ABLATIONS}
-                for method, setting in settings.items():
+                for method, setting in law._settings(chosen[world]).items():
                     cell = {
+                        "unedited": {"measured": {**NUMBERS, "forget": 1.0}},
                         "MEMIT, retain keys": run(neighbours=0.9, text_loss=0.601),
                         "GA": run(False, neighbours=0.2, text_loss=2.0),
                         "GD": run(neighbours=0.9 + noise, skills=0.5, copying=0.5),
@@ -129,39 +110,40 @@ class TestPage:
                     Cell(RELEARN, world, seed).description(),
                     lambda curves=curves: {"curves": curves, "n": 8, "chance": 0.1},
                 )
-        for setting in scaling_settings():
-            cell = {"facts": 300, "targets seconds": 3.0, "edit seconds": 0.5, "peak MiB": 9.0, **run()}
-            grid.cell(Cell(SCALING, law.LARGE, 0, setting, 100).description(), lambda cell=cell: cell)
-        return results(plan, grid, chosen)
+        for cell in law._scaling_cells(plan):
+            made = {"facts": 300, "targets seconds": 3.0, "edit seconds": 0.5, "peak MiB": 9.0, **run()}
+            grid.cell(cell.description(), lambda made=made: made)
+        return PAPER.results(plan, grid, chosen)
 
-    def test_the_page_says_what_holds_what_is_null_and_what_was_not_matched(self, found):
-        told = page(json.loads(json.dumps(found)))
-        assert (
-            "MEMIT, retain keys keeps neighbours better than GA: **holds**, +0.7 [+0.7, +0.7], n = 4 (not matched: GA"
-            in told
-        )
-        assert "MEMIT, retain keys keeps neighbours better than GD: **null**" in told
-        assert "retain keys cost no text: lower text loss than MEMIT: **refuted**, +0.001" in told
-        assert "LAW keeps more neighbours than AlphaEdit: cannot be told" in told
-        assert (
-            "LAW: washed facts are gone (relearning half brings back no more of the rest than of facts never taught): **holds**"
-            in told
-        )
+    def test_the_page_says_what_holds_what_is_inconclusive_and_what_was_not_matched(self, found):
+        told = flat(PAPER.page(json.loads(json.dumps(found))))
+        for row in (
+            "MEMIT, retain keys keeps neighbours better than GA (not matched: GA reached the target in 0 of 4 runs) "
+            "| +0.7 [+0.7, +0.7] | 4 pairs, 2 worlds | **holds**",
+            "LAW keeps more neighbours than AlphaEdit (not matched: AlphaEdit reached the target in 0 of 4, 4 failed runs)"
+            " | – | 0 | **not measured**",
+            "retain keys cost no text: lower text loss than MEMIT | +0.001 [+0.001, +0.001] | 4 pairs, 2 worlds | "
+            "**reversed**",
+            "no more of the rest than of facts never taught | +0 [+0, +0] | 4 pairs, 2 worlds | **inconclusive**",
+        ):
+            assert f"{row} |" in told, row
+        verdicts = {claim.text: claim.verdict for claim in PAPER.claims(found)}
+        assert verdicts["MEMIT, retain keys keeps neighbours better than GD"] == "inconclusive"
         assert "| AlphaEdit | 0 of 4, 4 failed | – |" in told and "| GA | 0 of 4 | 0.04 [0.04, 0.04] |" in told
         assert "forget 0.040 (largest 0.040), asked: at most .05; paraphrases 0.050" in told
-        assert "| unedited |  | 1 [1, 1] |" in told
+        assert "| unedited | | 1 [1, 1] |" in told
 
     def test_relearning_counts_only_points_with_enough_of_the_retain_facts(self, found):
-        assert "| GD | 0 [0, 0] | 0.2 [0.2, 0.2] | 0.6 [0.6, 0.6] |" in page(found)
+        assert "| GD | 0 [0, 0] | 0.2 [0.2, 0.2] | 0.6 [0.6, 0.6] |" in flat(PAPER.page(found))
 
     def test_what_is_within_noise_is_said_by_number(self, found):
-        lines = page(found).split("Edited minus unedited")[1].split("minus each gradient")[0].splitlines()
+        lines = flat(PAPER.page(found)).split("Edited minus unedited")[1].split("minus each gradient")[0].splitlines()
         row = {line.split("|")[1].strip(): line for line in lines if line.startswith("| ")}
         assert "-0.5 [-0.5, -0.5] |" in row["GD"], "copying fell by half: no noise"
         assert row["LAW"].count("within noise") == 3
 
     def test_the_results_have_every_number_of_the_page(self, found):
-        assert page(found) == page(json.loads(json.dumps(found)))
+        assert PAPER.page(found) == PAPER.page(json.loads(json.dumps(found)))
         assert not any("trajectory" in cell for of in found["runs"].values() for cells in of.values() for cell in cells)
 
 
@@ -171,7 +153,7 @@ class TestARun:
     @pytest.fixture(scope="class")
     def folder(self, tmp_path_factory):
         patch = pytest.MonkeyPatch()
-        patch.setitem(law.WASHED, SHIPPED, 12)
+        patch.setitem(law_bench.WASHED, SHIPPED, 12)
         for name, value in {
             "DOCUMENTS": 150,
             "STORIES": 1,
@@ -179,8 +161,10 @@ class TestARun:
             "NORMS": (0.01, 2.0),
             "STEPS": 3,
         }.items():
-            patch.setattr(law, name, value)
-        patch.setattr(law, "RELEARNING", {"lrs": {"full": [1e-3]}, "steps": 1, "eval_every": 1, "min_retention": 0.5})
+            patch.setattr(law_bench, name, value)
+        patch.setattr(
+            law_bench, "RELEARNING", {"lrs": {"full": [1e-3]}, "steps": 1, "eval_every": 1, "min_retention": 0.5}
+        )
         yield tmp_path_factory.mktemp("law")
         patch.undo()
 
@@ -193,7 +177,7 @@ class TestARun:
 
     @pytest.fixture(scope="class")
     def bench(self, folder):
-        bench = law._bench(folder, SHIPPED, 0)
+        bench = bench_of(folder, SHIPPED, 0, 0)
         bench.near, bench.kept, bench.held_out_text = bench.near[:8], bench.kept[:40], bench.held_out_text[:12]
         bench.skills = {name: tasks.select(range(20)) for name, tasks in bench.skills.items()}
         return bench
@@ -204,8 +188,8 @@ class TestARun:
         }
         model = bench.model
         found = Localization({}, model.signature, {}, 0, RunCard("x"), by_role=scores, roles=("subject last",))
-        monkeypatch.setattr(law, "causal_tracing", lambda *given, **settings: found)
-        where = located(bench)
+        monkeypatch.setattr(law_bench, "causal_tracing", lambda *given, **settings: found)
+        where = law_bench._located(bench)
         assert (where["role"], where["layers"]) == ("subject last", [2, 3, 4])
         assert where["unedited"]["forget"] == 1 and where["unedited"]["KL"] == 0
 
@@ -221,26 +205,26 @@ class TestARun:
         assert bench.other not in bench.relations and len({*bench.relations, bench.other}) == 3
 
     def test_a_path_ends_at_the_first_point_where_the_facts_are_gone(self, folder, grid, bench):
-        found = washed(folder, grid, Cell("MEMIT", SHIPPED, 0))
+        found = measured(folder, grid, Cell("MEMIT", SHIPPED, 0))
         assert found["reached"] and found["strength"] in (400, 40) and found["known"] <= 0.05
         assert found["measured"]["forget"] == found["known"] and found["layers"] == [1, 2, 3]
         assert found["measured"]["neighbours"] > 0.5 and found["measured"]["KL"] < 0.1
 
     def test_another_token_washes_nothing(self, folder, grid, bench):
         cell = Cell("LAW, Adam off, other token", SHIPPED, 0)
-        assert site(bench, stored(grid, Cell(WHERE, SHIPPED)), cell).role == "last"
-        chosen = site(bench, stored(grid, Cell(WHERE, SHIPPED)), replace(cell, method="LAW, Adam off, random layers"))
+        where = stored(grid, Cell(WHERE, SHIPPED))
+        assert law_bench._site(bench, where, cell).role == "last"
+        chosen = law_bench._site(bench, where, replace(cell, method="LAW, Adam off, random layers"))
         assert not set(chosen.layers) & {1, 2, 3} and len(chosen.layers) == 3
-        law_run, other = (washed(folder, grid, Cell(m, SHIPPED, 0)) for m in ("LAW, closed-form path", cell.method))
+        law_run, other = (measured(folder, grid, Cell(m, SHIPPED, 0)) for m in ("LAW, closed-form path", cell.method))
         assert law_run["known"] < 0.2 < other["known"] and not other["reached"]
 
     def test_gradient_methods_end_by_steps_and_are_attacked_with_the_others(self, folder, grid, bench, monkeypatch):
-        monkeypatch.setattr(law, "ATTACKED", ("MEMIT", "GD"))
-        found = washed(folder, grid, Cell("GD", SHIPPED, 0, Setting(own=1e-3)))
+        monkeypatch.setattr(law_bench, "ATTACKED", ("MEMIT", "GD"))
+        found = measured(folder, grid, Cell("GD", SHIPPED, 0, Setting(own=1e-3)))
         assert not found["reached"] and found["strength"] == 3
-        washed(folder, grid, Cell("MEMIT", SHIPPED, 0))
-        chosen = {"MEMIT": Setting(), "GD": Setting(own=1e-3)}
-        rows = attacked(folder, Cell(RELEARN, SHIPPED, 0), chosen)
+        measured(folder, grid, Cell("MEMIT", SHIPPED, 0))
+        rows = measured(folder, grid, Cell(RELEARN, SHIPPED, 0))
         assert set(rows["curves"]) == {"MEMIT", "GD", "unedited", "never taught"}
         assert [point[0] for point in rows["curves"]["GD"]["0.001"]] == [0, 1]
 
@@ -248,14 +232,9 @@ class TestARun:
         def refuse(*given, **settings):
             raise MechunlearnError("no such thing")
 
-        monkeypatch.setattr(law, "memit", refuse)
-        found = washed(folder, grid, Cell("MEMIT, shared value", SHIPPED, 0, Setting("shared")))
+        monkeypatch.setattr(law_bench, "memit", refuse)
+        found = measured(folder, grid, Cell("MEMIT, shared value", SHIPPED, 0, Setting("shared")))
         assert found["note"] == "no such thing" and not found["reached"] and math.isnan(found["measured"]["KL"])
-
-
-def test_the_quick_plan_is_one_world_and_says_so(tmp_path):
-    quick = law.quick_plan(tmp_path)
-    assert quick.worlds == (SHIPPED,) and quick.sizes == () and quick.quick
 
 
 def test_the_committed_numbers_show_what_was_asked():

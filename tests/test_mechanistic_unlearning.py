@@ -1,4 +1,4 @@
-"""The Mechanistic Unlearning reproduction: masks at one budget, one rule for all, and a page that prints what came out."""
+"""The Mechanistic Unlearning reproduction: masks at one budget, one rule for all, and a page that follows from it."""
 
 import json
 from pathlib import Path
@@ -8,12 +8,23 @@ import torch
 
 from mechunlearn.artifacts.mask import ComponentMask
 from mechunlearn.core.grid import Grid
-from mechunlearn.reproduce import mechanistic_unlearning as m
-from mechunlearn.reproduce import mechanistic_unlearning_page as told
-from mechunlearn.reproduce.mechanistic_unlearning import LOOKUP, NAIVE, OUTPUT_TRACING, VALIDATION, Bench, Cell, Plan
-from mechunlearn.reproduce.shared import attempt, failures, finished, verdict
+from mechunlearn.reproduce import mechanistic_unlearning as paper
+from mechunlearn.reproduce import mechanistic_unlearning_bench as m
+from mechunlearn.reproduce.engine import Plan, attempt, failures, finished
+from mechunlearn.reproduce.mechanistic_unlearning import PAPER
+from mechunlearn.reproduce.mechanistic_unlearning_bench import LOOKUP, NAIVE, OUTPUT_TRACING, VALIDATION, Bench, Cell
+from mechunlearn.reproduce.tables import Difference, verdict
 
 DOCS = Path(__file__).parents[1] / "docs" / "reproductions"
+
+
+def made(grid: Grid, cell: Cell) -> str:
+    """Make a cell; the reason if that fails."""
+    return attempt(grid, cell, lambda: paper._work(grid.folder, grid, cell))
+
+
+def plan(folder: Path, quick: bool = False) -> Plan:
+    return Plan(folder, *(PAPER.short if quick else PAPER.full), quick=quick)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +45,7 @@ class TestSets:
         known = shipped.facts.subjects
         assert not twin.sets(VALIDATION)[0].facts.subjects & known
         assert twin.sets(0)[1].facts.subjects <= known
-        assert m.stored_in(twin.model) == [1, 2]
+        assert twin.storage() == [1, 2]
 
 
 class TestMasks:
@@ -43,37 +54,35 @@ class TestMasks:
         chosen = {name: m.LOCALIZERS[name] for name in (LOOKUP, *OUTPUT_TRACING, m.RANDOM)}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(m, "LOCALIZERS", chosen)
-            return m.localized(bench, VALIDATION)
+            return bench.localized(VALIDATION)
 
     def test_every_localizer_gets_the_weight_of_the_window(self, bench, found):
-        window = m.mask_of(bench, LOOKUP, found)
+        window = bench.mask(LOOKUP, found)
         assert found["window"] == [1, 2]
         assert {site.split(".")[0] for site in found["masks"][LOOKUP]} == {"L1", "L2"}
         for arm in (*OUTPUT_TRACING, m.RANDOM):
-            mask = m.mask_of(bench, arm, found)
+            mask = bench.mask(arm, found)
             assert 0.9 <= mask.weights(bench.model) / window.weights(bench.model) <= 1, arm
             assert mask == mask.tied(bench.model)
 
     def test_sets_of_layers_are_all_of_that_size(self, bench, found):
         assert len(found["subsets"]) == 28 and "MLP 1+2" in found["subsets"]
-        assert m.mask_of(bench, "MLP 1+2", found) == m.mask_of(bench, LOOKUP, found)
+        assert bench.mask("MLP 1+2", found) == bench.mask(LOOKUP, found)
 
     def test_whole_parts(self, bench, found):
-        assert m.mask_of(bench, m.EVERYTHING, found) == ComponentMask.everything(bench.model)
-        last = m.mask_of(bench, m.LAST, found)
+        assert bench.mask(m.EVERYTHING, found) == ComponentMask.everything(bench.model)
+        last = bench.mask(m.LAST, found)
         assert {site.split(".")[0] for site in last.sites} == {"L7"}
 
     def test_no_window_is_a_note_and_no_mask(self, tmp_path):
         naive = Bench(tmp_path, NAIVE, "sport")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(m, "LOCALIZERS", {LOOKUP: m.LOCALIZERS[LOOKUP], m.RANDOM: m.LOCALIZERS[m.RANDOM]})
-            found = m.localized(naive, 0)
+            found = naive.localized(0)
         assert found["window"] is None and found["subsets"] == [] and not found["masks"][LOOKUP]
         assert found["notes"][LOOKUP].startswith("no window found")
-        share = m.mask_of(naive, m.RANDOM, found).weights(naive.model) / ComponentMask.everything(naive.model).weights(
-            naive.model
-        )
-        assert share == pytest.approx(2 / 8 * m.mlp_share(naive.model), abs=0.002)
+        weights = [naive.mask(arm, found).weights(naive.model) for arm in (m.RANDOM, m.ALL_MLPS)]
+        assert weights[0] == pytest.approx(2 / 8 * weights[1], rel=0.02)
 
 
 class TestCells:
@@ -84,22 +93,19 @@ class TestCells:
         monkeypatch.setattr(m, "FORGET", 8)
         monkeypatch.setattr(m, "RETAIN", 24)
         monkeypatch.setattr(m, "LOCALIZERS", {LOOKUP: m.LOCALIZERS[LOOKUP], m.RANDOM: m.LOCALIZERS[m.RANDOM]})
-        m._bench.cache_clear()
+        m.bench_of.cache_clear()
         yield
-        m._bench.cache_clear()
+        m.bench_of.cache_clear()
 
     def test_a_forget_set_from_localizing_to_relearning(self, small, tmp_path):
-        plan = Plan(tmp_path)
-        about = plan.about()
-        grid = Grid.open(tmp_path, about)
+        grid = Grid.open(tmp_path, PAPER.about(plan(tmp_path)))
         for cell in (
             Cell("localize", m.SHIPPED),
             Cell("bounds", m.SHIPPED),
             Cell("test", m.SHIPPED, arm=LOOKUP, rate=1e-2, weight=1.0),
         ):
-            m._cell(tmp_path, about, cell)
-        assert failures(tmp_path) == []
-        run = finished(grid, vars(Cell("test", m.SHIPPED, arm=LOOKUP, rate=1e-2, weight=1.0)))
+            assert made(grid, cell) == ""
+        run = finished(grid, cell)
         assert run["strength"] > 0.8 > 0.2 > run["truth"] and run["retain"] > 0.8
         assert set(run["formats"]) >= {"question", "held_out", "league"} and "yes_no" not in run["formats"]
         assert [row[:2] for row in run["curves"]] == [["full 0.002", 0], ["full 0.002", 2]]
@@ -108,7 +114,7 @@ class TestCells:
     def test_a_share_of_the_budget_inside_the_storage_site(self, small, tmp_path, monkeypatch):
         monkeypatch.setattr(m, "RATES", (1e-2,))
         monkeypatch.setattr(m, "WEIGHTS", (1.0,))
-        about = Plan(tmp_path).about()
+        grid = Grid.open(tmp_path, PAPER.about(plan(tmp_path)))
         chosen = []
         whole = m.masked_gradient
 
@@ -118,47 +124,40 @@ class TestCells:
 
         monkeypatch.setattr(m, "masked_gradient", watched)
         for cell in (Cell("bounds", m.TWIN), Cell("share", m.TWIN, weight=0.75)):
-            m._cell(tmp_path, about, cell)
-        assert failures(tmp_path) == []
-        run = finished(Grid.open(tmp_path, about), vars(Cell("share", m.TWIN, weight=0.75)))
+            assert made(grid, cell) == ""
+        run = finished(grid, cell)
         assert run["chosen rate"] == 1e-2 and 0 <= run["strength"] <= 1 and "recovery" in run
         inside = [c for c in chosen[0] if c.kind == "mlp.out" and c.layer in (1, 2)]
         assert len(inside) == 288 and len([c for c in chosen[0] if c.kind == "mlp.out"]) == 384
 
     def test_a_cell_that_fails_says_why_and_is_tried_again(self, small, tmp_path):
-        about = Plan(tmp_path).about()
+        grid = Grid.open(tmp_path, PAPER.about(plan(tmp_path)))
         cell = Cell("test", m.SHIPPED, arm=m.LAST, rate=1e-2, weight=1.0)
-        m._cell(tmp_path, about, cell)
+        assert made(grid, cell) == "Its ceiling and floor are not finished."
         assert [one["reason"] for one in failures(tmp_path)] == ["Its ceiling and floor are not finished."]
-        made = attempt(Grid.open(tmp_path, about), vars(cell), lambda: {"recovery": 0.5})
-        assert made == {"recovery": 0.5} and failures(tmp_path) == []
-
-    def test_an_interrupted_cell_is_no_failure(self, tmp_path):
-        def interrupted():
-            raise KeyboardInterrupt
-
-        with pytest.raises(KeyboardInterrupt):
-            attempt(Grid.open(tmp_path, {}), {"kind": "test"}, interrupted)
-        assert failures(tmp_path) == [] and finished(Grid.open(tmp_path, {}), {"kind": "test"}) is None
+        assert attempt(grid, cell, lambda: {"recovery": 0.5}) == "" and failures(tmp_path) == []
+        assert finished(grid, cell) == {"recovery": 0.5}
 
 
 class TestPlan:
     def test_settings_are_chosen_on_the_validation_set_alone(self, tmp_path):
-        grid = Grid.open(tmp_path, Plan(tmp_path).about())
+        full = plan(tmp_path)
+        grid = Grid.open(tmp_path, PAPER.about(full))
         for i, cell in enumerate(m.trials("1", "sport", LOOKUP)):
             assert cell.seed == VALIDATION and cell.kind == "edit"
-            grid.cell(vars(cell), lambda i=i: {"share": 0.2, "strength": 1.0, "truth": 0.0, "retain": 0.9 + i / 100})
-        best = m.chosen(grid, "1", "sport", LOOKUP)
+            grid.cell(
+                cell.description(), lambda i=i: {"share": 0.2, "strength": 1.0, "truth": 0.0, "retain": 0.9 + i / 100}
+            )
+        best = paper._chosen(grid, "1", "sport", LOOKUP)
         assert (best["rate"], best["forget_weight"], best["selected"]) == (m.RATES[-1], m.WEIGHTS[-1], "qualifies")
-        assert [cell.seed for cell in m.tests(Plan(tmp_path), grid, "1", "sport", LOOKUP)] == [0, 1, 2, 3, 4]
-        assert m.select([])["lr"] is None and m.tests(Plan(tmp_path), grid, "1", "sport", "causal_tracing") == []
+        assert [cell.seed for cell in paper._tests(full, grid, "1", "sport", LOOKUP)] == [0, 1, 2, 3, 4]
+        assert m.best_setting([])["rate"] is None and paper._tests(full, grid, "1", "sport", "causal_tracing") == []
 
     def test_the_quick_plan_says_so(self, tmp_path):
-        plan = m.quick_plan(tmp_path)
-        assert plan.quick and plan.about() != Plan(tmp_path).about()
-        assert m.arenas(plan, "sport") == ("1",)
-        page = told.page(planted(quick=True))
-        assert "**This is a quick run" in page and "**This is a quick run" not in told.page(planted())
+        quick = plan(tmp_path, quick=True)
+        assert PAPER.about(quick) != PAPER.about(plan(tmp_path)) and paper._arenas(quick, "sport") == ("1",)
+        page = PAPER.page(planted(quick=True))
+        assert "**This is a quick run" in page and "**This is a quick run" not in PAPER.page(planted())
 
 
 def planted(quick=False, edge=0.3, worlds=("1", "2")) -> dict:
@@ -201,37 +200,40 @@ def planted(quick=False, edge=0.3, worlds=("1", "2")) -> dict:
 class TestPage:
     def test_overlap_is_that_of_units(self):
         mine = {LOOKUP: {"L1.mlp.out": [0, 1, 2]}, "other": {"L1.mlp.out": [2, 3], "L2.mlp.out": [0]}}
-        assert told._overlaps([mine, mine | {"other": {"L1.mlp.out": [0, 1, 2]}}]) == {"other": [1 / 5, 1.0]}
+        assert paper._overlaps([mine, mine | {"other": {"L1.mlp.out": [0, 1, 2]}}]) == {"other": [1 / 5, 1.0]}
 
-    def test_a_planted_advantage_holds_and_none_is_null(self):
-        assert {row["verdict"] for row in told.claims(planted())} == {"holds"}
-        assert {row["verdict"] for row in told.claims(planted(edge=0.0))} <= {"null", "weak", "reversed"}
-        assert {row["verdict"] for row in told.claims(planted(edge=-0.3))} == {"reversed"}
+    def test_a_planted_advantage_holds_and_none_does_not(self):
+        def verdicts(edge: float) -> set[str]:
+            return {claim.verdict for claim in PAPER.claims(planted(edge=edge))}
+
+        assert verdicts(0.3) == {"holds"} and verdicts(-0.3) == {"reversed"}
+        assert verdicts(0.0) <= {"inconclusive", "weak", "reversed"}
 
     def test_random_mlps_are_every_other_set_of_layers(self):
         found = planted()
-        of = told.values(found, "sport", told.RANDOM_MLPS, "recovery", "1")
+        of = paper._by_seed(found, "sport", paper.RANDOM_MLPS, "recovery", "1")
         runs = found["world"]["1"]["sport"]["runs"]
         assert of["0"] == pytest.approx((runs["MLP 0+1"]["0"]["recovery"] + runs["MLP 2+3"]["0"]["recovery"]) / 2)
 
     def test_a_run_that_collapsed_is_left_out_of_its_pairs(self):
         found = planted()
         found["world"]["1"]["sport"]["runs"][LOOKUP]["0"]["recovery"] = None
-        assert told.difference(found, ["sport"], LOOKUP, m.RANDOM, "recovery")[3:] == (9, 2)
-        assert told.difference(found, ["sport"], LOOKUP, m.RANDOM, "retain")[3:] == (10, 2)
+        assert paper._difference(found, ["sport"], LOOKUP, m.RANDOM, "recovery")[3:] == (9, 2)
+        assert paper._difference(found, ["sport"], LOOKUP, m.RANDOM, "retain")[3:] == (10, 2)
 
     def test_what_failed_and_what_is_missing_is_told(self):
         found = planted() | {"failed": [{"cell": {"arm": "x"}, "reason": "no memory"}], "missing": 3, "planned": 9}
-        page = told.page(found)
-        assert "no memory" in page and "of 9 edits of test sets 3 are missing" in page
-        assert "No cell failed" in told.page(planted())
+        page = PAPER.page(found)
+        assert "no memory" in page and "3 of 9 edits of test sets are missing" in page
+        assert "No cell failed" in PAPER.page(planted())
 
     def test_the_page_begins_with_what_it_is_conditional_on(self):
-        first = [line for line in told.page(planted()).splitlines() if line][1]
+        first = [line for line in PAPER.page(planted()).splitlines() if line][1]
         assert "trained to look facts up at the subject" in first
 
     def test_a_claim_against_the_direction_is_reversed(self):
-        assert verdict((-0.3, -0.4, -0.2), 1) == "reversed" and verdict((-0.3, -0.4, -0.2), -1) == "holds"
+        lower = Difference(-0.3, -0.4, -0.2, 9, 3)
+        assert verdict(lower, 1) == "reversed" and verdict(lower, -1) == "holds"
 
 
 def test_the_committed_numbers_are_of_three_worlds_and_both_relations():

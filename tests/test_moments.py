@@ -41,15 +41,15 @@ def texts() -> tuple[torch.Tensor, torch.Tensor]:
     return tokens, labels
 
 
-def by_loop(hf: nn.Module, name: str, per: str) -> torch.Tensor:
+def by_loop(hf: nn.Module, name: str) -> torch.Tensor:
     """One sequence without its padding, one loss, one gradient of the weight itself, at a time."""
     tokens, labels = texts()
     squares = []
     for row, length in enumerate(LENGTHS):
         where = (labels[row] >= 0).nonzero().flatten()
-        for chosen in where[:, None] if per == "token" else where[None] if len(where) else ():
+        if len(where):
             logprobs = hf(tokens[row : row + 1, :length]).logits[0].log_softmax(-1)
-            loss = -logprobs[chosen, labels[row, chosen]].mean()
+            loss = -logprobs[where, labels[row, where]].mean()
             gradient = torch.autograd.grad(loss, hf.get_submodule(name).weight)[0]
             is_in_out = isinstance(hf.get_submodule(name), transformers.pytorch_utils.Conv1D)
             squares.append((gradient.T if is_in_out else gradient) ** 2)
@@ -63,44 +63,37 @@ def untie(hf: nn.Module) -> nn.Module:
     return hf
 
 
-@pytest.mark.parametrize("per, samples", [("sequence", 5), ("token", 14)])
-def test_it_is_the_mean_of_squares_of_single_gradients(hf, per, samples):
+def test_it_is_the_mean_of_squares_of_single_gradients(hf):
     untie(hf)
-    fisher = DiagonalFisher(hf, names(hf), per).update(*texts())
-    rows = DiagonalFisher(hf, names(hf), per, rows_only=True).update(*texts())
-    assert fisher.count == rows.count == samples
+    fisher = DiagonalFisher(hf, names(hf)).update(*texts())
+    assert fisher.count == 5 and fisher.modules == set(names(hf))
     for name in names(hf):
-        truth = by_loop(hf, name, per)
+        truth = by_loop(hf, name)
         torch.testing.assert_close(fisher.elements(name), truth, rtol=1e-10, atol=1e-10 * truth.max().item(), msg=name)
-        torch.testing.assert_close(fisher.row_sums(name), truth.sum(1), rtol=1e-10, atol=0, msg=name)
-        torch.testing.assert_close(rows.row_sums(name), truth.sum(1), rtol=1e-10, atol=0, msg=name)
+        torch.testing.assert_close(fisher.elements(name).sum(1), truth.sum(1), rtol=1e-10, atol=0, msg=name)
         assert truth.max() > 0
 
 
-@pytest.mark.parametrize("rows_only", [False, True])
-def test_any_split_into_batches_gives_the_same(hf, rows_only, monkeypatch):
+def test_any_split_into_batches_gives_the_same(hf, monkeypatch):
     tokens, labels = texts()
-    whole = DiagonalFisher(hf, names(hf), rows_only=rows_only).update(tokens, labels)
+    whole = DiagonalFisher(hf, names(hf)).update(tokens, labels)
     monkeypatch.setattr(moments, "CHUNK", 3 * 32 * 32)
     for split in ([1] * 6, [2, 1, 3], [6]):
-        parts = DiagonalFisher(hf, names(hf), rows_only=rows_only)
+        parts = DiagonalFisher(hf, names(hf))
         for some, their in zip(tokens.split(split), labels.split(split)):
             width = int((their >= 0).any(0).nonzero().max()) + 1 if (their >= 0).any() else 1
             parts.update(some[:, :width], their[:, :width])
         assert parts.count == whole.count
         for name in names(hf):
-            torch.testing.assert_close(parts.row_sums(name), whole.row_sums(name), rtol=1e-10, atol=0)
-            if not rows_only:
-                torch.testing.assert_close(parts.elements(name), whole.elements(name), rtol=1e-10, atol=1e-25)
+            torch.testing.assert_close(parts.elements(name).sum(1), whole.elements(name).sum(1), rtol=1e-10, atol=0)
+            torch.testing.assert_close(parts.elements(name), whole.elements(name), rtol=1e-10, atol=1e-25)
 
 
 def test_float32_agrees_with_float64(hf):
     single = DiagonalFisher(copy.deepcopy(hf).float(), names(hf)).update(*texts())
-    rows = DiagonalFisher(copy.deepcopy(hf).float(), names(hf), rows_only=True).update(*texts())
     double = DiagonalFisher(hf, names(hf)).update(*texts())
     for name in names(hf):
-        torch.testing.assert_close(single.row_sums(name), double.row_sums(name), rtol=1e-5, atol=0)
-        torch.testing.assert_close(rows.row_sums(name), double.row_sums(name), rtol=1e-5, atol=0)
+        torch.testing.assert_close(single.elements(name).sum(1), double.elements(name).sum(1), rtol=1e-5, atol=0)
 
 
 def test_the_square_of_a_batch_mean_gradient_is_another_number(hf):
@@ -158,7 +151,7 @@ def test_a_users_hook_changes_what_follows_and_not_the_layer(hf):
     name = names(hf)[1]
     handle = hf.get_submodule(name).register_forward_hook(lambda module, args, out: out.square() + out)
     fisher = DiagonalFisher(hf, [name]).update(*texts())
-    torch.testing.assert_close(fisher.elements(name), by_loop(hf, name, "sequence"), rtol=1e-10, atol=1e-20)
+    torch.testing.assert_close(fisher.elements(name), by_loop(hf, name), rtol=1e-10, atol=1e-20)
     assert list(hf.get_submodule(name)._forward_hooks) == [handle.id], "the user's hook is still there"
 
 
@@ -182,14 +175,10 @@ def twice() -> Twice:
     return Twice().double().eval()
 
 
-@pytest.mark.parametrize("per", ["sequence", "token"])
-def test_the_calls_of_a_module_are_added_before_they_are_squared(twice, per):
-    truth = by_loop(twice, "shared", per)
-    fisher = DiagonalFisher(twice, ["shared", "head"], per).update(*texts())
-    rows = DiagonalFisher(twice, ["shared", "head"], per, rows_only=True).update(*texts())
-    torch.testing.assert_close(fisher.elements("shared"), truth, rtol=1e-10, atol=1e-18)
-    torch.testing.assert_close(rows.row_sums("shared"), truth.sum(1), rtol=1e-10, atol=0)
-    torch.testing.assert_close(fisher.elements("head"), by_loop(twice, "head", per), rtol=1e-10, atol=1e-18)
+def test_the_calls_of_a_module_are_added_before_they_are_squared(twice):
+    fisher = DiagonalFisher(twice, ["shared", "head"]).update(*texts())
+    torch.testing.assert_close(fisher.elements("shared"), by_loop(twice, "shared"), rtol=1e-10, atol=1e-18)
+    torch.testing.assert_close(fisher.elements("head"), by_loop(twice, "head"), rtol=1e-10, atol=1e-18)
 
 
 def test_a_bfloat16_model_adds_up_in_float64(hf):
@@ -197,37 +186,25 @@ def test_a_bfloat16_model_adds_up_in_float64(hf):
     fisher, same = (DiagonalFisher(model, names(hf)).update(*texts()) for model in (half, copy.deepcopy(half).float()))
     for name in names(hf):
         assert fisher.elements(name).dtype == torch.float64
-        assert fisher.row_sums(name).sum() == pytest.approx(same.row_sums(name).sum().item(), rel=0.1)
+        assert fisher.elements(name).sum() == pytest.approx(same.elements(name).sum().item(), rel=0.1)
 
 
-@pytest.mark.parametrize("rows_only", [False, True])
-def test_many_small_updates_are_not_lost(twice, rows_only):
+def test_many_small_updates_are_not_lost(twice):
     """After 400 equal sequences the mean is still that of one; in bfloat16 a sum of equal numbers stops at 256."""
     half, (tokens, labels) = twice.to(torch.bfloat16), (part[:1] for part in texts())
-    once = DiagonalFisher(half, ["shared"], rows_only=rows_only).update(tokens, labels)
-    often = DiagonalFisher(half, ["shared"], rows_only=rows_only)
+    once = DiagonalFisher(half, ["shared"]).update(tokens, labels)
+    often = DiagonalFisher(half, ["shared"])
     for _ in range(20):
         often.update(tokens.repeat(20, 1), labels.repeat(20, 1))
     assert often.count == 400
-    torch.testing.assert_close(often.row_sums("shared"), once.row_sums("shared"), rtol=1e-6, atol=0)
+    torch.testing.assert_close(often.elements("shared").sum(1), once.elements("shared").sum(1), rtol=1e-6, atol=0)
 
 
-def test_row_sums_are_never_negative():
-    """Each position's gradient is undone by the next one's, so what is left is rounding."""
-    x = torch.randn(200, 1, 3, generator=torch.Generator().manual_seed(0)) * 1000
-    delta = torch.randn(200, 1, 64, generator=torch.Generator().manual_seed(1))
-    total = torch.zeros(64, dtype=torch.float64)
-    moments._add_rows(total, torch.cat([x, x + x.abs() * 1e-7], 1), torch.cat([delta, -delta], 1))
-    raw = delta.square().sum() * x.square().sum()
-    assert (total >= 0).all() and total.sum() < 1e-6 * raw
-
-
-@pytest.mark.parametrize("per, first", [("sequence", 1), ("token", 6)])
-def test_no_label_counts_for_nothing(hf, per, first):
+def test_no_label_counts_for_nothing(hf):
     tokens, labels = texts()
-    fisher = DiagonalFisher(hf, names(hf), per).update(tokens, torch.full_like(labels, -1))
+    fisher = DiagonalFisher(hf, names(hf)).update(tokens, torch.full_like(labels, -1))
     assert fisher.count == 0
-    assert fisher.update(tokens[:1], labels[:1]).count == first
+    assert fisher.update(tokens[:1], labels[:1]).count == 1
 
 
 def test_names_that_are_no_linear_layer_are_refused(hf):
@@ -246,11 +223,9 @@ def test_mistakes_are_named(hf, twice):
         DiagonalFisher(hf, [])
     with pytest.raises(MechunlearnError, match="training mode"):
         DiagonalFisher(hf.train(), [name]).update(tokens, labels)
-    fisher = DiagonalFisher(hf.eval(), [name], rows_only=True).update(tokens, labels)
-    with pytest.raises(MechunlearnError, match="Use row_sums"):
-        fisher.elements(name)
-    with pytest.raises(MechunlearnError, match="No Fisher of 'other'"):
-        fisher.row_sums("other")
+    fisher = DiagonalFisher(hf.eval(), [name]).update(tokens, labels)
+    with pytest.raises(MechunlearnError, match="No Fisher of 'other' after 5 sequences"):
+        fisher.elements("other")
     with pytest.raises(MechunlearnError, match=r"'flat' saw inputs of shape \(54, 8\)"):
         DiagonalFisher(twice, ["flat"]).update(tokens, labels)
     with pytest.raises(MechunlearnError, match="'idle' was not called"):

@@ -1,5 +1,6 @@
 """Every figure shows the numbers it was given, names its axes, and touches no theme but its own."""
 
+import inspect
 import math
 import sys
 from xml.etree import ElementTree
@@ -127,8 +128,8 @@ def test_before_and_after_shows_each_model_with_its_interval(figures):
     assert list(figure.layout.yaxis.ticktext) == ["statement", text(SCRIPT)]
     for trace, name in zip(figure.data, MODELS, strict=True):
         assert trace.name == text(name) and list(trace.x) == rows[name].tolist()
-        assert [x + e for x, e in zip(trace.x, trace.error_x.array)] == pytest.approx(rows[f"{name} high"].tolist())
-        assert [x - e for x, e in zip(trace.x, trace.error_x.arrayminus)] == pytest.approx(rows[f"{name} low"].tolist())
+        assert [x + e for x, e in zip(trace.x, trace.error_x.array)] == pytest.approx(rows[f"{name}_high"].tolist())
+        assert [x - e for x, e in zip(trace.x, trace.error_x.arrayminus)] == pytest.approx(rows[f"{name}_low"].tolist())
     heights = [trace.y[0] for trace in figure.data]
     assert heights == sorted(heights) and len(set(heights)) == 4, "marks of one row do not hide one another"
 
@@ -202,6 +203,13 @@ class TestMaskMap:
         assert len(plots.mask_map(chosen, model=world).data) == 1
         figure = plots.mask_map(chosen, activities[2])
         assert figure.data[0].y[0].endswith("(codes)") and sum(figure.data[1].y) == pytest.approx(len(chosen) / 512)
+
+    def test_a_localization_is_no_mask(self, attributed):
+        """Past the type checker of the tests, as users call it."""
+        with pytest.raises(
+            MechunlearnError, match=r"got a Localization.*found.above\(0\) or found.top\(weights=0.05\)"
+        ):
+            inspect.unwrap(plots.mask_map)(attributed)
 
     def test_a_mask_of_another_model_is_refused(self, toy, attributed):
         with pytest.raises(MechunlearnError, match="fits one architecture only"):
@@ -280,13 +288,17 @@ class TestVolcano:
         units = [int(unit) for unit, _ in marks["selected"].customdata]
         assert units == [component.unit for component in chosen]
         assert list(marks["selected"].x) == pytest.approx(scores[units].tolist(), abs=1e-5)
-        often = (here.fired.sum(0)[units] + 0.5) / here.tokens.sum()
+        often = (here.fire_count.sum(0)[units] + 0.5) / here.tokens.sum()
         assert list(marks["selected"].y) == pytest.approx(often.tolist())
 
     def test_units_never_seen_have_no_mark(self, activities):
         here, there, _ = activities
         (marks,) = plots.code_volcano(here, there).data
-        assert len(marks.x) == int(((here.fired.sum(0) + there.fired.sum(0)) > 0).sum()) < here.fired.shape[1]
+        assert (
+            len(marks.x)
+            == int(((here.fire_count.sum(0) + there.fire_count.sum(0)) > 0).sum())
+            < here.fire_count.shape[1]
+        )
         assert all(map(math.isfinite, marks.x))
 
     def test_another_dictionary_is_refused(self, activities, toy):

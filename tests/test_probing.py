@@ -6,20 +6,17 @@ import pandas as pd
 import pytest
 import torch
 
-from mechunlearn import ComponentMask, MechunlearnError
+from mechunlearn import MechunlearnError
 from mechunlearn.artifacts.weight_edit import WeightEdit
 from mechunlearn.attack.probing import _Lens, _told_apart, probing
 from mechunlearn.attack.states import recovery
 from mechunlearn.core.runcard import RunCard
-from mechunlearn.edit import masked_gradient
 from mechunlearn.facts.formats import Query
-from mechunlearn.facts.load import load_facts
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.metrics.answers import answered
 from mechunlearn.model.hooked import load_model
 from mechunlearn.world.toy import planted_facts
 from tests.models import random_hf, token_prompts
-from tests.test_relearning import assert_untouched, state_of
 
 
 def rewritten(model, site: str, units: list[int], value: float = 0.0) -> WeightEdit:
@@ -47,7 +44,7 @@ class TestOnThePlantedModel:
         }
         return probing(*setup, extra_edits=beside)
 
-    def of(self, rows, state, setting, column="held out"):
+    def of(self, rows, state, setting, column="held_out"):
         return rows[(rows.state == state) & (rows.setting == setting)][column].item()
 
     def test_a_probe_reads_the_truth_from_the_block_that_writes_it(self, rows):
@@ -62,7 +59,7 @@ class TestOnThePlantedModel:
 
     def test_a_lens_reads_it_at_the_end_once_it_is_carried_there(self, rows):
         for lens in ("logit lens", "tuned lens"):
-            assert self.of(rows, "unedited", f"{lens}, after 1 blocks", "retain here") < 0.9
+            assert self.of(rows, "unedited", f"{lens}, after 1 blocks", "retain_here") < 0.9
             assert self.of(rows, "unedited", f"{lens}, after 2 blocks") == 1
             assert self.of(rows, "edited", f"{lens}, after 2 blocks") == 0
             assert self.of(rows, "edited", f"{lens}, after 2 blocks", "retain") == 1
@@ -74,7 +71,7 @@ class TestOnThePlantedModel:
     def test_a_wrecked_model_has_collapsed_though_a_probe_can_read_it(self, rows):
         wrecked = rows[rows.state == "not carried"]
         assert self.of(rows, "not carried", "probe, after 1 blocks") == 1
-        assert self.of(rows, "not carried", "probe, after 1 blocks", "retain here") == 1
+        assert self.of(rows, "not carried", "probe, after 1 blocks", "retain_here") == 1
         assert (wrecked["own"] < 0.9).all() and not wrecked["valid"].any()
         assert recovery(rows).loc["not carried", "outcome"] == "collapsed"
         assert recovery(rows).loc["nothing", "outcome"] == "collapsed"
@@ -86,12 +83,12 @@ class TestOnThePlantedModel:
         told = WeightEdit(told.units, {"L0.mlp.out": rows[[1, 2, 3, 0]]}, told.signature, told.card)
         found = probing(model, told, forget, retain)
         for setting in ("probe, after 1 blocks", "logit lens, after 2 blocks"):
-            assert self.of(found, "edited", setting, "edit label") == 1
-            assert self.of(found, "edited", setting) == 0 == self.of(found, "unedited", setting, "edit label")
+            assert self.of(found, "edited", setting, "edit_label") == 1
+            assert self.of(found, "edited", setting) == 0 == self.of(found, "unedited", setting, "edit_label")
 
     def test_a_probe_of_shuffled_labels_reads_less(self, rows):
         probes = rows[(rows.state == "unedited") & (rows.group == "probe") & (rows.blocks > 0)]
-        assert (probes["shuffled"] <= 0.5).all() and (probes["held out"] == 1).all()
+        assert (probes["shuffled"] <= 0.5).all() and (probes["held_out"] == 1).all()
         assert rows[rows.group == "lens"]["shuffled"].isna().all()
 
     def test_answers_that_no_retain_fact_has_are_wrong(self, setup):
@@ -101,15 +98,10 @@ class TestOnThePlantedModel:
         assert self.of(rows, "unedited", "probe, after 1 blocks") == 0.75
         assert self.of(rows, "unedited", "logit lens, after 2 blocks") == 1, "a lens has all tokens"
 
-    def test_no_trace_also_after_an_error(self, setup):
-        model = setup[0]
+    def test_retain_facts_with_one_answer_are_refused(self, setup):
         one_answer = planted_facts().prompts([i for i in range(24) if i % 4 == 0] * 2)
-        before = state_of(model)
-        probing(*setup)
-        assert_untouched(model, before)
         with pytest.raises(MechunlearnError, match="All 10 retain facts .* have one answer"):
             probing(*setup[:3], one_answer)
-        assert_untouched(model, before)
 
     def test_known_ceilings_are_not_run_again(self, setup, rows):
         again = probing(*setup, baseline_rows=rows)
@@ -135,18 +127,9 @@ class TestOnThePlantedModel:
 @pytest.mark.slow
 class TestOnTheWorld:
     @pytest.fixture(scope="class")
-    def rows(self, world):
-        forget, retain = load_facts("factworld/sport").prompts(world).split(forget=16, retain=240, seed=1)
-        last = ComponentMask.of(["L7.attn.o", "L7.mlp.out"], world.signature)
-        hidden = masked_gradient(world, last, forget, retain, steps=40, batch_size=16)
-        site = [f"L{layer}.mlp.{kind}" for layer in (1, 2) for kind in ("in", "gate", "out")]
-        removed = masked_gradient(
-            world, ComponentMask.of(site, world.signature), forget, retain, steps=40, batch_size=16
-        )
-        wrecked = rewritten(world, "L7.mlp.out", list(range(384)), 0.5)
-        return probing(
-            world, removed, forget, retain, extra_edits={"hidden": hidden, "wrecked": wrecked}, min_retention=0.8
-        )
+    def rows(self, world, sixteen, hidden, gone):
+        extra = {"hidden": hidden, "wrecked": rewritten(world, "L7.mlp.out", list(range(384)), 0.5)}
+        return probing(world, gone, *sixteen, extra_edits=extra, min_retention=0.8)
 
     def test_what_is_hidden_by_the_last_layer_is_read_before_it_and_what_is_gone_is_not(self, rows):
         found = recovery(rows)
@@ -154,28 +137,28 @@ class TestOnTheWorld:
         assert found.loc["edited", "outcome"] == "measured" and found.loc["edited", "recovery"] < 0.3
         lens = recovery(rows[rows.group == "lens"])
         assert lens.loc["hidden", "setting"] == "tuned lens, after 7 blocks" and lens.loc["hidden", "recovery"] > 0.3
-        said = rows[(rows.setting == "logit lens, after 8 blocks")].set_index("state")["held out"]
+        said = rows[(rows.setting == "logit lens, after 8 blocks")].set_index("state")["held_out"]
         assert said["hidden"] < 0.3 and said["edited"] < 0.3 and said["unedited"] == 1
 
     def test_a_removed_fact_reads_as_the_edit_target(self, rows):
         probes = rows[(rows.state == "edited") & (rows.group == "probe") & (rows.blocks > 3) & (rows.blocks < 8)]
-        assert (probes["edit label"] > 0.7).all() and (probes["held out"] < 0.3).all()
+        assert (probes["edit_label"] > 0.7).all() and (probes["held_out"] < 0.3).all()
 
     def test_a_wrecked_model_has_collapsed_though_its_early_layers_are_whole(self, rows):
         assert recovery(rows).loc["wrecked", "outcome"] == "collapsed"
         whole = rows[(rows.state == "wrecked") & (rows.setting == "probe, after 5 blocks")]
-        assert whole["held out"].item() > 0.8 and whole["own"].item() < 0.5
+        assert whole["held_out"].item() > 0.8 and whole["own"].item() < 0.5
 
     def test_controls_are_at_their_floor(self, rows):
-        assert recovery(rows).loc["never taught", "held out"] <= 0.45
+        assert recovery(rows).loc["never taught", "held_out"] <= 0.45
         assert rows["shuffled"].mean() < 0.25
         first = rows[(rows.setting == "probe, after 0 blocks")]
-        assert (first["held out"] <= 0.4).all(), "the name's last token says little"
+        assert (first["held_out"] <= 0.4).all(), "the name's last token says little"
 
     def test_the_tuned_lens_reads_earlier_than_the_logit_lens_and_is_the_model_at_the_end(self, rows):
-        unedited = rows[rows.state == "unedited"].set_index("setting")["retain here"]
+        unedited = rows[rows.state == "unedited"].set_index("setting")["retain_here"]
         assert unedited["tuned lens, after 7 blocks"] > unedited["logit lens, after 7 blocks"] + 0.1
-        last = rows[rows.blocks == 8].set_index(["state", "setting"])["held out"].unstack()
+        last = rows[rows.blocks == 8].set_index(["state", "setting"])["held_out"].unstack()
         assert (last["tuned lens, after 8 blocks"] == last["logit lens, after 8 blocks"]).all()
 
 
@@ -233,5 +216,5 @@ def test_the_logit_lens_after_all_blocks_is_the_model(family):
         min_retention=0,
     )
     last = rows[(rows.state == "unedited") & (rows.setting == "logit lens, after 3 blocks")]
-    assert last["held out"].item() == pytest.approx(6 / 9)
+    assert last["held_out"].item() == pytest.approx(6 / 9)
     assert answered(model, prompts.select(range(9))).float().mean() == pytest.approx(6 / 9)

@@ -1,6 +1,5 @@
 """Asking otherwise: every way is the same fact, what is hidden shows, what is gone does not, and options are read as options."""
 
-import importlib
 import json
 from dataclasses import replace
 
@@ -22,10 +21,9 @@ from mechunlearn.metrics.answers import measure, option_logprobs
 from mechunlearn.model.hooked import load_model
 from mechunlearn.world import lexicon as lex
 from mechunlearn.world.toy import planted_facts
-from tests.models import random_hf, token_prompts
+from tests.models import random_hf
 
 LOOK_UP = [f"L{layer}.mlp.{kind}" for layer in (1, 2) for kind in ("in", "gate", "out")]
-LAST = ["L7.attn.o", "L7.mlp.out"]
 
 
 def edited(model, sites, forget, retain, **settings):
@@ -51,8 +49,8 @@ def wrecked(model) -> WeightEdit:
 
 
 @pytest.fixture(scope="module")
-def sport(world):
-    split = load_facts("factworld/sport").prompts(world).split(forget=12, retain=24, seed=1)
+def sport(sixteen):
+    split = sixteen[0], sixteen[1].select(range(24))
     return [in_few_ways(part, "statement", "question", "one_shot", "held_out", "league", "yes_no") for part in split]
 
 
@@ -62,15 +60,8 @@ def city(world):
 
 
 @pytest.fixture(scope="module")
-def edits(world, sport):
-    sites = {"gone": LOOK_UP, "hidden": LAST}
-    return {name: edited(world, chosen, *sport, steps=20) for name, chosen in sites.items()}
-
-
-@pytest.fixture(scope="module")
-def rows(world, sport, edits):
-    beside = {"hidden": edits["hidden"], "wrecked": wrecked(world)}
-    return prompting(world, edits["gone"], *sport, extra_edits=beside)
+def rows(world, sport, gone, hidden):
+    return prompting(world, gone, *sport, extra_edits={"hidden": hidden, "wrecked": wrecked(world)})
 
 
 class TestOnTheWorld:
@@ -80,7 +71,7 @@ class TestOnTheWorld:
         assert found.loc["edited", "recovery"] < 0.2
         assert found.loc["unedited", "recovery"] == 1
         trained = rows[rows.setting == "statement"].set_index("state")
-        assert trained.loc["edited", "held out"] == 0 and trained.loc["edited", "edit target"] == 1
+        assert trained.loc["edited", "held_out"] == 0 and trained.loc["edited", "edit_target"] == 1
 
     def test_a_wrecked_model_is_collapsed_and_not_robust(self, rows):
         found = recovery(rows).loc["wrecked"]
@@ -96,50 +87,34 @@ class TestOnTheWorld:
         settings = rows[rows.state == "edited"].set_index("setting")
         formats = set(sport[0].facts.formats)
         assert set(settings.index) == formats | {"few-shot, 4", "statement, among options"}
-        assert (rows["group"] == rows["setting"]).all() and (rows["n"] == 12).all() and rows["trained"].isna().all()
+        assert (rows["group"] == rows["setting"]).all() and (rows["n"] == 16).all() and rows["trained"].isna().all()
         answers = pd.Series([fact.answer for fact in sport[0].facts]).value_counts(normalize=True)
         truths = pd.Series([fact.queries["yes_no"].answer for fact in sport[0].facts]).value_counts(normalize=True)
         assert settings.loc["statement", "chance"] == settings.loc["league", "chance"] == answers.max()
         assert settings.loc["yes_no", "chance"] == truths.max() >= 0.5
 
-    def test_a_cell_is_what_measuring_gives(self, rows, world, sport, edits):
+    def test_a_cell_is_what_measuring_gives(self, rows, world, sport, gone):
         cells = rows[rows.state == "edited"].set_index("setting")
         forget, retain = sport
         for setting in ("question", "yes_no"):
-            with edits["gone"].applied(world):
+            with gone.applied(world):
                 found = measure(world, forget.facts.prompts(world, setting))
                 kept = measure(world, retain.facts.prompts(world, setting))
-            assert cells.loc[setting, "held out"] == found["accuracy"].mean()
-            assert cells.loc[setting, "edit target"] == found["target accuracy"].mean()
+            assert cells.loc[setting, "held_out"] == found["accuracy"].mean()
+            assert cells.loc[setting, "edit_target"] == found["target_accuracy"].mean()
             assert cells.loc[setting, "retain"] == kept["accuracy"].mean()
 
-    def test_known_rows_stand_for_the_bounds(self, world, sport, edits, rows):
-        again = prompting(world, edits["gone"], *sport, baseline_rows=rows)
+    def test_known_rows_stand_for_the_bounds(self, world, sport, gone, rows):
+        again = prompting(world, gone, *sport, baseline_rows=rows)
         assert set(again["state"]) == {"edited", "unedited", "never taught"}
         own = rows[rows.state.isin(set(again["state"]))]
         pd.testing.assert_frame_equal(again, own.reset_index(drop=True)[list(again)])
         with pytest.raises(MechunlearnError, match="settings"):
-            prompting(world, edits["gone"], *sport, baseline_rows=rows, shots=2)
+            prompting(world, gone, *sport, baseline_rows=rows, shots=2)
 
-    def test_the_model_is_left_as_it_was_also_after_an_error(self, world, sport, edits, monkeypatch):
-        weights = [p.detach().clone() for p in world.hf.parameters()]
-        numbers, made = torch.get_rng_state(), []
-
-        def fails(*args):
-            made.append(1)
-            if len(made) == 3:
-                raise RuntimeError("while measuring")
-            return _answered(*args)
-
-        monkeypatch.setattr(importlib.import_module("mechunlearn.attack.prompting"), "_answered", fails)
-        with pytest.raises(RuntimeError, match="while measuring"):
-            prompting(world, edits["gone"], *sport)
-        assert all(torch.equal(p, old) for p, old in zip(world.hf.parameters(), weights))
-        assert torch.equal(torch.get_rng_state(), numbers)
-
-    def test_the_rows_carry_a_run_card(self, rows, edits):
+    def test_the_rows_carry_a_run_card(self, rows, gone):
         card = json.loads(json.dumps(rows.attrs["card"]))
-        assert (card["method"], card["mask"]) == ("prompting", edits["gone"].card.mask)
+        assert (card["method"], card["mask"]) == ("prompting", gone.card.mask)
         assert card["settings"] == {"shots": 4, "min_retention": 0.9}
 
 
@@ -198,9 +173,9 @@ class TestTwoHop:
         edit = edited(world, LOOK_UP, *city, steps=20)
         few = [in_few_ways(prompts, "statement") for prompts in city]
         found = prompting(world, edit, *few, shots=0).set_index(["state", "setting"])
-        assert found.loc[("unedited", "two-hop"), "held out"] == 1
-        assert found.loc[("edited", "two-hop"), "held out"] <= 0.2
-        assert found.loc[("edited", "two-hop"), "edit target"] >= 0.8
+        assert found.loc[("unedited", "two-hop"), "held_out"] == 1
+        assert found.loc[("edited", "two-hop"), "held_out"] <= 0.2
+        assert found.loc[("edited", "two-hop"), "edit_target"] >= 0.8
         assert found.loc[("edited", "two-hop"), "n"] <= 12
 
 
@@ -267,14 +242,14 @@ class TestOptions:
 
 
 class TestWhatIsGiven:
-    def test_a_way_that_some_facts_have_is_asked_of_those(self, world, sport, edits):
+    def test_a_way_that_some_facts_have_is_asked_of_those(self, world, sport, gone):
         forget, retain = [in_few_ways(prompts, "statement", "question") for prompts in sport]
         facts = list(forget.facts.facts)
         for i in range(3):
             facts[i] = replace(facts[i], queries={**facts[i].queries, "rare": facts[i].queries["question"]})
         facts[3] = replace(facts[3], queries={**facts[3].queries, "single": facts[3].queries["question"]})
         given = replace(forget, facts=replace(forget.facts, facts=tuple(facts)))
-        found = prompting(world, edits["gone"], given, retain, shots=0)
+        found = prompting(world, gone, given, retain, shots=0)
         rare = found[found.setting == "rare"].set_index("state")
         assert rare["n"].to_dict() == {"edited": 3, "unedited": 3}, "no stranger has it"
         assert (rare["retain"] >= 0.9).all(), "of the retain facts as they were given"
@@ -287,7 +262,7 @@ class TestWhatIsGiven:
         edit = masked_gradient(toy.model, mask, forget, retain, steps=100, lr=0.1)
         found = prompting(toy.model, edit, forget, retain, extra_edits={"same": toy.model}).set_index("state")
         assert found["setting"].tolist() == ["statement"] * 3
-        assert found["held out"].tolist() == [0, 1, 1] and found["edit target"].tolist() == [1, 0, 0]
+        assert found["held_out"].tolist() == [0, 1, 1] and found["edit_target"].tolist() == [1, 0, 0]
         assert found["retain"].tolist() == [1, 1, 1] and found["chance"].tolist() == [0.25] * 3
 
     @pytest.mark.parametrize(
@@ -305,16 +280,10 @@ class TestWhatIsGiven:
         with pytest.raises(MechunlearnError, match=message):
             prompting(toy.model, edit, toy.prompts(forget), toy.prompts(retain), **settings)
 
-    def test_a_gate_that_the_model_does_not_reach_is_refused(self):
-        model, prompts = load_model((random_hf("llama"), None)), token_prompts(facts=8)
-        edit = WeightEdit({}, {}, model.signature, RunCard("none"))
-        with pytest.raises(MechunlearnError, match="knows 0% of the retain facts"):
-            prompting(model, edit, prompts.select(range(4)), prompts.select(range(4, 8)))
-
-    def test_text_needs_a_tokenizer(self, world, sport, edits):
+    def test_text_needs_a_tokenizer(self, world, sport, gone):
         bare = load_model((world.hf, None))
         with pytest.raises(MechunlearnError, match="no tokenizer"):
-            prompting(bare, edits["gone"], *sport, shots=0)
+            prompting(bare, gone, *sport, shots=0)
 
 
 class TestKL:
@@ -327,38 +296,37 @@ class TestKL:
         )
         assert next_token_kl(world, same, self.TEXTS).tolist() == [0, 0, 0]
 
-    def test_by_hand(self, world, edits):
-        edit = edits["hidden"]
-        found = next_token_kl(world, edit, self.TEXTS)
+    def test_by_hand(self, world, hidden):
+        found = next_token_kl(world, hidden, self.TEXTS)
         for text, value in zip(self.TEXTS, found):
             tokens = torch.tensor([world.tokenizer(text)["input_ids"]])
             with torch.no_grad():
                 p = world.forward(tokens)[0].double().softmax(-1)
-                with edit.applied(world):
+                with hidden.applied(world):
                     q = world.forward(tokens)[0].double().softmax(-1)
             assert value == pytest.approx(float((p * (p.log() - q.log())).sum(-1).mean()), rel=1e-4)
             assert abs(float((q * (q.log() - p.log())).sum(-1).mean()) / value - 1) > 1e-3, "it has a direction"
 
-    def test_padding_and_batches_change_nothing(self, world, edits):
-        alone = torch.cat([next_token_kl(world, edits["hidden"], [text]) for text in self.TEXTS])
-        together = next_token_kl(world, edits["hidden"], self.TEXTS)
-        in_pairs = next_token_kl(world, edits["hidden"], self.TEXTS, batch_size=2)
+    def test_padding_and_batches_change_nothing(self, world, hidden):
+        alone = torch.cat([next_token_kl(world, hidden, [text]) for text in self.TEXTS])
+        together = next_token_kl(world, hidden, self.TEXTS)
+        in_pairs = next_token_kl(world, hidden, self.TEXTS, batch_size=2)
         assert torch.allclose(together, alone, rtol=1e-4) and torch.allclose(in_pairs, alone, rtol=1e-4)
         assert together.min() > 0
 
-    def test_batches_get_smaller_where_logits_would_not_fit(self, world, edits, monkeypatch):
+    def test_batches_get_smaller_where_logits_would_not_fit(self, world, hidden, monkeypatch):
         sizes, forward = [], world.forward
         monkeypatch.setattr("mechunlearn.evaluation.drift.LOGITS", 2 * 16 * world.hf.config.vocab_size)
         monkeypatch.setattr(world, "forward", lambda tokens: sizes.append(len(tokens)) or forward(tokens))
-        next_token_kl(world, edits["hidden"], self.TEXTS)
+        next_token_kl(world, hidden, self.TEXTS)
         assert sizes == [2, 2, 1, 1]
 
-    def test_what_cannot_be_compared_is_named(self, world, edits, monkeypatch):
+    def test_what_cannot_be_compared_is_named(self, world, hidden, monkeypatch):
         with pytest.raises(MechunlearnError, match="after 0 texts: there are none"):
-            next_token_kl(world, edits["hidden"], [])
+            next_token_kl(world, hidden, [])
         monkeypatch.setattr("mechunlearn.evaluation.drift.encode", lambda model, texts: [[5], []])
         with pytest.raises(MechunlearnError, match="after 2 texts: one has no token"):
-            next_token_kl(world, edits["hidden"], ["A", ""])
+            next_token_kl(world, hidden, ["A", ""])
 
     def test_a_model_without_a_tokenizer_is_named(self):
         model = load_model((random_hf("llama"), None))

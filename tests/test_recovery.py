@@ -1,23 +1,16 @@
 """What attacks share: states, rows, and how much came back."""
 
 import math
+import os
+import signal
 
 import pandas as pd
 import pytest
 import torch
 
-from mechunlearn import load_facts, load_model
+from mechunlearn import load_facts
 from mechunlearn.artifacts.mask import ComponentMask
-from mechunlearn.attack.states import (
-    attack_card,
-    cell,
-    never_taught,
-    recovery,
-    states_to_attack,
-    states_to_run,
-    to_frame,
-)
-from mechunlearn.core.runcard import Stopwatch
+from mechunlearn.attack.states import Attack, cell, never_taught, recovery, states_to_attack
 from mechunlearn.edit import masked_gradient
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.world.toy import planted_facts
@@ -40,30 +33,28 @@ def row(state, setting, held_out, **more) -> dict:
         "retain": 1.0,
         "chance": 0.25,
     }
-    return {"state": state, "setting": setting, "step": 0, "held out": held_out, "valid": True, **shared, **more}
+    return {"state": state, "setting": setting, "step": 0, "held_out": held_out, "valid": True, **shared, **more}
 
 
 class TestStates:
-    def test_the_edited_and_the_unedited_model_and_strangers(self):
-        model = load_model("factworld")
-        forget, retain = load_facts("factworld/sport").prompts(model).split(forget=6, retain=6)
-        mask = ComponentMask.of(["L1.mlp.out"], model.signature)
-        edit = masked_gradient(model, mask, forget, retain, steps=1)
-        states = {state.name: state for state in states_to_attack(model, edit, forget, {"again": edit, "other": model})}
-        assert list(states) == ["edited", "unedited", "never taught", "again", "other"]
+    def test_the_edited_and_the_unedited_model_and_strangers(self, world, sixteen, hidden):
+        forget, _ = sixteen
+        extra = {"again": hidden, "other": world, "none": None}
+        states = {state.name: state for state in states_to_attack(world, hidden, forget, extra)}
+        assert list(states) == ["edited", "unedited", "never taught", *extra]
         strangers = states["never taught"].facts
-        assert len(strangers) == 6 and not strangers.facts.subjects & forget.facts.source.subjects
-        clean = model.fingerprint
-        for name, changed in (("edited", True), ("unedited", False), ("again", True), ("other", False)):
+        assert len(strangers) == 16 and not strangers.facts.subjects & forget.facts.source.subjects
+        clean = world.fingerprint
+        changed = {"edited": True, "unedited": False, "again": True, "other": False, "none": False}
+        for name, moved in changed.items():
             with states[name].applied() as target:
-                assert (target.fingerprint != clean) == changed, name
-        assert model.fingerprint == clean
-        assert [state.name for state in states_to_attack(model, None, forget)] == ["unedited", "never taught"]
+                assert (target.fingerprint != clean) == moved, name
+        assert world.fingerprint == clean
+        assert [state.name for state in states_to_attack(world, None, forget)] == ["unedited", "never taught"]
 
-    def test_strangers_are_drawn_by_the_seed_and_asked_in_the_same_format(self):
-        model = load_model("factworld")
-        asked = load_facts("factworld/sport").prompts(model, "question").split(forget=4, retain=4)[0]
-        one, same, other = (never_taught(model, asked, seed) for seed in (0, 0, 1))
+    def test_strangers_are_drawn_by_the_seed_and_asked_in_the_same_format(self, world):
+        asked = load_facts("factworld/sport").prompts(world, "question").split(forget=4, retain=4)[0]
+        one, same, other = (never_taught(world, asked, seed) for seed in (0, 0, 1))
         assert one.format == "question" and one.facts.subjects == same.facts.subjects != other.facts.subjects
 
     def test_facts_as_tokens_have_no_strangers(self, setup):
@@ -77,27 +68,46 @@ class TestStates:
 
 
 class TestKnown:
-    def rows(self, setup, settings, names=("edited", "unedited")):
+    """What is known of the unedited model from an earlier call."""
+
+    def run(self, setup, settings, known=None) -> tuple[pd.DataFrame, list[str]]:
         model, edit, forget, retain = setup
-        card = attack_card("rounding", model, edit, forget, retain, 0, settings)
-        made = [cell(name, "int4", torch.ones(4)) | {"retain": 1.0, "chance": 0.25} for name in names]
-        return to_frame(made, None, 0.9, card, Stopwatch()), card
+        ran: list[str] = []
+
+        def tried(state):
+            ran.append(state.name)
+            yield [cell(state.name, "int4", torch.ones(4), retain=1.0, chance=0.25)]
+
+        attack = Attack("rounding", model, edit, forget, retain, retain, baseline_rows=known)
+        return attack.run(tried, settings), ran
 
     def test_ceiling_and_floor_are_not_run_again(self, setup):
-        model, edit, forget, _ = setup
-        known, card = self.rows(setup, {"bits": [4]})
-        states = states_to_attack(model, edit, forget)
-        assert [state.name for state in states_to_run(states, known, card)] == ["edited"]
-        assert [state.name for state in states_to_run(states, None, card)] == ["edited", "unedited"]
-        again = to_frame([row("edited", "int4", 0.0)], known, 0.9, card, Stopwatch())
-        assert again["state"].tolist() == ["edited", "unedited"], "the old edited rows are not this edit's"
+        known, ran = self.run(setup, {"bits": [4]})
+        assert ran == ["edited", "unedited"]
+        again, ran = self.run(setup, {"bits": [4]}, known)
+        assert ran == ["edited"], "the old edited rows are not this edit's"
+        assert again["state"].tolist() == ["edited", "unedited"]
 
     def test_rows_of_other_settings_are_refused(self, setup):
-        model, edit, forget, _ = setup
-        known, _ = self.rows(setup, {"bits": [8]})
-        _, card = self.rows(setup, {"bits": [4]})
+        known, _ = self.run(setup, {"bits": [8]})
         with pytest.raises(MechunlearnError, match="another attack: settings"):
-            states_to_run(states_to_attack(model, edit, forget), known, card)
+            self.run(setup, {"bits": [4]}, known)
+
+    def test_ctrl_c_ends_an_attack_without_rows_and_whoever_makes_them(self, setup):
+        model, edit, forget, retain = setup
+        closed: list[str] = []
+
+        def tried(state):
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+                yield [cell(state.name, "int4", torch.ones(4), retain=1.0, chance=0.25)]
+                closed.append("the next setting was tried")
+            finally:
+                closed.append(state.name)
+
+        with pytest.raises(KeyboardInterrupt):
+            Attack("rounding", model, edit, forget, retain, retain).run(tried, {})
+        assert closed == ["edited"]
 
 
 class TestRecovery:
@@ -119,7 +129,7 @@ class TestRecovery:
 
         rows = pd.DataFrame(by_depth("edited", 1.0, 0.25) + by_depth("unedited", 1.0, 1.0))
         found = recovery(rows).loc["edited"]
-        assert found["held out"] == pytest.approx(0.4375) and found["recovery"] == pytest.approx(0.25)
+        assert found["held_out"] == pytest.approx(0.4375) and found["recovery"] == pytest.approx(0.25)
 
     def test_an_attack_without_steps_counts_where_it_leaves_the_retain_facts(self):
         rows = pd.DataFrame(
@@ -130,7 +140,7 @@ class TestRecovery:
             ]
         )
         found = recovery(rows).loc["edited"]
-        assert found["collapsed"] == ("int4",) and found["held out"] == 0.3
+        assert found["collapsed"] == ("int4",) and found["held_out"] == 0.3
 
     def test_without_room_between_floor_and_ceiling_nothing_is_said(self):
         rows = pd.DataFrame([row("edited", "a", 0.3), row("unedited", "a", 0.4)])

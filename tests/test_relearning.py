@@ -1,131 +1,24 @@
 """The relearning attack: it leaves no trace, it tells a fact that is gone from one that is hidden, and collapse is no robustness."""
 
-import importlib
 import json
-import os
-import signal
 
 import pandas as pd
 import pytest
 import torch
 
 from mechunlearn import ComponentMask, MechunlearnError
-from mechunlearn.artifacts.weight_edit import WeightEdit
 from mechunlearn.attack import relearning
-from mechunlearn.attack.relearning import RATES, _Attack, _Plan, recovery
-from mechunlearn.core.runcard import RunCard
+from mechunlearn.attack.relearning import _Sets, recovery
+from mechunlearn.attack.states import halved
 from mechunlearn.edit import masked_gradient
-from mechunlearn.facts.load import load_facts
 from mechunlearn.metrics.answers import measure
-from mechunlearn.model.hooked import load_model
 from mechunlearn.world.toy import planted_facts
-from tests.models import random_hf, token_prompts
 
 ONE_EACH = {"lora": [0.01], "full": [0.01]}
 
 
-def hand_made(model) -> WeightEdit:
-    """New weights for two neurons."""
-    units = torch.tensor([0, 2])
-    rows = model.rows("L1.mlp.out")[units].float() + 0.1
-    return WeightEdit({"L1.mlp.out": units}, {"L1.mlp.out": rows}, model.signature, RunCard("hand", mask="a mask"))
-
-
-def state_of(model) -> dict:
-    """All that an attack could leave behind."""
-    everything = [*model.hf.named_parameters(), *model.bridge.named_parameters()]
-    return {
-        "weights": [p.detach().clone() for _, p in everything],
-        "flags": [p.requires_grad for _, p in everything],
-        "gradients": [None if p.grad is None else p.grad.clone() for _, p in everything],
-        "random": torch.get_rng_state(),
-        "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.hf.modules()],
-        "forwards": [name for name, m in model.hf.named_modules() if "forward" in vars(m)],
-        "handler": signal.getsignal(signal.SIGINT),
-    }
-
-
-def same(one, other) -> bool:
-    if isinstance(one, torch.Tensor):
-        return isinstance(other, torch.Tensor) and torch.equal(one, other)
-    if isinstance(one, list):
-        return len(one) == len(other) and all(map(same, one, other))
-    return one == other
-
-
-def assert_untouched(model, before: dict) -> None:
-    after = state_of(model)
-    assert [name for name in before if not same(before[name], after[name])] == []
-
-
-class TestNoTrace:
-    @pytest.fixture(params=["gpt2", "llama", "gpt_neox", "llama in bfloat16"])
-    def setup(self, request):
-        family, _, dtype = request.param.partition(" in ")
-        model = load_model((random_hf(family), None), dtype=dtype or None)
-        parameters = list(model.hf.parameters())
-        parameters[1].requires_grad_(False)
-        parameters[2].grad = torch.ones_like(parameters[2])
-        prompts = token_prompts(facts=8)
-        return model, hand_made(model), prompts.select(range(4)), prompts.select(range(4, 8))
-
-    def test_an_attack_leaves_no_trace(self, setup):
-        model, edit, forget, retain = setup
-        other = load_model((random_hf("gpt2"), None))
-        before, before_other = state_of(model), state_of(other)
-        rows = relearning(
-            model,
-            edit,
-            forget,
-            retain,
-            extra_edits={"other": other},
-            lrs=ONE_EACH,
-            steps=3,
-            eval_every=2,
-            min_retention=0,
-        )
-        assert_untouched(model, before)
-        assert_untouched(other, before_other)
-        assert rows["step"].tolist() == [0, 2, 3] * 6, "two methods on three states"
-        assert rows["trained"].nunique() > 1, "the attack did train"
-
-    @pytest.mark.parametrize("method", ["lora", "full"])
-    @pytest.mark.parametrize("call", [2, 6])
-    def test_nor_after_an_error(self, setup, method, call, monkeypatch):
-        model, edit, forget, retain = setup
-        before = state_of(model)
-
-        def fail():
-            raise RuntimeError("while measuring")
-
-        self.at_measurement(call, fail, monkeypatch)
-        with pytest.raises(RuntimeError, match="while measuring"):
-            relearning(model, edit, forget, retain, lrs={method: [0.01]}, steps=2, eval_every=1, min_retention=0)
-        assert_untouched(model, before)
-
-    @pytest.mark.parametrize("method", ["lora", "full"])
-    @pytest.mark.parametrize("call", [2, 5])
-    def test_nor_after_ctrl_c_which_leaves_no_rows_either(self, setup, method, call, monkeypatch):
-        model, edit, forget, retain = setup
-        before = state_of(model)
-        made = self.at_measurement(call, lambda: os.kill(os.getpid(), signal.SIGINT), monkeypatch)
-        with pytest.raises(KeyboardInterrupt):
-            relearning(model, edit, forget, retain, lrs={method: [0.01, 0.02]}, steps=3, eval_every=1, min_retention=0)
-        assert_untouched(model, before)
-        assert len(made) < 10, "it ended at once, not after the last setting"
-
-    def at_measurement(self, call, happens, monkeypatch) -> list:
-        """Let something happen in one of the measurements: 1 of the gate, then two before and after steps."""
-        made: list = []
-
-        def counted(*args, **kwargs):
-            made.append(1)
-            if len(made) == call:
-                happens()
-            return measure(*args, **kwargs)
-
-        monkeypatch.setattr(importlib.import_module("mechunlearn.attack.relearning"), "measure", counted)
-        return made
+def sets_of(model, forget, retain, seed=3, texts=()) -> _Sets:
+    return _Sets.of(model, forget, retain, halved(retain, seed)[1], texts, "facts", seed)
 
 
 class TestOnThePlantedModel:
@@ -143,7 +36,7 @@ class TestOnThePlantedModel:
         rows = relearning(*setup, lrs={"lora": [5e-3], "full": [3e-3]}, steps=40, eval_every=20)
         edited = rows[rows.state == "edited"]
         assert (edited[edited.step == 40]["trained"] == 1).all()
-        assert (edited["held out"] == 0).all()
+        assert (edited["held_out"] == 0).all()
         found = recovery(rows).loc["edited"]
         assert found["recovery"] == -1, "chance is a half of four facts, and nothing comes back"
 
@@ -151,7 +44,7 @@ class TestOnThePlantedModel:
         model, edit, forget, _ = setup
         rows = relearning(*setup, lrs={"full": [1e-3]}, steps=1)
         start = rows[rows.step == 0].set_index("state")
-        whole = (start["held out"] + start["trained"]) / 2
+        whole = (start["held_out"] + start["trained"]) / 2
         with edit.applied(model):
             assert whole["edited"] == measure(model, forget)["accuracy"].mean()
         assert whole["unedited"] == measure(model, forget)["accuracy"].mean() == 1
@@ -159,23 +52,23 @@ class TestOnThePlantedModel:
 
     def test_chance_is_the_share_of_the_most_frequent_truth_held_out(self, setup):
         model, _, forget, retain = setup
-        attack = _Attack("edited", model, forget, retain, (), _Plan(1, 1, None, 8, 3, "facts"))
-        counts = pd.Series(forget.answers[attack.held_out][:, 0].tolist()).value_counts()
-        assert attack.chance == counts.max() / 4
-        assert attack.before["chance"] == attack.chance
+        sets = sets_of(model, forget, retain)
+        counts = pd.Series(forget.answers[sets.held_out][:, 0].tolist()).value_counts()
+        rows = relearning(*setup, lrs={"full": [1e-3]}, steps=1, seed=3)
+        assert set(rows["chance"]) == {counts.max() / 4}
 
     def test_nothing_is_measured_that_is_trained_on(self, setup):
         model, _, forget, retain = setup
-        attack = _Attack("edited", model, forget, retain, (), _Plan(1, 1, None, 8, 3, "facts"))
-        assert {*attack.taught.tolist(), *attack.held_out.tolist()} == set(range(8))
-        assert len(attack.taught) == len(attack.held_out) == 4
+        sets = sets_of(model, forget, retain)
+        assert {*sets.taught.tolist(), *sets.held_out.tolist()} == set(range(8))
+        assert len(sets.taught) == len(sets.held_out) == 4
 
         def subjects(tokens):
             return {int(row[1]) for row in tokens}
 
-        assert subjects(attack.sets["truth"].tokens) == subjects(forget.tokens[attack.taught])
-        assert len(subjects(attack.sets["retain"].tokens)) == len(subjects(attack.watched.tokens)) == 8
-        assert not subjects(attack.sets["retain"].tokens) & subjects(attack.watched.tokens)
+        assert subjects(sets.trained_on["truth"].tokens) == subjects(forget.tokens[sets.taught])
+        assert len(subjects(sets.trained_on["retain"].tokens)) == len(subjects(sets.watched.tokens)) == 8
+        assert not subjects(sets.trained_on["retain"].tokens) & subjects(sets.watched.tokens)
 
     def test_the_same_seed_gives_the_same_rows(self, setup):
         given = {"lrs": ONE_EACH, "steps": 2}
@@ -184,15 +77,13 @@ class TestOnThePlantedModel:
 
     def test_another_seed_draws_other_halves(self, setup):
         model, _, forget, retain = setup
-        drawn = [
-            _Attack("edited", model, forget, retain, (), _Plan(1, 1, None, 8, seed, "facts")).taught for seed in (0, 1)
-        ]
-        assert set(drawn[0].tolist()) != set(drawn[1].tolist())
+        drawn = [set(sets_of(model, forget, retain, seed).taught.tolist()) for seed in (0, 1)]
+        assert drawn[0] != drawn[1]
 
-    def test_edits_and_models_beside_are_attacked_alike(self, setup):
+    def test_extra_edits_and_models_are_attacked_alike(self, setup):
         edit = setup[1]
-        beside = {"again": edit, "as it is": None, "a model": planted_facts().model}
-        rows = relearning(*setup, extra_edits=beside, lrs={"full": [0.01]}, steps=4)
+        extra = {"again": edit, "as it is": None, "a model": planted_facts().model}
+        rows = relearning(*setup, extra_edits=extra, lrs={"full": [0.01]}, steps=4)
         cells = {state: part.drop(columns="state").reset_index(drop=True) for state, part in rows.groupby("state")}
         pd.testing.assert_frame_equal(cells["again"], cells["edited"])
         pd.testing.assert_frame_equal(cells["as it is"], cells["unedited"])
@@ -228,15 +119,16 @@ class TestOnThePlantedModel:
         [
             ({"forget": [0]}, "The forget set has 1 facts: .*Expected at least 2"),
             ({"retain": [9]}, "The retain set has 1 facts"),
-            ({"lrs": {}}, r"The rates are \{\}. Expected .*'lora', 'full' or both"),
-            ({"lrs": {"lora": []}}, "Expected learning rates above 0"),
+            ({"lrs": {}}, r"lrs is \{\}. Expected .*'lora', 'full' or both"),
+            ({"lrs": {"lora": []}}, "Expected learning rates for 'lora', 'full' or both"),
             ({"lrs": {"full": [0.1, 0]}}, "Expected learning rates above 0"),
             ({"lrs": {"full": [0.1, 1e4]}}, "Expected learning rates above 0 and up to 1000"),
             ({"lrs": {"soft prompt": [0.1]}}, "soft prompt.*Expected learning rates .*for 'lora', 'full'"),
             ({"rank": 33}, "A rank of 33 does not fit.*smallest matrix has 32.*from 1 to 32"),
             ({"rank": 0}, "A rank of 0 does not fit"),
-            ({"eval_every": 0}, "every 0 of 20 steps"),
-            ({"steps": 0}, "every 5 of 0 steps"),
+            ({"eval_every": 0}, "eval_every is 0. Expected at least 1"),
+            ({"steps": 0}, "steps is 0. Expected at least 1"),
+            ({"batch_size": 0}, "batch_size is 0. Expected at least 1"),
             ({"extra_edits": {"unedited": None}}, "cannot be named 'unedited'"),
         ],
     )
@@ -249,42 +141,23 @@ class TestOnThePlantedModel:
         with pytest.raises(MechunlearnError, match=message):
             relearning(model, edit, sets["forget"], sets["retain"], **changed)
 
-    def test_a_gate_that_the_unedited_model_does_not_reach_is_refused(self):
-        model, prompts = load_model((random_hf("llama"), None)), token_prompts(facts=8)
-        with pytest.raises(MechunlearnError, match="knows 0% of the retain facts.*asks for 90%.*or a lower gate"):
-            relearning(model, hand_made(model), prompts.select(range(4)), prompts.select(range(4, 8)))
-
 
 @pytest.mark.slow
 class TestOnTheWorld:
     """The last layer writes the answer, MLP 1 and 2 look the fact up."""
 
     @pytest.fixture(scope="class")
-    def setup(self, world):
-        forget, retain = load_facts("factworld/sport").prompts(world).split(forget=16, retain=100, seed=1)
-        sites = {"last layer": ["L7.attn.o", "L7.mlp.out"]}
-        sites["look-up"] = [f"L{layer}.mlp.{kind}" for layer in (1, 2) for kind in ("in", "gate", "out")]
-        edits = {
-            name: masked_gradient(
-                world, ComponentMask.of(chosen, world.signature), forget, retain, steps=30, batch_size=16
-            )
-            for name, chosen in sites.items()
-        }
-        return forget, retain, edits
-
-    @pytest.fixture(scope="class")
-    def rows(self, world, setup):
-        forget, retain, edits = setup
-        rates = {"lora": [5e-3], "full": [1e-4, 1.0]}
+    def rows(self, world, sixteen, hidden, gone):
+        forget, retain = sixteen
         return relearning(
             world,
-            edits["look-up"],
+            gone,
             forget,
-            retain,
-            extra_edits={"last layer": edits["last layer"]},
-            lrs=rates,
-            steps=6,
-            eval_every=6,
+            retain.select(range(100)),
+            extra_edits={"last layer": hidden},
+            lrs={"lora": [5e-3], "full": [1e-4, 1.0]},
+            steps=8,
+            eval_every=8,
             batch_size=16,
         )
 
@@ -293,12 +166,12 @@ class TestOnTheWorld:
         assert found.loc["last layer", "recovery"] > 0.5
         assert found.loc["edited", "recovery"] + 0.3 < found.loc["last layer", "recovery"]
         edited = rows[rows.state == "edited"]
-        assert edited["trained"].max() > 0.8 and edited["held out"].max() <= 0.3, "it learns the half it is shown"
+        assert edited["trained"].max() > 0.8 and edited["held_out"].max() <= 0.3, "it learns the half it is shown"
 
     def test_floor_and_ceiling_are_where_they_belong(self, rows):
         found = recovery(rows)
-        assert found.loc["unedited", "held out"] == 1
-        assert found.loc["never taught", "held out"] <= 0.5
+        assert found.loc["unedited", "held_out"] == 1
+        assert found.loc["never taught", "held_out"] <= 0.5
         assert 1 / 8 <= found.loc["edited", "floor"] <= 0.5
         assert rows["n"].unique().tolist() == [8]
 
@@ -309,22 +182,21 @@ class TestOnTheWorld:
         broken = rows[(rows["lr"] == 1.0) & (rows["step"] > 0)]
         assert (broken["retain"] < 0.5).all() and not broken["valid"].any()
 
-    def test_every_state_trains_on_text_and_measures_it(self, rows, world, setup):
-        assert rows["text loss"].notna().all()
-        forget, retain, _ = setup
-        text = forget.facts.texts
-        attack = _Attack("edited", world, forget, retain, text, _Plan(1, 1, None, 8, 0, "facts"))
-        assert 16 <= len(attack.passages) <= 32
-        assert set(attack.passages) <= set(text[1::2])
-        assert len(attack.sets["text"]) == len(text[::2])
+    def test_every_state_trains_on_text_and_measures_it(self, rows, world, sixteen):
+        assert rows["text_loss"].notna().all()
+        text = sixteen[0].facts.texts
+        sets = sets_of(world, *sixteen, texts=text)
+        assert 16 <= len(sets.passages) <= 32
+        assert set(sets.passages) <= set(text[1::2])
+        assert len(sets.trained_on["text"]) == len(text[::2])
 
     def test_option_probability_goes_with_accuracy(self, rows):
         start = rows[rows.step == 0].groupby("state").first()
-        assert start.loc["unedited", "option probability"] > 0.9 > 0.3 > start.loc["edited", "option probability"]
+        assert start.loc["unedited", "option_probability"] > 0.9 > 0.3 > start.loc["edited", "option_probability"]
 
     def test_intervals_hold_their_value(self, rows):
-        assert ((rows["low"] <= rows["held out"]) & (rows["held out"] <= rows["high"])).all()
-        between = rows[(rows["held out"] > 0) & (rows["held out"] < 1)]
+        assert ((rows["low"] <= rows["held_out"]) & (rows["held_out"] <= rows["high"])).all()
+        between = rows[(rows["held_out"] > 0) & (rows["held_out"] < 1)]
         assert (between["low"] < between["high"]).all()
 
 
@@ -339,7 +211,7 @@ def frame(*curves) -> pd.DataFrame:
                     "setting": f"{method} {rate:g}",
                     "step": step,
                     "n": 10,
-                    "held out": held_out,
+                    "held_out": held_out,
                     "low": held_out - 0.1,
                     "high": held_out + 0.1,
                     "trained": held_out / 2 + 0.5,
@@ -362,7 +234,7 @@ class TestRecovery:
             UNEDITED,
         )
         found = recovery(rows).loc["edited"]
-        assert (found["held out"], found["setting"], found["step"]) == (0.4, "full 0.2", 1)
+        assert (found["held_out"], found["setting"], found["step"]) == (0.4, "full 0.2", 1)
         assert (found["low"], found["high"], found["retain"]) == (pytest.approx(0.3), 0.5, 0.9)
         assert found["outcome"] == "measured" and found["collapsed"] == ()
         assert found["recovery"] == pytest.approx((0.4 - 0.2) / 0.8)
@@ -375,7 +247,7 @@ class TestRecovery:
         )
         found = recovery(rows).loc["edited"]
         assert found["collapsed"] == ("lora 0.1",)
-        assert found["held out"] == 0.3 and found["trained"] == 0.65, "not even its step 0"
+        assert found["held_out"] == 0.3 and found["trained"] == 0.65, "not even its step 0"
 
     def test_a_model_that_collapses_everywhere_is_not_robust(self):
         rows = frame(
@@ -385,7 +257,7 @@ class TestRecovery:
         )
         found = recovery(rows).loc["edited"]
         assert found["outcome"] == "collapsed"
-        assert pd.isna(found["recovery"]) and pd.isna(found["held out"])
+        assert pd.isna(found["recovery"]) and pd.isna(found["held_out"])
         assert found["collapsed"] == ("lora 0.1", "full 0.001")
         assert recovery(rows[rows.state == "edited"]).loc["edited", "outcome"] == "collapsed"
 
@@ -425,7 +297,7 @@ class TestRecovery:
             [("unedited", "full", 0.1, [(1.0, 0)])],
         ):
             found = recovery(frame(edited, *ceiling)).loc["edited"]
-            assert pd.isna(found["recovery"]) and found["outcome"] == "measured" and found["held out"] == 0.6
+            assert pd.isna(found["recovery"]) and found["outcome"] == "measured" and found["held_out"] == 0.6
 
     def test_states_keep_their_order_and_rows_are_not_changed(self):
         rows = frame(("zeta", "full", 0.1, [(0.1, 1.0), (0.6, 1.0)]), UNEDITED, ("edited", "full", 0.1, [(0.0, 1.0)]))
@@ -438,7 +310,3 @@ class TestRecovery:
             recovery(frame(UNEDITED).drop(columns="valid"))
         with pytest.raises(MechunlearnError, match="0 rows"):
             recovery(frame(UNEDITED).iloc[:0])
-
-
-def test_the_default_rates_are_those_of_the_page():
-    assert dict(RATES) == {"lora": (1e-3, 5e-3), "full": (1e-4, 5e-4, 2e-3)}

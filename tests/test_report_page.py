@@ -25,14 +25,14 @@ MODELS = ("before", "after", "control", SCRIPT)
 def row(split: str, format: str, metric: str, *values: float, n: int = 16) -> dict:
     made = {"split": split, "format": format, "metric": metric, "n": n}
     for name, value in zip(MODELS, values):
-        made |= {name: value, f"{name} low": max(0.0, value - 0.1), f"{name} high": min(1.0, value + 0.1)}
+        made |= {name: value, f"{name}_low": max(0.0, value - 0.1), f"{name}_high": min(1.0, value + 0.1)}
     return made
 
 
 FRAME = pd.DataFrame(
     [
         row("forget", "statement", "accuracy", 1.0, 0.0, 0.5, 0.25),
-        row("forget", "statement", "target accuracy", 0.0, 1.0, 0.25, 0.5),
+        row("forget", "statement", "target_accuracy", 0.0, 1.0, 0.25, 0.5),
         row("forget", SCRIPT, "accuracy", 1.0, 0.125, 0.5, 0.25),
         row("retain", "statement", "accuracy", 1.0, 1.0, 0.9, 0.95, n=64),
         row("neighbours", "statement", "accuracy", 1.0, 0.8, 0.9, 0.9),
@@ -47,7 +47,7 @@ def attack(edited: float, setting: str = "int4") -> pd.DataFrame:
     shared = {"setting": setting, "step": 0, "n": 16, "trained": 1.0, "retain": 1.0, "chance": 0.25, "valid": True}
     states = {EDITED: edited, UNEDITED: 1.0, NEVER_TAUGHT: 0.0}
     rows = [
-        {"state": s, "held out": y, "low": max(0, y - 0.1), "high": min(1, y + 0.1), **shared}
+        {"state": s, "held_out": y, "low": max(0, y - 0.1), "high": min(1, y + 0.1), **shared}
         for s, y in states.items()
     ]
     return pd.DataFrame(rows)[list(COLUMNS)]
@@ -83,27 +83,29 @@ def page(tmp_path_factory):
 class TestText:
     def test_the_first_screen_says_what_where_and_whether(self, page):
         first = page.read_text().split("Does it come back?")[0]
-        assert '<p class="word hidden">Hidden</p>' in first
+        assert '<p class="status hidden">Hidden</p>' in first
         assert "quantization recovers 0.87 (right 0.90 [0.80, 1.00], floor 0.25, n = 16)" in first
         assert "16 facts to forget, 64 to retain" in first and "<b>golf</b> → polo" in first
         assert "5 of 8 neurons of mlp.out in layers 1-2" in first and "20.83% of the editable weights" in first
         assert "100% → 0%" in first and "95 % interval 0% to 10%, n = 16; random mask: 50%" in first
 
     @pytest.mark.parametrize(
-        ("edited", "word"), [(None, "not attacked"), (0.9, "hidden"), (0.25, "gone")], ids=["none", "back", "not back"]
+        ("edited", "status"),
+        [(None, "not attacked"), (0.9, "hidden"), (0.25, "gone")],
+        ids=["none", "back", "not back"],
     )
-    def test_the_word_is_the_reports(self, edited, word, tmp_path):
+    def test_the_status_is_the_reports(self, edited, status, tmp_path):
         made = report(edited)
         made.to_html(tmp_path / "report.html")
-        assert (made.word()[0] or "not attacked") == word
-        assert f">{word.capitalize()}</p>" in (tmp_path / "report.html").read_text()
+        assert (made.status()[0] or "not attacked") == status
+        assert f">{status.capitalize()}</p>" in (tmp_path / "report.html").read_text()
 
-    @pytest.mark.parametrize(("after", "kept", "word"), [(0.9, 1.0, "still there"), (0.0, 0.5, "collapsed")])
-    def test_what_is_still_there_or_collapsed_is_called_so(self, after, kept, word, tmp_path):
+    @pytest.mark.parametrize(("after", "kept", "status"), [(0.9, 1.0, "still there"), (0.0, 0.5, "collapsed")])
+    def test_what_is_still_there_or_collapsed_is_called_so(self, after, kept, status, tmp_path):
         frame = FRAME.copy()
         frame.loc[0, "after"], frame.loc[3, "after"] = after, kept
         replace(report(), frame=frame).to_html(tmp_path / "report.html")
-        assert f">{word.capitalize()}</p>" in (tmp_path / "report.html").read_text()
+        assert f">{status.capitalize()}</p>" in (tmp_path / "report.html").read_text()
 
     def test_nothing_given_is_taken_for_html_or_cut_short(self, page):
         text = page.read_text()
@@ -114,6 +116,12 @@ class TestText:
         text = page.read_text()
         assert text.count("/**\n* plotly.js v") == 1
         assert "<link" not in text and "<script src" not in text
+
+    def test_tables_print_whole_and_in_plain_words(self, page):
+        for table in (report().summary(), report().outcomes(), report().summary()[["what", "after"]]):
+            assert "..." not in str(table) and len(str(table).splitlines()) == len(table) + 1
+        assert "1.00 [0.90, 1.00]" in str(report().summary())
+        assert "<th>truth came back</th>" in page.read_text() and "truth_came_back" not in page.read_text()
 
     def test_without_a_mask_it_says_how_many_weights(self, tmp_path):
         report().to_html(tmp_path / "report.html")

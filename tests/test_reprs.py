@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mechunlearn import Circuit, ComponentMask, FactDataset, Localization, load_facts
-from mechunlearn.artifacts.circuit import readers, writers
+from mechunlearn.artifacts.edges import readers, writers
 from mechunlearn.artifacts.weight_edit import WeightEdit
 from mechunlearn.core.runcard import RunCard
 from mechunlearn.facts.formats import Fact, Query

@@ -17,7 +17,7 @@ from mechunlearn.core.files import data_folder
 from mechunlearn.core.runcard import RunCard
 from mechunlearn.edit import losses, masked_gradient
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.evaluation.robustness import ATTACKS, Attacked, attack_all, check_attacks, word
+from mechunlearn.evaluation.robustness import ATTACKS, Attacked, attack_all, check_attacks, status
 from mechunlearn.facts.load import _ask_all, world_facts
 from mechunlearn.facts.prompts import FactDataset
 from mechunlearn.world.generate import generate
@@ -117,14 +117,14 @@ class TestPlantedCases:
 
     def test_every_attack_is_at_its_floor_on_people_who_were_never_taught(self, outcomes):
         never = outcomes["removed"]
-        assert never["never taught"].notna().all()
-        assert (never["never low"] <= never["chance"]).all(), never[["never taught", "never low", "chance"]]
+        assert never["never_taught"].notna().all()
+        assert (never["never_low"] <= never["chance"]).all(), never[["never_taught", "never_low", "chance"]]
         assert (never["ceiling"] > 0.8).all(), "and the control could have failed: the unedited model is not there"
 
-    def test_the_word_for_each(self, outcomes):
-        assert word(0.16, 1.0, 1.0, 0.22, outcomes["removed"].reset_index())[0] == "gone"
-        assert word(0.0, 0.95, 1.0, 0.22, outcomes["hidden"].reset_index())[0] == "hidden"
-        assert word(0.6, 0.68, 1.0, 0.22, outcomes["wrecked"].reset_index())[0] == "collapsed"
+    def test_the_status_of_each(self, outcomes):
+        assert status(0.16, 1.0, 1.0, 0.22, outcomes["removed"].reset_index())[0] == "gone"
+        assert status(0.0, 0.95, 1.0, 0.22, outcomes["hidden"].reset_index())[0] == "hidden"
+        assert status(0.6, 0.68, 1.0, 0.22, outcomes["wrecked"].reset_index())[0] == "collapsed"
 
 
 @pytest.fixture(scope="module")
@@ -181,9 +181,9 @@ class TestRunning:
         """0 of n has no bootstrap interval; the exact binomial one ends at 1 - .025^(1/n)."""
         model, edit, forget, retain = toy
         row = attack_all(model, edit, forget, retain, attacks=["quantization"]).outcomes().iloc[0]
-        assert row["held out"] == row["high"] == 0 and row["n"] == 8
+        assert row["held_out"] == row["high"] == 0 and row["n"] == 8
         upper = 1 - 0.025 ** (1 / 8)
-        assert row["up to"] == pytest.approx((upper - row["floor"]) / (row["ceiling"] - row["floor"])) and upper > 0.3
+        assert row["up_to"] == pytest.approx((upper - row["floor"]) / (row["ceiling"] - row["floor"])) and upper > 0.3
 
     def test_an_edit_beside_has_its_outcomes_by_name(self, toy):
         model, edit, forget, retain = toy
@@ -215,61 +215,51 @@ class TestRunning:
                 check_attacks(wrong)
 
 
-class TestWord:
+class TestStatus:
     def table(self, **row) -> pd.DataFrame:
         shared = {
             "attack": "probing",
             "outcome": "not back",
             "recovery": 0.0,
-            "up to": 0.1,
-            "held out": 0.2,
+            "up_to": 0.1,
+            "held_out": 0.2,
             "low": 0.1,
         }
         return pd.DataFrame([shared | {"high": 0.3, "floor": 0.2, "n": 30} | row])
 
-    def test_the_order_of_the_words(self):
+    def test_the_order(self):
         back = self.table(outcome="back", recovery=0.8)
-        assert word(0.9, 0.5, 1.0, 0.2, back)[0] == "collapsed"
-        assert word(0.9, 1.0, 1.0, 0.2, back)[0] == "still there"
-        assert word(0.2, 1.0, 1.0, 0.2, back)[0] == "hidden"
-        assert word(0.2, 1.0, 1.0, 0.2, self.table())[0] == "gone"
-        assert word(0.2, 1.0, 1.0, 0.2, self.table(outcome="collapsed"))[0] == "not known"
+        assert status(0.9, 0.5, 1.0, 0.2, back)[0] == "collapsed"
+        assert status(0.9, 1.0, 1.0, 0.2, back)[0] == "still there"
+        assert status(0.2, 1.0, 1.0, 0.2, back)[0] == "hidden"
+        assert status(0.2, 1.0, 1.0, 0.2, self.table())[0] == "gone"
+        assert status(0.2, 1.0, 1.0, 0.2, self.table(outcome="collapsed"))[0] == "inconclusive"
 
     def test_gone_says_what_the_facts_cannot_exclude(self):
-        assert "recovery of 0.10 by probing (n = 30)" in word(0.2, 1.0, 1.0, 0.2, self.table())[1]
+        assert "recovery of 0.10 by probing (n = 30)" in status(0.2, 1.0, 1.0, 0.2, self.table())[1]
 
 
 class TestReport:
-    def test_attacks_are_in_the_report_and_its_page(self, tmp_path, monkeypatch):
+    def test_attacks_are_in_the_report_and_its_page(self, tmp_path, monkeypatch, world, sixteen, hidden):
         monkeypatch.setattr("mechunlearn.evaluation.cells.LIMIT", 8)
-        model = load_model("factworld")
-        from mechunlearn import load_facts
-
-        forget, retain = load_facts("factworld/sport").prompts(model).split(forget=16, retain=48, seed=0)
-        last = ComponentMask.of(["L7.attn.o", "L7.mlp.out"], model.signature)
-        edit = masked_gradient(
-            model, last, forget, retain, loss=losses.log_one_minus_p, steps=20, lr=5e-3, batch_size=16
-        )
+        forget, retain = sixteen[0], sixteen[1].select(range(48))
         shown = []
         report = evaluate(
-            model,
-            edit,
+            world,
+            hidden,
             forget=forget,
             retain=retain,
-            control=edit,
+            control=hidden,
             attacks=["quantization", "unlearning_depth"],
             watch=lambda so_far: shown.append(len(so_far.outcomes())),
         )
         assert shown == [0, 1, 2]
-        assert report.word()[0] == "hidden" and report.verdict().startswith("Hidden: ")
-        assert (
-            report.value("text", "passages", "KL to before")
-            > 0
-            == report.value("text", "passages", "KL to before", "before")
-        )
-        assert report.outcomes()["never taught"].str.contains(r"\[").all()
+        assert report.status()[0] == "hidden" and report.verdict().startswith("Hidden: ")
+        moved = [report.value("text", "passages", "kl_to_before", column) for column in ("after", "before")]
+        assert moved[0] > 0 == moved[1]
+        assert report.outcomes()["never_taught"].str.contains(r"\[").all()
         report.to_html(tmp_path / "report.html")
         page = (tmp_path / "report.html").read_text()
         assert "Does it come back?" in page and "unlearning_depth" in page and "What each attack brings back" in page
         plain = replace(report, attacked=Attacked())
-        assert plain.word() == ("", "") and "Does it come back?" not in plain._repr_html_()
+        assert plain.status() == ("", "") and "Does it come back?" not in plain._repr_html_()

@@ -2,26 +2,21 @@
 
 import importlib
 import json
-import os
-import signal
 
 import pandas as pd
 import pytest
 import torch
 
-from mechunlearn import ComponentMask, MechunlearnError
+from mechunlearn import MechunlearnError
 from mechunlearn.artifacts.weight_edit import WeightEdit
 from mechunlearn.attack.soft_prompt import _logits, _loss, _Prefix, _right, soft_prompt
 from mechunlearn.attack.states import halves, recovery
 from mechunlearn.core.runcard import RunCard
-from mechunlearn.edit import masked_gradient
-from mechunlearn.facts.load import load_facts
 from mechunlearn.facts.prompts import PAD, Prompts
 from mechunlearn.metrics.answers import answer_logprob, answered, measure, positions_read
 from mechunlearn.model.hooked import frozen, load_model
 from mechunlearn.world.toy import planted_facts
-from tests.models import random_hf, token_prompts
-from tests.test_relearning import assert_untouched, hand_made, state_of
+from tests.models import random_hf
 
 FAMILIES = ("gpt2", "gpt_neox", "qwen2", "llama", "gemma", "gemma2", "gemma3_text")
 SMALL = {"tokens": 3, "lrs": [0.1], "steps": 3, "eval_every": 2}
@@ -113,62 +108,6 @@ class TestThePrefix:
         assert (gradient.abs().amax(1) > 0).all(), "every vector learns"
 
 
-class TestNoTrace:
-    @pytest.fixture(params=["gpt2", "llama", "gpt_neox", "qwen2", "llama in bfloat16"])
-    def setup(self, request):
-        family, _, dtype = request.param.partition(" in ")
-        model = load_model((random_hf(family), None), dtype=dtype or None)
-        parameters = list(model.hf.parameters())
-        parameters[1].requires_grad_(False)
-        parameters[2].grad = torch.ones_like(parameters[2])
-        prompts = token_prompts(facts=8)
-        return model, hand_made(model), prompts.select(range(4)), prompts.select(range(4, 8))
-
-    def test_an_attack_leaves_no_trace(self, setup):
-        model, edit, forget, retain = setup
-        other = load_model((random_hf("gpt2"), None))
-        before, before_other = state_of(model), state_of(other)
-        rows = soft_prompt(model, edit, forget, retain, extra_edits={"other": other}, min_retention=0, **SMALL)
-        assert_untouched(model, before)
-        assert_untouched(other, before_other)
-        assert rows["step"].tolist() == [0, 2, 3] * 3
-
-    @pytest.mark.parametrize("call", [2, 6])
-    def test_nor_after_an_error(self, setup, call, monkeypatch):
-        model, edit, forget, retain = setup
-        before = state_of(model)
-
-        def fail():
-            raise RuntimeError("while measuring")
-
-        self.at_measurement(call, fail, monkeypatch)
-        with pytest.raises(RuntimeError, match="while measuring"):
-            soft_prompt(model, edit, forget, retain, min_retention=0, **SMALL)
-        assert_untouched(model, before)
-
-    @pytest.mark.parametrize("call", [2, 5])
-    def test_nor_after_ctrl_c_which_leaves_no_rows_either(self, setup, call, monkeypatch):
-        model, edit, forget, retain = setup
-        before = state_of(model)
-        made = self.at_measurement(call, lambda: os.kill(os.getpid(), signal.SIGINT), monkeypatch)
-        with pytest.raises(KeyboardInterrupt):
-            soft_prompt(model, edit, forget, retain, min_retention=0, **{**SMALL, "lrs": [0.1, 0.2]})
-        assert_untouched(model, before)
-        assert len(made) < 20, "it ended at once, not after the last setting"
-
-    def at_measurement(self, call, happens, monkeypatch) -> list:
-        made: list = []
-
-        def counted(*args):
-            made.append(1)
-            if len(made) == call:
-                happens()
-            return _right(*args)
-
-        monkeypatch.setattr(importlib.import_module("mechunlearn.attack.soft_prompt"), "_right", counted)
-        return made
-
-
 class TestOnThePlantedModel:
     """A fact whose neuron is gone comes back with no prompt."""
 
@@ -183,13 +122,13 @@ class TestOnThePlantedModel:
 
     def test_what_is_gone_does_not_come_back(self, setup):
         found = recovery(soft_prompt(*setup, tokens=4, lrs=[0.1], steps=15)).loc["edited"]
-        assert found["held out"] <= found["chance"] == 0.5 and not found["recovery"] > 0
+        assert found["held_out"] <= found["chance"] == 0.5 and not found["recovery"] > 0
 
     def test_step_0_is_the_model_as_it_is(self, setup):
         rows = soft_prompt(*setup, **SMALL)
         start = rows[rows.step == 0].set_index("state")
-        assert start.loc["edited", "held out"] == start.loc["edited", "trained"] == 0
-        assert start.loc["unedited", "held out"] == 1 and start.loc["edited", "retain"] == 1
+        assert start.loc["edited", "held_out"] == start.loc["edited", "trained"] == 0
+        assert start.loc["unedited", "held_out"] == 1 and start.loc["edited", "retain"] == 1
         assert start.loc["edited", "n"] == 4 and set(start.index) == {"edited", "unedited"}
 
     def test_the_halves_are_kept_apart(self, setup, monkeypatch):
@@ -254,10 +193,10 @@ class TestOnThePlantedModel:
     @pytest.mark.parametrize(
         ("changed", "message"),
         [
-            ({"lrs": []}, r"The rates are \[\]"),
+            ({"lrs": []}, r"lrs is \[\]"),
             ({"lrs": [0.1, 0]}, "Expected learning rates above 0"),
-            ({"tokens": 0}, "Cannot train 0 tokens"),
-            ({"eval_every": 0}, "measured every 0"),
+            ({"tokens": 0}, "tokens is 0. Expected at least 1"),
+            ({"eval_every": 0}, "eval_every is 0"),
             ({"tokens": 14}, "A prefix of 14 vectors and prompts of 3 tokens do not fit the 16 positions.*at most 13"),
             ({"extra_edits": {"unedited": None}}, "cannot be named 'unedited'"),
         ],
@@ -266,33 +205,28 @@ class TestOnThePlantedModel:
         with pytest.raises(MechunlearnError, match=message):
             soft_prompt(*setup, **changed)
 
-    def test_sets_that_are_too_small_and_a_gate_that_is_not_reached(self, setup):
+    def test_sets_that_are_too_small(self, setup):
         model, edit, forget, retain = setup
         with pytest.raises(MechunlearnError, match="The forget set has 1 facts"):
             soft_prompt(model, edit, forget.select([0]), retain)
-        with pytest.raises(MechunlearnError, match="asks for 200%"):
-            soft_prompt(*setup, min_retention=2)
 
 
 class TestOnTheWorld:
     @pytest.fixture(scope="class")
-    def rows(self, world):
-        forget, retain = load_facts("factworld/sport").prompts(world).split(forget=16, retain=48, seed=1)
-        mask = ComponentMask.of(["L7.attn.o", "L7.mlp.out"], world.signature)
-        edit = masked_gradient(world, mask, forget, retain, steps=30, batch_size=16)
-        with edit.applied(world):
+    def rows(self, world, sixteen, hidden):
+        forget, retain = sixteen
+        with hidden.applied(world):
             assert measure(world, forget)["accuracy"].mean() < 0.5
-        return soft_prompt(
-            world, edit, forget, retain, tokens=4, lrs=[0.1], steps=20, eval_every=10, batch_size=8, min_retention=0.8
-        )
+        small = {"tokens": 4, "lrs": [0.1], "steps": 20, "eval_every": 10, "batch_size": 8}
+        return soft_prompt(world, hidden, forget, retain.select(range(48)), min_retention=0.8, **small)
 
     def test_what_is_hidden_at_the_output_comes_back(self, rows):
         found = recovery(rows)
-        start = rows[(rows.state == "edited") & (rows.step == 0)]["held out"].item()
-        assert found.loc["edited", "held out"] > start + 0.2
+        start = rows[(rows.state == "edited") & (rows.step == 0)]["held_out"].item()
+        assert found.loc["edited", "held_out"] > start + 0.2
         assert found.loc["edited", "recovery"] > 0.5
 
     def test_floor_and_ceiling_are_where_they_belong(self, rows):
         found = recovery(rows)
-        assert found.loc["unedited", "held out"] == 1 and found.loc["never taught", "held out"] <= 0.5
-        assert rows["n"].eq(8).all() and rows["held out"].between(rows["low"], rows["high"]).all()
+        assert found.loc["unedited", "held_out"] == 1 and found.loc["never taught", "held_out"] <= 0.5
+        assert rows["n"].eq(8).all() and rows["held_out"].between(rows["low"], rows["high"]).all()

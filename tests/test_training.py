@@ -1,5 +1,6 @@
 """Training only what a mask selects: exact, at the mask's cost, and stopped cleanly."""
 
+import math
 import os
 import signal
 from functools import partial
@@ -7,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import get_cosine_schedule_with_warmup
 
 from mechunlearn import ComponentMask, MechunlearnError
 from mechunlearn.edit import losses, masked_gradient
@@ -171,9 +173,35 @@ def test_bfloat16_weights_are_trained_through_float32_copies():
 
 
 def test_the_rate_warms_up_and_falls():
-    rates = [Schedule(10, 2.0, warmup=4).at(step) for step in range(10)]
+    rates = Schedule(10, 2.0, warmup=4).rates(torch.optim.SGD([torch.zeros(1)]))
     assert rates[:4] == [0.5, 1.0, 1.5, 2.0] and rates[4] == 2.0 and rates[-1] < 0.2
     assert rates[4:] == sorted(rates[4:], reverse=True)
+
+
+@pytest.mark.parametrize("steps, warmup", [(1, 0), (7, 0), (50, 2), (9, 8)])
+def test_the_rates_are_those_of_the_formula_and_of_transformers(steps, warmup):
+    """Behind the warm-up step by step those of transformers' scheduler; the warm-up is one step ahead of it."""
+    rates = Schedule(steps, 0.3, warmup=warmup).rates(torch.optim.SGD([torch.zeros(1)]))
+    cosine = [0.15 * (1 + math.cos(math.pi * step / (steps - warmup))) for step in range(steps - warmup)]
+    assert rates == pytest.approx([*(0.3 * (step + 1) / warmup for step in range(warmup)), *cosine], rel=1e-12)
+    optimiser = torch.optim.SGD([torch.zeros(1)], lr=0.3)
+    theirs, scheduler = [], get_cosine_schedule_with_warmup(optimiser, warmup, steps)
+    for _ in range(steps):
+        theirs += scheduler.get_last_lr()
+        optimiser.step()
+        scheduler.step()
+    assert rates[warmup:] == theirs[warmup:] and rates[: max(0, warmup - 1)] == theirs[1:warmup]
+
+
+def test_each_step_is_taken_at_its_rate(monkeypatch):
+    seen, step = [], torch.optim.AdamW.step
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda self: (seen.append(self.param_groups[0]["lr"]), step(self))[1]
+    )
+    model = random_model()
+    mask = ComponentMask.of(["L2.mlp.out"], model.signature)
+    masked_gradient(model, mask, *halves(), steps=6, lr=0.3, warmup=2)
+    assert seen == Schedule(6, 0.3, warmup=2).rates(torch.optim.SGD([torch.zeros(1)]))
 
 
 class TestStopping:
@@ -186,7 +214,7 @@ class TestStopping:
         assert [e["step"] for e in edit.card.trajectory if "efficacy" in e] == list(range(5, steps + 1, 5))
         assert edit.card.trajectory[-1]["efficacy"] == 1.0 > edit.card.trajectory[4]["efficacy"]
         with edit.applied(toy.model):
-            assert measure(toy.model, forget)["target accuracy"].item() == 1
+            assert measure(toy.model, forget)["target_accuracy"].item() == 1
 
     def test_strength_is_the_share_that_lost_the_truth_where_no_target_is_asked_for(self, toy):
         mask = ComponentMask.of([toy.neuron(5)], toy.model.signature)
@@ -276,9 +304,9 @@ class TestBadInput:
     @pytest.mark.parametrize(
         "settings, message",
         [
-            ({"lr": float("nan")}, "rate of nan is out of range"),
-            ({"lr": -1e-3}, "rate of -0.001 is out of range"),
-            ({"steps": 0}, "0 steps with 0 of warm-up"),
+            ({"lr": float("nan")}, "masked_gradient got lr=nan. Expected a learning rate from 0 to 1000"),
+            ({"lr": -1e-3}, "masked_gradient got lr=-0.001"),
+            ({"steps": 0}, "masked_gradient got steps=0. Expected a whole number, 1 or more"),
             ({"steps": 5, "warmup": 5}, "5 steps with 5 of warm-up"),
         ],
     )

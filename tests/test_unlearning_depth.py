@@ -19,7 +19,6 @@ from mechunlearn.metrics.answers import answered, measure
 from mechunlearn.model.hooked import load_model
 from mechunlearn.world.toy import planted_facts
 from tests.models import random_hf, token_prompts
-from tests.test_relearning import assert_untouched, state_of
 
 
 def silenced(model, site: str, units: list[int]) -> WeightEdit:
@@ -47,9 +46,9 @@ class TestOnThePlantedModel:
         edited = rows[rows.state == "edited"]
         assert edited["setting"].tolist() == ["after 0 blocks", "after 1 blocks", "after 2 blocks"]
         assert edited["weight"].iloc[0] == 0 and (edited["weight"].iloc[1:] > 1).all()
-        assert edited["held out"].tolist() == [1, 0, 0]
+        assert edited["held_out"].tolist() == [1, 0, 0]
         assert math.isnan(edited["erased"].iloc[0]) and (edited["erased"].iloc[1:] > 0.8).all()
-        assert edited["retain here"].tolist() == [1, 1, 1]
+        assert edited["retain_here"].tolist() == [1, 1, 1]
         assert edited["holding"].tolist() == [0, 8, 8]
 
     def test_the_score_is_the_mean_of_erased_by_what_each_depth_holds(self, setup):
@@ -59,26 +58,26 @@ class TestOnThePlantedModel:
         found = depth(rows).loc["edited"]
         whole = depth(unlearning_depth(model, edit, forget, retain)).loc["edited"]
         assert found["score"] == pytest.approx(whole["score"] / 2, abs=1e-4), "four of eight facts"
-        assert found["score low"] < found["score"] < found["score high"] and found["scored"] == 8
+        assert found["score_low"] < found["score"] < found["score_high"] and found["scored"] == 8
         assert rows["erased"].iloc[1] == pytest.approx(whole["score"] / 2, abs=1e-2)
 
     def test_what_is_not_carried_to_the_end_is_intact_until_then(self, rows):
         lost = rows[rows.state == "not carried"]
-        assert lost["held out"].tolist()[:2] == [1, 1] and lost["held out"].iloc[2] < 1
+        assert lost["held_out"].tolist()[:2] == [1, 1] and lost["held_out"].iloc[2] < 1
         assert lost["erased"].iloc[1] == 0 and lost["erased"].iloc[2] > 0.5
 
     def test_that_model_is_wrecked_so_it_has_collapsed_at_every_depth(self, rows):
         wrecked = rows[rows.state == "not carried"]
         assert not wrecked["valid"].any() and wrecked["retain"].nunique() == 1
-        assert wrecked["retain here"].tolist()[:2] == [1, 1]
+        assert wrecked["retain_here"].tolist()[:2] == [1, 1]
         assert recovery(rows).loc["not carried", "outcome"] == "collapsed"
         found = depth(rows).loc["not carried"]
         assert found["outcome"] == "collapsed" and math.isnan(found["score"])
 
     def test_floor_and_ceiling(self, rows):
         found = recovery(rows)
-        assert found.loc["edited", "held out"] == 0 and found.loc["unedited", "recovery"] == 1
-        assert depth(rows).loc["unedited", ["score", "score low", "score high"]].tolist() == [0, 0, 0]
+        assert found.loc["edited", "held_out"] == 0 and found.loc["unedited", "recovery"] == 1
+        assert depth(rows).loc["unedited", ["score", "score_low", "score_high"]].tolist() == [0, 0, 0]
 
     def test_the_gold_model_says_what_a_depth_holds(self, setup):
         model, edit, forget, retain = setup
@@ -97,16 +96,10 @@ class TestOnThePlantedModel:
         with pytest.raises(MechunlearnError, match="no depth holds it"):
             unlearning_depth(*setup, threshold=most + 1)
 
-    def test_no_trace_and_no_rows_of_an_error(self, setup):
-        model = setup[0]
+    def test_an_edit_of_another_model_is_refused(self, setup):
         elsewhere = silenced(load_model((random_hf("gpt2"), None)), "L0.mlp.out", [0])
-        before = state_of(model)
-        unlearning_depth(*setup)
-        assert_untouched(model, before)
-
         with pytest.raises(MechunlearnError, match="The edit is for"):
             unlearning_depth(*setup, extra_edits={"of another model": elsewhere})
-        assert_untouched(model, before)
 
     def test_known_ceilings_are_not_run_again(self, setup, rows, monkeypatch):
         again = unlearning_depth(*setup, baseline_rows=rows)
@@ -147,8 +140,8 @@ def test_after_all_blocks_the_accuracy_is_the_edited_models_own(family):
     with edit.applied(model):
         own = measure(model, prompts)["accuracy"]
     edited = rows[rows.state == "edited"]
-    assert edited["held out"].iloc[-1] == own[:4].mean() and edited["retain"].iloc[0] == own[4:].mean()
-    assert edited["held out"].iloc[1] == 1, "the edited layer is not reached yet"
+    assert edited["held_out"].iloc[-1] == own[:4].mean() and edited["retain"].iloc[0] == own[4:].mean()
+    assert edited["held_out"].iloc[1] == 1, "the edited layer is not reached yet"
 
 
 class TestOnTheTwin:
@@ -190,13 +183,13 @@ class TestOnTheTwin:
 
     def test_hidden_facts_are_there_until_the_last_block(self, rows):
         hidden = rows[None][rows[None].state == "hidden"]
-        assert (hidden["held out"].iloc[:8] == 1).all() and hidden["held out"].iloc[8] < 0.5
+        assert (hidden["held_out"].iloc[:8] == 1).all() and hidden["held_out"].iloc[8] < 0.5
 
 
 def test_never_taught_facts_are_at_chance_and_have_no_score(world, sport):
     forget, retain = sport[0].select(range(16)), sport[1].select(range(32))
     rows = unlearning_depth(world, silenced(world, "L2.mlp.out", [0, 1]), forget, retain)
     never = rows[rows.state == "never taught"]
-    assert len(never) == 9 and (never["held out"] <= 0.4).all() and never["held out"].nunique() == 1
+    assert len(never) == 9 and (never["held_out"] <= 0.4).all() and never["held_out"].nunique() == 1
     assert never["score"].isna().all() and never["erased"].isna().all()
     assert never["weight"].tolist() == rows[rows.state == "edited"]["weight"].tolist()

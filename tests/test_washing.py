@@ -742,7 +742,7 @@ def test_no_ascent_makes_something_of_nothing(toy, ascent):
 def test_memit_replaces_planted_facts(toy):
     mask = ComponentMask.of(["L0.mlp.out"], toy.model.signature)
     edit = on_the_toy(memit, toy, mask, [5, 6], [0, 1], target="targets", steps=100, lr=0.1)
-    assert accuracy(toy, edit, "target accuracy") == [int(i in (5, 6)) for i in range(24)]
+    assert accuracy(toy, edit, "target_accuracy") == [int(i in (5, 6)) for i in range(24)]
     assert accuracy(toy, edit) == [int(i not in (5, 6)) for i in range(24)]
 
 
@@ -896,10 +896,10 @@ class TestBadInput:
             message = rf"values have shape \({shape[0]}, {shape[1]}\). .*\(7, 32\), .*leaving layer 2"
             with pytest.raises(MechunlearnError, match=message):
                 editor(*given, **self.settings(llama, target_values=torch.zeros(shape)))
-        with pytest.raises(MechunlearnError, match="role 'subject'. Expected one of subject last, last"):
+        with pytest.raises(MechunlearnError, match="got position='subject'. Expected one of subject last, last"):
             editor(*given, **self.settings(llama, position="subject"))
         with pytest.raises(
-            MechunlearnError, match="towards 'nothing'. Expected one of end-of-text, targets, shared, mean"
+            MechunlearnError, match="got target='nothing'. Expected one of end-of-text, targets, shared, mean"
         ):
             editor(*given, **self.settings(llama, target="nothing"))
         spans = forget.spans.clone()
@@ -910,10 +910,13 @@ class TestBadInput:
         for towards in ("mean", "shared"):
             with pytest.raises(MechunlearnError, match="retain facts, and there are none"):
                 editor(model, mask, forget, retain.select([]), target=towards, covariance=llama[3])
-        for wrong in ({"prefixes": -1}, {"steps": 0}, {"batch_size": 0}, {"overshoot": 0}):
-            with pytest.raises(
-                MechunlearnError, match="prefixes, .* steps, batches of .* and an overshoot of .*Expected 0 or more"
-            ):
+        for wrong, expected in (
+            ({"prefixes": -1}, "prefixes=-1. Expected a whole number, 0 or more"),
+            ({"steps": 0}, "steps=0. Expected a whole number, 1 or more"),
+            ({"batch_size": 0}, "batch_size=0. Expected a whole number, 1 or more"),
+            ({"overshoot": 0}, "overshoot=0. Expected a number above 0"),
+        ):
+            with pytest.raises(MechunlearnError, match=f"{editor.__name__} got {expected}"):
                 editor(*given, **self.settings(llama, **wrong))
 
     def test_no_end_of_text(self, llama, given, monkeypatch):
@@ -928,18 +931,18 @@ class TestBadInput:
     @pytest.mark.parametrize(
         "editor, wrong, message",
         [
-            (memit, {"covariance_weight": 0}, "covariance_weight of 0 .*more than 0"),
-            (memit, {"retain_weight": -1}, "retain weight of -1"),
-            (mlp_washing, {"covariance_weight": 0}, "covariance_weight of 0"),
-            (mlp_washing, {"retain_weight": -1}, "retain weight of -1"),
-            (mlp_washing, {"band": (0.7, 0.3)}, r"band of \(0.7, 0.3\) .*the smaller first"),
+            (memit, {"covariance_weight": 0}, "covariance_weight=0. Expected a number above 0"),
+            (memit, {"retain_weight": -1}, "retain_weight=-1. Expected a number, 0 or more"),
+            (mlp_washing, {"covariance_weight": 0}, "covariance_weight=0"),
+            (mlp_washing, {"retain_weight": -1}, "retain_weight=-1"),
+            (mlp_washing, {"band": (0.7, 0.3)}, r"band of \(0.7, 0.3\)\. .*the smaller first"),
             (mlp_washing, {"band": (0, 0.3)}, r"band of \(0, 0.3\)"),
-            (mlp_washing, {"ascent": "up"}, "ascent='up' .*path, adam, off"),
-            (mlp_washing, {"growth": 0.9}, "growth of 0.9.*1 or more"),
-            (mlp_washing, {"growth": float("inf")}, "growth of inf"),
-            (null_space, {"energy": 0}, "energy of 0 .*between 0 and 1"),
-            (null_space, {"energy": 1}, "energy of 1 .*between 0 and 1"),
-            (null_space, {"ridge": 0}, "ridge of 0"),
+            (mlp_washing, {"ascent": "up"}, "ascent='up'. .*path, adam, off"),
+            (mlp_washing, {"growth": 0.9}, "growth=0.9. Expected a number, 1 or more"),
+            (mlp_washing, {"growth": float("inf")}, "growth=inf"),
+            (null_space, {"energy": 0}, "energy=0. Expected a share between 0 and 1"),
+            (null_space, {"energy": 1}, "energy=1. Expected a share between 0 and 1"),
+            (null_space, {"ridge": 0}, "ridge=0. Expected a number above 0"),
             (null_space, {"energy": 1e-12}, "every direction of the 48 neurons chosen in layer 0.*Raise energy="),
         ],
     )

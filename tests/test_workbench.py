@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mechunlearn import ComponentMask, Localization, MechunlearnError
-from mechunlearn.explore.app import ACTIONS, GIVEN, MAPS, METHODS, Workbench
+from mechunlearn.explore.state import ACTIONS, FIRST, GIVEN, MAPS, Workbench, localizers
 from mechunlearn.explore.widget import Explorer, explore, static_view
 from mechunlearn.localize import activation_patching, attribution_patching, direct_logit_attribution, fact_lookup
 from mechunlearn.metrics.answers import answer_logprob, logit_diff
@@ -79,14 +79,14 @@ class TestMaps:
         bench.choose(all_facts=True)
         assert bench.fact is None
 
-    @pytest.mark.parametrize("method", METHODS)
+    @pytest.mark.parametrize("method", localizers())
     def test_every_method_is_shown_in_every_map(self, method):
         toy = planted_facts()
         bench = Workbench(toy.model, toy.prompts())
         for name in MAPS:
             view = bench.act({"do": "choose", "method": method, "map": name})
             if view["error"]:
-                assert method == "fact_lookup" and view["method"] == METHODS[0], view["error"]  # nothing has changed
+                assert method == "fact_lookup" and view["method"] == FIRST, view["error"]  # nothing has changed
             else:
                 assert view["method"] == method and view["map"] == name
             json.dumps(view, allow_nan=False)
@@ -97,7 +97,7 @@ class TestMaps:
         )
         bench = Workbench(world, facts, found)
         assert bench.methods[0] == GIVEN == bench.method and bench.found is found
-        assert bench.act({"do": "choose", "method": METHODS[0]})["methods"][0] == GIVEN
+        assert bench.act({"do": "choose", "method": FIRST})["methods"][0] == GIVEN
         assert GIVEN not in Workbench(world, facts).methods
 
 
@@ -252,7 +252,7 @@ class TestMessages:
         monkeypatch.setattr("mechunlearn.localize.causal_tracing", broken)
         after = toy_bench.act({"do": "choose", "method": "causal_tracing", "map": "head"})
         assert after["error"] == "RuntimeError: out of memory"
-        assert (after["method"], after["map"]) == (METHODS[0], "site") and not toy_bench.act({"do": "clear"})["error"]
+        assert (after["method"], after["map"]) == (FIRST, "site") and not toy_bench.act({"do": "clear"})["error"]
 
     def test_a_kind_that_the_model_does_not_have(self):
         bench = Workbench(load_model((random_hf("gpt2"), None)), token_prompts())
@@ -267,7 +267,7 @@ class TestMessages:
         assert before < 0 and toy_bench.detail("L0.mlp.out[1]")["effect"] == 0
 
     def test_results_are_kept_within_bounds(self, toy_bench, monkeypatch):
-        monkeypatch.setattr(importlib.import_module("mechunlearn.explore.app"), "KEPT", 3)
+        monkeypatch.setattr(importlib.import_module("mechunlearn.explore.state"), "KEPT", 3)
         for fact in range(5):
             toy_bench.choose(fact=fact)
             toy_bench.heat()

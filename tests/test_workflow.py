@@ -84,7 +84,7 @@ def test_subjects_by_name_from_a_table(table, world):
     forget = mu.load_facts(table).prompts(world).select([3, 7])
     assert job.mask == fact_lookup(world, forget).above(0)
     with job.edit.applied(world):
-        assert measure(world, forget)["target accuracy"].mean() > measure(world, forget)["accuracy"].mean()
+        assert measure(world, forget)["target_accuracy"].mean() > measure(world, forget)["accuracy"].mean()
 
 
 def test_without_a_window_attribution_patching_chooses_and_it_is_said():

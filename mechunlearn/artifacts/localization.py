@@ -1,37 +1,50 @@
-"""Which and how much: component addresses, masks and scores. None of them knows a method or a parameter name."""
+"""How much each unit matters: scores, budgets, masks of the largest. A localization knows no method."""
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, NoReturn
 
 import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechunlearn.artifacts.mask import ComponentMask
+from mechunlearn.core import tensors
 from mechunlearn.core.display import by_kind, card, unit_name
-from mechunlearn.core.files import whole_file
 from mechunlearn.core.runcard import RunCard
 from mechunlearn.errors import MechunlearnError
+from mechunlearn.model.component import Component, check_site
 from mechunlearn.model.layout import Layout, Signature
 
-if TYPE_CHECKING:
-    pass
-from mechunlearn.artifacts.mask import ComponentMask
-from mechunlearn.core.tensors import load_tensors, save_tensors
-from mechunlearn.model.component import Component, check_site
+ABOUT = {
+    "unit_weights": dict[str, int],
+    "total_weights": int,
+    "evidence": dict[str, Any],
+    "note": str,
+    "roles": list[str],
+}
+"""What a file says of a localization besides its tensors, its signature and its card."""
 
 
 @dataclass(frozen=True, eq=False)
 class Localization:
-    """How much each unit matters: `{site: Float[unit]}`, the weights a unit of each kind has, and how it was found.
+    """How much each unit matters, and how it was found.
 
-    `unit_weights` maps every kind of the model to the weights of one unit; `total_weights` counts all editable weights
-    (embeddings, norms and output biases excluded). `evidence` holds what a method found on the way (probe curves,
-    windows); `note` is a sentence for the reader, such as "no window found". `by_role` may hold `[role unit]` scores of
-    activation sites (`L3.attn.o`, `L3.resid_post`, with one unit), one row a name in `roles`: token roles or positions.
+    Attributes:
+        scores: `{site: Float[unit]}`, any sign; |score| ranks the units.
+        signature: The architecture.
+        unit_weights: For every kind of the model the weights of one unit.
+        total_weights: The number of editable weights (embeddings, norms and output biases excluded).
+        card: How it was found.
+        evidence: What a method found on the way (probe curves, windows), as JSON can hold it.
+        note: A sentence for the reader, such as "no window found".
+        by_role: `[role unit]` scores of activation sites (`L3.attn.o`, `L3.resid_post`, with one unit), if there are any.
+        roles: The names of their rows: token roles or positions.
+
+    Raises:
+        MechunlearnError: If scores are not finite, or do not fit the architecture or the roles.
     """
 
     scores: Mapping[str, Float[Tensor, " _unit"]]
@@ -39,7 +52,7 @@ class Localization:
     unit_weights: Mapping[str, int]
     total_weights: int
     card: RunCard
-    evidence: dict = field(default_factory=dict)
+    evidence: dict[str, Any] = field(default_factory=dict)
     note: str = ""
     by_role: Mapping[str, Float[Tensor, "role _unit"]] = field(default_factory=dict)
     roles: tuple[str, ...] = ()
@@ -61,15 +74,35 @@ class Localization:
         ordered = sorted(self.scores, key=Component.parse)
         object.__setattr__(self, "scores", {site: self.scores[site].detach().float().cpu() for site in ordered})
 
+    def check(self, signature: Signature) -> NoReturn:
+        """Refuse to be a mask, which is what checks its architecture: scores say how much, a mask says which.
+
+        Args:
+            signature: That of the model which the mask is for.
+
+        Raises:
+            MechunlearnError: Always, with how to make a mask of the scores.
+        """
+        raise MechunlearnError(
+            "A Localization is given where a mask is expected. Choose units: found.above(0), or found.top(weights=0.05)."
+        )
+
     def above(self, threshold: float | int) -> ComponentMask:
-        """The units whose |score| is larger than the threshold."""
+        """Return the mask of the units whose |score| is larger than a threshold.
+
+        Args:
+            threshold: The largest |score| that is not selected.
+        """
         return ComponentMask({site: s.abs() > threshold for site, s in self.scores.items()}, self.signature)
 
     def strongest_role(self, among: Iterable[str] | None = None) -> str:
-        """The token role with the largest sum of |score| over sites: where a closed-form edit should act.
+        """Return the token role with the largest sum of |score| over sites: where a closed-form edit should act.
 
-        `among` limits the choice, by default to `subject last` and `last`. Raises `MechunlearnError` if nothing was scored by
-        these roles.
+        Args:
+            among: The roles to choose from, by default `subject last` and `last`.
+
+        Raises:
+            MechunlearnError: If nothing was scored by these roles.
 
         >>> tiny = Signature("llama", 2, 4, 2, 64, 32)
         >>> scores = {"L0.mlp_out": torch.tensor([[0.1], [0.6]]), "L1.mlp_out": torch.tensor([[0.3], [0.1]])}
@@ -89,7 +122,11 @@ class Localization:
         return max(chosen, key=lambda role: sums[role])
 
     def ranked(self, first: int | None = None) -> list[Component]:
-        """Units, largest |score| first, ties in component order: all, or the first so many."""
+        """Return units, largest |score| first, ties in component order.
+
+        Args:
+            first: How many; all unless given.
+        """
         sites = [Component.parse(site) for site in self.scores]
         _, site, unit = (ranks[:first].tolist() for ranks in self._order())
         return [Component(sites[i].layer, sites[i].kind, u) for i, u in zip(site, unit)]
@@ -102,13 +139,27 @@ class Localization:
         site = torch.arange(len(sizes)).repeat_interleave(sizes)[order]
         return order, site, order - (sizes.cumsum(0) - sizes)[site]
 
-    def top(self, units: int | None = None, weights: float | int | None = None, tied: bool = False) -> ComponentMask:
-        """The units with the largest |score| within a budget: a number of units, or a share of all editable weights.
+    def top(
+        self, units: float | int | None = None, weights: float | int | None = None, tied: bool = False
+    ) -> ComponentMask:
+        """Return the mask of the units with the largest |score| within a budget.
 
-        Taken in order and stopped before the first that would exceed the budget, so that masks of growing budgets
-        nest. With `tied=True` the result is tied (see `ComponentMask.tied`) and tied weights count.
-        Raises `MechunlearnError` if the budget is out of range or both are given.
+        Units are taken in order, up to the first that would exceed the budget, so that masks of growing budgets nest.
+
+        Args:
+            units: The budget as a number of units; a float below 1 is a share, so `top(0.05)` is `top(weights=0.05)`.
+            weights: The budget as a share of all editable weights, 0 to 1. Give one of the two.
+            tied: Whether to add what feeds each unit (see `ComponentMask.tied`) and to count its weights too.
+
+        Raises:
+            MechunlearnError: If the budget is out of range, or not exactly one is given.
         """
+        if isinstance(units, float):
+            if not units < 1 or weights is not None:
+                raise MechunlearnError(
+                    f"A budget of {units:g} is no number of units. Give one budget: top(64), top(units=64) or top(weights=0.05)."
+                )
+            units, weights = None, units
         if (units is None) == (weights is None):
             raise MechunlearnError("Give one budget: top(units=64) or top(weights=0.05).")
         available = sum(len(s) for s in self.scores.values())
@@ -142,13 +193,20 @@ class Localization:
         return sum(self.unit_weights.get(each, 0) for each in (kind, *also))
 
     def share(self, mask: ComponentMask) -> float:
-        """The mask's weights as a share of all editable weights."""
+        """Return the weights of a mask as a share of all editable weights.
+
+        Args:
+            mask: A mask of this architecture.
+
+        Raises:
+            MechunlearnError: If it is of another.
+        """
         mask.check(self.signature)
         used = sum(int(m.sum()) * self.unit_weights[Component.parse(site).kind] for site, m in mask.sites.items())
         return used / self.total_weights
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a unit: component, layer, kind, unit, score; largest |score| first."""
+        """Return a table with a row for each unit: component, layer, kind, unit, score; largest |score| first."""
         order, site, unit = (ranks.numpy() for ranks in self._order())
         sites = pd.DataFrame(
             [(name, at.layer, at.kind) for name, at in ((name, Component.parse(name)) for name in self.scores)],
@@ -159,59 +217,43 @@ class Localization:
         return frame.assign(score=torch.cat([torch.zeros(0), *self.scores.values()]).double().numpy()[order])
 
     def save(self, path: str | Path) -> None:
-        """Write a `.json` or `.safetensors` file; both are complete."""
-        path = Path(path)
+        """Write scores, evidence and run card to a file.
+
+        Args:
+            path: A name in `.json` (readable) or `.safetensors` (compact); both are complete.
+
+        Raises:
+            MechunlearnError: If the name ends in something else, or the disk refuses.
+        """
+        held = {f"{part}/{site}": t for part in ("scores", "by_role") for site, t in getattr(self, part).items()}
         about = {
-            "kind": "localization",
             "signature": asdict(self.signature),
-            "unit_weights": dict(self.unit_weights),
-            "total_weights": self.total_weights,
             "card": asdict(self.card),
-            "evidence": self.evidence,
-            "note": self.note,
-            "roles": self.roles,
+            "unit_weights": dict(self.unit_weights),
         }
-        if path.suffix == ".safetensors":
-            metadata = {"kind": "localization", "about": json.dumps(about)}
-            by_role = {f"by role/{site}": rows for site, rows in self.by_role.items()}
-            save_tensors(path, {**self.scores, **by_role}, metadata)
-            return
-        tensors = {"scores": self.scores, "by_role": self.by_role}
-        listed = {name: {site: t.tolist() for site, t in of.items()} for name, of in tensors.items()}
-        with whole_file(path) as beside:
-            beside.write_text(json.dumps({**about, **listed}) + "\n", encoding="utf-8")
+        tensors.save(path, "localization", held, {**{name: getattr(self, name) for name in ABOUT}, **about})
 
     @classmethod
     def load(cls, path: str | Path) -> "Localization":
-        """Raises `MechunlearnError` if the file is missing, truncated or something else."""
-        path = Path(path)
-        try:
-            if path.suffix == ".safetensors":
-                tensors, metadata = load_tensors(path, "localization")
-                about = json.loads(metadata["about"])
-                by_role = {k.split("/", 1)[1]: t for k, t in tensors.items() if k.startswith("by role/")}
-                scores = {site: t for site, t in tensors.items() if not site.startswith("by role/")}
-            else:
-                about = json.loads(path.read_text(encoding="utf-8"))
-                scores, by_role = (
-                    {site: torch.tensor(t, dtype=torch.float32) for site, t in about.get(name, {}).items()}
-                    for name in ("scores", "by_role")
-                )
-            return cls(
-                scores,
-                Signature(**about["signature"]),
-                about["unit_weights"],
-                about["total_weights"],
-                RunCard(**about["card"]),
-                about["evidence"],
-                about["note"],
-                by_role,
-                tuple(about.get("roles", ())),
-            )
-        except (OSError, UnicodeDecodeError) as error:
-            raise MechunlearnError(f"Could not read the localization '{path}': {error}.") from None
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise MechunlearnError(f"'{path}' is not a whole localization file ({error}).") from None
+        """Read a localization from a file of `save`.
+
+        Args:
+            path: The `.json` or `.safetensors` file.
+
+        Returns:
+            The localization, equal to the one that was saved.
+
+        Raises:
+            MechunlearnError: If the file is missing, damaged or something else than a localization.
+        """
+        return tensors.load(path, {"localization": cls._made})
+
+    @classmethod
+    def _made(cls, held: dict[str, Tensor], about: dict[str, Any]) -> "Localization":
+        signature, card = tensors.record(Signature, about["signature"]), tensors.record(RunCard, about["card"])
+        parts, rest = tensors.grouped(held, ("scores", "by_role")), tensors.checked(about, ABOUT)
+        rest["roles"], rest["by_role"] = tuple(rest["roles"]), parts["by_role"]
+        return cls(parts["scores"], signature, card=card, **rest)
 
     def __repr__(self) -> str:
         units = sum(len(s) for s in self.scores.values())

@@ -1,6 +1,5 @@
-"""Which and how much: component addresses, masks and scores. None of them knows a method or a parameter name."""
+"""Which units: masks and their set algebra. A mask knows no method and no score."""
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,18 +10,17 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from mechunlearn.artifacts.restrict import Restriction, lora_config
+from mechunlearn.core import tensors
 from mechunlearn.core.display import by_kind, card, unit_name
-from mechunlearn.core.files import whole_file
 from mechunlearn.core.runcard import digest
 from mechunlearn.errors import MechunlearnError
+from mechunlearn.model.component import Component, check_site
+from mechunlearn.model.hooked import HookedModel
 from mechunlearn.model.layout import Layout, Signature
 
 if TYPE_CHECKING:
     import peft
     from torch import nn
-from mechunlearn.core.tensors import load_tensors, save_tensors
-from mechunlearn.model.component import Component, check_site
-from mechunlearn.model.hooked import HookedModel
 
 
 def _with_weights(site: str, layout: Layout) -> Component:
@@ -39,9 +37,16 @@ def _with_weights(site: str, layout: Layout) -> Component:
 
 @dataclass(frozen=True, eq=False)
 class ComponentMask:
-    """Which units an edit may touch: `{site: Bool[unit]}` and the architecture it belongs to.
+    """Which units an edit may touch.
 
     Masks combine with `&`, `|`, `-`; `~` is the complement within the sites that the mask names.
+
+    Attributes:
+        sites: `{site: Bool[unit]}`, true where a unit is selected.
+        signature: The architecture that the mask belongs to.
+
+    Raises:
+        MechunlearnError: If a site is not of this architecture, or has another number of units.
 
     >>> tiny = Signature("llama", layers=2, heads=4, kv_heads=2, d_mlp=3, d_model=8)
     >>> mask = ComponentMask.of(["L0.mlp.out", "L1.attn.o[2]"], tiny)
@@ -62,7 +67,15 @@ class ComponentMask:
 
     @classmethod
     def of(cls, addresses: Iterable[str | Component], signature: Signature) -> "ComponentMask":
-        """The mask that selects these units; an address without `[unit]` selects its whole site."""
+        """Return the mask that selects some units.
+
+        Args:
+            addresses: The units, such as `L9.attn.o[7]`; an address without `[unit]` selects its whole site.
+            signature: The architecture.
+
+        Raises:
+            MechunlearnError: If an address is malformed, or the architecture has no such unit.
+        """
         sites: dict[str, Tensor] = {}
         for address in addresses:
             component = Component.parse(address) if isinstance(address, str) else address
@@ -70,7 +83,7 @@ class ComponentMask:
             if units is None:
                 raise MechunlearnError(f"'{component}' has no fixed number of units: build the mask from scores.")
             check_site(component.site, units, signature)
-            if component.unit is not None and component.unit >= units:
+            if component.unit is not None and not 0 <= component.unit < units:
                 raise MechunlearnError(f"'{component}' is out of range: '{component.site}' has {units} units.")
             chosen = sites.setdefault(component.site, torch.zeros(units, dtype=torch.bool))
             chosen[slice(None) if component.unit is None else component.unit] = True
@@ -78,7 +91,11 @@ class ComponentMask:
 
     @classmethod
     def everything(cls, model: HookedModel) -> "ComponentMask":
-        """The mask of all heads and neurons of a model, in every site."""
+        """Return the mask of all heads and neurons of a model, in every site.
+
+        Args:
+            model: The model.
+        """
         signature = model.layout.signature
         sites = (Component(layer, kind) for layer in range(signature.layers) for kind in model.layout.kinds)
         return cls.of(sites, signature)
@@ -122,12 +139,26 @@ class ComponentMask:
         return ComponentMask({site: ~chosen for site, chosen in self.sites.items()}, self.signature)
 
     def jaccard(self, other: "ComponentMask") -> float:
-        """Units in both over units in either; 1 for two empty masks."""
+        """Return the units in both masks over the units in either; 1 for two empty masks.
+
+        Args:
+            other: A mask of the same architecture.
+
+        Raises:
+            MechunlearnError: If it is of another.
+        """
         either = len(self | other)
         return len(self & other) / either if either else 1.0
 
     def check(self, signature: Signature) -> None:
-        """Raises `MechunlearnError` unless the mask belongs to this architecture."""
+        """Refuse a mask of another architecture.
+
+        Args:
+            signature: The architecture that is expected.
+
+        Raises:
+            MechunlearnError: If the mask is of another.
+        """
         if self.signature != signature:
             raise MechunlearnError(
                 f"The mask is for ({self.signature}), the model is ({signature}). "
@@ -136,15 +167,19 @@ class ComponentMask:
 
     @property
     def fingerprint(self) -> str:
+        """A hash of the selected units and the architecture."""
         named = (
             (Component.parse(site).site, chosen.nonzero().flatten().tolist()) for site, chosen in self.sites.items()
         )
         return digest(str(self.signature), *(f"{site}[{unit}]" for site, units in named for unit in units))
 
     def tied(self, layout: Layout | HookedModel) -> "ComponentMask":
-        """Add what feeds each unit: a head's q and its group's k and v, a neuron's input and gate rows.
+        """Return the mask with what feeds each unit: a head's q and its group's k and v, a neuron's input and gate rows.
 
         A kv head is selected if any of its query heads is.
+
+        Args:
+            layout: The model or its layout, which says whether neurons have a gate.
         """
         kinds = layout.kinds if isinstance(layout, Layout) else layout.layout.kinds
         sites: dict[str, Tensor] = {site: chosen.clone() for site, chosen in self.sites.items()}
@@ -166,18 +201,31 @@ class ComponentMask:
         return ComponentMask(sites, self.signature)
 
     def weights(self, model: HookedModel) -> int:
-        """How many weights of the model the mask selects."""
+        """Return how many weights of a model the mask selects.
+
+        Args:
+            model: The model.
+
+        Raises:
+            MechunlearnError: If it is of another architecture.
+        """
         self.check(model.layout.signature)
         return sum(
             int(chosen.sum()) * model.unit_weights(Component.parse(site).kind) for site, chosen in self.sites.items()
         )
 
     def parameter_masks(self, model: "HookedModel | nn.Module") -> dict[str, Bool[Tensor, "*shape"]]:
-        """`{parameter name: bool tensor of its shape}`, for any training loop on the ordinary model.
+        """Return which entries of which parameters are selected, for any training loop on the ordinary model.
 
-        Only parameters with selected entries appear. Give a hooked model, or a Hugging Face model.
-        Raises `MechunlearnError` for another architecture, a model wrapped by another module, and for features and
-        codes, which have no weights.
+        Args:
+            model: A hooked model, or a Hugging Face model.
+
+        Returns:
+            `{parameter name: bool tensor of its shape}`, of the parameters with selected entries alone.
+
+        Raises:
+            MechunlearnError: For another architecture, a model wrapped by another module, and for features and codes,
+                which have no weights.
         """
         hf: Any = getattr(model, "hf", model)
         layout = Layout.of(hf.config)
@@ -204,10 +252,18 @@ class ComponentMask:
     def restrict_(self, model: "HookedModel | nn.Module") -> Restriction:
         """Make an ordinary model train only the selected units, in any training loop and under any torch optimiser.
 
-        Give a Hugging Face model, or a hooked model (`refresh_()` it after training). Holds until `.remove()` of what
-        is returned, or for a `with` block; costs one copy of every partly selected matrix. See `Restriction` for what
-        it guards against and what not. Raises `MechunlearnError` if the mask is empty, of another architecture or of
-        features, or the model is restricted already.
+        Holds until `.remove()` of what is returned, or for a `with` block; costs one copy of every partly selected
+        matrix. See `Restriction` for what it guards against and what not.
+
+        Args:
+            model: A Hugging Face model, or a hooked model (`refresh_()` it after training).
+
+        Returns:
+            The restriction, to remove.
+
+        Raises:
+            MechunlearnError: If the mask is empty, of another architecture or of features, or the model is restricted
+                already.
 
         >>> from mechunlearn.world.toy import planted_facts
         >>> model = planted_facts().model
@@ -220,12 +276,21 @@ class ComponentMask:
         return Restriction(hf, self.parameter_masks(hf))
 
     def to_lora_config(self, r: int = 8, alpha: int | None = None, **settings: Any) -> "peft.LoraConfig":
-        """A PEFT configuration of rank `r` whose target modules are exactly those that hold the selected units.
+        """Return a PEFT configuration whose target modules are exactly those that hold the selected units.
 
-        `alpha` is 2r unless given; `settings` are further ones of `peft.LoraConfig`. LoRA moves whole matrices and no
-        biases: a `UserWarning` says how many times as many units can move as the mask selects. Not for an edit that
-        has to stay inside the mask: use `restrict_`. Raises `MechunlearnError` if the mask is empty or of features, or
-        if `r` is larger than d_model or d_mlp (a mask does not know d_head, which may bound it further).
+        LoRA moves whole matrices and no biases: a `UserWarning` says how many times as many units can move as the mask
+        selects. Not for an edit that has to stay inside the mask: use `restrict_`.
+
+        Args:
+            r: The rank, up to d_model and d_mlp (a mask does not know d_head, which may bound it further).
+            alpha: LoRA's alpha, 2r unless given.
+            **settings: Further settings of `peft.LoraConfig`.
+
+        Returns:
+            The configuration.
+
+        Raises:
+            MechunlearnError: If the mask is empty or of features, or the rank is out of range.
 
         >>> mask = ComponentMask.of(["L1.mlp.out"], Signature("llama", 2, 4, 2, 64, 32))
         >>> sorted(mask.to_lora_config(r=4).target_modules)
@@ -246,41 +311,32 @@ class ComponentMask:
         return lora_config(modules, limit, r, alpha, settings)
 
     def save(self, path: str | Path) -> None:
-        """Write `.json` (readable) or `.safetensors` (compact); both are complete."""
-        path = Path(path)
-        if path.suffix == ".safetensors":
-            save_tensors(path, dict(self.sites), {"kind": "mask", "signature": json.dumps(asdict(self.signature))})
-            return
-        units = {
-            site: {"of": len(chosen), "selected": chosen.nonzero().flatten().tolist()}
-            for site, chosen in self.sites.items()
-        }
-        text = json.dumps({"kind": "mask", "signature": asdict(self.signature), "units": units}, indent=1)
-        with whole_file(path) as beside:
-            beside.write_text(text + "\n", encoding="utf-8")
+        """Write the mask to a file: addresses and the architecture, no weights.
+
+        Args:
+            path: A name in `.json` (readable) or `.safetensors` (compact); both are complete.
+
+        Raises:
+            MechunlearnError: If the name ends in something else, or the disk refuses.
+        """
+        tensors.save(path, "mask", self.sites, {"signature": asdict(self.signature)})
 
     @classmethod
     def load(cls, path: str | Path) -> "ComponentMask":
-        """Raises `MechunlearnError` if the file is missing, truncated or something else than a mask."""
-        path = Path(path)
-        if path.suffix == ".safetensors":
-            tensors, metadata = load_tensors(path, "mask")
-            return cls(tensors, Signature(**json.loads(metadata["signature"])))
-        try:
-            entry = json.loads(path.read_text(encoding="utf-8"))
-            signature = Signature(**entry["signature"])
-            sites = {}
-            for site, units in entry["units"].items():
-                sites[site] = torch.zeros(units["of"], dtype=torch.bool)
-                sites[site][torch.tensor(units["selected"], dtype=torch.long)] = True
-        except (OSError, UnicodeDecodeError) as error:
-            raise MechunlearnError(f"Could not read the mask '{path}': {error}.") from None
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
-            raise MechunlearnError(
-                f"'{path}' is not a whole mask file ({type(error).__name__}: {error}). "
-                "Expected JSON as `ComponentMask.save` writes it, or a .safetensors file."
-            ) from None
-        return cls(sites, signature)
+        """Read a mask from a file of `save`.
+
+        Args:
+            path: The `.json` or `.safetensors` file.
+
+        Returns:
+            The mask, equal to the one that was saved.
+
+        Raises:
+            MechunlearnError: If the file is missing, damaged or something else than a mask.
+        """
+        return tensors.load(
+            path, {"mask": lambda sites, about: cls(sites, tensors.record(Signature, about["signature"]))}
+        )
 
     def _by_kind(self) -> list[tuple[str, str, int, int]]:
         addresses = ((Component.parse(site), chosen) for site, chosen in self.sites.items())

@@ -17,12 +17,21 @@ from mechunlearn.model.layout import Signature
 
 
 def rank_correlation(one: Localization, other: Localization) -> float:
-    """Say whether two localizations put the same units first, last and in between.
+    """Measure whether two localizations put the same units first, last and in between.
 
-    Spearman's correlation of |scores|, -1 to 1, over the units that both score (ties get their mean rank); not a number
-    if either gives all of these the same score. Every unit counts alike, so thousands of neurons near zero decide it:
-    for the units that would be edited use `jaccard_at`.
-    Raises `MechunlearnError` for scores of different architectures, and if no site is scored by both.
+    Every unit counts alike, so thousands of neurons near zero decide it: for the units that would be edited use
+    `jaccard_at`.
+
+    Args:
+        one: A localization.
+        other: Another of the same architecture.
+
+    Returns:
+        Spearman's correlation of |scores|, -1 to 1, over the units that both score (ties get their mean rank); NaN if
+        either gives all of these the same score.
+
+    Raises:
+        MechunlearnError: For scores of different architectures, and if no site is scored by both.
 
     >>> from mechunlearn.localize import attribution_patching, random_units
     >>> from mechunlearn.world.toy import planted_facts
@@ -42,14 +51,23 @@ def rank_correlation(one: Localization, other: Localization) -> float:
 
 
 def jaccard_at(one: Localization, other: Localization, weights: float | int = 0.05) -> float:
-    """Say how much of the model two localizations would both edit, at one budget.
+    """Measure how much of the model two localizations would both edit, at one budget.
 
-    Units in both masks over units in either, 0 to 1, for the masks `.top(weights=weights)`; 1 if both are empty. Chance
-    is not 0: two random masks that take a share s of the scored units overlap by about s / (2 - s), and a share of all
-    editable weights is a larger one of the kinds that are scored, so compare with `random_units`. A localization with
+    Chance is not 0: two random masks that take a share s of the scored units overlap by about s / (2 - s), and a share of
+    all editable weights is a larger one of the kinds that are scored, so compare with `random_units`. A localization with
     fewer units above zero than the budget fills up with zeros in component order, and two such agree on those: take a
     smaller budget.
-    Raises `MechunlearnError` for scores of different architectures, and for a budget outside [0, 1].
+
+    Args:
+        one: A localization.
+        other: Another of the same architecture.
+        weights: The budget, a share of all editable weights.
+
+    Returns:
+        Units in both masks over units in either, 0 to 1, for the masks `.top(weights=weights)`; 1 if both are empty.
+
+    Raises:
+        MechunlearnError: For scores of different architectures, and for a budget outside [0, 1].
 
     >>> from mechunlearn.localize import random_units
     >>> from mechunlearn.world.toy import planted_facts
@@ -63,10 +81,19 @@ def jaccard_at(one: Localization, other: Localization, weights: float | int = 0.
 
 
 def overlap(found: Mapping[str, Localization], weights: float | int = 0.05) -> pd.DataFrame:
-    """Compare all localizers at one budget: a square table of `jaccard_at`, one row and column a method.
+    """Compare all localizers at one budget.
 
-    It is symmetric, with ones on the diagonal; `plots.overlap_map` draws it. What `jaccard_at` says of sparse scores
-    holds here. Raises `MechunlearnError` as it does, for any two.
+    `plots.overlap_map` draws the table. What `jaccard_at` says of sparse scores holds here.
+
+    Args:
+        found: A localization by each method.
+        weights: The budget, a share of all editable weights.
+
+    Returns:
+        A square table of `jaccard_at`, a row and a column for each method: symmetric, with ones on the diagonal.
+
+    Raises:
+        MechunlearnError: As `jaccard_at`, for any two.
 
     >>> from mechunlearn.localize import random_units
     >>> from mechunlearn.world.toy import planted_facts
@@ -85,14 +112,22 @@ def overlap(found: Mapping[str, Localization], weights: float | int = 0.05) -> p
 
 
 def auroc(found: Localization, truth: ComponentMask | Mapping[str, Bool[Tensor, " _unit"]]) -> float:
-    """Say how well the scores tell the units that are known to matter from the others.
+    """Measure how well scores tell the units that are known to matter from the others.
 
-    Area under the ROC curve of |scores|: the probability that a true unit scores higher than one that is not, ties
-    counting half; 1 is perfect, 0.5 is chance. Only units that both cover count, and a mask covers the sites it names: a
-    site in which nothing is true must be there with nothing selected, or its units are not counted as wrong. With few
-    true units among thousands it is close to 1 long before the first ranks are right: look at `found.ranked()` too.
-    Raises `MechunlearnError` for another architecture, if they share no site, and if all or none of the shared units
-    are true.
+    Only units that both cover count, and a mask covers the sites it names: a site in which nothing is true must be there
+    with nothing selected, or its units are not counted as wrong. With few true units among thousands it is close to 1
+    long before the first ranks are right: look at `found.ranked()` too.
+
+    Args:
+        found: A localization.
+        truth: The units that matter, as a mask or as its sites.
+
+    Returns:
+        The area under the ROC curve of |scores|: the probability that a true unit scores higher than one that is not,
+        ties counting half; 1 is perfect, 0.5 is chance.
+
+    Raises:
+        MechunlearnError: For another architecture, if they share no site, and if all or none of the shared units are true.
 
     >>> from mechunlearn.localize import attribution_patching
     >>> from mechunlearn.world.toy import planted_facts
@@ -110,12 +145,21 @@ def auroc(found: Localization, truth: ComponentMask | Mapping[str, Bool[Tensor, 
 def layer_auroc(
     found: Localization, truth: ComponentMask | Mapping[str, Bool[Tensor, " _unit"]], kind: str = "mlp.out"
 ) -> float:
-    """Say how well the scores tell the layers that are known to matter from the others.
+    """Measure how well scores tell the layers that are known to matter from the others.
 
-    `auroc` over layers: a layer scores the mean |score| of its units of this kind, and is true if any of them is. Use it
-    where the truth is which MLPs hold a fact, not which neurons. With few layers it takes few values: read their number
-    beside it. Layers count that both cover, as in `auroc`.
-    Raises `MechunlearnError` as `auroc` does.
+    Use it where the truth is which MLPs hold a fact, not which neurons. With few layers it takes few values: read their
+    number beside it. Layers count that both cover, as in `auroc`.
+
+    Args:
+        found: A localization.
+        truth: The units that matter, as a mask or as its sites.
+        kind: The kind of units that stand for a layer.
+
+    Returns:
+        `auroc` over layers: a layer scores the mean |score| of its units, and is true if any of them is.
+
+    Raises:
+        MechunlearnError: As `auroc`.
 
     >>> from mechunlearn.localize import fact_lookup
     >>> from mechunlearn.world.toy import planted_facts

@@ -52,8 +52,14 @@ class Restriction:
     also if this object is thrown away; a deep copy of the module is another module, and is not restricted.
 
     It does not see what is written without a torch optimiser (`restore()` copies back then), nor parameters that are
-    replaced by others (FSDP, DeepSpeed). Raises `MechunlearnError` if nothing is selected, a name or shape is not the
-    module's, or the module is restricted already.
+    replaced by others (FSDP, DeepSpeed).
+
+    Args:
+        module: The module.
+        masks: `{parameter name: bool tensor of its shape}`, true where an entry trains.
+
+    Raises:
+        MechunlearnError: If nothing is selected, a name or shape is not the module's, or the module is restricted already.
 
     >>> layer = nn.Linear(3, 2)
     >>> with Restriction(layer, {"weight": torch.tensor([[True, False, False]] * 2)}) as restriction:
@@ -148,7 +154,18 @@ def _after_steps(restriction: "weakref.ref[Restriction]") -> Callable[[], None]:
 def lora_config(
     modules: Mapping[str, tuple[int, int]], limit: int, r: int, alpha: int | None, settings: dict[str, Any]
 ) -> "peft.LoraConfig":
-    """LoRA on modules of which so many units are selected, of so many; `limit` is the narrowest matrix's width."""
+    """Return a LoRA configuration for the modules that hold selected units.
+
+    Args:
+        modules: For each module how many of its units are selected, and how many it has.
+        limit: The width of the narrowest matrix.
+        r: The rank.
+        alpha: LoRA's alpha, 2r unless given.
+        settings: Further settings of `peft.LoraConfig`.
+
+    Raises:
+        MechunlearnError: If there is no module, or the rank is out of range.
+    """
     from peft import LoraConfig  # heavy, and only needed here
 
     if not modules:

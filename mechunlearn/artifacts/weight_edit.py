@@ -1,11 +1,10 @@
 """A change as a value: new rows for the selected units, to apply, undo, save, combine and export."""
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -13,13 +12,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
+from mechunlearn.artifacts.calls import Call, remade
 from mechunlearn.artifacts.mask import ComponentMask
+from mechunlearn.core import tensors
 from mechunlearn.core.display import card, unit_name
 from mechunlearn.core.files import whole_folder
 from mechunlearn.core.runcard import RunCard
-from mechunlearn.core.tensors import load_tensors, save_tensors
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.model.component import Component
+from mechunlearn.model.component import Component, check_site
 from mechunlearn.model.hooked import HookedModel, export
 from mechunlearn.model.layout import Signature, flat
 
@@ -28,22 +28,50 @@ SIDES = ("left", "right")
 
 @runtime_checkable
 class Edit(Protocol):
-    """What editors return. `applied` undoes itself; `apply_` stays."""
+    """What editors return: a change that can be applied, undone and saved."""
 
     @property
-    def card(self) -> RunCard: ...
-    def applied(self, model: HookedModel) -> AbstractContextManager[HookedModel]: ...
-    def apply_(self, model: HookedModel) -> None: ...
-    def save(self, path: str | Path) -> None: ...
+    def card(self) -> RunCard:
+        """How the edit was made."""
+
+    def applied(self, model: HookedModel) -> AbstractContextManager[HookedModel]:
+        """Edit a model for the length of a block; after it, every bit is as it was.
+
+        Args:
+            model: The model.
+        """
+
+    def apply_(self, model: HookedModel) -> None:
+        """Edit a model for good.
+
+        Args:
+            model: The model.
+        """
+
+    def save(self, path: str | Path) -> None:
+        """Write the edit to a file.
+
+        Args:
+            path: A name in `.safetensors` (compact) or `.json` (readable); both are complete.
+        """
 
 
 @dataclass(frozen=True, eq=False)
 class WeightEdit:
-    """New weights for some units: `{site: units}` and `{site: [unit weight]}`, nothing of any other weight.
+    """New weights for some units, and nothing of any other weight.
 
-    A low-rank edit has no rows but `low_rank`, `{parameter: (left, right)}`: left @ right, of the parameter's shape and zero
-    outside the units, is added to the weights it was made on; `save_adapter` writes it for PEFT. Undo copies the old
-    rows back, so it is bit-identical. Two edits combine with `|` if they share no unit.
+    Undo copies the old rows back, so it is bit-identical. Two edits combine with `|` if they share no unit.
+
+    Attributes:
+        units: `{site: units}`, each unit once.
+        rows: `{site: [unit weight]}`, their new weights.
+        signature: The architecture.
+        card: How the edit was made.
+        low_rank: `{parameter: (left, right)}` of a low-rank edit, which has no rows: left @ right, of the parameter's shape
+            and zero outside the units, is added to the weights that it was made on. `save_adapter` writes it for PEFT.
+
+    Raises:
+        MechunlearnError: If units, rows and factors do not fit one another or the architecture, or are not finite.
     """
 
     units: Mapping[str, Int[Tensor, " _unit"]]
@@ -53,24 +81,38 @@ class WeightEdit:
     low_rank: Mapping[str, tuple[Float[Tensor, "_row _rank"], Float[Tensor, "_rank _column"]]] = field(
         default_factory=dict
     )
+    calls: tuple[Call, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         if not self.rows.keys() <= self.units.keys() or (self.rows.keys() != self.units.keys() and not self.low_rank):
             raise MechunlearnError(
                 f"An edit needs rows for its units: {set(self.units) ^ set(self.rows)} has one only."
             )
+        for site, units in self.units.items():
+            count = self.signature.units(Component.parse(site).kind) or 0
+            check_site(site, count, self.signature)
+            numbers = units.dtype == torch.int64 and units.ndim == 1
+            if not numbers or ((units < 0) | (units >= count)).any() or len(units.unique()) != len(units):
+                raise MechunlearnError(
+                    f"Edit of '{site}': expected a vector of whole numbers below {count}, each unit once; got "
+                    f"{list(units.shape)} of {units.dtype}, beginning {units.flatten()[:8].tolist()}."
+                )
         for site, rows in self.rows.items():
-            units = self.units[site]
-            if len(units) != len(rows) or len(units.unique()) != len(units):
-                raise MechunlearnError(f"Edit of '{site}': {len(units)} units (each once) but {len(rows)} rows.")
+            if rows.ndim != 2 or len(rows) != len(self.units[site]):
+                raise MechunlearnError(f"Edit of '{site}': {len(self.units[site])} units but {len(rows)} rows.")
+        for name, (left, right) in self.low_rank.items():
+            if left.ndim != 2 or right.ndim != 2 or left.shape[1] != len(right):
+                raise MechunlearnError(
+                    f"Edit of '{name}': factors {list(left.shape)} and {list(right.shape)} do not fit."
+                )
         factors = {name: torch.cat([t.flatten() for t in pair]) for name, pair in self.low_rank.items()}
         for name, new in {**self.rows, **factors}.items():
-            if not torch.isfinite(new).all():
+            if not new.is_floating_point() or not torch.isfinite(new).all():
                 raise MechunlearnError(f"Edit of '{name}': some new weights are not finite. Lower the learning rate.")
 
     @property
     def mask(self) -> ComponentMask:
-        """The units it moves."""
+        """The units that the edit moves."""
         addresses = (
             Component(site.layer, site.kind, unit)
             for site, units in ((Component.parse(name), units) for name, units in self.units.items())
@@ -78,15 +120,43 @@ class WeightEdit:
         )
         return ComponentMask.of(addresses, self.signature)
 
+    def remake(self, mask: ComponentMask | None = None, seed: int | None = None) -> "WeightEdit":
+        """Make the edit again by the same call: the same model, sets, texts and functions, none of them copied.
+
+        Args:
+            mask: Where to edit this time; `None` or the edit's own `mask` keeps the mask of the call. Of a composed edit
+                (`a | b`) each part gets, of each kind, as many of these units as it had (see `artifacts.calls.dealt`).
+            seed: The seed this time; `None` keeps the seed of the call, of each part its own.
+
+        Raises:
+            MechunlearnError: For an edit that was loaded from a file or put together by hand.
+        """
+        made: WeightEdit = remade(self, mask, seed)
+        return made
+
     def apply_(self, model: HookedModel) -> None:
-        """Write the new rows into the model, hooked and Hugging Face view alike."""
-        self._check(model)
-        new = self.new_rows(model)
-        for site, units in self.units.items():
-            model.write_(site, new[site], units)
+        """Write the new rows into a model, hooked and Hugging Face view alike; nothing is written if anything does not fit.
+
+        Args:
+            model: The model.
+
+        Raises:
+            MechunlearnError: If the edit is for another architecture or other widths, or is low-rank and was made on other
+                weights.
+        """
+        for site, rows in self.new_rows(model).items():
+            model.write_(site, rows, self.units[site])
 
     def new_rows(self, model: HookedModel) -> dict[str, Float[Tensor, "_unit _weight"]]:
-        """The new weights of the units of every site, of a low-rank edit worked out from the model's own."""
+        """Return the new weights of the units of every site, those of a low-rank edit worked out from the model's own.
+
+        Args:
+            model: The model.
+
+        Raises:
+            MechunlearnError: As `apply_`.
+        """
+        self._check(model)
         new, parameters = dict(self.rows), dict(model.hf.named_parameters())
         changes = {name: left @ right for name, (left, right) in self.low_rank.items()}
         for site in self.units.keys() - self.rows.keys():
@@ -100,17 +170,29 @@ class WeightEdit:
 
     @contextmanager
     def applied(self, model: HookedModel) -> Iterator[HookedModel]:
-        """Within the block the model is edited; after it, every bit is as it was."""
-        self._check(model)
+        """Edit a model for the length of a block; after it, every bit is as it was, also if the edit does not fit.
+
+        Args:
+            model: The model.
+
+        Yields:
+            The same model, edited.
+
+        Raises:
+            MechunlearnError: As `apply_`.
+        """
+        new = self.new_rows(model)
         before = {site: model.rows(site)[units.to(model.device)].cpu() for site, units in self.units.items()}
-        self.apply_(model)
         try:
+            for site, rows in new.items():
+                model.write_(site, rows, self.units[site])
             yield model
         finally:
             for site, rows in before.items():
                 model.write_(site, rows, self.units[site])
 
     def _check(self, model: HookedModel) -> None:
+        """Refuse a model that the edit does not fit, before anything is written."""
         if self.signature != model.signature:
             raise MechunlearnError(f"The edit is for ({self.signature}), the model is ({model.signature}).")
         if self.low_rank and self.card.model != model.fingerprint:
@@ -118,6 +200,17 @@ class WeightEdit:
                 f"A low-rank edit adds to the weights it was made on (model {self.card.model}); this model's are others "
                 f"({model.fingerprint}). Load the model as it was then, in the same dtype and without this edit applied."
             )
+        widths = {site: model.unit_weights(Component.parse(site).kind) for site in self.rows}
+        shapes = {name: list(p.shape) for name, p in model.hf.named_parameters() if name in self.low_rank}
+        given = {site: rows.shape[1] for site, rows in self.rows.items()}
+        pairs = {name: [len(left), right.shape[1]] for name, (left, right) in self.low_rank.items()}
+        for name, size in {**given, **pairs}.items():
+            expected = {**widths, **shapes}.get(name)
+            if size != expected:
+                raise MechunlearnError(
+                    f"The edit holds weights of size {size} for '{name}', where the model has {expected}. Give the model "
+                    "that the edit was made on, or one of its sizes."
+                )
 
     def __or__(self, other: "WeightEdit") -> "WeightEdit":
         """Both edits at once. Raises `MechunlearnError`, by name, if they share a unit."""
@@ -132,12 +225,18 @@ class WeightEdit:
         card = RunCard(
             f"{self.card.method} | {other.card.method}", settings={"parts": [asdict(self.card), asdict(other.card)]}
         )
-        return WeightEdit(units, rows, self.signature, card)
+        calls = self.calls + other.calls if self.calls and other.calls else ()
+        return WeightEdit(units, rows, self.signature, card, calls=calls)
 
     def export(self, model: HookedModel, folder: str | Path) -> None:
         """Write the edited model as an ordinary Hugging Face checkpoint with its tokenizer and run card.
 
-        The folder must be new or empty. The model itself is left as it was.
+        Args:
+            model: The model, which is left as it was.
+            folder: A new or empty folder.
+
+        Raises:
+            MechunlearnError: As `apply_`, and if the folder holds something or the disk refuses.
         """
         with self.applied(model):
             export(model, folder, {"mechunlearn.json": self.card.to_json()})
@@ -145,21 +244,29 @@ class WeightEdit:
     def save_adapter(self, model: HookedModel, folder: str | Path) -> None:
         """Write a low-rank edit as a PEFT adapter folder: `PeftModel.from_pretrained(hf, folder)` loads it, unmerged.
 
-        The adapter goes on the unedited model. The folder must be new or empty. Raises `MechunlearnError` for a dense edit.
+        The adapter goes on the unedited model.
+
+        Args:
+            model: The model that the edit was made on.
+            folder: A new or empty folder.
+
+        Raises:
+            MechunlearnError: For an edit that is not low-rank, as `apply_`, and if the folder holds something or the disk
+                refuses.
         """
         if not self.low_rank:
             raise MechunlearnError("This edit is not low-rank, so it is no adapter. Use `export`, or `fisher_lora`.")
         self._check(model)
         from peft import LoraConfig  # seconds to import
 
-        tensors, ranks, conv = {}, {}, False
+        held, ranks, conv = {}, {}, False
         for name, (left, right) in self.low_rank.items():
             module = name.removesuffix(".weight")
             conv = isinstance(model.hf.get_submodule(module), Conv1D)
             down, up = (left.T, right.T) if conv else (right, left)
             ranks[module] = len(down)
-            tensors[f"base_model.model.{module}.lora_A.weight"] = down.contiguous()
-            tensors[f"base_model.model.{module}.lora_B.weight"] = up.contiguous()
+            held[f"base_model.model.{module}.lora_A.weight"] = down.contiguous()
+            held[f"base_model.model.{module}.lora_B.weight"] = up.contiguous()
         config = LoraConfig(
             r=max(ranks.values()),
             lora_alpha=max(ranks.values()),
@@ -172,31 +279,44 @@ class WeightEdit:
         )
         with whole_folder(folder) as beside:
             config.save_pretrained(str(beside))
-            save_file(tensors, beside / "adapter_model.safetensors", metadata={"format": "pt"})
+            save_file(held, beside / "adapter_model.safetensors", metadata={"format": "pt"})
             (beside / "mechunlearn.json").write_text(self.card.to_json() + "\n", encoding="utf-8")
 
     def save(self, path: str | Path) -> None:
-        """Write one self-contained .safetensors file."""
-        path = Path(path)
-        if path.suffix != ".safetensors":
-            raise MechunlearnError(f"Edits are saved as .safetensors files; '{path}' is not named so.")
-        tensors = {f"units.{site}": units for site, units in self.units.items()}
-        tensors |= {f"rows.{site}": rows for site, rows in self.rows.items()}
-        tensors |= {f"{side}.{name}": t for name, pair in self.low_rank.items() for side, t in zip(SIDES, pair)}
-        about = {"signature": asdict(self.signature), "card": asdict(self.card)}
-        save_tensors(path, tensors, {"kind": "weight edit", "about": json.dumps(about)})
+        """Write the edit to one self-contained file.
+
+        Args:
+            path: A name in `.safetensors` (compact) or `.json` (readable); both are complete.
+
+        Raises:
+            MechunlearnError: If the name ends in something else, or the disk refuses.
+        """
+        pairs = {side: {name: pair[i] for name, pair in self.low_rank.items()} for i, side in enumerate(SIDES)}
+        parts = {"units": self.units, "rows": self.rows, **pairs}
+        held = {f"{part}/{name}": t for part, of in parts.items() for name, t in of.items()}
+        tensors.save(path, "weight edit", held, {"signature": asdict(self.signature), "card": asdict(self.card)})
 
     @classmethod
     def load(cls, path: str | Path) -> "WeightEdit":
-        tensors, metadata = load_tensors(Path(path), "weight edit")
-        about = json.loads(metadata["about"])
-        parts: dict[str, dict[str, Tensor]] = {"units": {}, "rows": {}, **{side: {} for side in SIDES}}
-        for name, tensor in tensors.items():
-            part, _, site = name.partition(".")
-            parts[part][site] = tensor
-        low_rank = {name: (left, parts["right"][name]) for name, left in parts["left"].items()}
-        card = RunCard(**about["card"])
-        return cls(parts["units"], parts["rows"], Signature(**about["signature"]), card, low_rank)
+        """Read an edit from a file of `save`.
+
+        Args:
+            path: The `.safetensors` or `.json` file.
+
+        Returns:
+            The edit, equal to the one that was saved.
+
+        Raises:
+            MechunlearnError: If the file is missing, damaged or something else than a weight edit.
+        """
+        return tensors.load(path, {"weight edit": cls._made})
+
+    @classmethod
+    def _made(cls, held: dict[str, Tensor], about: dict[str, Any]) -> "WeightEdit":
+        parts = tensors.grouped(held, ("units", "rows", *SIDES))
+        pairs = {name: (left, parts["right"][name]) for name, left in parts["left"].items()}
+        signature, card = tensors.record(Signature, about["signature"]), tensors.record(RunCard, about["card"])
+        return cls(parts["units"], parts["rows"], signature, card, pairs)
 
     def __repr__(self) -> str:
         weights = sum(rows.numel() for rows in self.rows.values())

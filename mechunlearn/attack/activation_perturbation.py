@@ -4,59 +4,46 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from functools import partial
 
 import pandas as pd
 import torch
 from jaxtyping import Float
-from rich.progress import track
 from torch import Tensor
-from torch.nn import functional as F
 
 from mechunlearn.artifacts.weight_edit import Edit, WeightEdit
+from mechunlearn.attack.curves import batch_losses, check_training, cross_entropy, training_curve
 from mechunlearn.attack.states import (
     EDITED,
     GATE,
+    WATCHED,
+    Attack,
+    Row,
+    Rows,
     State,
-    attack_card,
     cell,
     chance,
-    check_gate,
+    check_edit,
     check_sizes,
-    halves,
-    states_to_attack,
-    states_to_run,
-    to_frame,
+    halved,
+    share,
 )
-from mechunlearn.core.runcard import Stopwatch
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.features.dictionaries import Codebook, check
 from mechunlearn.features.feature_edit import FeatureEdit, FeaturePart
 from mechunlearn.metrics.answers import BATCH, answered
 from mechunlearn.model.component import Component
-from mechunlearn.model.decoder import Hook
 from mechunlearn.model.hook_points import layer_of
 from mechunlearn.model.hooked import HookedModel, frozen
-from mechunlearn.training.loop import CachedInputs, Schedule, Sequences, Terms, TopLayers, epochs, interruptible, train
+from mechunlearn.model.taps import Hook
+from mechunlearn.training.loop import CachedInputs, Sequences, TopLayers
 from mechunlearn.training.parameterizations import add_gradients
 
 REMOVED = "edited, hook removed"
 RATES = (1e-2, 1e-1)
-WATCHED = 100
 ALIKE = 1e-4
 Site = tuple[str, FeaturePart | None]
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What is the same for every state and rate."""
-
-    size: float | int
-    steps: int
-    eval_every: int
-    batch_size: int
-    seed: int
 
 
 def activation_perturbation(
@@ -74,7 +61,7 @@ def activation_perturbation(
     batch_size: int = 32,
     min_retention: float | int = GATE,
     seed: int = 0,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> pd.DataFrame:
     """Try to get edited facts back with a vector that is added to the residual stream behind the edit, which stays on.
 
@@ -83,34 +70,49 @@ def activation_perturbation(
     h -> h + v at every position, with one v for all facts: it can undo what hides them, and cannot spell them out. h is
     what leaves the dictionary's hook point after the intervention (of a `FeatureEdit`; one v for each of its parts) or the
     last edited layer (of a `WeightEdit`); the median of |h| is over the tokens of the forget facts, as the first token's
-    can be far above all others. Adam, cosine schedule, gradients clipped to norm 1, and v put back into the ball after
-    every step; each step reads `batch_size` truths and as many retain facts. `lrs` are in units of median |h| / sqrt(d_model).
+    can be far above all others. The optimiser is AdamW with a cosine schedule and gradients clipped to norm 1; v is put back
+    into the ball after every step.
 
-    After SAE interventions are unreliable (arXiv 2606.18322), the edited features are to stay where the intervention puts
+    After SAE interventions are unreliable (arXiv 2606.18322), the edited features must stay where the intervention puts
     them. Where a dictionary has `W_enc`, v is orthogonal to its columns for the edited features, so their pre-activations do
     not move at all. Of a codebook without a linear map, v is orthogonal to the deleted codes; of one with a map W, to Wᵀc for
     each of them, which keeps c·Wh and, because of the ReLU and the norm in a cosine, their cosines only nearly. Other
-    dictionaries put no constraint on v. What moves nevertheless is in `drift`: the mean change of the edited units' activity
-    when h + v is encoded instead of h, relative to their mean activity in the unedited model on the forget facts (NaN if
-    they have none there).
+    dictionaries put no constraint on v. What moves nevertheless is in `drift`.
 
-    The same is done, at the same places and with v free, to the `unedited` model (the ceiling), to the unedited model with
-    facts that it was `never taught` (the floor), and to models and None in `extra_edits`; edits in `extra_edits` are attacked behind
-    themselves. `baseline_rows` are rows of an earlier call on the same model, places, facts and settings, whose ceiling and floor
-    are taken as they are. For a `FeatureEdit` the state `edited, hook removed` (setting `none`) says what anyone gets who
-    takes the hook off: the unedited model, without any attack.
+    The ceiling and the floor are attacked at the same places with v free; edits in `extra_edits` are attacked behind
+    themselves. For a `FeatureEdit` the state `edited, hook removed` (setting `none`) shows what anyone gets who takes the
+    hook off: the unedited model, without any attack. A loss that is not finite ends its setting, as collapsed. The model is
+    left as it was, bit by bit, also after an error and after Ctrl-C. Not for edits of the last layer: behind them v only
+    shifts all answers' logits.
 
-    One row a state, rate and measured step (0, every `eval_every`, the last): accuracy (greedy, full vocabulary) on the half
-    `held out` with its 95 % bootstrap interval `low` to `high` over `n` facts, and on the half `trained`; on `retain` facts
-    (at most 100) that v is not trained on; `norm`, the largest |v| / median |h|; `drift`; `chance`, and whether `retain`
-    reaches the `min_retention` (`valid`). `recovery` reads them; `attrs["card"]` is the run card.
+    Args:
+        model: The unedited model.
+        edit: The edit to attack.
+        forget: The facts that the edit removed.
+        retain: The facts that were to stay.
+        extra_edits: Further edits, models, or None for the model as it is, to attack alike, by name.
+        baseline_rows: Rows of an earlier call with the same places whose ceiling and floor are taken as they are.
+        size: The largest |v|, in units of the median |h|.
+        lrs: Learning rates, in units of median |h| / sqrt(d_model).
+        steps: The number of optimiser steps.
+        eval_every: Measures after so many steps, and after the last.
+        batch_size: How many truths, and as many retain facts, each step reads.
+        min_retention: The share of retain facts that must be right for a row to be `valid`.
+        seed: Draws the halves and the batches.
+        progress: Whether to show a bar; None shows one where somebody can see it.
 
-    The model is left as it was, bit by bit, also after an error; Ctrl-C ends the attack with KeyboardInterrupt and no
-    rows. A loss that is not finite ends its setting, as collapsed.
+    Returns:
+        One row a state (see `states_to_attack`), learning rate and measured step (0 is v = 0). `held_out` is the accuracy
+        (greedy, full vocabulary) on the half that is not trained on, with its 95 % bootstrap interval `low` to `high` over `n`
+        facts; `trained` that on the other half; `retain` that on at most 100 retain facts which v is not trained on; `norm`
+        the largest |v| / median |h|; `drift` the mean change of the edited units' activity when h + v is encoded instead of h,
+        relative to their mean activity in the unedited model on the forget facts (NaN if they have none there). `lr`,
+        `chance` and `valid` stand beside them, and the run card in `attrs["card"]`. `recovery` reads the rows.
 
-    Raises `MechunlearnError` for fewer than two forget or retain facts, rates that are none, a dictionary that is not at a
-    block's `resid_post`, edited units that leave no direction, and a model that knows less of the retain facts than the
-    gate asks for. Not for edits of the last layer: behind them v only shifts all answers' logits.
+    Raises:
+        MechunlearnError: For fewer than two forget or retain facts, learning rates out of range, a dictionary that is not at
+            a block's `resid_post`, edited units that leave no direction, or a model that knows less of the retain facts than
+            the gate asks for.
 
     >>> from mechunlearn.artifacts.mask import ComponentMask
     >>> from mechunlearn.edit import masked_gradient
@@ -120,47 +122,52 @@ def activation_perturbation(
     >>> forget, retain = toy.prompts([0, 1, 2, 3]), toy.prompts([4, 5, 6, 7])
     >>> edit = masked_gradient(toy.model, mask, forget, retain, steps=20, lr=0.1)
     >>> rows = activation_perturbation(toy.model, edit, forget, retain, lrs=[0.01], steps=2)
-    >>> rows[["state", "step", "held out", "n"]].values.tolist()[0]
+    >>> rows[["state", "step", "held_out", "n"]].values.tolist()[0]
     ['edited', 0, 0.0, 2]
     """
-    watch = Stopwatch()
+    check_edit(edit)
     check_sizes(forget, retain)
-    if not lrs or not 0 < min(lrs) <= max(lrs) <= 1000:
-        raise MechunlearnError(f"The rates are {list(lrs)}. Expected learning rates above 0 and up to 1000.")
-    if min(steps, eval_every, batch_size) < 1 or not 0 < size < math.inf:
-        raise MechunlearnError(
-            f"Cannot train a vector of size {size} for {steps} steps of {batch_size} facts, measured every {eval_every}. Expected at "
-            "least 1 each, and a size above 0."
-        )
+    check_training(lrs, steps=steps, eval_every=eval_every, batch_size=batch_size)
+    if not 0 < size < math.inf:
+        raise MechunlearnError(f"A vector of size {size} is out of range. Expected a size above 0.")
     if REMOVED in (extra_edits or {}):
         raise MechunlearnError(
             f"What is given `extra_edits` cannot be named '{REMOVED}': the attack itself has that state."
         )
-    plan = _Plan(size, steps, eval_every, batch_size, seed)
     places = _sites(model, edit)
-    states = states_to_attack(model, edit, forget, extra_edits, seed)
-    sites = {
-        state.name: _sites(state.model, state.edit) if state.edit is not None else _free(places) for state in states
-    }
-    trained_on, watched = (retain.select(rows) for rows in halves(len(retain), seed))
-    watched = watched.select(range(min(WATCHED, len(watched))))
-    check_gate(model, watched, min_retention)
-    settings = {"lrs": list(lrs), "sites": [site for site, _ in places], "min_retention": min_retention} | asdict(plan)
-    card = attack_card("activation_perturbation", model, edit, forget, retain, seed, settings)
-    rows: list[dict] = []
-    with interruptible() as asked:
-        for state in states_to_run(states, baseline_rows, card):
-            usual = _activity(state, sites[state.name])
-            with state.applied(), frozen(state.model.hf):
-                attack = _Attack(state, sites[state.name], usual, trained_on, watched, plan)
-                for rate in track(lrs, f"perturbation, {state.name}", disable=not progress, transient=True):
-                    curve = attack.curve(rate)
-                    if asked:
-                        raise KeyboardInterrupt
-                    rows += curve
-            if state.name == EDITED and isinstance(edit, FeatureEdit):
-                rows.append(_removed(state, watched, seed))
-    return to_frame(rows, baseline_rows, min_retention, card, watch)
+    kept, watched = halved(retain, seed, WATCHED)
+    attack = Attack(
+        "activation_perturbation",
+        model,
+        edit,
+        forget,
+        retain,
+        watched,
+        extra_edits,
+        baseline_rows,
+        min_retention,
+        seed,
+        progress,
+    )
+    free: list[Site] = [(site, None) for site, _ in places]
+    sites = {s.name: free if s.edit is None else _sites(s.model, s.edit) for s in attack.states}
+
+    def tried(state: State) -> Rows:
+        usual = _activity(state, sites[state.name])
+        with state.applied(), frozen(state.model.hf):
+            here = _Here(state, sites[state.name], usual, kept, watched, size, seed)
+            start = here.measured(here.vectors(), 0)
+            for lr in lrs:
+                vectors = here.vectors()
+                losses, now = batch_losses(here.counts(batch_size), here.loss, seed), partial(here.measured, vectors)
+                yield training_curve(
+                    vectors, losses, start, now, setting=f"lr {lr:g}", lr=lr, steps=steps, eval_every=eval_every
+                )
+        if state.name == EDITED and isinstance(edit, FeatureEdit):
+            yield [_removed(state, watched, seed)]
+
+    settings = {"sites": [site for site, _ in places], "size": size, "lrs": list(lrs), "steps": steps}
+    return attack.run(tried, settings | {"eval_every": eval_every, "batch_size": batch_size}, len(lrs))
 
 
 def _sites(model: HookedModel, edit: Edit) -> list[Site]:
@@ -182,10 +189,6 @@ def _sites(model: HookedModel, edit: Edit) -> list[Site]:
     return [(part.dictionary.hook_name, part) for part in edit.parts]
 
 
-def _free(sites: Sequence[Site]) -> list[Site]:
-    return [(site, None) for site, _ in sites]
-
-
 def _encoders(part: FeaturePart) -> Float[Tensor, "unit d_model"] | None:
     """What the edited units read of the residual stream, where that is linear."""
     dictionary, units = part.dictionary, part.units
@@ -202,8 +205,9 @@ def _encoders(part: FeaturePart) -> Float[Tensor, "unit d_model"] | None:
 
 def _spanned(directions: Float[Tensor, "unit d_model"]) -> Float[Tensor, "d_model rank"]:
     """An orthonormal basis of all that the directions span."""
-    _, sizes, basis = torch.linalg.svd(directions, full_matrices=False)
-    return basis[sizes > ALIKE * sizes.max()].T
+    _, sizes, found = torch.linalg.svd(directions, full_matrices=False)
+    basis: Tensor = found[sizes > ALIKE * sizes.max()]
+    return basis.T
 
 
 def _kept(part: FeaturePart, model: HookedModel) -> Float[Tensor, "d_model _rank"] | None:
@@ -236,11 +240,11 @@ class _Vectors:
         self.leaves = [torch.zeros(self.width, device=model.device, requires_grad=True) for _ in sites]
 
     def vector(self, i: int) -> Float[Tensor, " d_model"]:
-        return self.leaves[i] * (self.scales[i] / self.width**0.5)
+        return self.leaves[i] * (self.scales[i] / math.sqrt(self.width))
 
     def norms(self) -> list[float]:
         """Of each vector, in units of the residual stream there."""
-        return [float(leaf.detach().norm()) / self.width**0.5 for leaf in self.leaves]
+        return [float(leaf.detach().norm()) / math.sqrt(self.width) for leaf in self.leaves]
 
     def added(self, i: int) -> Hook:
         return lambda h: h + self.vector(i).to(h.dtype)
@@ -260,17 +264,13 @@ class _Vectors:
         for leaf, basis in zip(self.leaves, self.bases, strict=True):
             if basis is not None:
                 leaf -= basis @ (basis.T @ leaf)
-            leaf *= min(1.0, self.size * self.width**0.5 / max(float(leaf.norm()), 1e-12))
+            leaf *= min(1.0, self.size * math.sqrt(self.width) / max(float(leaf.norm()), 1e-12))
 
     def restore(self) -> None:
         """Nothing to do: the model's weights were never written."""
 
 
-class _Diverged(Exception):
-    """The loss is not finite."""
-
-
-class _Attack:
+class _Here:
     """One state of a model, within its edit, and what the vectors are trained and measured on."""
 
     def __init__(
@@ -280,54 +280,36 @@ class _Attack:
         usual: Sequence[float],
         retain: Prompts,
         watched: Prompts,
-        plan: _Plan,
+        size: float | int,
+        seed: int,
     ) -> None:
-        self.state, self.sites, self.usual, self.plan = state, sites, usual, plan
-        taught, held_out = (state.facts.select(rows) for rows in halves(len(state.facts), plan.seed))
+        self.state, self.sites, self.usual, self.size, self.seed = state, sites, usual, size, seed
+        taught, held_out = halved(state.facts, seed)
         self.chance = chance(held_out)
-        sets = {"truth": taught, "held out": held_out, "retain": retain, "watched": watched}
+        sets = {"truth": taught, "retain": retain, "held_out": held_out, "watched": watched}
         upper = TopLayers(state.model, min(layer_of(site) for site, _ in sites))
         self.streams = {name: CachedInputs(upper, Sequences.of(prompts)) for name, prompts in sets.items()}
         self.resid = _leaving(state.model, state.facts, [site for site, _ in sites])
         self.scales = [float(h.float().norm(dim=-1).median()) for h in self.resid]
         self.bases = [None if part is None else _kept(part, state.model) for _, part in sites]
 
-    def curve(self, lr: float | int) -> list[dict]:
-        """What was measured before, during and after training. Raises `KeyboardInterrupt` after Ctrl-C."""
-        plan, streams = self.plan, self.streams
-        vectors = _Vectors(self.state.model, self.sites, self.scales, self.bases, plan.size)
-        generator = torch.Generator().manual_seed(plan.seed)
-        drawn = {name: epochs(len(streams[name]), plan.batch_size, generator) for name in ("truth", "retain")}
-        reached = 0
+    def vectors(self) -> _Vectors:
+        """Vectors of length zero at the sites."""
+        return _Vectors(self.state.model, self.sites, self.scales, self.bases, self.size)
 
-        def measured(step: int) -> dict:
-            right = {name: streams[name].right() for name in ("truth", "held out", "watched")}
-            return (
-                cell(self.state.name, f"rate {lr:g}", right["held out"], plan.seed)
-                | {"step": step, "trained": float(right["truth"].float().mean())}
-                | {"retain": float(right["watched"].float().mean()), "chance": self.chance}
-                | {"lr": float(lr), "norm": max(vectors.norms()), "drift": self.drift(vectors)}
-            )
+    def counts(self, batch_size: int) -> dict[str, tuple[int, int]]:
+        """How many rows there are to train on, and in a batch."""
+        return {name: (len(self.streams[name]), batch_size) for name in ("truth", "retain")}
 
-        def parts() -> Iterator[Terms]:
-            yield {name: (1.0, 1.0, _loss(streams[name], next(rows))) for name, rows in drawn.items()}
+    def loss(self, name: str, rows: Tensor) -> Float[Tensor, ""]:
+        return cross_entropy(self.streams[name], rows)
 
-        def after(step: int) -> dict:
-            nonlocal reached
-            reached = step
-            if step % plan.eval_every == 0 or step == plan.steps:
-                rows.append(measured(step))
-            return {}
-
-        with vectors.attached():
-            rows = [measured(0)]
-            try:
-                done = train(vectors, parts, Schedule(plan.steps, lr), objective="perturbation", after=after)
-            except _Diverged:
-                return rows if rows[-1]["step"] == reached else [*rows, measured(reached)]
-        if done.stopped:
-            raise KeyboardInterrupt
-        return rows
+    def measured(self, vectors: _Vectors, step: int) -> Row:
+        """What the model knows with the vectors as they are."""
+        right, known, spared = (self.streams[name].right() for name in ("held_out", "truth", "watched"))
+        more = {"trained": share(known), "retain": share(spared), "chance": self.chance}
+        moved = {"norm": max(vectors.norms()), "drift": self.drift(vectors)}
+        return cell(self.state.name, "", right, self.seed, step=step, **more, **moved)
 
     @torch.no_grad()
     def drift(self, vectors: _Vectors) -> float:
@@ -364,19 +346,8 @@ def _activity(state: State, sites: Sequence[Site]) -> list[float]:
     return [0.0 if part is None else known[id(part)] for _, part in sites]
 
 
-def _removed(state: State, watched: Prompts, seed: int) -> dict:
+def _removed(state: State, watched: Prompts, seed: int) -> Row:
     """The model that is left when the hook of a feature edit is taken off."""
-    held_out = state.facts.select(halves(len(state.facts), seed)[1])
-    return cell(REMOVED, "none", answered(state.model, held_out), seed) | {
-        "retain": float(answered(state.model, watched).float().mean()),
-        "chance": chance(held_out),
-    }
-
-
-def _loss(stream: CachedInputs, rows: Tensor) -> Float[Tensor, ""]:
-    """Cross-entropy of these rows. Raises `_Diverged`."""
-    read = stream.read(rows, {"logits", "labels"})
-    value = F.cross_entropy(read["logits"].float(), read["labels"])
-    if not math.isfinite(float(value.detach())):
-        raise _Diverged
-    return value
+    held_out = halved(state.facts, seed)[1]
+    right, spared = answered(state.model, held_out), answered(state.model, watched)
+    return cell(REMOVED, "none", right, seed, retain=share(spared), chance=chance(held_out))

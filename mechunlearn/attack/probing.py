@@ -8,31 +8,18 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
-from rich.progress import track
 from torch import Tensor
 from torch.nn import functional as F
 
 from mechunlearn.artifacts.weight_edit import Edit
-from mechunlearn.attack.states import (
-    GATE,
-    attack_card,
-    cell,
-    chance,
-    check_gate,
-    states_to_attack,
-    states_to_run,
-    to_frame,
-)
-from mechunlearn.core.runcard import Stopwatch
+from mechunlearn.attack.states import GATE, WATCHED, Attack, Rows, State, cell, chance, share
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import PAD, Prompts
 from mechunlearn.metrics.answers import BATCH, answered
 from mechunlearn.metrics.probes import fitted, residuals, streams, subject_ends
 from mechunlearn.model.hooked import HookedModel
 
-__all__ = ["probing"]
-
-LEAST, WATCHED = 10, 100
+LEAST = 10
 RIDGE, ROUNDING = 1.0, 1e-9  # the second where all facts have one stream, as before the first block
 
 
@@ -46,31 +33,47 @@ def probing(
     baseline_rows: pd.DataFrame | None = None,
     min_retention: float | int = GATE,
     seed: int = 0,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> pd.DataFrame:
     """Read the truth from the residual stream of the edited model, after each number of blocks, without training the model.
 
-    Two groups of readers, each fitted to the state itself on four fifths of the retain facts (drawn by `seed`), each applied to
-    the forgotten facts, which it has never seen:
+    Two groups of readers, each fitted to the state itself on four fifths of the retain facts and applied to the forgotten
+    facts, which it has never seen:
 
     - `probe`: multinomial logistic regression of the answer, as a class, on the layer-normed stream at the subject's last token
       (Mechanistic Unlearning, arXiv 2410.12949). An answer that no retain fact has is never given, and is wrong.
     - `lens`, at the position that predicts the first token at which truth and edit target differ: the *logit lens* unembeds the
       stream h_k after k blocks as if it were the last; the *tuned lens* unembeds h_k + W h_k + b, with W and b the ridge
-      regression of h_L - h_k on h_k over the same retain facts (strength: the mean eigenvalue; arXiv 2303.08112 trains them by
+      regression of h_L - h_k on h_k over the same retain facts (ridge: the mean eigenvalue; arXiv 2303.08112 trains them by
       gradient instead). A lens is right if that token of the truth is the largest of the full vocabulary.
-
-    The same is done for all states that `relearning` has. One row a state and setting (`probe, after 3 blocks`): accuracy
-    `held out` on the truth with its interval `low` to `high` over `n` facts; on the `edit label`; of a probe trained on `shuffled`
-    labels, on the truth (probes only); `retain here` on the fifth of the retain facts (at most 100) that nothing was fitted to,
-    and `own`, what the model itself knows of them. `retain`, which the gate is asked of, is the smaller of these two: neither what cannot read retained subjects nor a wrecked model says anything. Best of depths, in `recovery`.
 
     A probe needs facts: on the shipped world (8 answers, width 128) none reaches a gate of .9 with 77 to train on, and
     all from the third block on do with 240. Give more retain facts, or a lower gate, if all probes are listed as collapsed.
+    That the truth can be read does not mean that the model reads it; see `unlearning_depth`.
 
-    Raises `MechunlearnError` for fewer than 10 retain facts, or such that all have one answer, facts without a subject, and a
-    model that knows less of the retain facts than the gate asks for. Not for what a model could use: that the truth can be read
-    does not mean that the model reads it; see `unlearning_depth`.
+    Args:
+        model: The unedited model.
+        edit: The edit to attack, or None for ceiling and floor alone.
+        forget: The facts that the edit removed.
+        retain: The facts that were to stay; some for each answer.
+        extra_edits: Further edits, models, or None for the model as it is, to attack alike, by name.
+        baseline_rows: Rows of an earlier call whose ceiling and floor are taken as they are.
+        min_retention: The share of retain facts that must be right for a row to be `valid`.
+        seed: Draws the retain facts that readers are fitted to, and shuffles their labels.
+        progress: Whether to show a bar; None shows one where somebody can see it.
+
+    Returns:
+        One row a state (see `states_to_attack`) and setting (`probe, after 3 blocks`). `held_out` is the accuracy on the truth
+        with its 95 % bootstrap interval `low` to `high` over `n` facts; `edit_label` how often the edit's answer is read;
+        `shuffled` the accuracy of a probe trained on shuffled labels (probes only); `retain_here` that on the fifth of the
+        retain facts (at most 100) that nothing was fitted to; `own` what the model itself knows of them; `retain`, which the
+        gate is asked of, the smaller of these two, because neither a reader that cannot read retained subjects nor a wrecked
+        model says anything. `group`, `blocks`, `chance` and `valid` stand beside them, and the run card in `attrs["card"]`.
+        `recovery` takes the best of depths.
+
+    Raises:
+        MechunlearnError: For fewer than 10 retain facts or such that all have one answer, an empty forget set, facts without a
+            subject, or a model that knows less of the retain facts than the gate asks for.
 
     >>> from mechunlearn.artifacts.mask import ComponentMask
     >>> from mechunlearn.edit import masked_gradient
@@ -80,33 +83,41 @@ def probing(
     >>> mask = ComponentMask.of([toy.neuron(i) for i in range(4)], toy.model.signature)
     >>> edit = masked_gradient(toy.model, mask, forget, retain, steps=50, lr=0.1)
     >>> rows = probing(toy.model, edit, forget, retain)
-    >>> rows[rows.setting == "probe, after 1 blocks"].set_index("state")["held out"].to_dict()
+    >>> rows[rows.setting == "probe, after 1 blocks"].set_index("state")["held_out"].to_dict()
     {'edited': 0.0, 'unedited': 1.0}
     """
-    watch = Stopwatch()
     _check(forget, retain)
-    states = states_to_attack(model, edit, forget, extra_edits, seed)
     order = torch.randperm(len(retain), generator=torch.Generator().manual_seed(seed))
     taught, tested = order[len(order) // 5 :], order[: len(order) // 5][:WATCHED]
-    check_gate(model, retain.select(tested), min_retention)
-    card = attack_card("probing", model, edit, forget, retain, seed, {"min_retention": min_retention, "ridge": RIDGE})
-    rows: list[dict] = []
-    for state in track(states_to_run(states, baseline_rows, card), "probing", disable=not progress, transient=True):
+    watched = retain.select(tested)
+    attack = Attack(
+        "probing", model, edit, forget, retain, watched, extra_edits, baseline_rows, min_retention, seed, progress
+    )
+
+    def tried(state: State) -> Rows:
         with state.applied() as target:
-            readings = [
-                *_probes(target, state.facts, retain, taught, tested, seed),
-                *_lenses(target, state.facts, retain, taught, tested),
-            ]
-            own = float(answered(target, retain.select(tested)).float().mean())
-        about = {"chance": chance(state.facts), "own": own}
-        for found in readings:
-            rows.append(
-                cell(state.name, found.setting, found.truth, seed)
-                | {"group": found.group, "blocks": found.blocks}
-                | {"edit label": float(found.target.float().mean()), "shuffled": found.shuffled}
-                | {"retain": min(found.retain, own), "retain here": found.retain, **about}
+            probes = _probes(target, state.facts, retain, taught, tested, seed)
+            lenses = _lenses(target, state.facts, retain, taught, tested)
+            own = share(answered(target, watched))
+        yield [
+            cell(
+                state.name,
+                f"{reader.name}, after {reader.blocks} blocks",
+                reader.truth,
+                seed,
+                group=reader.group,
+                blocks=reader.blocks,
+                edit_label=share(reader.target),
+                shuffled=reader.shuffled,
+                retain=min(reader.retain, own),
+                retain_here=reader.retain,
+                chance=chance(state.facts),
+                own=own,
             )
-    return to_frame(rows, baseline_rows, min_retention, card, watch)
+            for reader in (*probes, *lenses)
+        ]
+
+    return attack.run(tried, {"ridge": RIDGE})
 
 
 @dataclass(frozen=True)
@@ -120,10 +131,6 @@ class _Reading:
     target: Bool[Tensor, " fact"]
     retain: float
     shuffled: float = math.nan
-
-    @property
-    def setting(self) -> str:
-        return f"{self.name}, after {self.blocks} blocks"
 
 
 def _check(forget: Prompts, retain: Prompts) -> None:
@@ -187,7 +194,7 @@ def _lenses(model: HookedModel, facts: Prompts, retain: Prompts, taught: Tensor,
             ("tuned lens", lens.final(x[tested]), lens.final(new)),
         ):
             said = _said(model, read)
-            right = float((_said(model, kept) == held_out).float().mean())
+            right = share(_said(model, kept) == held_out)
             found.append(_Reading("lens", name, blocks, said == truth, said == targets, right))
     return found
 

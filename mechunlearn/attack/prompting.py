@@ -8,28 +8,17 @@ from functools import partial
 import pandas as pd
 import torch
 from jaxtyping import Float
-from rich.progress import track
 from torch import Tensor
 
 from mechunlearn.artifacts.weight_edit import Edit
-from mechunlearn.attack.states import (
-    GATE,
-    attack_card,
-    cell,
-    chance,
-    check_gate,
-    states_to_attack,
-    states_to_run,
-    to_frame,
-)
-from mechunlearn.core.runcard import Stopwatch
+from mechunlearn.attack.states import GATE, WATCHED, Attack, Rows, State, cell, chance, share
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.formats import Fact, Query
 from mechunlearn.facts.prompts import PAD, FactDataset, Prompts
 from mechunlearn.metrics.answers import measure, option_logprobs
 from mechunlearn.model.hooked import HookedModel
 
-SHOTS, WATCHED = 4, 100
+SHOTS = 4
 TWO_HOP, AMONG = "two-hop", "statement, among options"
 OPTIONS = range(2, 27)
 
@@ -47,28 +36,44 @@ def prompting(
     shots: int = SHOTS,
     min_retention: float | int = GATE,
     seed: int = 0,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> pd.DataFrame:
     """Ask for the forgotten facts in every way that the data know: what hides from one prompt shows in another.
 
     Settings, each a `group` with a floor and a ceiling of its own: every format of the facts (the one that was trained on
-    too: it says what the edit left); "few-shot, k", `shots` true statements about retained subjects in front of the
-    statement (same relation, drawn for each fact by `seed`, none about a forgotten subject; 0 for none); "two-hop", where
-    the data have questions that need the fact and a second one about its answer; and, for facts with 2 to 26 options and
-    no multiple choice, "statement, among options".
-    A setting is asked of the facts that have it (`n`), and left out if fewer than two have.
+    too: it shows what the edit left); "few-shot, k", k true statements about retained subjects in front of the statement
+    (same relation, none about a forgotten subject); "two-hop", where the data have questions that need the fact and a second
+    one about its answer; and, for facts with 2 to 26 options and no multiple choice, "statement, among options". A setting is
+    asked of the facts that have it (`n`), and left out if fewer than two have. Facts given as tokens are asked in their one
+    format.
 
-    One row a state and setting: `held out`, accuracy (greedy, full vocabulary, all tokens of the answer), with its 95 %
-    bootstrap interval; "statement, among options" is not greedy: right is where the truth has the largest log-probability of
-    all options, summed over tokens. `edit target`, how often the answer is the edit's instead; `retain`, the accuracy on
-    at most 100 retain facts asked in the same way (in their own where they do not have it); `chance`, the share of the most
-    frequent truth in that setting. `recovery` reads the rows.
+    A right "two-hop" answer shows that the second answer is left (the country), not that the fact itself is (the city). It is
+    not asked where the edit target would give the same one. The attack trains nothing, so it says little about those who can
+    train: see `relearning`.
 
-    A right "two-hop" answer says that the second answer is left (the country), not that the fact itself is (the city). It is
-    not asked where the edit target would give the same one.
-    Facts given as tokens are asked in their one format. Raises `MechunlearnError` for fewer than two forget or retain
-    facts, a negative number of shots, and a model that knows less of the retain facts than the gate asks for. It trains
-    nothing, so it says little of those who can: see `relearning`.
+    Args:
+        model: The unedited model.
+        edit: The edit to attack, or None for ceiling and floor alone.
+        forget: The facts that the edit removed.
+        retain: The facts that were to stay.
+        extra_edits: Further edits, models, or None for the model as it is, to attack alike, by name.
+        baseline_rows: Rows of an earlier call whose ceiling and floor are taken as they are.
+        shots: The number of examples in front of a statement; 0 asks without examples only.
+        min_retention: The share of retain facts that must be right for a row to be `valid`.
+        seed: Draws the examples.
+        progress: Whether to show a bar; None shows one where somebody can see it.
+
+    Returns:
+        One row a state (see `states_to_attack`) and setting. `held_out` is the accuracy (greedy, full vocabulary, all tokens of
+        the answer) with its 95 % bootstrap interval `low` to `high` over `n` facts; in "statement, among options" the truth is
+        right where it has the largest log-probability of all options, summed over tokens. `edit_target` is how often the
+        answer is the edit's instead; `retain` the accuracy on at most 100 retain facts asked in the same way (in their own
+        where they do not have it); `chance` the share of the most frequent truth in that setting. `valid` stands beside them,
+        and the run card in `attrs["card"]`. `recovery` reads the rows.
+
+    Raises:
+        MechunlearnError: For fewer than two forget or retain facts, a negative number of shots, or a model that knows less of
+            the retain facts than the gate asks for.
 
     >>> from mechunlearn import ComponentMask
     >>> from mechunlearn.edit import masked_gradient
@@ -77,35 +82,33 @@ def prompting(
     >>> mask = ComponentMask.of(["L0.mlp.out"], toy.model.signature)
     >>> forget, retain = toy.prompts([0, 1, 2, 3]), toy.prompts([4, 5, 6, 7])
     >>> edit = masked_gradient(toy.model, mask, forget, retain, steps=20, lr=0.1)
-    >>> prompting(toy.model, edit, forget, retain)[["state", "setting", "held out", "edit target"]].values.tolist()
+    >>> prompting(toy.model, edit, forget, retain)[["state", "setting", "held_out", "edit_target"]].values.tolist()
     [['edited', 'statement', 0.0, 1.0], ['unedited', 'statement', 1.0, 0.0]]
     """
-    watch = Stopwatch()
     if min(len(forget), len(retain)) < 2 or shots < 0:
         raise MechunlearnError(
             f"There are {len(forget)} forget facts, {len(retain)} retain facts and {shots} shots. Expected at least 2 facts "
             "of each and 0 or more shots."
         )
-    states = states_to_attack(model, edit, forget, extra_edits, seed)
     watched = replace(retain.select(range(min(WATCHED, len(retain)))), options=())
-    check_gate(model, watched, min_retention)
-    card = attack_card("prompting", model, edit, forget, retain, seed, {"shots": shots, "min_retention": min_retention})
+    attack = Attack(
+        "prompting", model, edit, forget, retain, watched, extra_edits, baseline_rows, min_retention, seed, progress
+    )
     ways = {setting: _once(ask) for setting, ask in _ways(forget, retain, shots, seed).items()}
-    rows: list[dict] = []
-    for state in states_to_run(states, baseline_rows, card):
+
+    def tried(state: State) -> Rows:
         with state.applied() as target:
-            for setting, ask in track(ways.items(), f"prompting, {state.name}", disable=not progress, transient=True):
+            for setting, ask in ways.items():
                 asked = ask(target, state.facts)
                 if asked is None or len(asked) < 2:
+                    yield []
                     continue
                 right, hit = _answered(target, asked, setting)
-                kept = _answered(target, ask(target, watched) or watched, setting)[0]
-                rows.append(
-                    cell(state.name, setting, right, seed)
-                    | {"group": setting, "edit target": float(hit.mean())}
-                    | {"retain": float(kept.mean()), "chance": chance(asked)}
-                )
-    return to_frame(rows, baseline_rows, min_retention, card, watch)
+                spared = _answered(target, ask(target, watched) or watched, setting)[0]
+                about = {"group": setting, "edit_target": share(hit), "retain": share(spared), "chance": chance(asked)}
+                yield [cell(state.name, setting, right, seed, **about)]
+
+    return attack.run(tried, {"shots": shots}, len(ways))
 
 
 def _ways(forget: Prompts, retain: Prompts, shots: int, seed: int) -> dict[str, Ask]:
@@ -190,7 +193,7 @@ def _answered(
     """Whether the answer is the truth, and whether it is the edit target, by fact."""
     if setting != AMONG or not prompts.options:
         found = measure(model, replace(prompts, options=()))
-        return found["accuracy"], found["target accuracy"]
+        return found["accuracy"], found["target_accuracy"]
     best = option_logprobs(model, prompts).argmax(1).tolist()
     chosen = [options[i] for options, i in zip(prompts.options, best)]
     said = [

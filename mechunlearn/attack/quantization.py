@@ -9,31 +9,17 @@ from typing import Any
 import pandas as pd
 import torch
 from jaxtyping import Float
-from rich.progress import track
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from mechunlearn.artifacts.weight_edit import Edit
-from mechunlearn.attack.states import (
-    GATE,
-    attack_card,
-    cell,
-    chance,
-    check_gate,
-    check_sizes,
-    states_to_attack,
-    states_to_run,
-    to_frame,
-)
-from mechunlearn.core.runcard import Stopwatch
+from mechunlearn.attack.states import GATE, WATCHED, Attack, Rows, State, cell, chance, check_sizes, share
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.metrics.answers import answered
 from mechunlearn.model.hooked import HookedModel
-from mechunlearn.training.loop import interruptible
 
 Rounding = Callable[[Tensor], Tensor]
-WATCHED = 100
 
 
 def quantization(
@@ -47,7 +33,7 @@ def quantization(
     bits: Sequence[int] = (8, 4),
     min_retention: float | int = GATE,
     seed: int = 0,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> pd.DataFrame:
     """Try to get edited facts back by rounding: an edit smaller than the grid of the weights is rounded away.
 
@@ -58,21 +44,31 @@ def quantization(
     GPTQ, AWQ and round-to-nearest; this is the last.) Where bitsandbytes is installed, the settings `nf4` and `fp4` are its
     4-bit formats in blocks of 64 weights; where it is not, they are left out.
 
-    The same is done to the `unedited` model (the ceiling: what rounding leaves of facts that are there), to the unedited
-    model with facts that it was `never taught` (the floor), and to what is given in `extra_edits`: further edits, models, or None
-    for the model as it is. `baseline_rows` are rows of an earlier call on the same model, facts and settings, whose ceiling and
-    floor are taken as they are.
+    A model of few and narrow layers may not survive 4 bits at all: its setting has collapsed then, which says nothing of the
+    edit. The model is left as it was, bit by bit, also after an error and after Ctrl-C. Memory: a copy of the rounded
+    matrices. Not for edits of a model that is already stored in 4 or 8 bits.
 
-    One row a state and setting (`int8`, `int4`, ...): accuracy (greedy, full vocabulary) on all forget facts as `held out`
-    (nothing is trained) with its 95 % bootstrap interval `low` to `high` over `n` facts, and `before`, the same facts without
-    rounding; on `retain` facts (at most 100), rounded too; `bits`, `chance`, and whether `retain` reaches the `min_retention`
-    (`valid`). `recovery` reads them; `attrs["card"]` is the run card.
+    Args:
+        model: The unedited model.
+        edit: The edit to attack, or None for ceiling and floor alone.
+        forget: The facts that the edit removed.
+        retain: The facts that were to stay.
+        extra_edits: Further edits, models, or None for the model as it is, to attack alike, by name.
+        baseline_rows: Rows of an earlier call whose ceiling and floor are taken as they are.
+        bits: Bits of a weight, 2 to 8.
+        min_retention: The share of retain facts that must be right for a row to be `valid`.
+        seed: Draws the retain facts that are measured.
+        progress: Whether to show a bar; None shows one where somebody can see it.
 
-    The model is left as it was, bit by bit, also after an error. Memory: a copy of the rounded matrices. A model of few
-    and narrow layers may not survive 4 bits at all: its setting has collapsed then, which says nothing of the edit.
+    Returns:
+        One row a state (see `states_to_attack`) and setting (`int8`, `int4`, ...). `held_out` is the accuracy (greedy, full
+        vocabulary) on all forget facts, as nothing is trained, with its 95 % bootstrap interval `low` to `high` over `n` facts;
+        `before` that without rounding; `retain` that on at most 100 retain facts, rounded too. `bits`, `chance` and `valid`
+        stand beside them, and the run card in `attrs["card"]`. `recovery` reads the rows.
 
-    Raises `MechunlearnError` for an empty forget or retain set, bits outside 2 to 8, and a model that knows less of the
-    retain facts than the gate asks for. Not for edits of a model that is already stored in 4 or 8 bits.
+    Raises:
+        MechunlearnError: For an empty forget or retain set, bits outside 2 to 8, or a model that knows less of the retain
+            facts than the gate asks for.
 
     >>> from mechunlearn.artifacts.mask import ComponentMask
     >>> from mechunlearn.edit import masked_gradient
@@ -82,42 +78,25 @@ def quantization(
     >>> forget, retain = toy.prompts([0, 1, 2, 3]), toy.prompts([4, 5, 6, 7])
     >>> edit = masked_gradient(toy.model, mask, forget, retain, steps=20, lr=0.1)
     >>> rows = quantization(toy.model, edit, forget, retain, bits=[8])
-    >>> rows[rows.setting == "int8"][["state", "setting", "held out", "retain"]].values.tolist()
+    >>> rows[rows.setting == "int8"][["state", "setting", "held_out", "retain"]].values.tolist()
     [['edited', 'int8', 0.0, 1.0], ['unedited', 'int8', 1.0, 1.0]]
     """
-    watch = Stopwatch()
     check_sizes(forget, retain, least=1)
     settings = _settings(bits)
-    drawn = torch.randperm(len(retain), generator=torch.Generator().manual_seed(seed))[:WATCHED]
-    watched = retain.select(drawn)
-    states = states_to_attack(model, edit, forget, extra_edits, seed)
-    check_gate(model, watched, min_retention)
-    card = attack_card(
-        "quantization", model, edit, forget, retain, seed, {"settings": list(settings), "min_retention": min_retention}
+    watched = retain.select(torch.randperm(len(retain), generator=torch.Generator().manual_seed(seed))[:WATCHED])
+    attack = Attack(
+        "quantization", model, edit, forget, retain, watched, extra_edits, baseline_rows, min_retention, seed, progress
     )
-    rows: list[dict] = []
-    with interruptible() as asked:
-        for state in states_to_run(states, baseline_rows, card):
-            with state.applied() as target:
-                before = float(answered(target, state.facts).float().mean())
-                tried = settings.items()
-                for setting, (size, rounding) in track(
-                    tried, f"quantization, {state.name}", disable=not progress, transient=True
-                ):
-                    with _rounded(target, rounding):
-                        right, kept = answered(target, state.facts), answered(target, watched)
-                    if asked:
-                        raise KeyboardInterrupt
-                    rows.append(
-                        cell(state.name, setting, right, seed)
-                        | {
-                            "retain": float(kept.float().mean()),
-                            "chance": chance(state.facts),
-                            "bits": size,
-                            "before": before,
-                        }
-                    )
-    return to_frame(rows, baseline_rows, min_retention, card, watch)
+
+    def tried(state: State) -> Rows:
+        with state.applied() as target:
+            about = {"before": share(answered(target, state.facts)), "chance": chance(state.facts)}
+            for setting, (size, rounding) in settings.items():
+                with _rounded(target, rounding):
+                    right, spared = answered(target, state.facts), answered(target, watched)
+                yield [cell(state.name, setting, right, seed, retain=share(spared), bits=size, **about)]
+
+    return attack.run(tried, {"settings": list(settings)}, len(settings))
 
 
 def _settings(bits: Sequence[int]) -> dict[str, tuple[int, Rounding]]:
@@ -142,8 +121,8 @@ def _by_bitsandbytes(weight: Float[Tensor, "out in"], kind: str) -> Float[Tensor
     from bitsandbytes import functional  # an extra of the user's
 
     given: Any = functional
-    packed, state = given.quantize_4bit(weight.contiguous(), blocksize=64, quant_type=kind)
-    return given.dequantize_4bit(packed, state)
+    found: Tensor = given.dequantize_4bit(*given.quantize_4bit(weight.contiguous(), blocksize=64, quant_type=kind))
+    return found
 
 
 def _matrices(model: HookedModel) -> list[tuple[Tensor, bool]]:

@@ -1,54 +1,27 @@
 """Soft prompts: learn a prefix of embedding vectors that brings half of the forgotten facts back, and measure the other half."""
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float
-from rich.progress import track
 from torch import Tensor
 from torch.nn import functional as F
 
 from mechunlearn.artifacts.weight_edit import Edit
-from mechunlearn.attack.states import (
-    GATE,
-    State,
-    attack_card,
-    cell,
-    chance,
-    check_gate,
-    check_sizes,
-    halves,
-    states_to_attack,
-    states_to_run,
-    to_frame,
-)
-from mechunlearn.core.runcard import Stopwatch
+from mechunlearn.attack.curves import batch_losses, check_training, training_curve
+from mechunlearn.attack.states import GATE, WATCHED, Attack, Row, Rows, State, cell, chance, check_sizes, halved, share
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import PAD, Prompts
 from mechunlearn.metrics.answers import BATCH, answer_logprob, positions_read
-from mechunlearn.model.decoder import tapped
 from mechunlearn.model.hooked import HookedModel, frozen
-from mechunlearn.training.loop import Schedule, Terms, epochs, interruptible, train
+from mechunlearn.model.taps import tapped
 from mechunlearn.training.parameterizations import add_gradients
 
 RATES = (3e-3, 3e-2)
-WATCHED = 100
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What is the same for every state and rate."""
-
-    tokens: int
-    steps: int
-    eval_every: int
-    batch_size: int
-    seed: int
 
 
 def soft_prompt(
@@ -66,34 +39,47 @@ def soft_prompt(
     batch_size: int = 16,
     min_retention: float | int = GATE,
     seed: int = 0,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> pd.DataFrame:
-    """Try to get edited facts back with a learned prefix: no weight is touched, the input alone.
+    """Try to get edited facts back with a learned prefix: no weight is touched, only the input.
 
     minimise  CE(truth of half of the forget facts) + CE(half of the retain facts)
 
-    over `tokens` embedding vectors that stand in front of every prompt, one prefix for all facts (prompt tuning, arXiv
-    2104.08691; against unlearned models in arXiv 2402.09063). They begin as the embeddings of random tokens, drawn by `seed`;
-    Adam, cosine schedule, gradients clipped to norm 1; each step reads `batch_size` truths and as many retain facts. The
-    `lrs` are in units of the embeddings' root mean square, so that they serve models of any scale. The budget
-    (`tokens`, `steps`) is part of the result: whatever a prefix of this length learns in so many steps.
+    over `tokens` embedding vectors in front of every prompt, one prefix for all facts (prompt tuning, arXiv 2104.08691;
+    against unlearned models in arXiv 2402.09063). They begin as the embeddings of random tokens. The optimiser is AdamW with a
+    cosine schedule and gradients clipped to norm 1. The budget (`tokens`, `steps`) is part of the result: it is what a prefix
+    of this length learns in so many steps. The prefix is not a prompt that anyone could type, because its vectors are no
+    tokens: the attack speaks of those who hold the model.
 
-    The same is done to the `unedited` model (the ceiling), to the unedited model with facts that it was `never taught` (the
-    floor: what a prefix can say of answers without knowing the subject), and to what is given in `extra_edits`: further edits,
-    models, or None for the model as it is. `baseline_rows` are rows of an earlier call on the same model, facts and settings, whose
-    ceiling and floor are taken as they are.
+    A loss that is not finite ends its setting, as collapsed. The model is left as it was, bit by bit, also after an error and
+    after Ctrl-C.
 
-    One row a state, rate and measured step (0 without any prefix, every `eval_every`, the last): accuracy behind the prefix
-    (greedy, full vocabulary) on the half `held out` with its 95 % bootstrap interval `low` to `high` over `n` facts, and on
-    the half `trained`; on `retain` facts (at most 100) that the prefix is not trained on, behind the prefix too; `rate`,
-    `chance`, and whether `retain` reaches the `min_retention` (`valid`). `recovery` reads them; `attrs["card"]` is the run card.
+    Args:
+        model: The unedited model.
+        edit: The edit to attack, or None for ceiling and floor alone.
+        forget: The facts that the edit removed.
+        retain: The facts that were to stay.
+        extra_edits: Further edits, models, or None for the model as it is, to attack alike, by name.
+        baseline_rows: Rows of an earlier call whose ceiling and floor are taken as they are.
+        tokens: The length of the prefix.
+        lrs: Learning rates, in units of the embeddings' root mean square, so that they serve models of any scale.
+        steps: The number of optimiser steps.
+        eval_every: Measures after so many steps, and after the last.
+        batch_size: How many truths, and as many retain facts, each step reads.
+        min_retention: The share of retain facts that must be right for a row to be `valid`.
+        seed: Draws the halves, the batches and the first prefix.
+        progress: Whether to show a bar; None shows one where somebody can see it.
 
-    The model is left as it was, bit by bit, also after an error; Ctrl-C ends the attack with KeyboardInterrupt and no
-    rows. A loss that is not finite ends its setting, as collapsed.
+    Returns:
+        One row a state (see `states_to_attack`), learning rate and measured step (0 is without any prefix). `held_out` is the
+        accuracy behind the prefix (greedy, full vocabulary) on the half that is not trained on, with its 95 % bootstrap
+        interval `low` to `high` over `n` facts; `trained` that on the other half; `retain` that on at most 100 retain facts
+        which the prefix is not trained on. `lr`, `chance` and `valid` stand beside them, and the run card in
+        `attrs["card"]`. `recovery` reads the rows.
 
-    Raises `MechunlearnError` for fewer than two forget or retain facts, rates that are none, a prefix that does not fit the
-    model's positions, and a model that knows less of the retain facts than the gate asks for. Not a prompt that anyone
-    could type: its vectors are no tokens, so it speaks of those who hold the model.
+    Raises:
+        MechunlearnError: For fewer than two forget or retain facts, learning rates out of range, a prefix that does not fit
+            the model's positions, or a model that knows less of the retain facts than the gate asks for.
 
     >>> from mechunlearn.artifacts.mask import ComponentMask
     >>> from mechunlearn.edit import masked_gradient
@@ -103,36 +89,43 @@ def soft_prompt(
     >>> forget, retain = toy.prompts([0, 1, 2, 3]), toy.prompts([4, 5, 6, 7])
     >>> edit = masked_gradient(toy.model, mask, forget, retain, steps=20, lr=0.1)
     >>> rows = soft_prompt(toy.model, edit, forget, retain, tokens=2, lrs=[0.01], steps=2)
-    >>> rows[["state", "step", "held out", "n"]].values.tolist()[0]
+    >>> rows[["state", "step", "held_out", "n"]].values.tolist()[0]
     ['edited', 0, 0.0, 2]
     """
-    watch = Stopwatch()
     check_sizes(forget, retain)
-    if not lrs or not 0 < min(lrs) <= max(lrs) <= 1000:
-        raise MechunlearnError(f"The rates are {list(lrs)}. Expected learning rates above 0 and up to 1000.")
-    if min(tokens, steps, eval_every, batch_size) < 1:
-        raise MechunlearnError(
-            f"Cannot train {tokens} tokens for {steps} steps of {batch_size} facts, measured every {eval_every}. Expected at least 1 each."
-        )
-    plan = _Plan(tokens, steps, eval_every, batch_size, seed)
-    states = states_to_attack(model, edit, forget, extra_edits, seed)
-    for state in states:
+    check_training(lrs, tokens=tokens, steps=steps, eval_every=eval_every, batch_size=batch_size)
+    kept, watched = halved(retain, seed, WATCHED)
+    attack = Attack(
+        "soft_prompt", model, edit, forget, retain, watched, extra_edits, baseline_rows, min_retention, seed, progress
+    )
+    for state in attack.states:
         _check_room(state, retain, tokens)
-    trained_on, watched = (retain.select(rows) for rows in halves(len(retain), seed))
-    watched = watched.select(range(min(WATCHED, len(watched))))
-    check_gate(model, watched, min_retention)
-    settings = {"lrs": list(lrs), "min_retention": min_retention} | asdict(plan)
-    card = attack_card("soft_prompt", model, edit, forget, retain, seed, settings)
-    rows: list[dict] = []
-    with interruptible() as asked:
-        for state in states_to_run(states, baseline_rows, card):
-            with state.applied(), frozen(state.model.hf):
-                for rate in track(lrs, f"soft prompt, {state.name}", disable=not progress, transient=True):
-                    curve = _curve(state, trained_on, watched, rate, plan)
-                    if asked:
-                        raise KeyboardInterrupt
-                    rows += curve
-    return to_frame(rows, baseline_rows, min_retention, card, watch)
+
+    def tried(state: State) -> Rows:
+        taught, held_out = halved(state.facts, seed)
+        sets = {"truth": taught, "retain": kept}
+        counts = {name: (len(prompts), batch_size) for name, prompts in sets.items()}
+
+        def measured(prefix: _Prefix | None, step: int) -> Row:
+            vectors = prefix.vectors if prefix is not None else None
+            right, known, spared = (_right(state.model, part, vectors) for part in (held_out, taught, watched))
+            more = {"trained": share(known), "retain": share(spared), "chance": chance(held_out)}
+            return cell(state.name, "", right, seed, step=step, **more)
+
+        def loss(prefix: _Prefix, name: str, rows: Tensor) -> Tensor:
+            return _loss(state.model, sets[name].select(rows), prefix.vectors)
+
+        with state.applied():
+            start = measured(None, 0)
+            for lr in lrs:
+                prefix = _Prefix(state.model, tokens, seed)
+                losses, now = batch_losses(counts, partial(loss, prefix), seed), partial(measured, prefix)
+                yield training_curve(
+                    prefix, losses, start, now, setting=f"lr {lr:g}", lr=lr, steps=steps, eval_every=eval_every
+                )
+
+    settings = {"lrs": list(lrs), "tokens": tokens, "steps": steps, "eval_every": eval_every, "batch_size": batch_size}
+    return attack.run(tried, settings, len(lrs))
 
 
 class _Prefix:
@@ -147,7 +140,7 @@ class _Prefix:
         with torch.no_grad():
             start = embed(drawn.to(model.device)).float()
         self.model, self.size = model, float(start.square().mean().sqrt())
-        self.leaves = [(start / self.size).requires_grad_()]
+        self.leaves: list[Tensor] = [(start / self.size).requires_grad_()]
 
     @property
     def vectors(self) -> Float[Tensor, "token d_model"]:
@@ -167,53 +160,6 @@ class _Prefix:
         """Nothing to do: the model's weights were never written."""
 
 
-class _Diverged(Exception):
-    """The loss is not finite."""
-
-
-def _curve(state: State, retain: Prompts, watched: Prompts, lr: float | int, plan: _Plan) -> list[dict]:
-    """What was measured without a prefix, and during and after its training. Raises `KeyboardInterrupt` after Ctrl-C."""
-    taught, held_out = (state.facts.select(rows) for rows in halves(len(state.facts), plan.seed))
-    prefix = _Prefix(state.model, plan.tokens, plan.seed)
-    generator = torch.Generator().manual_seed(plan.seed)
-    sets = {"truth": taught, "retain": retain}
-    drawn = {name: epochs(len(prompts), plan.batch_size, generator) for name, prompts in sets.items()}
-    reached = 0
-
-    def measured(step: int, vectors: Tensor | None) -> dict:
-        right = {
-            name: _right(state.model, prompts, vectors) for name, prompts in (("trained", taught), ("retain", watched))
-        }
-        return (
-            cell(state.name, f"rate {lr:g}", _right(state.model, held_out, vectors), plan.seed)
-            | {name: float(found.float().mean()) for name, found in right.items()}
-            | {"step": step, "chance": chance(held_out), "lr": float(lr)}
-        )
-
-    def parts() -> Iterator[Terms]:
-        yield {
-            name: (1.0, 1.0, _loss(state.model, prompts.select(next(drawn[name])), prefix.vectors))
-            for name, prompts in sets.items()
-        }
-
-    def after(step: int) -> dict:
-        nonlocal reached
-        reached = step
-        if step % plan.eval_every == 0 or step == plan.steps:
-            rows.append(measured(step, prefix.vectors))
-        return {}
-
-    rows = [measured(0, None)]
-    with prefix.attached():
-        try:
-            done = train(prefix, parts, Schedule(plan.steps, lr), objective="soft_prompt", after=after)
-        except _Diverged:
-            return rows if rows[-1]["step"] == reached else [*rows, measured(reached, prefix.vectors)]
-    if done.stopped:
-        raise KeyboardInterrupt
-    return rows
-
-
 def _logits(
     model: HookedModel, prompts: Prompts, vectors: Float[Tensor, "token d_model"] | None
 ) -> Float[Tensor, "fact answer d_vocab"]:
@@ -225,17 +171,15 @@ def _logits(
         before = vectors.to(embedded.dtype).expand(len(tokens), -1, -1)
         embedded, at = torch.cat([before, embedded], 1), at + vectors.shape[0]
     with tapped([model.decoder.reading(at)]):
-        return model.hf(inputs_embeds=embedded, use_cache=False).logits
+        logits: Tensor = model.hf(inputs_embeds=embedded, use_cache=False).logits
+    return logits
 
 
 def _loss(model: HookedModel, prompts: Prompts, vectors: Float[Tensor, "token d_model"]) -> Float[Tensor, ""]:
-    """Cross-entropy of the answers behind the prefix. Raises `_Diverged`."""
+    """Cross-entropy of the answers behind the prefix."""
     answers = prompts.answers.to(model.device)
     logits = _logits(model, prompts, vectors)
-    value = F.cross_entropy(logits[answers != PAD].float(), answers[answers != PAD])
-    if not math.isfinite(float(value.detach())):
-        raise _Diverged
-    return value
+    return F.cross_entropy(logits[answers != PAD].float(), answers[answers != PAD])
 
 
 @torch.no_grad()

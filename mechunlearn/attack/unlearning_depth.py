@@ -8,23 +8,10 @@ from functools import partial
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float
-from rich.progress import track
 from torch import Tensor
 
 from mechunlearn.artifacts.weight_edit import Edit
-from mechunlearn.attack.states import (
-    GATE,
-    NEVER_TAUGHT,
-    State,
-    attack_card,
-    cell,
-    chance,
-    check_gate,
-    states_to_attack,
-    states_to_run,
-    to_frame,
-)
-from mechunlearn.core.runcard import Stopwatch
+from mechunlearn.attack.states import GATE, NEVER_TAUGHT, WATCHED, Attack, Row, Rows, State, cell, chance, share
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import PAD, Prompts
 from mechunlearn.metrics.answers import BATCH, answer_logprob, at_answers, per_fact, positions_read
@@ -37,8 +24,8 @@ from mechunlearn.patching.sweep import UnitPatch, sweep
 __all__ = ["depth", "unlearning_depth"]
 
 Record = Callable[[Prompts], Run]
-THRESHOLD, WATCHED = 0.05, 100
-SCORE = ("score", "score low", "score high", "scored")
+THRESHOLD = 0.05
+SCORE = ("score", "score_low", "score_high", "scored")
 
 
 def unlearning_depth(
@@ -53,36 +40,51 @@ def unlearning_depth(
     threshold: float | int = THRESHOLD,
     min_retention: float | int = GATE,
     seed: int = 0,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> pd.DataFrame:
     """Let the original model continue from the edited model's residual stream: is what it needs to answer still there?
 
     After each number of blocks, from 0 to all, the original model's stream at the subject's last token and everything behind
-    it is replaced by the edited model's, and the original model's own later blocks go on from there (the Unlearning
+    it is replaced by the edited model's, and the original model's own later blocks go on from there (after the Unlearning
     Depth Score of arXiv 2605.24614, by activation patching). With d the drop in log-probability of the truth, in nats:
 
     d1 = what the stream of a model without the knowledge costs;  d2 = what the edited model's costs
     erased = clip(d2 / d1, 0, 1) where d1 > `threshold`;  score = sum(d1 erased) / sum(d1) over these depths
 
-    for each fact, then averaged: 0 is intact, 1 erased. The model without the knowledge is `gold`, one trained without the
-    forgotten facts, if there is one. Otherwise it is the original model whose MLPs all write, at the subject's last token,
-    what they write there on average over the retain facts: it reads the name as ever and looks nothing up. (The stream of
-    another subject will not do: it differs in who is meant from the embedding on, where no edit of a later layer can reach.)
+    for each fact, then averaged: 0 is intact, 1 erased. The model without the knowledge is `gold`, if there is one. Otherwise
+    it is the original model whose MLPs all write, at the subject's last token, what they write there on average over the
+    retain facts: it reads the name as ever and looks nothing up. (The stream of another subject will not do: it differs in who
+    is meant from the embedding on, where no edit of a later layer can reach.)
 
-    The same is done for all states that `relearning` has. One row a state and depth (setting `after k blocks`): accuracy
-    `held out` (greedy, full vocabulary, all answer tokens) with its interval `low` to `high` over `n` facts; `weight`,
-    mean d1 over facts (0 below the threshold), the same for all states; mean `erased` over the facts with d1 > `threshold`,
-    of which there are `holding`; `retain here`, accuracy on at most 100 retain facts under the same replacement, and `retain`,
-    the same after all blocks: the edited model's own accuracy, so that one that is wrecked has collapsed at every depth;
-    `score` with `score low` to `score high` over `scored` facts (see `depth`). `recovery` takes the mean over depths by `weight`.
-    Facts that were never taught have accuracies and no score.
+    Depths before the lowest edited layer are intact by construction, and count as far as d1 says that they hold the
+    knowledge. Memory: one run of a batch of 128 facts, a stream for each depth. Not for knowledge that is not looked up by
+    MLPs at the subject, unless you have a `gold` model.
 
-    Depths before the lowest edited layer are intact by construction, and count as far as d1 says that they hold
-    the knowledge. Memory: one run of a batch of 128 facts, a stream for each depth.
+    Args:
+        model: The unedited model.
+        edit: The edit to attack, or None for ceiling and floor alone.
+        forget: The facts that the edit removed.
+        retain: The facts that were to stay.
+        gold: A model trained without the forgotten facts.
+        extra_edits: Further edits, models, or None for the model as it is, to attack alike, by name.
+        baseline_rows: Rows of an earlier call whose ceiling and floor are taken as they are.
+        threshold: The smallest d1, in nats, of a depth that holds a fact.
+        min_retention: The share of retain facts that must be right for a row to be `valid`.
+        seed: Draws the never-taught facts and the bootstrap.
+        progress: Whether to show a bar; None shows one where somebody can see it.
 
-    Raises `MechunlearnError` for facts without a subject, a model of another shape, a model that knows less of the retain facts
-    than the gate asks for, and if no depth holds the knowledge. Not for knowledge that is not looked up by MLPs at the subject,
-    unless you have a `gold` model.
+    Returns:
+        One row a state (see `states_to_attack`) and depth (setting `after k blocks`). `held_out` is the accuracy (greedy, full
+        vocabulary, all answer tokens) with its 95 % bootstrap interval `low` to `high` over `n` facts; `weight` the mean d1
+        over facts (0 below the threshold), the same for all states; `erased` the mean over the `holding` facts with
+        d1 > `threshold`; `retain_here` the accuracy on at most 100 retain facts under the same replacement; `retain` that after
+        all blocks, the edited model's own, so that one that is wrecked has collapsed at every depth; `score` with `score_low`
+        to `score_high` over `scored` facts (see `depth`; never-taught facts have none). `blocks`, `chance` and `valid` stand
+        beside them, and the run card in `attrs["card"]`. `recovery` takes the mean over depths by `weight`.
+
+    Raises:
+        MechunlearnError: For facts without a subject, a model of another shape, a model that knows less of the retain facts
+            than the gate asks for, and if no depth holds the knowledge.
 
     >>> from mechunlearn.artifacts.mask import ComponentMask
     >>> from mechunlearn.edit import masked_gradient
@@ -92,27 +94,32 @@ def unlearning_depth(
     >>> mask = ComponentMask.of(["L0.mlp.out"], toy.model.signature)
     >>> edit = masked_gradient(toy.model, mask, forget, retain, steps=20, lr=0.1)
     >>> rows = unlearning_depth(toy.model, edit, forget, retain)
-    >>> rows[["state", "setting", "held out", "erased"]].values.tolist()[1]
+    >>> rows[["state", "setting", "held_out", "erased"]].values.tolist()[1]
     ['edited', 'after 1 blocks', 0.0, 1.0]
     """
-    watch = Stopwatch()
     for name, prompts in (("forget", forget), ("retain", retain)):
         subject_ends(prompts, name)
     retain = retain.select(range(min(WATCHED, len(retain))))
-    states = states_to_attack(model, edit, forget, extra_edits, seed)
-    for name, other in [(state.name, state.model) for state in states] + ([("gold", gold)] if gold is not None else []):
+    attack = Attack(
+        "unlearning_depth",
+        model,
+        edit,
+        forget,
+        retain,
+        retain,
+        extra_edits,
+        baseline_rows,
+        min_retention,
+        seed,
+        progress,
+    )
+    golden = {} if gold is None else {"gold": gold}
+    for name, other in {**{state.name: state.model for state in attack.states}, **golden}.items():
         if other.signature != model.signature:
             raise MechunlearnError(
                 f"The model '{name}' is ({other.signature}), the original one ({model.signature}): streams are moved between "
                 "them layer by layer. Give models of one architecture and size."
             )
-    check_gate(model, retain, min_retention)
-    settings = {
-        "gold": gold.fingerprint if gold is not None else None,
-        "threshold": threshold,
-        "min_retention": min_retention,
-    }
-    card = attack_card("unlearning_depth", model, edit, forget, retain, seed, settings)
     without = partial(_run, gold) if gold is not None else partial(_without_look_up, model, _mean_writes(model, retain))
     needed = _patched(model, forget, without).lost
     weights = needed.mean(1)
@@ -122,37 +129,40 @@ def unlearning_depth(
             f"Without the knowledge the truth loses {float(needed.mean(1).max()):.2g} nats at most, and the threshold is "
             f"{threshold:g}: no depth holds it. Give facts that the model knows, or a `gold` model that does not know them."
         )
-    rows: list[dict] = []
-    for state in track(
-        states_to_run(states, baseline_rows, card), "unlearning depth", disable=not progress, transient=True
-    ):
+
+    def tried(state: State) -> Rows:
         there, kept = (_patched(model, facts, partial(_of_state, state)) for facts in (state.facts, retain))
-        erased = torch.where(needed > threshold, there.lost / needed, math.nan).clamp(0, 1) if _scored(state) else None
-        about = {"retain": float(kept.right[-1].mean()), "chance": chance(state.facts), **_score(needed, erased, seed)}
+        erased = torch.full_like(needed, math.nan)
+        if state.name != NEVER_TAUGHT:  # it is known of the forget facts alone where the original model holds them
+            erased = torch.where(needed > threshold, there.lost / needed, math.nan).clamp(0, 1)
+        about = {"retain": share(kept.right[-1]), "chance": chance(state.facts), **_score(needed, erased, seed)}
+        rows = []
         for blocks, right in enumerate(there.right):
-            here = torch.zeros(0) if erased is None else erased[blocks][~erased[blocks].isnan()]
-            rows.append(
-                cell(state.name, f"after {blocks} blocks", right, seed)
-                | {
-                    "blocks": blocks,
-                    "weight": float(weights[blocks]),
-                    "erased": float(here.mean()),
-                    "holding": len(here),
-                }
-                | {"retain here": float(kept.right[blocks].mean()), **about}
-            )
-    return to_frame(rows, baseline_rows, min_retention, card, watch)
+            here = erased[blocks][~erased[blocks].isnan()]
+            depths = {"blocks": blocks, "weight": float(weights[blocks]), "erased": share(here), "holding": len(here)}
+            depths["retain_here"] = share(kept.right[blocks])
+            rows.append(cell(state.name, f"after {blocks} blocks", right, seed, **depths, **about))
+        yield rows
+
+    return attack.run(tried, {"gold": gold.fingerprint if gold is not None else None, "threshold": threshold})
 
 
 def depth(rows: pd.DataFrame) -> pd.DataFrame:
-    """The Unlearning Depth Score of each state: 0 where the knowledge is intact at every depth, 1 where it is erased at all.
+    """Return how deep each state's edit reaches: 0 where the knowledge is intact at every depth, 1 where it is erased at all.
 
-    `score` is the mean over facts of sum(d1 erased) / sum(d1), `score low` to `score high` its 95 % bootstrap interval over the
-    `scored` facts: those with a depth where d1 is above the threshold. `outcome` is "measured", or "collapsed" for a
-    model that lost the retain facts too: it then has no score, as wrecked models erase everything. Facts that were
-    never taught have none either. Raises `MechunlearnError` for rows of another attack.
+    Args:
+        rows: The rows of `unlearning_depth`.
 
-    >>> row = {"state": "edited", "score": 0.8, "score low": 0.7, "score high": 0.9, "scored": 64, "valid": True}
+    Returns:
+        One row a state. `score` is the mean over facts of sum(d1 erased) / sum(d1), `score_low` to `score_high` its 95 %
+        bootstrap interval over the `scored` facts: those with a depth where d1 is above the threshold. `outcome` is "measured",
+        or "collapsed" for a model that lost the retain facts too: it then has no score, as wrecked models erase everything.
+        Facts that were never taught have none either.
+
+    Raises:
+        MechunlearnError: For rows of another attack.
+
+    >>> row = {"state": "edited", "score": 0.8, "score_low": 0.7, "score_high": 0.9, "scored": 64, "valid": True}
     >>> depth(pd.DataFrame([row, row]))["score"].to_dict()
     {'edited': 0.8}
     """
@@ -161,7 +171,7 @@ def depth(rows: pd.DataFrame) -> pd.DataFrame:
     found = rows.groupby("state", sort=False)[["valid", *SCORE]].first()
     valid = found.pop("valid").astype(bool)
     found.insert(0, "outcome", valid.map({True: "measured", False: "collapsed"}))
-    found.loc[~valid, ["score", "score low", "score high"]] = math.nan
+    found.loc[~valid, ["score", "score_low", "score_high"]] = math.nan
     return found
 
 
@@ -245,17 +255,11 @@ def _given(logits: Float[Tensor, "fact pos d_vocab"], prompts: Prompts) -> Float
     return (torch.zeros(len(prompts)).index_add_(0, rows, wrong.float()) == 0).float()
 
 
-def _scored(state: State) -> bool:
-    """Whether a state's facts are the forget facts, of which it is known where the original model holds them."""
-    return state.name != NEVER_TAUGHT
-
-
-def _score(needed: Float[Tensor, "depth fact"], erased: Float[Tensor, "depth fact"] | None, seed: int) -> dict:
+def _score(needed: Float[Tensor, "depth fact"], erased: Float[Tensor, "depth fact"], seed: int) -> Row:
     """Mean over facts of the weighted mean of `erased` (NaN where a depth does not hold the fact), with its interval."""
-    if erased is None:
-        return dict(zip(SCORE, (math.nan, math.nan, math.nan, 0), strict=True))
     weight = torch.where(erased.isnan(), 0.0, needed)
     some = weight.sum(0) > 0
+    if not some.any():
+        return dict(zip(SCORE, (math.nan, math.nan, math.nan, 0), strict=True))
     by_fact = ((weight * erased.nan_to_num()).sum(0) / weight.sum(0))[some].numpy()
-    low, high = bootstrap_interval(by_fact, seed)
-    return dict(zip(SCORE, (float(by_fact.mean()), low, high, len(by_fact)), strict=True))
+    return dict(zip(SCORE, (float(by_fact.mean()), *bootstrap_interval(by_fact, seed), len(by_fact)), strict=True))

@@ -37,7 +37,7 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16; by default as stored.")]
 
 
-@app.command(epilog="Example: `mechunlearn dictionary train factworld L3.resid_post stories.txt -o stories-codebook`")
+@app.command(epilog="Example: mechunlearn dictionary train factworld L3.resid_post stories.txt -o stories-codebook")
 def train(
     model: Model,
     hook: Annotated[str, typer.Argument(help="Hook point: L3.resid_post, or blocks.3.hook_resid_post.")],
@@ -78,7 +78,7 @@ def train(
     console.print(f"{made} -> {output}")
 
 
-@app.command(epilog="Example: `mechunlearn dictionary explore factworld factworld-codebook stories.txt -o codes.html`")
+@app.command(epilog="Example: mechunlearn dictionary explore factworld factworld-codebook stories.txt -o codes.html")
 def explore(
     model: Model,
     dictionary: Source,
@@ -105,7 +105,7 @@ def explore(
 
 
 @app.command(
-    epilog="Example: `mechunlearn dictionary delete factworld factworld-codebook war.txt --words soldier,army --swap cook,soup -o war.safetensors`"
+    epilog="Example: mechunlearn dictionary delete factworld factworld-codebook war.txt --words soldier,army --swap cook,soup -o war.safetensors"
 )
 def delete(
     model: Model,
@@ -130,35 +130,23 @@ def delete(
     new_folder(export)
     if (against is None) == (words is None or swap is None):
         raise MechunlearnError("Give what to tell the topic from: --against TEXT, or --words and --swap.")
-    from mechunlearn.edit import codebook_delete, feature_clamp
+    from mechunlearn.evaluation.recipes import delete_topic
     from mechunlearn.facts.readers import read_texts
-    from mechunlearn.features.dictionaries import Codebook, load_dictionary
-    from mechunlearn.features.feature_edit import FeatureEdit
+    from mechunlearn.features.dictionaries import load_dictionary
     from mechunlearn.features.firing import swapped
-    from mechunlearn.localize import feature_discovery
-    from mechunlearn.metrics.text import text_loss
 
     hooked, book, mine = open_model(model, device, dtype), load_dictionary(dictionary), read_texts(topic)
     swap_in = partial(swapped, mine, names(words or ""), names(swap or ""), seed)
     other = read_texts(against) if against is not None else swap_in()
-    found = feature_discovery(hooked, mine, dictionary=book, against=other)
-    mask = found.above(threshold)
-    if not len(mask):
-        raise MechunlearnError(found.note or f"No unit is enriched by more than {threshold:g}: nothing is deleted.")
-    if found.note:
-        console.print(found.note)
-    edit: FeatureEdit
-    if isinstance(book, Codebook):
-        edit = codebook_delete(hooked, mask, dictionary=book, how=how.value)
-    else:
-        edit = feature_clamp(hooked, mask, mine, other, dictionary=book, scale=scale)
+    settings: dict[str, Any] = {"threshold": threshold, "how": how.value, "scale": scale}
+    made = delete_topic(hooked, mine, other, dictionary=book, **settings)
+    if made.found.note:
+        console.print(made.found.note)
     table = Table("loss, nats a token", "model", "edited", box=None)
-    with edit.applied(hooked):
-        after = [float(text_loss(hooked, tuple(texts)).mean()) for texts in (mine, other)]
-    before = [float(text_loss(hooked, tuple(texts)).mean()) for texts in (mine, other)]
-    for name, old, new in zip(("topic", "other text"), before, after):
-        table.add_row(name, f"{old:.3f}", f"{new:.3f}")
+    for name, losses in made.losses.items():
+        table.add_row(name, *(f"{loss:.3f}" for loss in losses))
     console.print(table)
+    edit = made.edit
     edit.save(output)
     console.print(f"{edit} -> {output}")
     if export is not None:

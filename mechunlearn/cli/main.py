@@ -1,6 +1,5 @@
 """The command line: the same nouns, one clear line and exit code 2 on bad input."""
 
-import inspect
 import os
 import sys
 import warnings
@@ -16,44 +15,26 @@ from mechunlearn.cli.dictionary import app as dictionary_app
 from mechunlearn.cli.reproduce import app as reproduce_app
 from mechunlearn.cli.shared import checked_suffix, console, names, new_folder, open_model
 from mechunlearn.cli.world import app as world_app
+from mechunlearn.core.methods import method_named, ready_methods
 from mechunlearn.errors import MechunlearnError
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from mechunlearn.evaluation.report import Report
+    from mechunlearn.facts.prompts import Prompts
+    from mechunlearn.model.hooked import HookedModel
 
 app = typer.Typer(
     help="Find where a language model keeps a fact, change it there and nowhere else, and prove that it is gone.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
+    rich_markup_mode="rich",
 )
 app.add_typer(world_app, name="world")
 app.add_typer(reproduce_app, name="reproduce")
 app.add_typer(dictionary_app, name="dictionary")
-
-
-class Method(str, Enum):
-    """Localizers by name."""
-
-    fact_lookup = "fact_lookup"
-    activation_patching = "activation_patching"
-    attribution_patching = "attribution_patching"
-    causal_tracing = "causal_tracing"
-    direct_logit_attribution = "direct_logit_attribution"
-    edge_attribution = "edge_attribution"
-    path_patching = "path_patching"
-    random_units = "random_units"
-
-
-class Washer(str, Enum):
-    """Closed-form editors by name."""
-
-    memit = "memit"
-    mlp_washing = "mlp_washing"
-    null_space = "null_space"
 
 
 class Role(str, Enum):
@@ -67,8 +48,10 @@ Model = Annotated[
     str, typer.Argument(help="factworld, factworld-twin, factworld-naive, a folder, or a hub name.", metavar="MODEL")
 ]
 Facts = Annotated[str, typer.Argument(help="factworld/<relation>, a facts file, or a data set.", metavar="FACTS")]
+LOCALIZERS, EDITORS, ATTACKS = (", ".join(ready_methods(folder)) for folder in ("localize", "edit", "attack"))
+WASHERS = ", ".join(ready_methods("edit", taking="covariance"))
 Forget = Annotated[int, typer.Option(help="How many facts to forget, drawn by --seed.")]
-Seed = Annotated[int, typer.Option(help="Seed of the forget set and of the edit.")]
+Seed = Annotated[int, typer.Option(help="Seed of the forget set and of the method.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16; by default as stored.")]
 Steps = Annotated[int, typer.Option(help="Optimiser steps.", min=1)]
@@ -78,14 +61,15 @@ Weights = Annotated[
 ]
 
 
-@app.command(epilog="Example: `mechunlearn run factworld factworld/sport -o result`")
+@app.command(epilog="Example: mechunlearn run factworld factworld/sport -o result")
 def run(
     model: Model,
     facts: Facts,
     output: Annotated[Path, typer.Option("--output", "-o", help="A new or empty folder.")] = Path("result"),
     attacks: Annotated[
-        str, typer.Option(help="Attacks that try to get the knowledge back: names with commas, all, or none.")
-    ] = "prompting,quantization,unlearning_depth,relearning",
+        str,
+        typer.Option(help=f"Attacks that try to get the knowledge back: all, none, or names with commas: {ATTACKS}."),
+    ] = "prompting, quantization, unlearning_depth, relearning",
     forget: Forget = 64,
     seed: Seed = 0,
     device: Device = "cpu",
@@ -101,7 +85,7 @@ def run(
     _run(model, facts, output, forget, seed, device, dtype, wanted)
 
 
-@app.command(epilog="Example: `mechunlearn demo -o demo`")
+@app.command(epilog="Example: mechunlearn demo -o demo")
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="A new or empty folder.")] = Path("demo"),
     seed: Seed = 0,
@@ -111,12 +95,12 @@ def demo(
     _run("factworld", "factworld/sport", output, 64, seed, device, None, [])
 
 
-@app.command(epilog="Example: `mechunlearn localize factworld factworld/sport --weights 0.05 -o sport.mask.json`")
+@app.command(epilog="Example: mechunlearn localize factworld factworld/sport --weights 0.05 -o sport.mask.json")
 def localize(
     model: Model,
     facts: Facts,
     output: Annotated[Path, typer.Option("--output", "-o", help="Mask file: .json or .safetensors.")],
-    method: Annotated[Method, typer.Option(help="How to localize.")] = Method.fact_lookup,
+    method: Annotated[str, typer.Option(help=f"How to localize: {LOCALIZERS}.", metavar="NAME")] = "fact_lookup",
     weights: Weights = None,
     scores: Annotated[
         Path | None,
@@ -129,23 +113,17 @@ def localize(
 ) -> None:
     """Find the components of some facts and write their mask: every unit above zero, or a share of the weights.
 
-    edge_attribution finds a circuit: --scores writes it, and the mask is that of its components.
+    A method that finds a circuit, such as edge_attribution: --scores writes it, and the mask is that of its components.
     """
     checked_suffix(output, ".json", ".safetensors")
-    circuit = method is Method.edge_attribution
+    localizer = method_named("localize", method)
+    circuit = localizer.returns == "Circuit"
     if scores is not None:
         checked_suffix(scores, ".json", ".safetensors", *((".graphml", ".dot") if circuit else ()))
     if weights is not None and not 0 <= weights <= 1:
         raise MechunlearnError(f"A budget of {weights} is out of range: a share of the weights lies in [0, 1].")
     hooked, forgotten, _ = _load(model, facts, forget, seed, device, dtype)
-    import mechunlearn.localize as localizers
-
-    localizer = getattr(localizers, method.value)
-    if "progress" in inspect.signature(localizer).parameters:
-        made = localizer(hooked, forgotten, progress=True)
-    else:
-        with console.status(f"{method.value} on {len(forgotten)} facts"):
-            made = localizer(hooked, forgotten)
+    made = localizer(hooked, forgotten, seed=seed)
     found = made.nodes() if circuit else made
     mask = found.above(0) if weights is None else found.top(weights=weights)
     if made.note:
@@ -156,22 +134,31 @@ def localize(
     console.print(f"{len(mask)} units, {found.share(mask):.2%} of the editable weights -> {output}")
 
 
-@app.command(epilog="Example: `mechunlearn edit factworld factworld/sport sport.mask.json -o sport.edit.safetensors`")
+@app.command(epilog="Example: mechunlearn edit factworld factworld/sport sport.mask.json -o sport.edit.safetensors")
 def edit(
     model: Model,
     facts: Facts,
     mask: Annotated[Path, typer.Argument(help="A mask file.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Edit file: .safetensors.")],
+    method: Annotated[
+        str | None, typer.Option(help=f"How to edit: {EDITORS}.", metavar="NAME", show_default="masked_gradient")
+    ] = None,
     objective: Annotated[
-        str, typer.Option("--objective", "--loss", help="What to do with the forget facts; see docs/objectives.md.")
-    ] = "injection",
-    steps: Steps = 50,
-    lr: Rate = 2e-3,
+        str | None,
+        typer.Option(
+            "--objective",
+            "--loss",
+            help="What to do with the forget facts; see docs/objectives.md.",
+            show_default="injection",
+        ),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps.", min=1, show_default="the method's")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.", min=0, show_default="the method's")] = None,
     stop_at: Annotated[
         float | None, typer.Option(help="Stop once this share of the forget facts is edited.", min=0, max=1)
     ] = None,
     rank: Annotated[
-        int | None, typer.Option(help="Train low-rank adapters of this rank (fisher_lora), not the rows.", min=1)
+        int | None, typer.Option(help="Train low-rank adapters of this rank: the method is then fisher_lora.", min=1)
     ] = None,
     adapter: Annotated[Path | None, typer.Option(help="With --rank: also write a PEFT adapter folder.")] = None,
     export: Annotated[Path | None, typer.Option(help="Also write the edited model to this new folder.")] = None,
@@ -180,29 +167,31 @@ def edit(
     device: Device = "cpu",
     dtype: Dtype = None,
 ) -> None:
-    """Train only the masked units so that the forget facts change, and write the edit; the model is left as it was.
+    """Change only the masked units so that the forget facts change, and write the edit; the model is left as it was.
 
-    Ctrl-C stops after the step in progress and writes the edit so far.
+    Ctrl-C stops training after the step in progress and writes the edit so far.
     """
     checked_suffix(output, ".safetensors")
     new_folder(export)
     new_folder(adapter)
     if adapter is not None and rank is None:
         raise MechunlearnError("--adapter needs low-rank factors to write. Give --rank too, for example --rank 8.")
+    editor = method_named("edit", method or ("masked_gradient" if rank is None else "fisher_lora"))
+    options = {"loss": objective, "steps": steps, "lr": lr, "stop_at": stop_at, "rank": rank}
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    if unknown := [name for name in given if name not in editor.takes]:
+        option = {"loss": "objective"}.get(unknown[0], unknown[0]).replace("_", "-")
+        raise MechunlearnError(f"'{editor.name}' has no --{option}. Leave it out, or give another --method.")
     from mechunlearn.artifacts.mask import ComponentMask
 
     chosen = ComponentMask.load(mask)
     hooked, forgotten, retained = _load(model, facts, forget, seed, device, dtype)
     chosen.check(hooked.signature)
-    from mechunlearn.edit import fisher_lora, masked_gradient
     from mechunlearn.edit.objective import objective_named
 
-    settings: dict[str, Any] = {**objective_named(objective, chosen), "steps": steps, "lr": lr, "stop_at": stop_at}
-    sets = (hooked, chosen, forgotten, retained)
-    if rank is None:
-        made = masked_gradient(*sets, **settings, seed=seed, progress=True)
-    else:
-        made = fisher_lora(*sets, **settings, rank=rank, seed=seed, progress=True)
+    if "loss" in editor.takes:
+        given |= objective_named(objective or "injection", chosen)
+    made = editor(hooked, chosen, forgotten, retained, **given, seed=seed, progress=True)
     if made.card.stopped:
         console.print(f"{made.card.stopped} after {len(made.card.trajectory)} steps")
     made.save(output)
@@ -216,14 +205,14 @@ def edit(
 
 
 @app.command(
-    epilog="Example: `mechunlearn wash factworld factworld/sport sport.mask.json --covariance-weight 400 --overshoot 1.5 -o washed.safetensors`"
+    epilog="Example: mechunlearn wash factworld factworld/sport sport.mask.json --covariance-weight 400 --overshoot 1.5 -o washed.safetensors"
 )
 def wash(
     model: Model,
     facts: Facts,
     mask: Annotated[Path, typer.Argument(help="A mask file with MLP output sites.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Edit file: .safetensors.")],
-    method: Annotated[Washer, typer.Option(help="Which closed form.")] = Washer.memit,
+    method: Annotated[str, typer.Option(help=f"Which closed form: {WASHERS}.", metavar="NAME")] = "memit",
     target: Annotated[
         str, typer.Option(help="end-of-text, shared, mean, or targets (each fact's own wrong answer).")
     ] = "end-of-text",
@@ -257,50 +246,25 @@ def wash(
     """
     checked_suffix(output, ".safetensors")
     new_folder(export)
+    washer = method_named("edit", method, taking="covariance")
     from mechunlearn.artifacts.mask import ComponentMask
 
     chosen = ComponentMask.load(mask)
     hooked, forgotten, retained = _load(model, facts, forget, seed, device, dtype)
     chosen.check(hooked.signature)
-    import mechunlearn.edit as editors
-    from mechunlearn.edit.closed_form.edit_prompts import output_sites
+    from mechunlearn.evaluation.recipes import wash as washed
     from mechunlearn.facts.readers import read_texts
-    from mechunlearn.training.covariance import Covariance
 
-    sites = [f"L{layer}.mlp.out" for layer in output_sites(hooked, chosen)]
-    own = list(forgotten.facts.texts)
-    if text is not None:
-        passages = read_texts(text, texts)
-    elif facts.startswith("factworld"):
-        from mechunlearn.world.text import world_text
-
-        passages = world_text(without=forgotten.facts.subjects) + own[::2] * 8
-    else:
-        passages = own
-    if not passages:
-        raise MechunlearnError(f"'{facts}' comes without text to collect the covariance from. Give --text FILE.")
-    covariance = Covariance.of_text(hooked, sites, passages, cache=cache, progress=True)
-    editor = getattr(editors, method.value)
     settings: dict[str, Any] = {
-        "covariance_weight": covariance_weight,
-        "retain_weight": retain_weight,
-        "overshoot": overshoot,
         "target": target,
+        "position": position.value,
+        "overshoot": overshoot,
+        "prefixes": prefixes,
     }
-    settings = {name: value for name, value in settings.items() if name in inspect.signature(editor).parameters}
-    made = editor(
-        hooked,
-        chosen,
-        forgotten,
-        retained,
-        position=position.value,
-        prefixes=prefixes,
-        covariance=covariance,
-        texts=passages,
-        seed=seed,
-        progress=True,
-        **settings,
-    )
+    settings |= {"covariance_weight": covariance_weight, "retain_weight": retain_weight}
+    settings = {name: value for name, value in settings.items() if name in washer.takes}
+    settings |= {"texts": None if text is None else read_texts(text, texts), "cache": cache, "seed": seed}
+    made = washed(hooked, chosen, forgotten, retained, method=method, progress=True, **settings)
     for prompt in made.card.skipped:
         console.print(f"skipped, the model does not know it: {prompt}")
     for entry in made.card.trajectory:
@@ -316,7 +280,7 @@ def wash(
 
 
 @app.command(
-    epilog="Example: `mechunlearn evaluate factworld factworld/sport sport.edit.safetensors --attacks all -o report.html`"
+    epilog="Example: mechunlearn evaluate factworld factworld/sport sport.edit.safetensors --attacks all -o report.html"
 )
 def evaluate(
     model: Model,
@@ -324,7 +288,7 @@ def evaluate(
     edit: Annotated[Path, typer.Argument(help="An edit file.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Report: .html")] = Path("report.html"),
     attacks: Annotated[
-        str, typer.Option(help="Attacks that try to get the knowledge back: all, or names with commas.")
+        str, typer.Option(help=f"Attacks that try to get the knowledge back: all, or names with commas: {ATTACKS}.")
     ] = "",
     cache: Annotated[
         Path | None,
@@ -360,7 +324,7 @@ def evaluate(
                 came = (
                     ""
                     if row["outcome"] == "failed"
-                    else f", recovery {row['recovery']}, truth {row['truth came back']}"
+                    else f", recovery {row['recovery']}, truth {row['truth_came_back']}"
                 )
                 console.print(
                     f"{row['attack']}: {row['outcome']}{came}{'; ' * bool(row['note'])}{row['note']}", highlight=False
@@ -383,7 +347,7 @@ def evaluate(
     console.print(f"report -> {output}")
 
 
-@app.command(epilog="Example: `mechunlearn explore factworld factworld/sport --forget 32`")
+@app.command(epilog="Example: mechunlearn explore factworld factworld/sport --forget 32")
 def explore(
     model: Model,
     facts: Facts,
@@ -410,7 +374,7 @@ def explore(
         begun = ComponentMask.load(mask)
     with ExplorerServer(host, port, remote) as server:
         hooked, forgotten, _ = _load(model, facts, forget, seed, device, dtype)
-        from mechunlearn.explore.app import Workbench
+        from mechunlearn.explore.state import Workbench
 
         bench = Workbench(hooked, forgotten, mask=begun)
         with console.status(bench.method.replace("_", " ")):
@@ -426,22 +390,22 @@ def explore(
 
 
 @app.command(
-    epilog="Example: `mechunlearn compare factworld factworld/sport --objectives injection,npo --seeds 3 -o sport-grid`"
+    epilog="Example: mechunlearn compare factworld factworld/sport --objectives injection,npo --seeds 3 -o sport-grid"
 )
 def compare(
     model: Model,
     facts: Facts,
     output: Annotated[Path, typer.Option("--output", "-o", help="A new folder, or that of a stopped run.")],
     localizers: Annotated[
-        str, typer.Option(help="Names, separated by commas.")
-    ] = "fact_lookup,attribution_patching,random_units",
+        str, typer.Option(help=f"Names, separated by commas: {LOCALIZERS}.")
+    ] = "fact_lookup, attribution_patching, random_units",
     objectives: Annotated[str, typer.Option(help="Names, separated by commas.")] = "injection",
     budgets: Annotated[
         str, typer.Option(help="Shares of the editable weights, or 'window': as many as fact_lookup finds.")
     ] = "window",
     seeds: Annotated[int, typer.Option(help="How many forget sets to test on, drawn by seeds 0, 1, ...")] = 5,
-    lrs: Annotated[str, typer.Option(help="Learning rates to choose from.")] = "1e-3,2e-3,3e-3",
-    forget_weights: Annotated[str, typer.Option(help="Weights of the objective to choose from.")] = "0.2,1",
+    lrs: Annotated[str, typer.Option(help="Learning rates to choose from.")] = "1e-3, 2e-3, 3e-3",
+    forget_weights: Annotated[str, typer.Option(help="Weights of the objective to choose from.")] = "0.2, 1",
     validation: Annotated[int, typer.Option(help="How many forget sets to choose on.")] = 2,
     attack: Annotated[bool, typer.Option("--attack", help="Try to get the facts back by relearning, too.")] = False,
     steps: Steps = 50,
@@ -467,6 +431,7 @@ def compare(
     }
     check_grid(**grid)
     hooked, forgotten, _ = _load(model, facts, forget, 0, device, dtype)
+    assert forgotten.facts is not None and forgotten.facts.source is not None
     grid |= {"forget": forget, "steps": steps, "attack": attack, "progress": True}
     made = compared(hooked, forgotten.facts.source, folder=output, **grid)
     _print_arms(made.summary(short=True))
@@ -487,15 +452,19 @@ def _run(
     made = edit_prompts(hooked, forgotten, retained, attacks=attacks, cache=cache, **said)
     written = made.save(hooked, output)
     if attacks:
-        console.print(
-            made.report.outcomes()[["attack", "outcome", "recovery", "truth came back"]].to_string(index=False)
-        )
+        from mechunlearn.core.tables import label
+
+        came = made.report.outcomes()[["attack", "outcome", "recovery", "truth_came_back"]]
+        console.print(came.rename(columns=label).to_string(index=False))
     _print(made.report)
     for name, path in written.items():
         console.print(f"{name:<10} {path}")
 
 
-def _load(model: str, facts: str, forget: int, seed: int, device: str, dtype: str | None):
+def _load(
+    model: str, facts: str, forget: int, seed: int, device: str, dtype: str | None
+) -> tuple["HookedModel", "Prompts", "Prompts"]:
+    """The model, and the facts to forget and to retain."""
     from mechunlearn.facts.load import load_facts
 
     data = load_facts(facts, seed=0)
@@ -524,11 +493,13 @@ def _print(report: "Report") -> None:
 
 def _print_arms(frame: "pd.DataFrame") -> None:
     """Rows of a comparison: what was edited and how, then each measure."""
+    from mechunlearn.core.tables import label
+
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-    named = ("localizer", "objective", "budget", "lr, weight", "n", "share", "note")
+    named = ("localizer", "objective", "budget", "lr", "forget_weight", "n", "share", "note")
     table.add_column("", min_width=20)
     for name in (measures := [name for name in frame.columns if name not in named]):
-        table.add_column(name.replace(" ", "\n"), justify="right", no_wrap=True)
+        table.add_column(label(name).replace(" ", "\n"), justify="right", no_wrap=True)
     for row in frame.to_dict("records"):
         how = ", ".join(filter(None, (row["objective"], row["budget"], f"n={row['n']}")))
         table.add_row("\n".join(filter(None, (row["localizer"], how, row["note"]))), *(row[name] for name in measures))

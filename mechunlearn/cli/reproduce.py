@@ -1,14 +1,11 @@
 """`mechunlearn reproduce`: the claims of four papers, measured here, and their pages."""
 
-import json
-from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from mechunlearn.cli.shared import checked_suffix, console
-from mechunlearn.core.files import whole_file
 
 app = typer.Typer(help="A paper's claims on worlds of our own, with controls and intervals.", no_args_is_help=True)
 Output = Annotated[Path, typer.Option("--output", "-o", help="A folder; a half-done run in it is continued.")]
@@ -16,63 +13,45 @@ Jobs = Annotated[int, typer.Option(help="Processes, one thread each.", min=1)]
 Page = Annotated[Path | None, typer.Option(help="Where to write the page, if not in the folder: .md")]
 
 
-@app.command(epilog="Example: `mechunlearn reproduce mechanistic-unlearning --quick -o mechanistic`")
-def mechanistic_unlearning(
-    output: Output,
-    quick: Annotated[bool, typer.Option("--quick", help="One small world, one relation, one forget set.")] = False,
-    jobs: Jobs = 2,
-    page: Page = None,
-) -> None:
-    """Mechanistic Unlearning: edits of the look-up MLPs beside every other localizer and every set of as many layers.
-
-    Writes the page and, beside it, its numbers (.json).
-    """
-    _reproduce("mechanistic-unlearning", output, quick, jobs, page)
-
-
-@app.command(epilog="Example: `mechunlearn reproduce codeunlearn --quick -o codeunlearn`")
-def codeunlearn(
-    output: Output,
-    quick: Annotated[bool, typer.Option("--quick", help="The shipped world, two seeds, no sweeps.")] = False,
-    jobs: Jobs = 2,
-    page: Page = None,
-) -> None:
-    """CodeUnlearn: topics deleted from a codebook, beside random codes, SAE clamps and gradient difference.
-
-    Writes the page and, beside it, its numbers (.json).
-    """
-    _reproduce("codeunlearn", output, quick, jobs, page)
+PAPERS = {
+    "mechanistic-unlearning": (
+        "Mechanistic Unlearning: edits of the look-up MLPs beside every other localizer and every set of as many layers.",
+        "One small world, one relation, one forget set.",
+    ),
+    "codeunlearn": (
+        "CodeUnlearn: topics deleted from a codebook, beside random codes, SAE clamps and gradient difference.",
+        "The shipped world, two seeds, no sweeps.",
+    ),
+    "law": (
+        "LAW: facts washed in closed form, beside MEMIT, AlphaEdit and gradient methods at the same forget accuracy.",
+        "The shipped world, two forget sets, no scaling.",
+    ),
+    "loku": (
+        "LoKU: the inverted hinge beside other losses, Fisher-initialised adapters beside other initialisations.",
+        "One world, two forget sets, passages only.",
+    ),
+}
 
 
-@app.command(epilog="Example: `mechunlearn reproduce law --quick -o law`")
-def law(
-    output: Output,
-    quick: Annotated[bool, typer.Option("--quick", help="The shipped world, two forget sets, no scaling.")] = False,
-    jobs: Jobs = 2,
-    page: Page = None,
-) -> None:
-    """LAW: facts washed in closed form, beside MEMIT, AlphaEdit and gradient methods at the same forget accuracy.
+def _add(paper: str, claims: str, shortened: str) -> None:
+    """Add the command of a paper."""
+    about = f"{claims}\n\nWrites the page and, beside it, its numbers (.json)."
 
-    Writes the page and, beside it, its numbers (.json).
-    """
-    _reproduce("law", output, quick, jobs, page)
-
-
-@app.command(epilog="Example: `mechunlearn reproduce loku --quick -o loku`")
-def loku(
-    output: Output,
-    quick: Annotated[bool, typer.Option("--quick", help="One world, two forget sets, passages only.")] = False,
-    jobs: Jobs = 2,
-    page: Page = None,
-) -> None:
-    """LoKU: the inverted hinge beside other losses, Fisher-initialised adapters beside other initialisations.
-
-    Writes the page and, beside it, its numbers (.json).
-    """
-    _reproduce("loku", output, quick, jobs, page)
+    @app.command(paper, help=about, epilog=f"Example: mechunlearn reproduce {paper} --quick -o {paper}")
+    def command(
+        output: Output,
+        quick: Annotated[bool, typer.Option("--quick", help=shortened)] = False,
+        jobs: Jobs = 2,
+        page: Page = None,
+    ) -> None:
+        _reproduce(paper, output, quick, jobs, page)
 
 
-@app.command(epilog="Example: `mechunlearn reproduce summary docs/reproductions`")
+for _paper, _texts in PAPERS.items():
+    _add(_paper, *_texts)
+
+
+@app.command(epilog="Example: mechunlearn reproduce summary docs/reproductions")
 def summary(
     folder: Annotated[Path, typer.Argument(help="Where the four result files (.json) lie.")],
 ) -> None:
@@ -87,18 +66,12 @@ def _reproduce(paper: str, output: Path, quick: bool, jobs: int, page: Path | No
     """Run a paper's plan; write the page and, beside it, its numbers; the headline comparisons on the console."""
     written = page or output / f"{paper}.md"
     checked_suffix(written, ".md")
-    from mechunlearn.core.grid import Grid
-    from mechunlearn.reproduce import summary
+    from mechunlearn.reproduce.summary import PAPERS, headlines
+    from mechunlearn.reproduce.tables import shown
 
-    name = paper.replace("-", "_")
-    runner, pages = (import_module(f"mechunlearn.reproduce.{module}") for module in (name, f"{name}_page"))
-    plan = runner.quick_plan(output) if quick else runner.Plan(output)
-    chosen = runner.run(plan, jobs)
-    grid = Grid.open(plan.folder, plan.about())
-    found = pages.results(plan, grid) if chosen is None else pages.results(plan, grid, chosen)
-    for path, content in ((written.with_suffix(".json"), json.dumps(found) + "\n"), (written, pages.page(found))):
-        with whole_file(path) as beside:
-            beside.write_text(content, encoding="utf-8")
-    for row in getattr(summary, f"of_{name}")(found):
-        console.print(f"{row.claim}: {row.shown}, n = {row.n}: [bold]{row.verdict}[/bold]")
+    found = PAPERS[paper].reproduce(output, quick, jobs)
+    PAPERS[paper].write(found, written)
+    for claim in headlines(paper, found):
+        told = f"{claim.text}{claim.note}: {shown(claim.difference, '+.2f')}, n = {claim.n}"
+        console.print(f"{told}: [bold]{claim.verdict}[/bold]")
     console.print(f"page -> {written}")

@@ -14,7 +14,16 @@ console = Console(highlight=False)
 
 
 def open_model(model: str, device: str = "cpu", dtype: str | None = None) -> "HookedModel":
-    """Load a model on a device; one line if there is no such device."""
+    """Load a model on a device.
+
+    Args:
+        model: What `load_model` reads.
+        device: Such as `cpu` or `cuda`.
+        dtype: Such as `bfloat16`; by default as stored.
+
+    Raises:
+        MechunlearnError: There is no such device.
+    """
     import torch
     from transformers.utils import logging
 
@@ -30,10 +39,24 @@ def open_model(model: str, device: str = "cpu", dtype: str | None = None) -> "Ho
 
 
 def names(text: str) -> list[str]:
+    """Split names that are separated by commas.
+
+    Args:
+        text: What the user gave.
+    """
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def checked_suffix(path: Path, *allowed: str) -> None:
+    """Check how an output is named, before any work is done for it.
+
+    Args:
+        path: What the user gave.
+        allowed: How it may end.
+
+    Raises:
+        MechunlearnError: It ends otherwise.
+    """
     if path.suffix not in allowed:
         raise MechunlearnError(
             f"'{path}' is not named {' or '.join(f'*{s}' for s in allowed)}. Give such a name to -o."
@@ -41,6 +64,14 @@ def checked_suffix(path: Path, *allowed: str) -> None:
 
 
 def new_folder(path: Path | None) -> None:
+    """Check that a folder to write is new or empty.
+
+    Args:
+        path: What the user gave; None for none.
+
+    Raises:
+        MechunlearnError: It holds files, or is the folder in which the command was started.
+    """
     if path is not None and path.resolve() == Path.cwd():
         raise MechunlearnError(f"'{path}' is the folder that you are in. Give the name of a new one.")
     if path is not None and path.exists() and (not path.is_dir() or any(path.iterdir())):

@@ -11,7 +11,7 @@ from mechunlearn.errors import MechunlearnError
 app = typer.Typer(help="The shipped fact world.", no_args_is_help=True)
 
 
-@app.command(epilog="Example: `mechunlearn world dictionaries -o dictionaries`")
+@app.command(epilog="Example: mechunlearn world dictionaries -o dictionaries")
 def dictionaries(
     output: Annotated[Path, typer.Option("--output", "-o", help="A folder for factworld-codebook and factworld-sae.")],
     seed: Annotated[int, typer.Option(help="Seed of text and training.")] = 0,
@@ -22,7 +22,7 @@ def dictionaries(
     build_dictionaries(output, seed=seed, say=console.print)
 
 
-@app.command(epilog="Example: `mechunlearn world build --seed 1 -o my-world`")
+@app.command(epilog="Example: mechunlearn world build --seed 1 -o my-world")
 def build(
     output: Annotated[Path, typer.Option("--output", "-o", help="A folder; a half-done build in it is resumed.")],
     seed: Annotated[int, typer.Option(help="Seed of facts, corpus and training.")] = 0,
@@ -37,7 +37,7 @@ def build(
     build_world(output, seed=seed, naive=naive, steps=steps, say=console.print)
 
 
-@app.command(epilog="Example: `mechunlearn world twin --layers 1-2 --seed 1 -o my-twin`")
+@app.command(epilog="Example: mechunlearn world twin --layers 1-2 --seed 1 -o my-twin")
 def twin(
     output: Annotated[Path, typer.Option("--output", "-o", help="A new folder; a half-done build is resumed.")],
     layers: Annotated[str, typer.Option(help="Layers whose MLPs learn, from 0: 1-2, or 1,3.")],

@@ -1,4 +1,4 @@
-"""How nouns show themselves in a notebook: a heading, what is known, a small table; escaped, without scripts or style sheets."""
+"""How nouns show themselves in a notebook: a heading, a few facts, a small table; escaped, without scripts or styles."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
@@ -8,7 +8,10 @@ CELL = f"{RULE};padding:.15rem .8rem .15rem 0;text-align:left;vertical-align:top
 
 
 def unit_name(kind: str) -> str:
-    """What one unit of a kind of site is called.
+    """Return what one unit of a site is called.
+
+    Args:
+        kind: The kind of the site, such as `attn.o` or `sae:<id>`.
 
     >>> unit_name("attn.k"), unit_name("mlp.gate"), unit_name("sae:1f0a9c3e")
     ('kv head', 'neuron', 'feature')
@@ -19,7 +22,10 @@ def unit_name(kind: str) -> str:
 
 
 def listed(numbers: Iterable[int]) -> str:
-    """Numbers as runs.
+    """Write numbers as runs.
+
+    Args:
+        numbers: In any order, also repeated.
 
     >>> listed([4, 0, 1, 2, 6])
     '0-2, 4, 6'
@@ -34,7 +40,17 @@ def listed(numbers: Iterable[int]) -> str:
 
 
 def by_kind(sites: Iterable[tuple[int, str, int, int]]) -> list[tuple[str, str, int, int]]:
-    """From layer, kind, selected and all units of sites to kind, its layers, and both counts summed; sites with none left out."""
+    """Sum the units of sites by kind, without the sites that have none selected.
+
+    Args:
+        sites: Layer, kind, number of selected units and number of units, a site.
+
+    Returns:
+        Kind, its layers as runs, selected units and units, a kind.
+
+    >>> by_kind([(0, "mlp.out", 3, 64), (1, "mlp.out", 1, 64), (1, "attn.o", 0, 4)])
+    [('mlp.out', '0-1', 4, 128)]
+    """
     found: dict[str, tuple[list[int], list[int], list[int]]] = {}
     for layer, kind, selected, units in sites:
         if selected:
@@ -46,7 +62,13 @@ def by_kind(sites: Iterable[tuple[int, str, int, int]]) -> list[tuple[str, str, 
 def card(
     title: str, about: Mapping[str, object], columns: Sequence[str] = (), rows: Iterable[Sequence[object]] = ()
 ) -> str:
-    """The HTML of one noun. Everything is escaped; facts that are empty are left out; colours are the page's own.
+    """Return the HTML of one noun. All text is escaped, and the colours are those of the page.
+
+    Args:
+        title: The heading.
+        about: Facts by name, one a line; empty ones are left out.
+        columns: The heads of the table.
+        rows: The cells of the table, a row; without rows there is no table.
 
     >>> card("Mask", {"note": "<b>", "empty": ""}, ["site"], [["L0.mlp.out"]]).count("&lt;b&gt;")
     1

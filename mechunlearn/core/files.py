@@ -12,9 +12,16 @@ from mechunlearn.errors import MechunlearnError
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
-    """Write to the path this gives; it takes its real name when the block ends well.
+    """Give a path beside a file for the block to write; the file takes its real name when the block ends well.
 
-    Raises `MechunlearnError` if the disk refuses; nothing is left behind.
+    Args:
+        path: The file, which is replaced if it exists. Missing folders are made.
+
+    Yields:
+        The path to write.
+
+    Raises:
+        MechunlearnError: If the disk refuses. Nothing is left behind then, nor after any other exception.
     """
     path = Path(path)
     try:
@@ -36,7 +43,18 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: str | Path) -> Iterator[Path]:
-    """The same for a folder, which must not exist yet or be empty."""
+    """Give a folder beside another for the block to fill; it takes its real name when the block ends well.
+
+    Args:
+        path: The folder, which must not exist yet or be empty.
+
+    Yields:
+        The folder to fill.
+
+    Raises:
+        MechunlearnError: If there is something at `path`, or the disk refuses. Nothing is left behind then, nor after any
+            other exception.
+    """
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise MechunlearnError(f"'{path}' exists and is not an empty folder. Give another name, or remove it first.")
@@ -58,7 +76,7 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
 
 
 def data_folder() -> Path:
-    """Where the shipped data lies: inside the installed package, or beside it in a checkout."""
+    """Return the folder of the shipped data: inside the installed package, or beside it in a checkout."""
     package = Path(__file__).resolve().parent.parent
     return next(folder for folder in (package / "data", package.parent / "data") if folder.is_dir())
 

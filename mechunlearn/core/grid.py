@@ -1,11 +1,8 @@
 """Grids of experiments that can be stopped at any moment: each finished cell is one whole file, never made twice."""
 
-import fcntl
 import json
-import os
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +18,12 @@ from mechunlearn.errors import MechunlearnError
 class Grid:
     """The finished cells of one experiment, in `folder/cells`. Make or resume one with `Grid.open`.
 
-    `key` names what the cells have in common: a cell file with another key is not this grid's, and is not read.
-    Several processes may work on one folder: a cell that two of them make is the later one's.
+    Several processes may work on one folder. Two that compute the same cell at the same time do the work twice; each
+    writes a whole file, and the one that is written last stays.
+
+    Attributes:
+        folder: Where the grid lies.
+        key: A hash of what all cells share. A cell file with another key belongs to another grid and is not read.
 
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:
@@ -37,12 +38,15 @@ class Grid:
     key: str
 
     @classmethod
-    def open(cls, folder: str | Path, about: Mapping) -> "Grid":
-        """A new grid in this folder, or the one that is there, if it is about the same.
+    def open(cls, folder: str | Path, about: Mapping[str, Any]) -> "Grid":
+        """Start a grid in a folder, or resume the one that is there.
 
-        `about` is what all cells share and no cell says: model, data, settings, version. It is kept in `about.json`.
+        Args:
+            folder: Where the grid lies, or will lie.
+            about: What all cells share, such as model, data, settings and version; it is kept in `about.json`.
 
-        Raises `MechunlearnError` if the folder holds a grid about something else.
+        Raises:
+            MechunlearnError: The folder holds a grid about something else, or an `about.json` that cannot be read.
         """
         path, given = Path(folder) / "about.json", _plain(about, "about")
         if not path.exists():
@@ -59,18 +63,25 @@ class Grid:
             )
         return cls(Path(folder), digest(_canonical(given)))
 
-    def cell(self, description: Mapping, work: Callable[[], Mapping]) -> dict:
-        """The result of the cell that `description` names in full: the stored one, or that of `work()`, then stored.
+    def cell(self, description: Mapping[str, Any], work: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+        """Return the result of a cell: the stored one, or that of `work()`, which is then stored.
 
-        Both are plain JSON values, so the first call gives what later ones give: tuples are lists, keys are strings; NaN
-        stays NaN. A file that is damaged, or not this cell's, is made anew.
+        The result is plain JSON from the first call on: tuples are lists, keys are strings; NaN stays NaN. A file that
+        is damaged, or belongs to another cell, is made again.
 
-        Raises `MechunlearnError` if either is not made of numbers, strings, None, lists and dicts, or if a name is in both.
+        Args:
+            description: Everything that tells this cell from the others.
+            work: Computes the result.
+
+        Raises:
+            MechunlearnError: One of the two holds something else than numbers, strings, None, lists and dicts, or both
+                have an entry of the same name.
         """
         plain = _plain(description, "a description")
         path = self._path(plain)
         if kept := self._stored(path):
-            return kept["result"]
+            stored: dict[str, Any] = kept["result"]
+            return stored
         watch = Stopwatch()
         result = _plain(work(), f"the result of {_short(description)}")
         if shared := sorted(plain.keys() & result.keys()):
@@ -83,45 +94,15 @@ class Grid:
             beside.write_text(json.dumps(made) + "\n")
         return result
 
-    @contextmanager
-    def claim(self, description: Mapping) -> Iterator[bool]:
-        """True within the block if no other worker holds this cell, which is then ours until the block ends.
-
-            for description, work in cells:
-                with grid.claim(description) as ours:
-                    if ours:
-                        grid.cell(description, work)
-
-        The system takes the claim from a process that dies, however it dies: go over the list again for cells that were
-        skipped for such a worker. Not for folders shared between machines.
-        """
-        path = self._path(_plain(description, "a description")).with_suffix(".lock")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = os.fstat(handle).st_nlink > 0  # else it was let go, and removed, since it was opened
-        except BlockingIOError:
-            ours = False
-        try:
-            if ours:
-                os.truncate(handle, 0)
-                os.write(handle, f"{os.getpid()}\n".encode())  # for people who wonder whose it is
-            yield ours
-        finally:
-            if ours:
-                path.unlink(missing_ok=True)
-            os.close(handle)
-
     def done(self) -> int:
-        """The number of finished cells."""
+        """Count the finished cells."""
         return len(self._all())
 
     def frame(self) -> pd.DataFrame:
-        """One row a cell: what describes it, then each number or string of its result; rows sorted by the description.
+        """Return one row a cell: its description, then the numbers and strings of its result; rows sorted by the former.
 
         Columns come in the order in which cells list them. Lists and dicts of a description are shown as JSON, those of
-        a result are left out: `cell` gives them.
+        a result are left out; `cell` returns them.
         """
         cells = self._all()
         names = list(dict.fromkeys(name for cell in cells for name in cell["description"]))
@@ -133,22 +114,22 @@ class Grid:
         ]
         return pd.DataFrame(rows, columns=list(dict.fromkeys([*names, *(k for row in rows for k in row)])))
 
-    def _path(self, plain: dict) -> Path:
+    def _path(self, plain: dict[str, Any]) -> Path:
         words = " ".join(f"{k} {plain[k]}" for k in sorted(plain))
         slug = re.sub(r"[^A-Za-z0-9.]+", "-", words)[:80].strip("-.")
         return self.folder / "cells" / f"{slug}-{digest(_canonical(plain))}.json"
 
-    def _stored(self, path: Path) -> dict | None:
+    def _stored(self, path: Path) -> dict[str, Any] | None:
         """A cell's file, if it is whole, of this grid, and in its place."""
         cell = _read(path) or {}
         whole = isinstance(cell.get("description"), dict) and isinstance(cell.get("result"), dict)
         return cell if whole and cell.get("grid") == self.key and self._path(cell["description"]) == path else None
 
-    def _all(self) -> list[dict]:
+    def _all(self) -> list[dict[str, Any]]:
         return [cell for path in sorted((self.folder / "cells").glob("*.json")) if (cell := self._stored(path))]
 
 
-def _read(path: Path) -> dict | None:
+def _read(path: Path) -> dict[str, Any] | None:
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -156,13 +137,14 @@ def _read(path: Path) -> dict | None:
     return found if isinstance(found, dict) else None
 
 
-def _plain(value: Any, what: str) -> dict:
+def _plain(value: Any, what: str) -> dict[str, Any]:
     """As it comes back from JSON; scalars of numpy and torch become numbers."""
     try:
-        return json.loads(json.dumps(dict(value), default=lambda other: other.item()))
+        plain: dict[str, Any] = json.loads(json.dumps(dict(value), default=lambda other: other.item()))
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         expected = "a dict of numbers, strings, None, and lists and dicts of these"
         raise MechunlearnError(f"In {what}: {error}. Expected {expected}.") from None
+    return plain
 
 
 def _canonical(plain: Any) -> str:

@@ -3,10 +3,13 @@
 import hashlib
 import json
 import platform
-import resource
+import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import psutil
 
 LIBRARIES = ("mechunlearn", "torch", "transformers", "transformer-lens")
 
@@ -25,9 +28,22 @@ def _versions() -> dict[str, str]:
 class RunCard:
     """How an artefact was made: method, model and data hashes, seed, settings, versions, device, time and memory.
 
-    `seconds` is wall time, `peak_mib` the process's peak resident memory in MiB. `trajectory` has one entry a training
-    step or edited layer (its terms, and what was measured on the way); `stopped` says why it ended before its last step;
-    `skipped` lists the facts that were left out because the model did not know them.
+    Attributes:
+        method: The name of the localizer, editor or attack.
+        model: The fingerprint of the model's weights before the method ran.
+        data: A hash of the prompts and texts.
+        seed: The seed of everything that was drawn.
+        settings: The method's keyword arguments, as JSON can hold them.
+        mask: The fingerprint of the mask that an editor was given.
+        weights: The number of weights that the mask selects.
+        budget: The share of the model's editable weights that these are.
+        device: Where the model ran.
+        seconds: Wall time.
+        peak_mib: The most memory that the process has held so far, in MiB (see `peak_mib`).
+        trajectory: One entry a training step or edited layer: the terms of the loss and what was measured.
+        stopped: Why the training ended before its last step.
+        skipped: The facts that were left out because the model did not know them.
+        versions: The versions of Python and of the libraries that matter.
 
     >>> RunCard("random_units", seed=1).seed
     1
@@ -37,42 +53,71 @@ class RunCard:
     model: str = ""
     data: str = ""
     seed: int = 0
-    settings: dict = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
     mask: str = ""
     weights: int = 0
     budget: float = 0.0
     device: str = "cpu"
     seconds: float = 0.0
     peak_mib: float = 0.0
-    trajectory: list[dict] = field(default_factory=list)
+    trajectory: list[dict[str, Any]] = field(default_factory=list)
     stopped: str = ""
     skipped: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=_versions)
 
     def to_json(self) -> str:
+        """Return the card as one line of JSON with sorted keys."""
         return json.dumps(asdict(self), sort_keys=True)
-
-    @classmethod
-    def from_json(cls, text: str) -> "RunCard":
-        return cls(**json.loads(text))
 
 
 class Stopwatch:
-    """Wall time since it was made, and the peak memory so far, to write on a card."""
+    """Measure wall time from the moment it is made, and write it on a card.
+
+    >>> Stopwatch().stamp(RunCard("random_units")).peak_mib > 1
+    True
+    """
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
 
     def seconds(self) -> float:
+        """Return the seconds since the watch was made, to a thousandth."""
         return round(time.perf_counter() - self._start, 3)
 
     def stamp(self, card: RunCard) -> RunCard:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        return replace(card, seconds=self.seconds(), peak_mib=round(peak, 1))
+        """Return the card with the time since the watch was made and the peak memory so far.
+
+        Args:
+            card: The card of what was timed.
+        """
+        return replace(card, seconds=self.seconds(), peak_mib=round(peak_mib(), 1))
+
+
+def peak_mib() -> float:
+    """Return the most resident memory that this process has held so far, in MiB.
+
+    On Windows psutil knows the peak (`peak_wset`); on Linux and macOS the system gives it (`ru_maxrss`). Where neither
+    does, it is the memory held now.
+    """
+    memory = psutil.Process().memory_info()
+    if hasattr(memory, "peak_wset"):
+        return float(memory.peak_wset) / 2**20
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return float(memory.rss) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def digest(*parts: bytes | str | memoryview) -> str:
-    """A short hash of the parts, in order."""
+    """Return a short hash of the parts: 16 hexadecimal digits of SHA-256.
+
+    Args:
+        parts: What is hashed, in this order.
+
+    >>> digest("a", "b") == digest("ab")
+    False
+    """
     made = hashlib.sha256()
     for part in parts:
         made.update(part.encode() if isinstance(part, str) else part)

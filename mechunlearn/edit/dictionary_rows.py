@@ -8,7 +8,8 @@ from torch import Tensor
 
 from mechunlearn.artifacts.mask import ComponentMask
 from mechunlearn.artifacts.weight_edit import WeightEdit
-from mechunlearn.core.runcard import RunCard, Stopwatch
+from mechunlearn.core.runcard import RunCard
+from mechunlearn.edit.remake import editor
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.features.dictionaries import SAE
 from mechunlearn.features.feature_edit import feature_units
@@ -19,6 +20,7 @@ from mechunlearn.model.hooked import HookedModel
 DAMPING = 0.01  # of the largest gain of a norm: rows are not taken back through smaller ones
 
 
+@editor
 def dictionary_rows(
     model: HookedModel,
     mask: ComponentMask,
@@ -38,8 +40,21 @@ def dictionary_rows(
     behind the norm's weights. Rows in which no selected feature is active stay as they are, bit by bit. It removes only
     what MLPs write: a feature that the embedding or attention writes stays.
 
-    Raises `MechunlearnError` for a codebook, a mask of another dictionary or one that selects nothing, a negative strength,
-    a hook point that is no residual stream, and if no row has any of the features.
+    Args:
+        model: The model to edit.
+        mask: The features to take out, of this dictionary.
+        forget: The topic: prompts, texts, or tokens with lengths.
+        retain: Not looked at. A random control is matched on it, where it is given.
+        dictionary: An SAE of a residual stream.
+        scale: How many times what they were the features are set to, with the other sign; 0 takes them out.
+        seed: Not used; every editor has one.
+
+    Returns:
+        New rows of the neurons that write the features: the edit's own `mask` is of these, not of features.
+
+    Raises:
+        MechunlearnError: For a codebook, a mask of another dictionary or one that selects nothing, a negative scale, a hook
+            point that is no residual stream, and if no row has any of the features.
 
     >>> from mechunlearn import load_model
     >>> from mechunlearn.features.dictionaries import load_dictionary
@@ -51,12 +66,9 @@ def dictionary_rows(
     >>> {component.kind for component in edit.mask}
     {'mlp.out'}
     """
-    del retain
-    watch = Stopwatch()
+    del retain, seed
     if not isinstance(dictionary, SAE):
         raise MechunlearnError(f"{dictionary} is no SAE: its codes are not directions that rows are sums of.")
-    if scale < 0:
-        raise MechunlearnError(f"A scale of {scale} would keep or amplify the features. Expected 0 or more.")
     units = feature_units(mask, dictionary, model)
     layer, kind = layer_of(dictionary.hook_name), dictionary.hook_name.split(".", 1)[1]
     if not kind.startswith("resid_"):
@@ -78,9 +90,7 @@ def dictionary_rows(
         raise MechunlearnError(
             "No MLP row has any of the mask's features, so there is nothing to edit. Clamp them instead."
         )
-    settings = {"scale": scale, "dictionary": dictionary.site}
-    card = RunCard("dictionary_rows", model.fingerprint, seed=seed, settings=settings, mask=mask.fingerprint)
-    return WeightEdit(sites, rows, model.signature, watch.stamp(card))
+    return WeightEdit(sites, rows, model.signature, RunCard(""))
 
 
 @torch.no_grad()
@@ -91,7 +101,7 @@ def _change(
     norm: float,
     scale: float,
 ) -> tuple[Bool[Tensor, " neuron"], Float[Tensor, "neuron d_model"]]:
-    """Which neurons have the features, and how what each writes changes without them."""
+    """Return which neurons have the features, and how what each writes changes without them."""
     stretch = norm / written.norm(dim=1, keepdim=True).clamp(min=1e-12)
     z = dictionary.encode(torch.stack([written * stretch, -written * stretch]))
     sign = z[..., units].sum(-1).argmax(0)
@@ -105,7 +115,7 @@ def _change(
 def _norm_behind(
     model: HookedModel, layer: int, rows: Float[Tensor, "neuron d_model"]
 ) -> tuple[Float[Tensor, " d_model"], Float[Tensor, " d_model"]]:
-    """What a norm behind the MLP multiplies each dimension by, and the way back; ones where there is none."""
+    """Return what a norm behind the MLP multiplies each dimension by, and the way back; ones where there is none."""
     if not model.layout.modules.mlp_post:
         ones = torch.ones(rows.shape[1], device=rows.device)
         return ones, ones
@@ -115,9 +125,10 @@ def _norm_behind(
 
 
 def _norm(model: HookedModel, dictionary: SAE, forget: Texts) -> float:
+    """Return the mean norm of the activations on the topic."""
     tokens, counted = tokenized(model, forget)
     seen: list[torch.Tensor] = []
-    for rows in torch.arange(len(tokens)).split(64):
+    for rows in torch.split(torch.arange(len(tokens)), 64):
 
         def see(h: torch.Tensor, rows: torch.Tensor = rows) -> None:
             seen.append(h.detach().float().norm(dim=-1).cpu()[counted[rows]])

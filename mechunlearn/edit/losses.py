@@ -20,6 +20,7 @@ import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from inspect import Parameter, signature
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -31,20 +32,9 @@ from mechunlearn.errors import MechunlearnError
 Loss = Callable[..., Tensor]
 
 INPUTS = (
-    "logits",
-    "labels",
-    "fact",
-    "reference",
-    "reference_logits",
-    "target_logits",
-    "target_labels",
-    "target_fact",
-    "target_reference",
-    "retain_logits",
-    "retain_labels",
-    "hidden",
-    "reference_hidden",
-)
+    "logits", "labels", "fact", "reference", "reference_logits", "target_logits", "target_labels", "target_fact",
+    "target_reference", "retain_logits", "retain_labels", "hidden", "reference_hidden",
+)  # fmt: skip
 
 
 def cross_entropy(logits: Float[Tensor, "token d_vocab"], labels: Int[Tensor, " token"]) -> Float[Tensor, ""]:
@@ -290,20 +280,9 @@ def rmu_retain(
 
 
 LOSSES: tuple[Loss, ...] = (
-    cross_entropy,
-    injection,
-    log_one_minus_p,
-    gradient_ascent,
-    gradient_difference,
-    kl_retain,
-    npo,
-    simnpo,
-    preference,
-    inverted_hinge,
-    entropy,
-    rmu,
-    rmu_retain,
-)
+    cross_entropy, injection, log_one_minus_p, gradient_ascent, gradient_difference, kl_retain, npo, simnpo, preference,
+    inverted_hinge, entropy, rmu, rmu_retain,
+)  # fmt: skip
 
 
 def needs(loss: Loss) -> frozenset[str]:
@@ -338,7 +317,7 @@ def needs(loss: Loss) -> frozenset[str]:
     return frozenset(asked)
 
 
-def described(loss: Loss) -> dict:
+def described(loss: Loss) -> dict[str, Any]:
     """Say a loss in words that JSON can hold: its name, and all of its settings, defaults included.
 
     What JSON cannot hold is given by its `repr`. Raises `MechunlearnError` for a setting that the loss does not have.
@@ -356,7 +335,7 @@ def described(loss: Loss) -> dict:
     return {"name": _name(loss), "settings": json.loads(json.dumps(settings, default=repr))}
 
 
-def named(description: Mapping) -> Loss:
+def named(description: Mapping[str, Any]) -> Loss:
     """Give back the loss of this module that `described` has put into words.
 
     Raises `MechunlearnError` for a loss that is not in this module (a function of yours is not saved, only its name),

@@ -1,19 +1,19 @@
 """Gradient descent restricted to the units of a mask."""
 
-import json
 from collections.abc import Sequence
 
 from mechunlearn.artifacts.mask import ComponentMask
 from mechunlearn.artifacts.weight_edit import WeightEdit
-from mechunlearn.core.runcard import RunCard, Stopwatch, digest
 from mechunlearn.edit import losses
-from mechunlearn.edit.objective import Measure, Objective, Reading, minimise, training_text
+from mechunlearn.edit.objective import Measure, Objective, descend_on
+from mechunlearn.edit.remake import editor
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.model.hooked import HookedModel
 from mechunlearn.training.loop import Schedule
 from mechunlearn.training.parameterizations import SelectedRows
 
 
+@editor
 def masked_gradient(
     model: HookedModel,
     mask: ComponentMask,
@@ -41,65 +41,53 @@ def masked_gradient(
 ) -> WeightEdit:
     """Change the forget facts by training only the selected units, while the retain facts and text are held.
 
-    minimise  forget_weight * loss(forget) + retain_weight * retain_loss(retain) + text_weight * CE(text)
+    minimise  forget_weight * loss(forget) + retain_weight * retain_loss(retain) + text_weight * CE(texts)
 
     with AdamW, linear warm-up, cosine schedule and gradient clipping, as in Mechanistic Unlearning (arXiv 2410.12949).
-    `loss` is any function of `edit.losses`, or one of yours; what it names as its parameters it is given (see
-    `losses`). `losses.injection` trains towards each fact's own wrong answer (`forget.targets`). `texts` is by default a
-    half of the forget data set's ordinary passages. `accumulate` splits each batch into so many passes.
+    Ctrl-C ends training with the edit so far. The model is left as it was. Cost is that of the mask: gradient, optimiser
+    state and float32 copy for the selected rows alone, no backward pass below the lowest masked layer. bfloat16 weights
+    are trained through float32 copies of the selected rows. For thousands of facts a closed form is the better tool.
 
-    With `stop_at`, training ends once that share of the forget facts is edited: answers the target, where the loss has
-    one, else no longer gives the truth (greedy, measured every 5 steps). Ctrl-C ends it too, with the edit so far. The
-    card's `trajectory` has the terms of every step, and what `measure(step)` gives of the model as trained so far; an entry
-    `stop` that is true ends training.
+    Args:
+        model: The model to edit.
+        mask: The units that may move.
+        forget: Facts to change.
+        retain: Facts to hold.
+        loss: Any function of `edit.losses`, or one of yours; it gets what it names as its parameters (see `losses`).
+            `losses.injection` trains towards each fact's own wrong answer (`forget.targets`).
+        retain_loss: The same for the retain facts.
+        steps: Optimiser steps, at most.
+        lr: Largest learning rate.
+        forget_weight: Weight of the forget term.
+        retain_weight: Weight of the retain term; at 0 the retain facts are not read.
+        text_weight: Weight of the cross-entropy of ordinary text; at 0 no text is read.
+        texts: Ordinary text to hold, by default a half of the forget data set's passages.
+        batch_size: Forget facts a step, as many retain facts, and a quarter as many texts.
+        accumulate: Parts that each batch is split into, to save memory.
+        clip: Largest norm of the gradient.
+        warmup: Steps in which the learning rate rises.
+        weight_decay: AdamW's weight decay.
+        stop_at: End once this share of the forget facts is edited: answers the target, where the loss has one, else no
+            longer gives the truth (greedy, measured every 5 steps).
+        cache: Compute what enters the lowest masked layer once an example and keep it (tokens x d_model).
+        measure: Called with the number of each step; what it returns goes on the card, and a true `stop` in it ends training.
+        seed: Seed of the order of the facts.
+        progress: Whether to show a bar.
 
-    The model is left as it was. Cost is that of the mask: gradient, optimiser state and float32 copy for the selected
-    rows alone, no backward pass below the lowest masked layer, and with `cache` what enters that layer is computed once an
-    example and kept (tokens x d_model). bfloat16 weights are trained through float32 copies of the selected rows.
+    Returns:
+        New rows of the selected units. The card's `trajectory` has the terms of every step.
 
-    Raises `MechunlearnError` for an empty mask or set, a mask of another architecture or of features, and a loss that is
-    not finite. For thousands of facts a closed form is the better tool.
+    Raises:
+        MechunlearnError: For an empty mask or set, a mask of another architecture or of features, numbers out of range,
+            and a loss that is not finite.
 
     >>> from mechunlearn.world.toy import planted_facts
     >>> toy = planted_facts()
     >>> mask = ComponentMask.of(["L0.mlp.out"], toy.model.signature)
-    >>> masked_gradient(toy.model, mask, toy.prompts([0]), toy.prompts([1, 2]), steps=2).mask == mask
-    True
+    >>> edit = masked_gradient(toy.model, mask, toy.prompts([0]), toy.prompts([1, 2]), steps=2)
+    >>> edit.mask == mask, edit.remake(seed=1).card.seed
+    (True, 1)
     """
-    watch = Stopwatch()
-    passages = tuple(texts) if texts is not None else training_text(forget)
-    objective = Objective(loss, retain_loss, forget_weight, retain_weight, text_weight)
-    schedule = Schedule(steps, lr, warmup, clip, weight_decay)
-    rows = SelectedRows(model, mask)
-    reading = Reading(batch_size, accumulate, cache, stop_at)
-    with rows.attached():
-        try:
-            done = minimise(
-                model,
-                rows,
-                objective,
-                forget,
-                retain,
-                passages,
-                schedule,
-                reading,
-                measure=measure,
-                seed=seed,
-                progress=progress,
-            )
-            units, new = rows.rows()
-        finally:
-            rows.restore()
-    card = RunCard(
-        "masked_gradient",
-        model=model.fingerprint,
-        data=digest(forget.fingerprint, retain.fingerprint, json.dumps(passages)),
-        seed=seed,
-        settings=objective.settings() | vars(schedule) | vars(reading),
-        mask=mask.fingerprint,
-        weights=mask.weights(model),
-        device=str(model.device),
-        trajectory=done.trajectory,
-        stopped=done.stopped,
-    )
-    return WeightEdit(units, new, model.signature, watch.stamp(card))
+    how = (loss, retain_loss, forget_weight, retain_weight, text_weight, texts, batch_size, accumulate, stop_at, cache)
+    schedule, rows = Schedule(steps, lr, warmup, clip, weight_decay), SelectedRows(model, mask)
+    return descend_on(rows, forget, retain, Objective(*how), schedule, measure, seed, progress)

@@ -1,29 +1,30 @@
 """MEMIT: many facts written into, or erased from, the output weights of a few MLPs by ridge regression."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
 from mechunlearn.artifacts.mask import ComponentMask
 from mechunlearn.artifacts.weight_edit import WeightEdit
-from mechunlearn.core.runcard import Stopwatch
-from mechunlearn.edit.closed_form.washing import How, washing
-from mechunlearn.errors import MechunlearnError
+from mechunlearn.edit.closed_form.washing import How, Position, Target, washing
+from mechunlearn.edit.remake import editor
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.model.hooked import HookedModel
 from mechunlearn.training.covariance import Covariance
 from mechunlearn.training.solve import solve
 
 
+@editor
 def memit(
     model: HookedModel,
     mask: ComponentMask,
     forget: Prompts,
     retain: Prompts,
     *,
-    target: str = "end-of-text",
-    position: str = "subject last",
+    target: Target = "end-of-text",
+    position: Position = "subject last",
     covariance_weight: float | int = 20_000,
     retain_weight: float | int = 0.0,
     covariance: Covariance | None = None,
@@ -42,22 +43,43 @@ def memit(
     D_l = R K^T (covariance_weight * C + K K^T + retain_weight * K_r K_r^T)^-1,   R = (z - h) / (layers left)
 
     (Mass-Editing Memory, arXiv 2210.07229, eqs. 14 and 20, without the last term). K are the inputs of W_out at the token
-    `position` of each forget fact (half the bare prompt, half the mean behind `prefixes` openings of `texts`), h the residual
-    stream leaving the mask's last layer there, z its target value, found by `steps` of Adam for many facts at a time
-    (`"mean"`: the retain facts' average, no optimisation). C = E[k k^T] over `texts` (by default the forget data set's
-    passages), or as given. A larger `covariance_weight` protects text more and edits less; the papers use 15,000 to 100,000. `overshoot`
-    moves z that many times as far from h: a ridge falls short of its targets, and 1.5 with a larger strength can forget
-    more than 1 with a smaller one, for less damage to text.
-    Retain facts matter only with `retain_weight`, which keeps the outputs for their keys.
+    `position` of each forget fact (half the bare prompt, half the mean behind prefixes), h the residual stream leaving the
+    mask's last layer there, z its target value, C = E[k k^T] over text. Layers are the mask's `mlp.out` sites, lowest first,
+    h measured anew at each; of a partly selected site only the chosen neurons' weights change. Facts that the model does not
+    give are skipped, with a warning and in the card's `skipped`. Solved in float64.
 
-    Layers are the mask's `mlp.out` sites, lowest first, h measured anew at each; of a partly selected site only the
-    chosen neurons' weights change; other sites are left alone. Take the role and layers from a localization
-    (`Localization.strongest_role`), not from a table. Facts that the model does not give are skipped, with a warning and
-    in the card's `skipped`. Solved in float64; the card's `trajectory` has strength, norms and jitter by layer.
+    It tells no relation from others where keys are the same: at the subject's last token the subject's other facts change
+    too. 1.5 as `overshoot` with a larger `covariance_weight` can forget more than 1 with a smaller one, for less damage to text.
 
-    Raises `MechunlearnError` for a mask without `mlp.out` sites, statistics of another model or of too few tokens, no
-    known fact, no subject where the role needs one. It maps no relation apart from others where keys are the same: at the
-    subject's last token the subject's other facts change too.
+    Args:
+        model: The model to edit.
+        mask: The neurons whose output weights may move; sites other than `mlp.out` are left alone.
+        forget: Facts to erase or replace.
+        retain: Facts to hold; they matter with `retain_weight`, and for the targets `mean` and `shared`.
+        target: What the facts' prompts shall be followed by: `end-of-text`, `targets` (each fact's own wrong answer),
+            `shared` (end-of-text, one value for all facts), or `mean` (the retain facts' average, no search).
+        position: The token to act at, `subject last` or `last`. Take it, and the layers, from a localization
+            (`Localization.strongest_role`), not from a table.
+        covariance_weight: Weight of C. A larger one protects text more and edits less; the papers use 15,000 to 100,000.
+        retain_weight: Weight of the retain facts' keys K_r, whose outputs are kept.
+        covariance: C, collected over text before (`Covariance.of_text`), to try several settings. Sites that it lacks are
+            collected over the same text.
+        texts: What C and the prefixes are from, by default a half of the forget data set's passages.
+        target_values: z of every forget fact, to skip the search.
+        prefixes: How many beginnings of `texts` each prompt is read behind, besides bare.
+        steps: Steps of Adam for each target value, many facts at a time.
+        lr: Adam's learning rate, in units of the residual stream's root mean square.
+        overshoot: Moves z that many times as far from h: a ridge falls short of its targets.
+        batch_size: Prompts in memory.
+        seed: Seed of prefixes, and of the facts that a shared target value is found on.
+        progress: Whether to show bars.
+
+    Returns:
+        New rows of the neurons. The card's `trajectory` has weight, norms and jitter by layer.
+
+    Raises:
+        MechunlearnError: For a mask without `mlp.out` sites, statistics of another model or of too few tokens, no known
+            fact, no subject where the position needs one, and numbers out of range.
 
     >>> from mechunlearn.world.toy import planted_facts
     >>> toy = planted_facts()
@@ -71,39 +93,14 @@ def memit(
     >>> bool(right[0]), bool(right[1:].all())
     (False, True)
     """
-    watch = Stopwatch()
-    if covariance_weight <= 0 or retain_weight < 0:
-        raise MechunlearnError(
-            f"Got a covariance_weight of {covariance_weight:g} and a retain weight of {retain_weight:g}. Expected more than 0, and 0 or more."
-        )
-    work = washing(
-        model,
-        mask,
-        forget,
-        retain,
-        How(target, position, prefixes, steps, lr, overshoot, batch_size),
-        covariance=covariance,
-        texts=texts,
-        target_values=target_values,
-        keep=retain_weight > 0,
-        seed=seed,
-        progress=progress,
-    )
-    trajectory = []
+    how, keep = How(target, position, prefixes, steps, lr, overshoot, batch_size), retain_weight > 0
+    work = washing(model, mask, forget, retain, how, covariance, texts, target_values, keep, seed, progress)
+
+    def solution(layer: int) -> tuple[Tensor, dict[str, Any]]:
+        sums = work.sums(layer)
+        left = covariance_weight * work.second_moment(layer) + sums.gram + work.kept(layer, retain_weight)
+        change, jitter = solve(left, sums.cross)
+        return change, {"covariance_weight": float(covariance_weight), "jitter": jitter}
+
     with work.undone():
-        for layer in work.layers:
-            sums = work.sums(layer)
-            left = covariance_weight * work.second_moment(layer) + sums.gram + work.kept(layer, retain_weight)
-            change, jitter = solve(left, sums.cross)
-            trajectory.append(
-                {
-                    "layer": layer,
-                    "covariance_weight": float(covariance_weight),
-                    "norm": float(change.norm()),
-                    "weight norm": float(work.weight(layer).norm()),
-                    "jitter": jitter,
-                }
-            )
-            work.add_(layer, change)
-        settings = {"covariance_weight": float(covariance_weight), "retain_weight": float(retain_weight)}
-        return work.edit("memit", mask, retain, settings, trajectory, watch, seed)
+        return work.edit(work.solved(solution)[1])

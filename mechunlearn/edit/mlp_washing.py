@@ -1,6 +1,7 @@
 """LAW: thousands of facts washed out of MLP output weights in closed form, layer by layer until none is left."""
 
 from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -8,29 +9,29 @@ from torch import Tensor
 
 from mechunlearn.artifacts.mask import ComponentMask
 from mechunlearn.artifacts.weight_edit import WeightEdit
-from mechunlearn.core.runcard import Stopwatch
-from mechunlearn.edit.closed_form.washing import How, remaining, washing
+from mechunlearn.edit.closed_form.washing import How, Position, Target, remaining, washing
+from mechunlearn.edit.remake import editor
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.model.hooked import HookedModel
 from mechunlearn.training.covariance import Covariance
 from mechunlearn.training.solve import Spectrum, solve, within_band
 
-ASCENTS = ("path", "adam", "off")
 BETA, ADAM_STEPS, ADAM_RATE = 1.1, 1000, 1e-7
 
 
+@editor
 def mlp_washing(
     model: HookedModel,
     mask: ComponentMask,
     forget: Prompts,
     retain: Prompts,
     *,
-    target: str = "end-of-text",
-    position: str = "subject last",
+    target: Target = "end-of-text",
+    position: Position = "subject last",
     covariance_weight: float | int = 20_000,
     band: tuple[float | int, float | int] = (1 / 3, 3 / 4),
-    ascent: str = "path",
+    ascent: Literal["path", "adam", "off"] = "path",
     growth: float | int = 2.0,
     eliminate: bool = True,
     retain_weight: float | int = 0.0,
@@ -50,19 +51,47 @@ def mlp_washing(
     max_D ||D K_w||_F^2   subject to   tr(D C D^T) = beta tr(C)
 
     (Large Scale Knowledge Washing, arXiv 2405.16720, section 3), begun at `memit`'s change towards end-of-text. First each
-    layer's change is found for all facts, with the strength nearest to `covariance_weight` at which ||D||_F lies in `band` times
-    ||W||_F: the norm, not the strength, says how much is changed. Then, layer by layer, the objective is climbed for the
+    layer's change is found for all facts, with the weight of C nearest to `covariance_weight` at which ||D||_F lies in `band`
+    times ||W||_F: the norm, not the weight, says how much is changed. Then, layer by layer, the objective is climbed for the
     keys K_w of the facts that are still known, with beta = 1.1 tr(D C D^T) / tr(C); what the model no longer answers
-    leaves the set (`eliminate`, one forward pass), and when it is empty the layers above are left as they are.
+    leaves the set, and when it is empty the layers above are left as they are. Everything else is as in `memit`.
 
-    `ascent="path"` follows the gradient flow in closed form until the strongest direction has grown `growth` times as much
-    as one without keys; its limit has rank one, so more is not better. `"adam"` is the authors' schedule (1,000 steps, rate
-    1e-7, back onto the ellipsoid after each), which beside the rescaling moves D by a thousandth; `"off"` keeps the initialisation.
-    Everything else is as in `memit`; `retain_weight` adds the retain facts' keys to what is kept.
+    Facts about the same subjects, and neighbours, pay most: measure them, and compare `memit` with `overshoot` and retain
+    keys (docs/reproductions/law.md). Where the band is out of reach (few facts), the card's `trajectory` says so.
 
-    Raises `MechunlearnError` as `memit` does, and for a band or growth that is none. Facts about the same subjects, and
-    neighbours, pay most: measure them, and compare `memit` with `overshoot` and retain keys (docs/reproductions/law.md). Where
-    the band is out of reach (few facts), the card's `trajectory` says so.
+    Args:
+        model: The model to edit.
+        mask: The neurons whose output weights may move; sites other than `mlp.out` are left alone.
+        forget: Facts to wash out.
+        retain: Facts to hold; they matter with `retain_weight`, and for the targets `mean` and `shared`.
+        target: What the facts' prompts shall be followed by (see `memit`).
+        position: The token to act at, `subject last` or `last`.
+        covariance_weight: Weight of C that the search begins at.
+        band: Least and largest norm of a layer's change, as shares of its weight's norm.
+        ascent: `path` follows the gradient flow in closed form; `adam` is the authors' schedule (1,000 steps, rate 1e-7,
+            back onto the ellipsoid after each), which beside the rescaling moves D by a thousandth; `off` keeps the
+            initialisation.
+        growth: How many times as much the path's strongest direction grows as one without keys. Its limit has rank one, so
+            more is not better.
+        eliminate: Whether facts leave the set once the model no longer answers them (one forward pass a layer).
+        retain_weight: Weight of the retain facts' keys, whose outputs are kept.
+        covariance: C, collected over text before (`Covariance.of_text`), to try several settings. Sites that it lacks are
+            collected over the same text.
+        texts: What C and the prefixes are from, by default a half of the forget data set's passages.
+        target_values: z of every forget fact, to skip the search.
+        prefixes: How many beginnings of `texts` each prompt is read behind, besides bare.
+        steps: Steps of Adam for each target value, many facts at a time.
+        lr: Adam's learning rate, in units of the residual stream's root mean square.
+        overshoot: Moves z that many times as far from h: a ridge falls short of its targets.
+        batch_size: Prompts in memory.
+        seed: Seed of prefixes, and of the facts that a shared target value is found on.
+        progress: Whether to show bars.
+
+    Returns:
+        New rows of the neurons. The card's `trajectory` has weight, norms and what was still known by layer.
+
+    Raises:
+        MechunlearnError: As `memit` does, and for a band that is none.
 
     >>> from mechunlearn.world.toy import planted_facts
     >>> toy = planted_facts()
@@ -76,64 +105,37 @@ def mlp_washing(
     >>> (~right).nonzero().flatten().tolist()
     [3]
     """
-    watch = Stopwatch()
-    _check(covariance_weight, band, ascent, growth, retain_weight)
-    work = washing(
-        model,
-        mask,
-        forget,
-        retain,
-        How(target, position, prefixes, steps, lr, overshoot, batch_size),
-        covariance=covariance,
-        texts=texts,
-        target_values=target_values,
-        keep=retain_weight > 0,
-        seed=seed,
-        progress=progress,
-    )
-    trajectory: list[dict] = []
-    first: dict[int, Tensor] = {}
+    if len(band) != 2 or not 0 < band[0] <= band[1]:
+        raise MechunlearnError(
+            f"Got a band of {band}. Expected two shares of the weight's norm above 0, the smaller first."
+        )
+    how, keep = How(target, position, prefixes, steps, lr, overshoot, batch_size), retain_weight > 0
+    work = washing(model, mask, forget, retain, how, covariance, texts, target_values, keep, seed, progress)
+
+    def initial(layer: int) -> tuple[Tensor, dict[str, Any]]:
+        sums, size, moment = work.sums(layer), float(work.weight(layer).norm()), work.second_moment(layer)
+        gram = sums.gram + work.kept(layer, retain_weight)
+        norm = Spectrum.of(gram, moment).norms(sums.cross)
+        chosen, reached = within_band(norm, covariance_weight, (band[0] * size, band[1] * size))
+        change, jitter = solve(chosen * moment + gram, sums.cross)
+        return change, {"covariance_weight": chosen, "in band": reached, "jitter": jitter}
+
     with work.undone():
-        for layer in work.layers:
-            sums, size = work.sums(layer), float(work.weight(layer).norm())
-            moment = work.second_moment(layer)
-            gram = sums.gram + work.kept(layer, retain_weight)
-            norm = Spectrum.of(gram, moment).norms(sums.cross)
-            chosen, reached = within_band(norm, covariance_weight, (band[0] * size, band[1] * size))
-            first[layer], jitter = solve(chosen * moment + gram, sums.cross)
-            entry = {
-                "layer": layer,
-                "covariance_weight": chosen,
-                "norm": float(first[layer].norm()),
-                "weight norm": size,
-            }
-            trajectory.append({**entry, "in band": reached, "jitter": jitter})
-            work.add_(layer, first[layer])
+        first, trajectory = work.solved(initial)
     left = torch.arange(len(work.facts))
     with work.undone():
-        for layer, entry in zip(work.layers, trajectory):
+        for (layer, change), entry in zip(first.items(), trajectory):
             entry["known before"] = len(left)
             if not len(left):
                 break
-            moment = work.second_moment(layer)
-            change = first[layer]
+            climbed = change
             if ascent != "off":
                 keys = work.gram(layer, work.edit_prompts.select(left))
-                change = _ascended(change.T, keys, moment, ascent, growth).T
-            entry["moved"] = float((change - first[layer]).norm() / first[layer].norm().clamp_min(1e-300))
-            work.add_(layer, change)
-            if eliminate:
-                left = remaining(work, left)
-        settings = {
-            "covariance_weight": float(covariance_weight),
-            "band": list(band),
-            "ascent": ascent,
-            "growth": float(growth),
-            "eliminate": eliminate,
-            "retain_weight": float(retain_weight),
-        }
-        stopped = "" if len(left) else "nothing is left"
-        return work.edit("mlp_washing", mask, retain, settings, trajectory, watch, seed, stopped)
+                climbed = _ascended(change.T, keys, work.second_moment(layer), ascent, growth).T
+            entry["moved"] = float((climbed - change).norm() / change.norm().clamp_min(1e-300))
+            work.add_(layer, climbed)
+            left = remaining(work, left) if eliminate else left
+        return work.edit(trajectory, "" if len(left) else "nothing is left")
 
 
 def _ascended(
@@ -143,10 +145,10 @@ def _ascended(
     ascent: str,
     growth: float | int,
 ) -> Float[Tensor, "d_model unit"]:
-    """The change after the ascent, on the ellipsoid tr(D C D^T) = 1.1 times what it was."""
+    """Return the change after the ascent, on the ellipsoid tr(D C D^T) = 1.1 times what it was."""
     size = BETA * _energy(change, moment)
     if ascent == "path":
-        return Spectrum.of(gram, moment).ascended(change, growth) * BETA**0.5
+        return Spectrum.of(gram, moment).ascended(change, growth) * float(BETA**0.5)
     found = change.clone().requires_grad_()
     optimiser = torch.optim.Adam([found], lr=ADAM_RATE, maximize=True)
     with torch.no_grad():
@@ -158,23 +160,5 @@ def _ascended(
 
 
 def _energy(change: Float[Tensor, "d_model unit"], moment: Float[Tensor, "unit unit"]) -> Float[Tensor, ""]:
-    """tr(D C D^T)."""
+    """Return tr(D C D^T)."""
     return ((change @ moment) * change).sum()
-
-
-def _check(
-    covariance_weight: float | int,
-    band: Sequence[float | int],
-    ascent: str,
-    growth: float | int,
-    retain_weight: float | int,
-) -> None:
-    if covariance_weight <= 0 or retain_weight < 0 or len(band) != 2 or not 0 < band[0] <= band[1]:
-        raise MechunlearnError(
-            f"Got a covariance_weight of {covariance_weight:g}, a band of {tuple(band)} and a retain weight of {retain_weight:g}. Expected "
-            "more than 0, two shares of the weight's norm with the smaller first, and 0 or more."
-        )
-    if ascent not in ASCENTS or not 1 <= growth < 1e30:
-        raise MechunlearnError(
-            f"Got ascent='{ascent}' with a growth of {growth:g}. Expected one of {', '.join(ASCENTS)}, and 1 or more."
-        )

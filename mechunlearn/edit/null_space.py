@@ -1,15 +1,16 @@
 """AlphaEdit: a closed-form edit that moves nothing in the directions that ordinary text uses."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, eye
 
 from mechunlearn.artifacts.mask import ComponentMask
 from mechunlearn.artifacts.weight_edit import WeightEdit
-from mechunlearn.core.runcard import Stopwatch
 from mechunlearn.edit.closed_form.edit_prompts import EditPrompts
-from mechunlearn.edit.closed_form.washing import How, washing
+from mechunlearn.edit.closed_form.washing import How, Position, Target, washing
+from mechunlearn.edit.remake import editor
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.model.hooked import HookedModel
@@ -18,14 +19,15 @@ from mechunlearn.training.solve import null_space as directions
 from mechunlearn.training.solve import solve
 
 
+@editor
 def null_space(
     model: HookedModel,
     mask: ComponentMask,
     forget: Prompts,
     retain: Prompts,
     *,
-    target: str = "end-of-text",
-    position: str = "subject last",
+    target: Target = "end-of-text",
+    position: Position = "subject last",
     energy: float | int = 0.02,
     ridge: float | int = 1.0,
     earlier: Sequence[Prompts] = (),
@@ -46,12 +48,37 @@ def null_space(
 
     (AlphaEdit, arXiv 2410.02355, eq. 14). U are eigenvectors of C = E[k k^T], those of least energy that together hold at
     most the share `energy` of its trace: a relative threshold, where the paper's code has an absolute one that depends on
-    model and text. Solved in the projected space, |U| by |U|. `earlier` lists facts of edits made before on this model:
-    the changes for their keys K_p are held near zero, so that edits can follow one another. The retain facts are not
-    used, but for `target="mean"`. Everything else is as in `memit`.
+    model and text. Solved in the projected space, |U| by |U|. Everything else is as in `memit`. Not for a model or a mask
+    whose text fills every direction: the card's `trajectory` says how many are left.
 
-    Raises `MechunlearnError` as `memit` does, and where no direction is left below the threshold. Not for a model or a mask
-    whose text fills every direction: see the card's `trajectory` for how many are left.
+    Args:
+        model: The model to edit.
+        mask: The neurons whose output weights may move; sites other than `mlp.out` are left alone.
+        forget: Facts to erase or replace.
+        retain: Other facts; only the targets `mean` and `shared` use them.
+        target: What the facts' prompts shall be followed by (see `memit`).
+        position: The token to act at, `subject last` or `last`.
+        energy: Share of C's trace, above 0 and below 1, that the directions of the change may hold.
+        ridge: Weight of the change's own size.
+        earlier: Facts of edits made before on this model. The changes for their keys K_p are held near zero, so that edits
+            can follow one another.
+        covariance: C, collected over text before (`Covariance.of_text`), to try several settings. Sites that it lacks are
+            collected over the same text.
+        texts: What C and the prefixes are from, by default a half of the forget data set's passages.
+        target_values: z of every forget fact, to skip the search.
+        prefixes: How many beginnings of `texts` each prompt is read behind, besides bare.
+        steps: Steps of Adam for each target value, many facts at a time.
+        lr: Adam's learning rate, in units of the residual stream's root mean square.
+        overshoot: Moves z that many times as far from h: a ridge falls short of its targets.
+        batch_size: Prompts in memory.
+        seed: Seed of prefixes, and of the facts that a shared target value is found on.
+        progress: Whether to show bars.
+
+    Returns:
+        New rows of the neurons. The card's `trajectory` has directions, norms and jitter by layer.
+
+    Raises:
+        MechunlearnError: As `memit` does, and where no direction is left below the threshold.
 
     >>> from mechunlearn.world.toy import planted_facts
     >>> toy = planted_facts()
@@ -66,48 +93,21 @@ def null_space(
     >>> bool(right.all()), edit.card.trajectory[0]["directions"]
     (True, 9)
     """
-    watch = Stopwatch()
-    if not 0 < energy < 1 or ridge <= 0:
-        raise MechunlearnError(
-            f"Got an energy of {energy:g} and a ridge of {ridge:g}. Expected a share between 0 and 1, and more than 0."
-        )
-    work = washing(
-        model,
-        mask,
-        forget,
-        retain,
-        How(target, position, prefixes, steps, lr, overshoot, batch_size),
-        covariance=covariance,
-        texts=texts,
-        target_values=target_values,
-        keep=False,
-        seed=seed,
-        progress=progress,
-    )
+    how, keep = How(target, position, prefixes, steps, lr, overshoot, batch_size), False
+    work = washing(model, mask, forget, retain, how, covariance, texts, target_values, keep, seed, progress)
     before = [EditPrompts.of(model, prompts, position) for prompts in earlier]
-    trajectory = []
-    with work.undone():
-        for layer in work.layers:
-            basis = directions(work.second_moment(layer), energy)
-            if not basis.shape[1]:
-                raise MechunlearnError(
-                    f"Text uses every direction of the {len(basis)} neurons chosen in layer {layer}: none holds less than "
-                    f"{energy:g} of the energy. Raise energy=, choose more neurons, or use memit."
-                )
-            sums = work.sums(layer)
-            gram = sum((work.gram(layer, contexts) for contexts in before), sums.gram)
-            left = basis.T @ gram @ basis
-            found, jitter = solve(left + ridge * eye(len(left)).to(left), basis.T @ sums.cross)
-            change = basis @ found
-            trajectory.append(
-                {
-                    "layer": layer,
-                    "directions": basis.shape[1],
-                    "norm": float(change.norm()),
-                    "weight norm": float(work.weight(layer).norm()),
-                    "jitter": jitter,
-                }
+
+    def solution(layer: int) -> tuple[Tensor, dict[str, Any]]:
+        basis = directions(work.second_moment(layer), energy)
+        if not basis.shape[1]:
+            raise MechunlearnError(
+                f"Text uses every direction of the {len(basis)} neurons chosen in layer {layer}: none holds less than "
+                f"{energy:g} of the energy. Raise energy=, choose more neurons, or use memit."
             )
-            work.add_(layer, change)
-        settings = {"energy": float(energy), "ridge": float(ridge)}
-        return work.edit("null_space", mask, retain, settings, trajectory, watch, seed)
+        sums = work.sums(layer)
+        left = basis.T @ sum((work.gram(layer, prompts) for prompts in before), sums.gram) @ basis
+        found, jitter = solve(left + ridge * eye(len(left)).to(left), basis.T @ sums.cross)
+        return basis @ found, {"directions": basis.shape[1], "jitter": jitter}
+
+    with work.undone():
+        return work.edit(work.solved(solution)[1])

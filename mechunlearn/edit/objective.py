@@ -1,6 +1,7 @@
 """What gradient editors minimise: a forget term, a retain term and text, over the trained part of a model."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -9,23 +10,23 @@ import torch
 from torch import Tensor
 
 from mechunlearn.artifacts.mask import ComponentMask
+from mechunlearn.artifacts.weight_edit import WeightEdit
+from mechunlearn.core.runcard import RunCard
 from mechunlearn.edit import losses
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.model.component import Component
-from mechunlearn.model.hooked import HookedModel
 from mechunlearn.training.loop import (
     CachedInputs,
     Schedule,
     Sequences,
     Terms,
     TopLayers,
-    TrainResult,
     epochs,
     text_sequences,
     train,
 )
-from mechunlearn.training.parameterizations import Trainable
+from mechunlearn.training.parameterizations import LowRank, SelectedRows
 
 CHECK_EVERY = 5
 OBJECTIVES: dict[str, dict[str, Any]] = {
@@ -43,47 +44,38 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "rmu": {"loss": losses.rmu, "retain_loss": losses.rmu_retain},
 }
 """Settings of an editor by the name that people use."""
-Measure = Callable[[int], dict | None]
+Measure = Callable[[int], dict[str, Any] | None]
 
 
 @dataclass(frozen=True)
 class Objective:
-    """forget_weight * loss(forget) + retain_weight * retain_loss(retain) + text_weight * CE(text).
+    """forget_weight * loss(forget) + retain_weight * retain_loss(retain) + text_weight * CE(texts), and how it is read.
 
-    A loss that takes the retain logits itself (`losses.gradient_difference`) gets no retain term beside it.
+    A loss that takes the retain logits itself (`losses.gradient_difference`) gets no retain term beside it. The settings are
+    those of `edit.masked_gradient`.
     """
 
     loss: losses.Loss
     retain_loss: losses.Loss
-    forget_weight: float | int = 1.0
-    retain_weight: float | int = 1.0
-    text_weight: float | int = 1.0
-
-    def settings(self) -> dict:
-        """What a run card says of it; `losses.named` makes functions of its losses again."""
-        return {
-            "loss": losses.described(self.loss),
-            "retain_loss": losses.described(self.retain_loss),
-            "forget_weight": self.forget_weight,
-            "retain_weight": self.retain_weight,
-            "text_weight": self.text_weight,
-        }
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How an editor reads its sets: facts a step, in how many parts; whether constants are kept; when to stop."""
-
+    forget_weight: float | int
+    retain_weight: float | int
+    text_weight: float | int
+    texts: Sequence[str] | None
     batch_size: int
-    accumulate: int = 1
-    cache: bool = True
-    stop_at: float | int | None = None
+    accumulate: int
+    stop_at: float | int | None
+    cache: bool
 
 
 def objective_named(name: str, mask: ComponentMask) -> dict[str, Any]:
-    """The settings of a named objective for a mask; RMU reads the highest masked layer.
+    """Return the settings of a named objective; RMU reads the highest masked layer.
 
-    Raises `MechunlearnError` for an unknown name.
+    Args:
+        name: One of `OBJECTIVES`.
+        mask: The mask that is edited.
+
+    Raises:
+        MechunlearnError: For an unknown name.
     """
     if name not in OBJECTIVES:
         raise MechunlearnError(f"Unknown objective '{name}'. Expected one of {', '.join(OBJECTIVES)}.")
@@ -94,17 +86,31 @@ def objective_named(name: str, mask: ComponentMask) -> dict[str, Any]:
     }
 
 
-def training_text(forget: Prompts) -> tuple[str, ...]:
-    """The half of the data set's passages that editors may train on; the other half measures text loss."""
-    return forget.facts.texts[::2] if forget.facts is not None else ()
+def training_texts(forget: Any, texts: Sequence[str] | None = None) -> tuple[str, ...]:
+    """Return the texts given or, of `None`, the half of the forget data set's passages that editors may train on.
+
+    The other half measures the loss of ordinary text.
+    """
+    if texts is not None:
+        return tuple(texts)
+    facts = forget.facts if isinstance(forget, Prompts) else None
+    return facts.texts[::2] if facts is not None else ()
 
 
 class LossInputs:
-    """A loss, and the streams it reads its arguments from."""
+    """A loss, and the streams that it reads its arguments from.
 
-    def __init__(self, loss: losses.Loss, upper: TopLayers, sets: dict[str, Prompts]) -> None:
-        """`sets` maps a prefix of argument names ('', 'target_', 'retain_') to the prompts it speaks of."""
-        self.loss, self.streams, self.wanted = loss, {}, {}
+    Args:
+        loss: The loss.
+        upper: The trained part of the model.
+        sets: By prefix of argument names ('', 'target_', 'retain_'): which draw of rows it reads, and the sequences.
+    """
+
+    def __init__(
+        self, loss: losses.Loss, upper: TopLayers, sets: Mapping[str, tuple[str, Callable[[], Sequences]]]
+    ) -> None:
+        self.loss = loss
+        self.streams: dict[str, tuple[str, CachedInputs, frozenset[str]]] = {}
         layer = losses.described(loss)["settings"].get("layer")
         if layer is not None and upper.layer is not None and not upper.layer <= layer < upper.model.signature.layers:
             raise MechunlearnError(
@@ -117,98 +123,107 @@ class LossInputs:
             mine = frozenset(name for name in left if name.startswith(prefix))
             left -= mine
             if mine:
-                self.wanted[prefix] = frozenset(name.removeprefix(prefix) for name in mine)
-                which = "targets" if prefix == "target_" else "answers"
-                sequences = Sequences.of(sets[prefix], which)
-                self.streams[prefix] = CachedInputs(upper, sequences, self.wanted[prefix], layer)
+                draw, sequences = sets[prefix]
+                wanted = frozenset(name.removeprefix(prefix) for name in mine)
+                self.streams[prefix] = draw, CachedInputs(upper, sequences(), wanted, layer), wanted
 
-    def __call__(self, rows: dict[str, Tensor]) -> Tensor:
-        """The loss on these rows of each set."""
+    def __call__(self, drawn: Mapping[str, Tensor]) -> Tensor:
+        """Return the loss on these rows of each draw."""
         return self.loss(
             **{
                 prefix + name: tensor
-                for prefix, stream in self.streams.items()
-                for name, tensor in stream.read(rows[prefix], self.wanted[prefix]).items()
+                for prefix, (draw, stream, wanted) in self.streams.items()
+                for name, tensor in stream.read(drawn[draw], wanted).items()
             }
         )
 
 
-def minimise(
-    model: HookedModel,
-    trained: Trainable,
-    objective: Objective,
+def descend_on(
+    trained: SelectedRows | LowRank,
     forget: Prompts,
     retain: Prompts,
-    texts: Sequence[str],
+    objective: Objective,
     schedule: Schedule,
-    reading: Reading,
-    *,
-    measure: Measure | None = None,
-    seed: int = 0,
-    progress: bool = False,
-) -> TrainResult:
-    """Train what is attached to a model; it is left as trained.
+    measure: Measure | None,
+    seed: int,
+    progress: bool,
+) -> WeightEdit:
+    """Minimise an objective over rows or adapters of a model, and return what they have become.
 
-    Each step reads `batch_size` forget facts, as many retain facts and a quarter as many passages, in `accumulate` parts of
-    which each weighs as its share of the sequences. Raises `MechunlearnError` for empty sets.
+    Each step reads `batch_size` forget facts, as many retain facts and a quarter as many texts, in `accumulate` parts of
+    which each weighs as its share of the sequences. The model is left as it was.
+
+    Args:
+        trained: What moves.
+        forget: Facts to change.
+        retain: Facts to hold.
+        objective: What is minimised.
+        schedule: Steps and learning rates.
+        measure: Called with the number of each step. What it returns goes on the card; a true `stop` in it ends training.
+        seed: Seed of the order of the facts.
+        progress: Whether to show a bar.
+
+    Returns:
+        The edit, with the trajectory and the reason of its end on its card.
+
+    Raises:
+        MechunlearnError: For an empty set, a loss that no trained weight can move, and a term that is not finite.
     """
-    batch, accumulate, stop_at = reading.batch_size, reading.accumulate, reading.stop_at
     for name, prompts, weight in (("forget", forget, 1), ("retain", retain, objective.retain_weight)):
         if weight and not len(prompts):
             raise MechunlearnError(f"The {name} set is empty. Expected at least one fact; see Prompts.split.")
-    upper = TopLayers(model, trained.lowest, reading.cache)
-    removed = LossInputs(objective.loss, upper, {"": forget, "target_": forget, "retain_": retain})
-    holds_retain = "retain_" in removed.streams
-    kept = None
-    if objective.retain_weight and not holds_retain:
-        kept = LossInputs(objective.retain_loss, upper, {"": retain})
-    passages = CachedInputs(upper, text_sequences(model, texts if objective.text_weight else ()))
-    generator = torch.Generator().manual_seed(seed)
-    forget_rows, retain_rows = epochs(len(forget), batch, generator), epochs(max(1, len(retain)), batch, generator)
-    text_rows = epochs(max(1, len(passages)), max(1, batch // 4), generator)
+    model, batch, stop_at, shuffled = trained.model, objective.batch_size, objective.stop_at, torch.Generator()
+    shuffled.manual_seed(seed)
+    answers, retained = partial(Sequences.of, forget), partial(Sequences.of, retain)
+    targets = partial(Sequences.of, forget, "targets")
+    texts = text_sequences(model, training_texts(forget, objective.texts) if objective.text_weight else ())
+    with ExitStack() as attached:
+        attached.enter_context(trained.attached())
+        attached.callback(trained.restore)
+        upper = TopLayers(model, trained.lowest, objective.cache)
+        sets = {"": ("forget", answers), "target_": ("forget", targets), "retain_": ("retain", retained)}
+        removed = LossInputs(objective.loss, upper, sets)
+        terms = {"forget": (objective.forget_weight, removed)}
+        if objective.retain_weight and "retain_" not in removed.streams:
+            kept = LossInputs(objective.retain_loss, upper, {"": ("retain", retained)})
+            terms["retain"] = (objective.retain_weight, kept)
+        if len(texts):
+            ordinary = LossInputs(losses.cross_entropy, upper, {"": ("text", lambda: texts)})
+            terms["text"] = (objective.text_weight, ordinary)
+        draws = {
+            "forget": epochs(len(forget), batch, shuffled),
+            "retain": epochs(len(retain), batch, shuffled),
+            "text": epochs(len(texts), max(1, batch // 4), shuffled),
+        }
+        used = [name for name in draws if name in terms or f"{name}_" in removed.streams]
 
-    def parts() -> Iterator[Terms]:
-        drawn = {"forget": next(forget_rows)}
-        if kept is not None or holds_retain:
-            drawn["retain"] = next(retain_rows)
-        if len(passages):
-            drawn["text"] = next(text_rows)
-        for i in range(accumulate):
-            chunks = {name: rows.tensor_split(accumulate)[i] for name, rows in drawn.items()}
-            share = {name: len(chunk) / len(drawn[name]) for name, chunk in chunks.items()}
-            terms: dict[str, tuple[float, float | int, Tensor]] = {}
-            if share["forget"]:
-                rows = {
-                    "": chunks["forget"],
-                    "target_": chunks["forget"],
-                    "retain_": chunks.get("retain", drawn["forget"]),
+        def parts() -> Iterator[Terms]:
+            drawn = {name: next(draws[name]) for name in used}
+            for i in range(objective.accumulate):
+                chunks = {name: torch.tensor_split(rows, objective.accumulate)[i] for name, rows in drawn.items()}
+                found = {
+                    name: (len(chunks[name]) / len(drawn[name]), weight, loss(chunks))
+                    for name, (weight, loss) in terms.items()
+                    if len(chunks[name])
                 }
-                terms["forget"] = (share["forget"], objective.forget_weight, removed(rows))
-            if kept is not None and share["retain"]:
-                terms["retain"] = (share["retain"], objective.retain_weight, kept({"": chunks["retain"]}))
-            if share.get("text"):
-                read = passages.read(chunks["text"], {"logits", "labels"})
-                value = losses.cross_entropy(read["logits"], read["labels"])
-                terms["text"] = (share["text"], objective.text_weight, value)
-            if terms:
-                yield terms
+                if found:
+                    yield found
 
-    aimed = "target_" in removed.streams
-    judged = removed.streams["target_"] if aimed else CachedInputs(upper, Sequences.of(forget))
+        aimed = "target_" in removed.streams
+        judged = removed.streams["target_"][1] if aimed else CachedInputs(upper, answers())
 
-    def after(step: int) -> dict:
-        entry = dict((measure(step) if measure else None) or {})
-        if stop_at is not None and (step % CHECK_EVERY == 0 or step == schedule.steps):
-            right = float(judged.right().float().mean())
-            entry["efficacy"] = right if aimed else 1 - right
-        return entry
+        def after(step: int) -> dict[str, Any]:
+            entry = dict((measure(step) if measure else None) or {})
+            if stop_at is not None and (step % CHECK_EVERY == 0 or step == schedule.steps):
+                right = float(judged.right().float().mean())
+                entry["efficacy"] = right if aimed else 1 - right
+            return entry
 
-    return train(
-        trained,
-        parts,
-        schedule,
-        objective=losses.described(objective.loss)["name"],
-        after=after,
-        until=lambda entry: bool(entry.get("stop")) or (stop_at is not None and entry.get("efficacy", -1) >= stop_at),
-        progress=progress,
-    )
+        def until(entry: dict[str, Any]) -> bool:
+            return bool(entry.get("stop")) or (stop_at is not None and entry.get("efficacy", -1) >= stop_at)
+
+        name = losses.described(objective.loss)["name"]
+        done = train(trained, parts, schedule, objective=name, after=after, until=until, progress=progress)
+        card = RunCard("", trajectory=done.trajectory, stopped=done.stopped)
+        units, rows, low_rank = trained.change()
+        return WeightEdit(units, rows, model.signature, card, low_rank)

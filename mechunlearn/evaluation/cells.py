@@ -7,7 +7,16 @@ LIMIT = 200
 
 
 def cells(model: HookedModel, forget: Prompts, retain: Prompts) -> list[tuple[str, Prompts]]:
-    """Every split in every format, and the skills, tokenized once for all edits that are measured."""
+    """Tokenize every split in every format, and the skills, once for all edits that are measured.
+
+    Args:
+        model: The model whose tokenizer is used.
+        forget: The facts to forget.
+        retain: The facts to retain.
+
+    Returns:
+        Names of splits with their prompts.
+    """
     if forget.facts is None:
         return [("forget", forget), ("retain", retain)]
     cells = [
@@ -22,12 +31,21 @@ def cells(model: HookedModel, forget: Prompts, retain: Prompts) -> list[tuple[st
 
 
 def held_out(forget: Prompts) -> tuple[str, ...]:
-    """The half of the passages that editors do not train on."""
+    """Return the half of the passages that editors do not train on.
+
+    Args:
+        forget: The facts to forget, whose data set has the passages.
+    """
     return forget.facts.texts[1::2][:LIMIT] if forget.facts is not None else ()
 
 
 def splits(forget: Prompts, retain: Prompts) -> dict[str, FactDataset]:
-    """Return the sets of facts by name: forget, retain, neighbours, and other relations of the forgotten subjects."""
+    """Return the sets of facts by name: forget, retain, neighbours, and other relations of the forgotten subjects.
+
+    Args:
+        forget: The facts to forget.
+        retain: The facts to retain.
+    """
     if forget.facts is None or retain.facts is None:
         return {}
     splits = {"forget": forget.facts, "retain": retain.facts}

@@ -1,4 +1,4 @@
-"""Numbers from logits: metrics are functions of `(logits, prompts)`, one value a fact."""
+"""Side effects on ordinary text: how far an edit moves what the model says next."""
 
 from collections.abc import Sequence
 
@@ -18,14 +18,23 @@ LOGITS = 1 << 27  # of one batch of texts: half a gigabyte in float32
 
 @torch.no_grad()
 def next_token_kl(model: HookedModel, edit: Edit, texts: Sequence[str], batch_size: int = 64) -> Float[Tensor, " text"]:
-    """How far an edit moves what the model says next, in nats a token: one value a text, 0 where nothing moves.
+    """Measure how far an edit moves what the model says next, in nats a token.
 
     The mean over the tokens of a text of KL(p || q) = sum_v p(v) (log p(v) - log q(v)), where p and q are the unedited and
     the edited model's distributions of the token after it (the last token's too). On texts that have nothing to do with the
     forgotten facts it is a side effect, and finer than `text_loss`, in which gains and losses cancel.
-    `model` is the unedited one; `edit` is applied and undone once a batch, whose logits must fit in memory twice.
 
-    Raises `MechunlearnError` for a model without a tokenizer, a text without a token, or no texts.
+    Args:
+        model: The unedited model; the edit is applied and undone once a batch.
+        edit: The edit.
+        texts: The texts.
+        batch_size: The largest number of texts a batch, whose logits must fit in memory twice.
+
+    Returns:
+        One value a text, 0 where nothing moves.
+
+    Raises:
+        MechunlearnError: For a model without a tokenizer, a text without a token, or no texts.
 
     >>> from mechunlearn.edit import masked_gradient
     >>> from mechunlearn import ComponentMask, load_facts, load_model

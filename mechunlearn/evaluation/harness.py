@@ -33,15 +33,26 @@ def benchmark(
 ) -> pd.DataFrame:
     """Run tasks of the lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness) on a model, edited or not.
 
-    `tasks` are names that the harness knows (`lm-eval ls tasks`), or that YAML files in `folder` define; each is asked of at
-    most `limit` documents, after `shots` examples (as many as the task says, unless given), drawn by `seed`.
-    One row a task and metric: `task` (groups have rows too), `metric` (with its filter, if it has one), `value`, `stderr`
-    (the harness's standard error; NaN where it gives none) and `n` documents. `attrs["card"]` is the run card.
-    The model, its tokenizer and the state of random numbers are left as they were.
+    The model, its tokenizer and the state of random numbers are left as they were. Data sets of the harness's own tasks are
+    downloaded; those of tasks in a folder may be local files. It asks thousands of questions: use `evaluate` for what an edit
+    did to its own facts.
 
-    Data sets of the harness's own tasks are downloaded; those of tasks in a folder may be local files. It asks thousands of
-    questions: use `evaluate` for what an edit did to its own facts.
-    Raises `MechunlearnError` if lm-eval is not installed, no task is given or one is unknown, or the model has no tokenizer.
+    Args:
+        model: The unedited model.
+        tasks: Names that the harness knows (`lm-eval ls tasks`), or that YAML files in `folder` define.
+        limit: The largest number of documents a task; None takes all.
+        edit: The edit to apply for the run.
+        folder: A folder with the YAML files of tasks of your own.
+        shots: The number of examples in front of a document; None takes as many as the task says.
+        batch_size: The number of requests a forward pass.
+        seed: Draws the examples.
+
+    Returns:
+        One row a task and metric: `task` (groups have rows too), `metric` (with its filter, if it has one), `value`, `stderr`
+        (the harness's standard error; NaN where it gives none) and `n` documents. `attrs["card"]` is the run card.
+
+    Raises:
+        MechunlearnError: If lm-eval is not installed, no task is given or one is unknown, or the model has no tokenizer.
 
     >>> from mechunlearn import load_model
     >>> benchmark(load_model("factworld"), [])
@@ -65,23 +76,19 @@ def benchmark(
             'Benchmarks need lm-eval, which is not installed. Run: pip install "mechunlearn[benchmarks]"'
         ) from None
     watch = Stopwatch()
-    known = TaskManager(include_path=str(folder), include_defaults=False) if folder is not None else None
-    if known is None or not set(tasks) <= set(known.all_subtasks):  # its own tasks are many: seconds to list
-        known = TaskManager(include_path=str(folder) if folder is not None else None)
+    path = str(folder) if folder is not None else None
+    known = TaskManager(include_path=path, include_defaults=path is None)
+    if path is not None and not set(tasks) <= set(known.all_subtasks):  # its own tasks are many: seconds to list
+        known = TaskManager(include_path=path)
     if missing := [task for task in tasks if not known.match_tasks([task])]:
         raise MechunlearnError(
             f"lm-eval knows no task {', '.join(missing)}. Expected names that `lm-eval ls tasks` prints, or that a YAML "
             f"file in {'the folder' if folder is None else folder} defines with `task:`."
         )
-    settings = {"tasks": list(tasks), "limit": limit, "shots": shots}
-    card = RunCard(
-        "benchmark",
-        model=model.fingerprint,
-        seed=seed,
-        settings=settings,
-        mask=edit.card.mask if edit is not None else "",
-        device=str(model.device),
-    )
+    mask, settings = edit.card.mask if edit is not None else "", {"tasks": list(tasks), "limit": limit, "shots": shots}
+    device = str(model.device)
+    card = RunCard("benchmark", model=model.fingerprint, seed=seed, settings=settings, mask=mask, device=device)
+    seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed)
     with edit.applied(model) if edit is not None else nullcontext(), _same_random_numbers():
         found: Any = lm_eval.simple_evaluate(
             HFLM(pretrained=model.hf, tokenizer=copy.deepcopy(model.tokenizer), batch_size=batch_size),
@@ -91,17 +98,14 @@ def benchmark(
             bootstrap_iters=RESAMPLES,
             log_samples=False,
             task_manager=known,
-            random_seed=seed,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-            fewshot_random_seed=seed,
+            **seeds,
         )
     frame = pd.DataFrame(_rows(found), columns=["task", "metric", "value", "stderr", "n"])
     frame.attrs["card"] = asdict(watch.stamp(card))
     return frame
 
 
-def _rows(found: dict[str, Any]) -> Iterator[dict]:
+def _rows(found: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The harness writes `{task: {"acc,none": .., "acc_stderr,none": .., "alias": .., ..}}`: metric and filter."""
     for task, values in found["results"].items():
         for key, value in values.items():

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,7 +27,14 @@ SHARE = 0.05
 
 @dataclass(frozen=True, eq=False)
 class EditedFacts:
-    """What `edit_facts` made: the localization, its mask, the edit, and the report; in a notebook it shows the report."""
+    """What `edit_facts` made; in a notebook it shows the report.
+
+    Args:
+        found: The localization that the mask comes from.
+        mask: The units that were edited.
+        edit: The edit.
+        report: What it did.
+    """
 
     found: Localization
     mask: ComponentMask
@@ -37,7 +45,12 @@ class EditedFacts:
         return self.report._repr_html_()
 
     def save(self, model: HookedModel, folder: str | Path) -> dict[str, Path]:
-        """Write mask, edit, edited model and report into a new or empty folder; gives where they are."""
+        """Write mask, edit, edited model and report into a new or empty folder, and return where they are.
+
+        Args:
+            model: The unedited model.
+            folder: The folder.
+        """
         name = str(self.report.about["facts"]).split("/")[-1]
         files = {
             "mask": f"{name}.mask.json",
@@ -61,22 +74,34 @@ def edit_facts(
     attacks: Sequence[str] | str = ATTACKS,
     cache: str | Path | None = None,
     seed: int = 0,
-    progress: bool = False,
-    say: Callable[[str], object] | None = None,
+    progress: bool | None = None,
+    say: Callable[[str], object] = lambda line: None,
 ) -> EditedFacts:
     """Make a model believe other answers to some facts, and find out whether the old ones are gone, in one call.
 
-    `facts` is what `load_facts` reads (a table with subject, prompt, answer and perhaps target), `model` a loaded one or what
-    `load_model` reads. `forget` are the facts to edit: a number drawn by `seed` (a quarter of them, at most 64, unless given) or
-    subjects by name; half of the others are retained, the rest shows what the edit does to facts it never saw. The steps, each a
-    function of its own: `fact_lookup` chooses the mask (where it finds no look-up window, `attribution_patching`'s largest units
-    of 5 % of the weights), `masked_gradient` trains it towards the edit targets, `evaluate` measures it in every format beside
-    a random mask and attribution patching's of the same weight, and `attacks` try to get the truth back ("all" for every one,
-    () for none). The model is left as it came: `edit.apply_(model)`, `edit.export(model, folder)` or `save(model, folder)`.
+    The steps, each a function of its own: `fact_lookup` chooses the mask (where it finds no look-up window,
+    `attribution_patching`'s largest units of 5 % of the weights), `masked_gradient` trains it towards the edit targets,
+    `evaluate` measures it in every format beside a random mask and attribution patching's of the same weight, and `attacks`
+    try to get the truth back. The model is left as it was: use `edit.apply_(model)`, `edit.export(model, folder)` or
+    `save(model, folder)`.
 
     It uses default settings: how strongly facts are edited depends on the learning rate, and one edit is one seed. To compare
-    masks or objectives use `compare`. Raises `MechunlearnError` for facts that cannot be read or fit no model, subjects that
-    are not among them, and fewer than two facts.
+    masks or objectives use `compare`.
+
+    Args:
+        facts: What `load_facts` reads (a table with subject, prompt, answer and perhaps target), or a loaded data set.
+        model: What `load_model` reads, or a loaded model.
+        forget: The facts to edit: a number drawn by `seed`, or subjects by name; None draws a quarter of them, at most 64.
+            Half of the others are retained; the rest shows what the edit does to facts it never saw.
+        attacks: Names of attacks; "all" for every one, () for none.
+        cache: A folder in which finished attacks are kept.
+        seed: Draws the sets, the edits and the attacks.
+        progress: Whether to show bars; None shows them where somebody can see them.
+        say: Called with a line on each step.
+
+    Raises:
+        MechunlearnError: For facts that cannot be read or fit no model, subjects that are not among them, and fewer than two
+            facts.
 
     >>> from mechunlearn import load_facts, load_model
     >>> model = load_model("factworld")
@@ -99,36 +124,45 @@ def edit_prompts(
     attacks: Sequence[str] | str = (),
     cache: str | Path | None = None,
     seed: int = 0,
-    progress: bool = False,
-    say: Callable[[str], object] | None = None,
+    progress: bool | None = None,
+    say: Callable[[str], object] = lambda line: None,
 ) -> EditedFacts:
-    """The same for sets that are chosen already."""
-    tell = say or (lambda text: None)
+    """Do the same for sets that are chosen already.
+
+    Args:
+        model: The model.
+        forget: The facts to edit.
+        retain: The facts to keep.
+        attacks: Names of attacks; "all" for every one, () for none.
+        cache: A folder in which finished attacks are kept.
+        seed: Draws the edits and the attacks.
+        progress: Whether to show bars; None shows them where somebody can see them.
+        say: Called with a line on each step.
+    """
     if attacks:
         check_attacks(attacks)
     attributed = attribution_patching(model, forget)
     try:
         found = fact_lookup(model, forget)
+        if found.note:
+            say(f"fact_lookup: {found.note}")
     except MechunlearnError as error:
-        tell(f"fact_lookup: {error}")
+        say(f"fact_lookup: {error}")
         found = attributed
-    if found.note:
-        tell(f"fact_lookup: {found.note}")
-    looked_up = len(found.above(0)) > 0 and found is not attributed
+    looked_up = found is not attributed and len(found.above(0)) > 0
     mask = found.above(0) if looked_up else attributed.top(weights=SHARE)
-    tell(f"mask: {len(mask)} units, {attributed.share(mask):.2%} of the editable weights")
-    tell("editing: one edit a mask, the same settings")
-    edit = masked_gradient(model, mask, forget, retain, seed=seed, progress=progress)
-    others = {}
-    if looked_up:
-        rival = attributed.top(weights=attributed.share(mask))
-        others["patching"] = masked_gradient(model, rival, forget, retain, seed=seed, progress=progress)
+    share = attributed.share(mask)
+    say(f"mask: {len(mask)} units, {share:.2%} of the editable weights")
+    say("editing: one edit a mask, the same settings")
+    shown: Any = {} if progress is None else {"progress": progress}
+    masks = [mask, attributed.top(weights=share)] if looked_up else [mask]
+    edit, *rival = (masked_gradient(model, each, forget, retain, seed=seed, **shown) for each in masks)
     report = evaluate(
         model,
         edit,
         forget=forget,
         retain=retain,
-        others=others,
+        others=dict(zip(["patching"], rival)),
         attacks=attacks,
         cache=cache,
         seed=seed,

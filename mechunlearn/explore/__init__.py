@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from mechunlearn.core.lazy import lazy
 
 if TYPE_CHECKING:
-    from mechunlearn.explore.app import Workbench as Workbench
+    from mechunlearn.explore.state import Workbench as Workbench
     from mechunlearn.explore.widget import Explorer as Explorer
     from mechunlearn.explore.widget import explore as explore
 else:

@@ -12,7 +12,7 @@ from pathlib import Path
 import jinja2
 
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.explore.app import Workbench
+from mechunlearn.explore.state import Workbench
 
 STATIC = Path(__file__).parent / "static"
 LOOPBACK, PORT = "127.0.0.1", 8765
@@ -22,14 +22,23 @@ MESSAGE = 1 << 16  # bytes
 class ExplorerServer(ThreadingHTTPServer):
     """A page for one workbench; `url` has the key without which nothing is answered.
 
-    The port is taken when it is made, so that a mistake shows before a model is loaded; `show` answers until Ctrl-C.
+    The port is opened when the server is made, so that a mistake shows before a model is loaded; `show` answers until Ctrl-C.
     """
 
     daemon_threads = True
     allow_reuse_address = False
 
     def __init__(self, host: str = LOOPBACK, port: int = PORT, remote: bool = False) -> None:
-        """Raises `MechunlearnError` for an address that other machines can reach, unless `remote`, and for a taken port."""
+        """Open the port.
+
+        Args:
+            host: Address of this machine.
+            port: Port; 0 for any that is free.
+            remote: Allow an address that other machines can reach.
+
+        Raises:
+            MechunlearnError: Other machines can reach the address and `remote` is not given, or the port is taken.
+        """
         if not remote and not _is_loopback(host):
             raise MechunlearnError(
                 f"The address '{host}' can be reached from other machines. Expected {LOOPBACK}; if others shall see your model "
@@ -51,7 +60,11 @@ class ExplorerServer(ThreadingHTTPServer):
         self.url = f"http://{shown}:{self.server_port}/?key={self.key}"
 
     def show(self, bench: Workbench) -> None:
-        """Answer until the program is ended."""
+        """Answer until the program is ended.
+
+        Args:
+            bench: What does the work.
+        """
         self.bench = bench
         self.serve_forever()
 

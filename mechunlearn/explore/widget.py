@@ -11,11 +11,12 @@ import traitlets
 
 from mechunlearn.artifacts.localization import Localization
 from mechunlearn.artifacts.mask import ComponentMask
-from mechunlearn.explore.app import Workbench
-from mechunlearn.facts.prompts import Prompts
+from mechunlearn.explore.state import Workbench
+from mechunlearn.facts.prompts import FactDataset, Prompts
 from mechunlearn.features.dashboard import Exploration, explore_dictionary
-from mechunlearn.features.dictionaries import Dictionary, Model
+from mechunlearn.features.dictionaries import Dictionary
 from mechunlearn.features.firing import Texts
+from mechunlearn.features.places import Model
 from mechunlearn.model.hooked import HookedModel
 
 STATIC = Path(__file__).parent / "static"
@@ -25,7 +26,8 @@ UP, DOWN = "#0072b2", "#d55e00"  # as in the plots
 class Explorer(anywidget.AnyWidget):
     """The view of `explore` in a notebook: choose method, metric and fact, click components, put a mask together, save it.
 
-    `mask` is the selection as a `ComponentMask`, `found` the localization on show, `bench` does the work. Where no widget runs (nbconvert, a code-hosting page) the map is a picture.
+    `mask` is the selection as a `ComponentMask`, `found` the localization on show, `bench` does the work. Where no widget runs
+    (nbconvert, a code-hosting page) the map is a picture.
     """
 
     _esm = STATIC / "explorer.js"
@@ -33,6 +35,11 @@ class Explorer(anywidget.AnyWidget):
     view = traitlets.Dict().tag(sync=True)
 
     def __init__(self, bench: Workbench) -> None:
+        """Show a workbench.
+
+        Args:
+            bench: What does the work.
+        """
         super().__init__()
         self.bench = bench
         self.view = bench.view()
@@ -49,30 +56,53 @@ class Explorer(anywidget.AnyWidget):
         return self.bench.found
 
     def choose(self, **what: Any) -> None:
-        """Choose method, metric, fact or map, as `Workbench.choose` takes them."""
+        """Choose method, metric, fact or map.
+
+        Args:
+            what: As `Workbench.choose` takes them.
+        """
         self._then(self.bench.choose, **what)
 
     def show(self, component: str) -> None:
-        """Show a component's details: `show("L2.mlp.out[7]")`."""
+        """Show a component's details.
+
+        Args:
+            component: Its address, such as `L2.mlp.out[7]`.
+        """
         self._then(self.bench.show, component)
 
     def toggle(self, component: str) -> None:
-        """Add a component to the mask, or take it out if it is there."""
+        """Add a component to the mask, or take it out if it is there.
+
+        Args:
+            component: Its address.
+        """
         self._then(self.bench.toggle, component)
 
     def take(self, **what: Any) -> None:
-        """Let the mask be the largest units of a share of the weights, or those above a score: `take(share=0.05)`."""
+        """Let the mask be the largest units.
+
+        Args:
+            what: `share=0.05`, of the weights, or `above=0.1`, a score.
+        """
         self._then(self.bench.take, **what)
 
     def save(self, path: str | Path) -> None:
-        """Write the mask that is selected now; raises `MechunlearnError` if it is empty."""
+        """Write the mask that is selected now.
+
+        Args:
+            path: A `.json` or `.safetensors` file.
+
+        Raises:
+            MechunlearnError: The mask is empty.
+        """
         self.bench.save(path)
 
-    def _then(self, done: Callable, *given: Any, **named: Any) -> None:
+    def _then(self, done: Callable[..., None], *given: Any, **named: Any) -> None:
         done(*given, **named)
         self.view = self.bench.view()
 
-    def _asked(self, widget: object, message: dict, buffers: object) -> None:
+    def _asked(self, widget: object, message: dict[str, Any], buffers: object) -> None:
         del widget, buffers
         answer = self.view.get("answer", 0) + 1  # the view changes, and is drawn, even if nothing else did
         self.view = self.bench.act(message) | {"answer": answer}
@@ -90,7 +120,11 @@ class Explorer(anywidget.AnyWidget):
 
 @overload
 def explore(
-    model: HookedModel, what: Prompts, *, found: Localization | None = None, mask: ComponentMask | None = None
+    model: HookedModel,
+    what: Prompts | FactDataset,
+    *,
+    found: Localization | None = None,
+    mask: ComponentMask | None = None,
 ) -> Explorer: ...
 @overload
 def explore(
@@ -118,12 +152,23 @@ def explore(
     `explore(model, prompts)` opens an interactive view in a notebook: a heat map of any localizer (all facts or one, any
     metric), and behind each cell the facts that the component changes most, its exact effect by token role, its attention or
     read-out, and its direct effect. Components are added to the mask and taken out by hand; its share of the weights is shown,
-    its faithfulness measured on demand, and it is saved as `.mask.json`. `found` adds a localization of yours to the methods, `mask` is one to begin with.
-    `mechunlearn explore` opens the same as a local page.
+    its faithfulness measured on demand, and it is saved as `.mask.json`. `mechunlearn explore` opens the same as a local page.
 
     `explore(model, dictionary, texts, units)` gives an `Exploration` of features or codes: see `explore_dictionary`.
 
-    What is on show describes; whether it matters shows when it is edited. Raises `MechunlearnError` without facts.
+    What is on show describes; whether it matters shows when it is edited.
+
+    Args:
+        model: The model.
+        what: Facts, as prompts or a data set; or a dictionary.
+        texts: What a dictionary's units are looked for in.
+        units: The units to look at; by default the most frequent ones.
+        found: A localization of yours, which is then offered and shown first.
+        mask: A mask to begin with.
+        shown: `examples`, `window` and `words`, as `explore_dictionary` takes them.
+
+    Raises:
+        MechunlearnError: There are no facts, or mask or localization are of another architecture.
 
     >>> from mechunlearn.world.toy import planted_facts
     >>> toy = planted_facts()
@@ -132,13 +177,19 @@ def explore(
     >>> list(seen.mask)
     [L0.mlp.out[1]]
     """
+    if isinstance(what, FactDataset):
+        what = what.prompts(model)
     if isinstance(what, Prompts):
         return Explorer(Workbench(model, what, found, mask))
     return explore_dictionary(model, what, texts if texts is not None else (), units, **shown)
 
 
-def static_view(view: dict) -> str:
-    """The map as a picture, its numbers as a table, and the mask in words, for where no script runs."""
+def static_view(view: dict[str, Any]) -> str:
+    """Write the map as a picture, its numbers as a table, and the mask in words, for where no script runs.
+
+    Args:
+        view: What `Workbench.view` gives.
+    """
     picture = base64.b64encode(_PICTURE.render(view=view, shade=_shade(view["heat"]["values"])).encode()).decode()
     return _STATIC.render(view=view, picture=picture)
 

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING
 from mechunlearn.core.lazy import lazy
 
 if TYPE_CHECKING:
+    from mechunlearn.features.codebook import Codebook as Codebook
     from mechunlearn.features.dashboard import Exploration as Exploration
     from mechunlearn.features.dashboard import explore_dictionary as explore_dictionary
     from mechunlearn.features.dictionaries import SAE as SAE
-    from mechunlearn.features.dictionaries import Codebook as Codebook
     from mechunlearn.features.dictionaries import Dictionary as Dictionary
     from mechunlearn.features.dictionaries import load_dictionary as load_dictionary
     from mechunlearn.features.dictionaries import spliced as spliced

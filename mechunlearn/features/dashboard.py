@@ -17,9 +17,10 @@ from mechunlearn.artifacts.mask import ComponentMask
 from mechunlearn.core.batches import in_batches
 from mechunlearn.core.files import whole_file
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.features.dictionaries import SAE, Codebook, Dictionary, Model, check
+from mechunlearn.features.dictionaries import SAE, Codebook, Dictionary, check
 from mechunlearn.features.feature_edit import feature_units
 from mechunlearn.features.firing import Texts, observed, tokenized
+from mechunlearn.features.places import Model
 from mechunlearn.model.hook_points import layer_of
 from mechunlearn.model.hooked import HookedModel
 
@@ -31,10 +32,15 @@ COLUMNS = ["unit", "rate", "activation", "text", "position", "token", "context"]
 
 @dataclass(frozen=True, eq=False)
 class Exploration:
-    """What `explore` found in a dictionary: `table`, `effects`, and in a notebook a view of both.
+    """What `explore_dictionary` found in a dictionary, and in a notebook a view of it.
 
-    `rates` has every unit that was looked at, active or not; `contexts` has for each row of `table` the tokens before its
-    own, and those from its own on, each with the unit's activation there.
+    Attributes:
+        table: One row for each unit and example (see `explore_dictionary`).
+        effects: The words that each unit raises and lowers.
+        rates: The share of tokens at which each unit that was looked at is active, if ever.
+        contexts: For each row of `table` the tokens before its own, and those from its own on, each with the unit's
+            activation there.
+        dictionary: The dictionary, in words.
     """
 
     table: pd.DataFrame
@@ -44,11 +50,15 @@ class Exploration:
     dictionary: str
 
     def to_frame(self) -> pd.DataFrame:
-        """The table: one row a unit and example."""
+        """Return the table: one row for each unit and example."""
         return self.table
 
     def to_html(self, path: str | Path) -> None:
-        """Write the view as one file that needs no network."""
+        """Write the view as one file that needs no network.
+
+        Args:
+            path: The file.
+        """
         with whole_file(path) as beside:
             beside.write_text(_PAGE.render(view=self._repr_html_(), title=self.dictionary), encoding="utf-8")
 
@@ -86,20 +96,28 @@ def explore_dictionary(
 ) -> Exploration:
     """Find the texts in which features or codes are most active, and the words that they raise and lower.
 
-    `units` are numbers or a mask (`feature_discovery(...).above(1)`); without them, the 10 most frequently active. The result:
+    Memory: one batch of activations, and a window for each unit and example. Examples show what a unit is active on,
+    not what it does: delete it and measure (`edit.codebook_delete`).
 
-    - `table`: unit, the rate (share of tokens at which it is active), and its `examples` strongest texts, each at the
-      token where it is most active: activation, number of the text, position of the token, the token, and `window` tokens
-      to either side with this one marked, `The «cook» baked`. Of a codebook, whose codes are used or not, the activation
-      is the cosine of the activation to the code where it is used. Units in the order given, strongest example first; a
-      unit that is never active has no row.
-    - `effects`: the `words` tokens whose logits one unit of activation (a code, used once) raises and lowers most: what it
-      writes into the residual stream times the unembedding. This is the direct path only, without norms, and
-      says nothing of what later layers make of it. Empty where nothing is written (`attn.q`, `mlp_in`, a plain module).
+    Args:
+        model: The model.
+        dictionary: A dictionary of this model.
+        texts: Texts, prompts, or tokens `[text pos]` and lengths `[text]`.
+        units: Numbers or a mask (`feature_discovery(...).above(1)`); None is the 10 most frequently active.
+        examples: How many texts to show for each unit, those in which it is most active.
+        window: How many tokens to show on either side of the most active one.
+        words: How many tokens to name that a unit raises most, and as many that it lowers.
 
-    Memory: one batch of activations, and a window for each unit and example. Examples show what a unit is active on, not
-    what it does: delete it and measure (`edit.codebook_delete`).
-    Raises `MechunlearnError` for a dictionary or mask of another model, units out of range, and empty text.
+    Returns:
+        `table`: unit, rate (share of tokens at which it is active), and for each example the activation, number of the
+        text, position of the token, the token, and its context with this one marked, `The «cook» baked`. A code is used
+        or not: its activation is its cosine where it is used. Units in the order given, strongest example first; a unit
+        that is never active has no row. `effects`: the tokens whose logits one unit of activation (a code, used once)
+        moves most: what it writes into the residual stream times the unembedding. This is the direct path, without
+        norms and later layers. Empty where nothing is written (`attn.q`, `mlp_in`, a plain module).
+
+    Raises:
+        MechunlearnError: If dictionary or mask are of another model, units are out of range, or the text is empty.
 
     >>> from mechunlearn import load_model
     >>> from mechunlearn.features.dictionaries import load_dictionary
@@ -213,7 +231,16 @@ def _effects(model: Model, dictionary: Dictionary, units: list[int], words: int)
 def words_moved(
     model: HookedModel, direction: Float[Tensor, " d_model"], words: int
 ) -> dict[str, list[tuple[str, float]]]:
-    """The tokens whose logits a direction in the residual stream raises and lowers most, by the direct path and without norms."""
+    """Name the tokens whose logits a direction in the residual stream moves most, by the direct path and without norms.
+
+    Args:
+        model: The model.
+        direction: The direction.
+        words: How many tokens to name of either kind.
+
+    Returns:
+        Tokens with their effect on the logit, under `raised` and `lowered`, largest effect first.
+    """
     known = None if model.tokenizer is None else len(model.tokenizer)  # the matrix may have more rows
     unembedding: Tensor = model.decoder.unembedding.weight[:known]  # type: ignore[index]
     effects = (unembedding @ direction.to(unembedding)).float()
@@ -226,7 +253,12 @@ def words_moved(
 
 
 def pieces(model: Model, ids: list[int]) -> list[str]:
-    """The text of each token in its place: what it adds to the text before it."""
+    """Return the text of each token in its place: what it adds to the text before it.
+
+    Args:
+        model: The model; without a tokenizer, a piece is the number.
+        ids: Token ids.
+    """
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
         return [f" {i}" for i in ids]

@@ -3,169 +3,98 @@
 The only file that knows sae_lens.
 """
 
-import difflib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mechunlearn.core import tensors
 from mechunlearn.core.files import data_folder, whole_folder
 from mechunlearn.core.runcard import digest
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.features.interventions import Codes, PlainSAE
-from mechunlearn.model.decoder import STREAMS, UNITS, tapped
+from mechunlearn.features.codebook import CONFIG, hashed, origin, told_origin
+from mechunlearn.features.codebook import Codebook as Codebook
+from mechunlearn.features.interventions import PlainSAE
+from mechunlearn.features.places import Model, installed, place, signature_of, weights_name, width
 from mechunlearn.model.hook_points import HOOK_POINTS, hook_name_of, layer_of, site_of
 from mechunlearn.model.hooked import HookedModel
 from mechunlearn.model.layout import Signature
 
-Model = HookedModel | nn.Module
 SHIPPED = ("factworld-codebook", "factworld-sae")
+CFG, WEIGHTS = "cfg.json", "sae_weights.safetensors"  # as sae-lens names them
+OURS = ("mechunlearn", "fitted_on")  # two names in a cfg.json of ours: a bit that flips in one leaves the other
 
 
 @runtime_checkable
 class Dictionary(Protocol):
-    """What methods know of a dictionary. `hook_name` is a site (`L3.resid_post`) or, of a model without a layout, the path
-    of a module (`encoder.block.2`); `site` is what its units are called in masks, `L3.codebook:<id>`, with an id made
-    from the weights.
+    """What methods know of a dictionary.
+
+    Attributes:
+        hook_name: A site (`L3.resid_post`) or, of a model without a layout, the path of a module (`encoder.block.2`).
+        signature: The architecture, if it is known.
     """
 
     hook_name: str
     signature: Signature | None
 
     @property
-    def size(self) -> int: ...
-    @property
-    def d_model(self) -> int: ...
-    @property
-    def site(self) -> str: ...
-    @property
-    def fitted_on(self) -> str: ...
-    def encode(self, h: Float[Tensor, "*pos d_model"]) -> Float[Tensor, "*pos feature"]: ...
-    def decode(self, z: Float[Tensor, "*pos feature"]) -> Float[Tensor, "*pos d_model"]: ...
-    def save(self, folder: str | Path) -> None: ...
-
-
-class Codebook(Codes):
-    """A discrete bottleneck at one point of a model (CodeUnlearn, arXiv 2410.10866; codebook features, arXiv 2310.17230).
-
-    x = ReLU(W h + b), `linear` times as wide as h (ReLU of a square map loses half of it; 0 for x = h); the `used` codes
-    with the largest cosine to x are summed, and a linear map of the sum takes the place of h: nothing else passes, so what
-    no code says is lost. `encode` gives how often each code is used (0 or 1),
-    `[... code]`. `hook_ids` is the module the ids `[... used]` go through; hook it to see or replace them. Make one with
-    `train_codebook`. Not for keeping a model as it is: every codebook costs some loss, look at its `quality`.
-
-    Raises `MechunlearnError` if there are fewer codes than are used, or groups do not divide size and width.
-
-    >>> codebook = Codebook(d_model=16, size=32, used=4, hook_name="L1.resid_post")
-    >>> h = torch.randn(2, 5, 16)
-    >>> codebook(h).shape, codebook.encode(h).sum(-1).unique()
-    (torch.Size([2, 5, 16]), tensor([4.]))
-    """
-
-    def __init__(
-        self,
-        d_model: int,
-        size: int,
-        used: int,
-        *,
-        hook_name: str,
-        groups: int = 1,
-        linear: int = 2,
-        signature: Signature | None = None,
-        fitted_on: str = "",
-    ) -> None:
-        if min(used, groups) < 1 or linear < 0 or size % groups or d_model * (linear or 1) % groups:
-            raise MechunlearnError(
-                f"A codebook of {size} codes, {used} used, in {groups} groups does not fit width {d_model}. Expected at "
-                "least one used, and a number of groups that divides both the codes and the width."
-            )
-        if size // groups < used:
-            raise MechunlearnError(
-                f"A codebook of {size // groups} codes{' a group' if groups > 1 else ''} cannot use {used} of them at a "
-                "time. Give more codes (size) or use fewer (used)."
-            )
-        super().__init__(d_model, size, used, groups, linear)
-        self.hook_name, self.signature, self.fitted_on = hook_name, signature, fitted_on
-        self.quality: dict[str, float] = {}
+    def size(self) -> int:
+        """The number of features or codes."""
 
     @property
-    def about(self) -> dict[str, Any]:
-        """Its shape, as `interventions.Codes` takes it."""
-        return {name: getattr(self, name) for name in ("d_model", "size", "used", "groups", "linear")}
+    def d_model(self) -> int:
+        """The width of the activations."""
 
     @property
     def site(self) -> str:
-        return f"L{layer_of(self.hook_name)}.codebook:{_name(self)}"
+        """What its units are called in masks: `L3.codebook:<id>`, with an id made from the weights."""
+
+    @property
+    def fitted_on(self) -> str:
+        """The fingerprint of the model that it was trained on, if it is known."""
 
     def encode(self, h: Float[Tensor, "*pos d_model"]) -> Float[Tensor, "*pos feature"]:
-        return self.counted(self.nearest(self.entering(h)))
+        """Return how strongly each feature is active.
 
-    def counted(self, ids: Tensor) -> Float[Tensor, "*pos feature"]:
-        """How often each code stands among the ids."""
-        counts = torch.zeros(*ids.shape[:-1], self.size, device=ids.device)
-        return counts.scatter_add_(-1, ids, torch.ones_like(ids, dtype=counts.dtype))
+        Args:
+            h: Activations.
+        """
 
     def decode(self, z: Float[Tensor, "*pos feature"]) -> Float[Tensor, "*pos d_model"]:
-        codes = self.codes.unflatten(0, (self.groups, -1))
-        summed = torch.einsum("...gk,gkd->...gd", z.unflatten(-1, (self.groups, -1)).to(codes), codes).flatten(-2)
-        return self.leaving(summed)
+        """Return the activations that features stand for.
+
+        Args:
+            z: How strongly each feature is active.
+        """
 
     def save(self, folder: str | Path) -> None:
-        """Write `config.json` and `codebook.safetensors` into a new or empty folder."""
-        config = {
-            "kind": "codebook",
-            **self.about,
-            "hook_name": self.hook_name,
-            "signature": None if self.signature is None else asdict(self.signature),
-            "fitted_on": self.fitted_on,
-            "quality": self.quality,
-        }
-        with whole_folder(folder) as beside:
-            tensors = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
-            save_file(tensors, beside / "codebook.safetensors")
-            (beside / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        """Write the dictionary.
 
-    @classmethod
-    def load(cls, folder: str | Path) -> "Codebook":
-        """Raises `MechunlearnError` if the folder holds no whole codebook."""
-        folder = Path(folder)
-        try:
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            if config.pop("kind", "") != "codebook":
-                raise MechunlearnError(f"'{folder}' holds no codebook: its config.json does not say so.")
-            quality, signature = config.pop("quality"), config.pop("signature")
-            made = cls(**config, signature=None if signature is None else Signature(**signature))
-            made.load_state_dict(load_file(folder / "codebook.safetensors"))
-        except MechunlearnError:
-            raise
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-            raise MechunlearnError(
-                f"'{folder}' is not a whole codebook ({type(error).__name__}: {_first_line(error)}). Expected a folder with "
-                "config.json and codebook.safetensors, as `Codebook.save` writes it."
-            ) from None
-        made.quality = quality
-        return made.eval()
-
-    def __repr__(self) -> str:
-        return f"Codebook({self.size} codes, {self.used} used, {self.hook_name}, width {self.d_model})"
+        Args:
+            folder: A new or empty folder.
+        """
 
 
 class SAE:
     """A sparse autoencoder of sae-lens at one point of a model; `.sae` is sae-lens's own object.
 
-    Make one with `train_sae` or `load_dictionary`, or wrap one that you have: the hook point is read from its metadata
-    unless given. A folder written by `save` is an ordinary sae-lens folder.
+    Make one with `train_sae` or `load_dictionary`, or wrap one that you have. A folder written by `save` is an ordinary
+    sae-lens folder.
 
-    Raises `MechunlearnError` if the metadata names no hook point, or one that has no counterpart here.
+    Args:
+        sae: The object of sae-lens.
+        hook_name: The hook point, read from the SAE's metadata unless given.
+        signature: The architecture of the model, read from the metadata unless given.
+        fitted_on: The fingerprint of the model that it was trained on, read from the metadata unless given.
+
+    Raises:
+        MechunlearnError: If the metadata names no hook point, or one that has no counterpart here.
     """
 
     def __init__(
@@ -176,41 +105,58 @@ class SAE:
             raise MechunlearnError(
                 "This SAE does not say where it belongs. Give hook_name, for example 'L3.resid_post'."
             )
-        self.sae, self.hook_name, self.quality = sae.eval(), site_of(told), {}
+        self.sae, self.hook_name = sae.eval(), site_of(told)
         sae.turn_off_forward_pass_hook_z_reshaping()
-        ours: dict = sae.cfg.metadata.mechunlearn or {}
-        given = ours.get("signature")
-        self.signature = signature or (Signature(**given) if given else None)
-        self.fitted_on = fitted_on or ours.get("fitted_on", "")
-        self.quality = ours.get("quality", {})
+        ours = {"signature": None, "fitted_on": "", "quality": {}, **(sae.cfg.metadata.mechunlearn or {})}
+        told_signature, told_fitted_on, self.quality = told_origin(ours)
+        self.signature, self.fitted_on = signature or told_signature, fitted_on or told_fitted_on
 
     @property
     def size(self) -> int:
-        return self.sae.cfg.d_sae
+        """The number of features."""
+        return int(self.sae.cfg.d_sae)
 
     @property
     def d_model(self) -> int:
-        return self.sae.cfg.d_in
+        """The width of the activations."""
+        return int(self.sae.cfg.d_in)
 
     @property
     def site(self) -> str:
-        return f"L{layer_of(self.hook_name)}.sae:{_name(self.sae)}"
+        """What its units are called in masks."""
+        return f"L{layer_of(self.hook_name)}.sae:{weights_name(self.sae)}"
 
     def encode(self, h: Float[Tensor, "*pos d_model"]) -> Float[Tensor, "*pos feature"]:
-        return self.sae.encode(h)
+        """Return how strongly each feature is active.
+
+        Args:
+            h: Activations.
+        """
+        z: Tensor = self.sae.encode(h)
+        return z
 
     def decode(self, z: Float[Tensor, "*pos feature"]) -> Float[Tensor, "*pos d_model"]:
-        return self.sae.decode(z)
+        """Return the activations that features stand for.
+
+        Args:
+            z: How strongly each feature is active.
+        """
+        h: Tensor = self.sae.decode(z)
+        return h
 
     @property
     def directions(self) -> Float[Tensor, "feature d_model"]:
         """What one unit of each feature writes."""
-        written = self.sae.W_dec.detach()
+        written: Tensor = self.sae.W_dec.detach()
         folds = getattr(self.sae.cfg, "rescale_acts_by_decoder_norm", False)
         return written / written.norm(dim=-1, keepdim=True) if folds else written
 
     def plain(self) -> tuple[PlainSAE, dict[str, Any]]:
-        """The same arithmetic without sae-lens, and its shape. Raises `MechunlearnError` for a kind that has none."""
+        """Return the same arithmetic without sae-lens, and its shape.
+
+        Raises:
+            MechunlearnError: For an architecture or a normalisation that `interventions.PlainSAE` does not have.
+        """
         cfg, sae = self.sae.cfg, self.sae
         kind = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu"}.get(
             cfg.architecture().removesuffix("_training")
@@ -235,41 +181,72 @@ class SAE:
         made.load_state_dict({name: t.detach().clone() for name, t in state.items()})
         return made.eval(), about
 
-    def save(self, folder: str | Path) -> None:
-        """Write a folder that `load_dictionary` and sae-lens's `SAE.load_from_disk` read; it must be new or empty."""
+    def described(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return what `restored` makes the SAE of: the configuration that sae-lens writes, and the weights by name."""
+        cfg, weights = self.sae.cfg.to_dict(), self.sae.state_dict()
+        self.sae.process_state_dict_for_saving(weights)
         name = hook_name_of(self.hook_name)
-        if self.sae.cfg.reshape_activations == "hook_z":  # sae-lens accepts it under the older name only
-            name = name.replace(*HOOK_POINTS["attn.o"])
-        self.sae.cfg.metadata.hook_name = name
-        self.sae.cfg.metadata.mechunlearn = {
-            "signature": None if self.signature is None else asdict(self.signature),
-            "fitted_on": self.fitted_on,
-            "quality": self.quality,
-        }
+        if cfg["reshape_activations"] == "hook_z":  # sae-lens accepts it under the older name only
+            name = name.replace(HOOK_POINTS["attn.o"][0], HOOK_POINTS["attn.o"][1])
+        metadata = {**cfg["metadata"], "hook_name": name, "mechunlearn": origin(self)}
+        return {**cfg, "metadata": metadata}, weights
+
+    @classmethod
+    def restored(cls, about: Mapping[str, Any], weights: Mapping[str, Tensor]) -> "SAE":
+        """Make an SAE of what `described` returns.
+
+        Args:
+            about: The configuration.
+            weights: The weights by name.
+
+        Raises:
+            MechunlearnError, LookupError, TypeError, ValueError, RuntimeError: If they are not those of an SAE.
+        """
+        from sae_lens import SAE as Loaded  # seconds to import
+
+        cfg = {**about, "device": "cpu"}
+        return cls(Loaded.load_from_disk("", converter=lambda *_, **__: (cfg, dict(weights))))
+
+    def save(self, folder: str | Path) -> None:
+        """Write a folder that `load_dictionary` and sae-lens's `SAE.load_from_disk` read.
+
+        Its `cfg.json` holds a hash of both files, under our own key of sae-lens's metadata.
+
+        Args:
+            folder: A new or empty folder.
+
+        Raises:
+            MechunlearnError: If the folder holds something, or the disk refuses.
+        """
+        cfg, weights = self.described()
         with whole_folder(folder) as beside:
-            self.sae.save_model(beside)
+            save_file({name: t.detach().cpu().contiguous() for name, t in weights.items()}, beside / WEIGHTS)
+            (beside / CFG).write_text(sealed(cfg, (beside / WEIGHTS).read_bytes()), encoding="utf-8")
 
     @classmethod
     def load(cls, folder: str | Path) -> "SAE":
-        """Raises `MechunlearnError` if the folder holds no whole SAE."""
-        from sae_lens import SAE as Loaded  # seconds to import
+        """Read an SAE from a folder of `save`, or of sae-lens.
 
-        try:
-            loaded = Loaded.load_from_disk(Path(folder))
-        except (
-            OSError,
-            ValueError,
-            LookupError,
-            TypeError,
-            AttributeError,
-            RuntimeError,
-            AssertionError,
-            SafetensorError,
-        ) as error:
-            raise MechunlearnError(
-                f"'{folder}' is not a whole SAE ({type(error).__name__}: {_first_line(error)}). Expected a folder with "
-                "cfg.json and sae_weights.safetensors, as sae-lens writes it."
-            ) from None
+        Args:
+            folder: The folder.
+
+        Raises:
+            MechunlearnError: If the folder holds no SAE or one that is damaged. A folder of sae-lens holds no hash: in it
+                damage that leaves the format whole is not noticed.
+        """
+        folder = Path(folder)
+        advice = f"Expected {CFG} and {WEIGHTS}, as sae-lens or `SAE.save` wrote them: take an undamaged copy, or make it again."
+        with tensors.reading(folder, "SAE", advice):
+            text = (folder / CFG).read_text(encoding="utf-8")
+            if any(name in text for name in OURS):
+                cfg = json.loads(text)
+                ours = cfg["metadata"]["mechunlearn"]
+                if ours["hash"] != tensors.text_hash(text, ours["hash"]):
+                    raise MechunlearnError(tensors.DAMAGED)
+                return cls.restored(cfg, hashed(folder / WEIGHTS, ours["weights"]))
+            from sae_lens import SAE as Loaded  # seconds to import
+
+            loaded = Loaded.load_from_disk(folder)
         return cls(loaded)
 
     def __repr__(self) -> str:
@@ -277,10 +254,16 @@ class SAE:
 
 
 def load_dictionary(source: str | Path, sae_id: str | None = None) -> "Codebook | SAE":
-    """Load a dictionary: a shipped one (`factworld-codebook`, `factworld-sae`), a folder, or an SAE of a sae-lens release.
+    """Load a dictionary: a shipped one, one in a folder, or an SAE of a sae-lens release.
 
-    With `sae_id`, `source` is the name of a release: `load_dictionary("gpt2-small-res-jb", "blocks.8.hook_resid_pre")`.
-    Raises `MechunlearnError` if there is none, or the folder holds something else.
+    `load_dictionary("gpt2-small-res-jb", "blocks.8.hook_resid_pre")` loads an SAE of a release.
+
+    Args:
+        source: `factworld-codebook`, `factworld-sae`, a folder, or with `sae_id` the name of a release.
+        sae_id: The SAE of the release.
+
+    Raises:
+        MechunlearnError: If there is none, or the folder holds something else or is damaged.
 
     >>> load_dictionary("factworld-codebook")
     Codebook(512 codes, 2 used, L3.resid_post, width 128)
@@ -292,12 +275,12 @@ def load_dictionary(source: str | Path, sae_id: str | None = None) -> "Codebook 
             return SAE(Loaded.from_pretrained(str(source), sae_id))
         except (OSError, ValueError, KeyError) as error:
             raise MechunlearnError(
-                f"Could not load the SAE '{sae_id}' of release '{source}': {_first_line(error)}."
+                f"Could not load the SAE '{sae_id}' of release '{source}': {tensors.one_line(error)}."
             ) from None
     folder = data_folder() / str(source) if str(source) in SHIPPED else Path(source).expanduser()
-    if (folder / "cfg.json").is_file():
+    if (folder / CFG).is_file():
         return SAE.load(folder)
-    if (folder / "config.json").is_file():
+    if (folder / CONFIG).is_file():
         return Codebook.load(folder)
     raise MechunlearnError(
         f"There is no dictionary in '{source}'. Expected {' or '.join(SHIPPED)}, or a folder with config.json (a codebook) or "
@@ -306,9 +289,14 @@ def load_dictionary(source: str | Path, sae_id: str | None = None) -> "Codebook 
 
 
 def check(dictionary: Dictionary, model: Model) -> None:
-    """Bring a dictionary to the model's device.
+    """Bring a dictionary to a model's device, if it belongs to the model.
 
-    Raises `MechunlearnError` unless it belongs to a model of this architecture, width and hook points.
+    Args:
+        dictionary: The dictionary.
+        model: The model.
+
+    Raises:
+        MechunlearnError: If the dictionary is for another architecture, width or hook point.
     """
     there = signature_of(model)
     if dictionary.signature is not None and dictionary.signature != there:
@@ -327,60 +315,18 @@ def check(dictionary: Dictionary, model: Model) -> None:
         )
 
 
-def place(model: Model, hook_name: str) -> str:
-    """The hook point as this model calls it: a site, or a module's path where the model has no layout.
-
-    Raises `MechunlearnError`, with the nearest names, if there is none.
-    """
-    if isinstance(model, HookedModel):
-        layers, site = range(model.signature.layers), site_of(hook_name)
-        kinds = [kind for kind in (*UNITS, *STREAMS) if kind != "resid_mid" or not model.layout.parallel]
-        names = [f"L{layer}.{kind}" for layer in layers for kind in kinds]
-    else:
-        site, names = hook_name, [name for name, _ in model.named_modules() if name]
-    if site in names:
-        return site
-    near = difflib.get_close_matches(site, names, n=3, cutoff=0.4)
-    raise MechunlearnError(
-        f"No hook point '{hook_name}' in ({signature_of(model)}). Nearest: {', '.join(near) or 'none'}. "
-        f"Expected one such as {names[-2] if len(names) > 1 else 'a module'}."
-    )
-
-
-def width(model: Model, hook_name: str) -> int | None:
-    """How wide the activation is; None where only a run would tell."""
-    if not isinstance(model, HookedModel):
-        return None
-    kind = hook_name.split(".", 1)[1]
-    heads = {"attn.q": "heads", "attn.o": "heads", "attn.k": "kv_heads", "attn.v": "kv_heads"}
-    if kind in heads:
-        return getattr(model.signature, heads[kind]) * model.layout.d_head
-    return model.signature.d_mlp if kind == "mlp.out" else model.signature.d_model
-
-
-@contextmanager
-def installed(model: Model, hook_name: str, function: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
-    """Within the block the function sees the activations `[... pos width]` at a hook point, heads side by side."""
-    name = place(model, hook_name)
-    if not isinstance(model, HookedModel):
-        with tapped([(model.get_submodule(name), "out", function)]):
-            yield
-        return
-    with model.hooks({name: partial(_by_head, function) if ".attn." in name else function}):
-        yield
-
-
-def _by_head(function: Callable[[Tensor], Tensor | None], z: Tensor) -> Tensor | None:
-    changed = function(z.flatten(-2))
-    return None if changed is None else changed.view_as(z)
-
-
 @contextmanager
 def spliced(model: Model, dictionary: Dictionary, error: bool | None = None) -> Iterator[None]:
-    """Within the block the reconstruction takes the activation's place: what a dictionary costs before anything is edited.
+    """Put the reconstruction in the activation's place for a block: what a dictionary costs before anything is edited.
 
-    `error` adds back what an SAE missed (by default it does, and nothing changes then but rounding); a codebook never adds
-    it, as that would bypass the bottleneck. Raises `MechunlearnError` if it is asked to, or belongs to another model.
+    Args:
+        model: The model.
+        dictionary: The dictionary.
+        error: Whether to add back what an SAE missed, by default yes; nothing changes then but rounding. A codebook never
+            adds it, as that would bypass the bottleneck.
+
+    Raises:
+        MechunlearnError: If a codebook is asked to add it, or the dictionary belongs to another model.
     """
     if isinstance(dictionary, Codebook) and error:
         raise MechunlearnError("A codebook adds no error term: it would bypass the bottleneck. Give error=False.")
@@ -388,7 +334,7 @@ def spliced(model: Model, dictionary: Dictionary, error: bool | None = None) -> 
 
     def replaced(h: Tensor) -> Tensor:
         if isinstance(dictionary, Codebook):
-            return dictionary(h).to(h.dtype)
+            return torch.as_tensor(dictionary(h)).to(h.dtype)
         new = dictionary.decode(dictionary.encode(h)).to(h.dtype)
         return new if error is False else new + (h - new).detach()
 
@@ -396,35 +342,14 @@ def spliced(model: Model, dictionary: Dictionary, error: bool | None = None) -> 
         yield
 
 
-def signature_of(model: Model) -> Signature:
-    """The architecture, of a module without a layout read from its configuration."""
-    if isinstance(model, HookedModel):
-        return model.signature
-    config: Any = model.config
+def sealed(cfg: dict[str, Any], weights: bytes) -> str:
+    """Return the `cfg.json` of an SAE with a hash of the weights, and of the rest of itself.
 
-    def number(*names: str) -> int:
-        return next((int(n) for name in names if (n := getattr(config, name, None)) is not None), 0)
-
-    heads = number("num_heads", "num_attention_heads", "n_head")
-    kv_heads = number("num_key_value_heads") or heads
-    layers = number("num_layers", "num_hidden_layers", "n_layer")
-    d_mlp = number("d_ff", "intermediate_size", "n_inner")
-    return Signature(config.model_type, layers, heads, kv_heads, d_mlp, number("d_model", "hidden_size", "n_embd"))
-
-
-def fingerprint_of(model: Model) -> str:
-    """What names a model in a run card: a hash of its weights."""
-    return model.fingerprint if isinstance(model, HookedModel) else _name(model)
-
-
-def _name(module: nn.Module) -> str:
-    """Eight digits of a hash of the weights."""
-    parts = (
-        (n, t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        for n, t in module.state_dict().items()
-    )
-    return digest(*(part for pair in parts for part in pair))[:8]
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    Args:
+        cfg: The configuration that sae-lens writes, with our own key in its metadata.
+        weights: The file of the weights.
+    """
+    ours = cfg["metadata"]["mechunlearn"]
+    ours |= {"weights": digest(weights), "hash": ""}
+    ours["hash"] = tensors.text_hash(json.dumps(cfg))
+    return json.dumps(cfg) + "\n"

@@ -14,20 +14,28 @@ from mechunlearn.artifacts.mask import ComponentMask
 from mechunlearn.core.batches import in_batches
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import Prompts
-from mechunlearn.features.dictionaries import Codebook, Dictionary, Model, check, installed, place
+from mechunlearn.features.dictionaries import Codebook, Dictionary, check
+from mechunlearn.features.places import Model, installed, place
 from mechunlearn.metrics.text import encode, padded, text_loss
-from mechunlearn.model.decoder import tapped
 from mechunlearn.model.hooked import HookedModel
+from mechunlearn.model.taps import tapped
 
 Texts = Prompts | Sequence[str] | tuple[Tensor, Tensor]
 BATCH = 64
 
 
 def tokenized(model: Model, data: Texts) -> tuple[Int[Tensor, "text pos"], Bool[Tensor, "text pos"]]:
-    """Tokens, padded on the right, and which of them count: no padding, no beginning or end of text.
+    """Tokenize texts, and say which tokens count: no padding, no beginning or end of text.
 
-    `data` is prompts, texts (the model needs a tokenizer), or tokens and their lengths.
-    Raises `MechunlearnError` if there is no text, or nothing in it.
+    Args:
+        model: The model; texts need its tokenizer.
+        data: Prompts, texts, or tokens `[text pos]` and lengths `[text]`.
+
+    Returns:
+        The tokens, padded on the right, and which of them count.
+
+    Raises:
+        MechunlearnError: If there is no text, nothing in it, or no tokenizer for it.
     """
     tokenizer = getattr(model, "tokenizer", None)
     if isinstance(data, Prompts):
@@ -60,10 +68,17 @@ def observed(
     see: Any,
     counted: Bool[Tensor, "text pos"] | None = None,
 ) -> None:
-    """A forward pass that ends once the dictionary's hook point has been seen.
+    """Run a forward pass that ends once the dictionary's hook point has been seen.
 
-    A module without a layout may look both ways: it attends to no padding if `counted` is given.
-    Raises `MechunlearnError` for a hook point outside the encoder of an encoder-decoder model.
+    Args:
+        model: The model.
+        dictionary: The dictionary, of which only the hook point is used.
+        tokens: Tokens, padded on the right.
+        see: What is called with the activations `[text pos width]`, heads side by side.
+        counted: Which tokens count. A module without a layout may look both ways: given this, it attends to no padding.
+
+    Raises:
+        MechunlearnError: If the hook point is outside the encoder of an encoder-decoder model.
     """
     name = place(model, dictionary.hook_name)
     if isinstance(model, HookedModel):
@@ -85,27 +100,41 @@ def observed(
 class FiringStatistics:
     """By text and unit: at how many tokens it is active, its summed squares, and its largest activation.
 
-    One pass over any texts; a topic is then a selection of rows, so that discovery on what has been seen costs no forward
-    pass. Memory: three numbers a text and unit.
+    One pass over any texts; a topic is then a selection of rows, so that discovery on what has been seen costs no
+    forward pass. Memory: three numbers for each text and unit.
+
+    Attributes:
+        fire_count: The number of tokens at which the unit is active.
+        squared: The sum of its squared activations.
+        max_activation: Its largest activation.
+        tokens: The number of tokens that count.
 
     >>> from mechunlearn import load_model
     >>> from mechunlearn.features.dictionaries import load_dictionary
     >>> model, codebook = load_model("factworld"), load_dictionary("factworld-codebook")
     >>> seen = FiringStatistics.of(model, codebook, ["The cook baked the soup.", "The knight fought the army."])
-    >>> seen.fired.shape, seen.select([0]).rates().sum().item()
+    >>> seen.fire_count.shape, seen.select([0]).rates().sum().item()
     (torch.Size([2, 512]), 2.0)
     """
 
-    fired: Float[Tensor, "text feature"]
+    fire_count: Float[Tensor, "text feature"]
     squared: Float[Tensor, "text feature"]
-    largest: Float[Tensor, "text feature"]
+    max_activation: Float[Tensor, "text feature"]
     tokens: Float[Tensor, " text"]
 
     @classmethod
     def of(cls, model: Model, dictionary: Dictionary, data: Texts, nearest: int | None = None) -> "FiringStatistics":
-        """See every text once. With `nearest`, a codebook counts so many nearest codes (S'), not only those it uses.
+        """Collect the statistics in one pass over texts.
 
-        Raises `MechunlearnError` for a dictionary of another model, for empty text, and for more codes than there are.
+        Args:
+            model: The model.
+            dictionary: A dictionary of this model.
+            data: Texts, prompts, or tokens `[text pos]` and lengths `[text]`.
+            nearest: How many nearest codes of each group a codebook counts (S'); None counts those it uses.
+
+        Raises:
+            MechunlearnError: If the dictionary is of another model, the text is empty, or there are fewer codes than
+                asked for.
         """
         check(dictionary, model)
         if nearest is not None and not (
@@ -139,34 +168,52 @@ class FiringStatistics:
         parts = in_batches(len(tokens), BATCH, lambda rows: part(order[rows]))
         back = torch.cat([rows for rows, *_ in parts]).argsort()
         with torch.no_grad():
-            fired, squared, largest = (torch.cat([p[i] for p in parts])[back] for i in (1, 2, 3))
-        return cls(fired, squared, largest, counted.sum(1).float())
+            fire_count, squared, max_activation = (torch.cat([p[i] for p in parts])[back] for i in (1, 2, 3))
+        return cls(fire_count, squared, max_activation, counted.sum(1).float())
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def select(self, rows: Sequence[int] | Tensor) -> "FiringStatistics":
+        """Return the statistics of some texts.
+
+        Args:
+            rows: Numbers of texts.
+        """
         chosen = torch.as_tensor(rows, dtype=torch.long)
-        return FiringStatistics(*(getattr(self, name)[chosen] for name in ("fired", "squared", "largest", "tokens")))
+        return FiringStatistics(
+            *(getattr(self, name)[chosen] for name in ("fire_count", "squared", "max_activation", "tokens"))
+        )
 
     def rates(self) -> Float[Tensor, " feature"]:
-        """The share of tokens at which each unit is active."""
-        return self.fired.sum(0) / self.tokens.sum()
+        """Return the share of tokens at which each unit is active."""
+        return self.fire_count.sum(0) / self.tokens.sum()
 
 
 def matched_units(
-    activity: FiringStatistics, chosen: Int[Tensor, " unit"], seed: int = 0, among: int = 5
+    statistics: FiringStatistics, chosen: Int[Tensor, " unit"], seed: int = 0, among: int = 5
 ) -> Int[Tensor, " unit"]:
-    """As many other units, each drawn from the `among` free ones that are active nearly as often: the random control.
+    """Draw as many other units that are active nearly as often: the random control.
 
     Often used units are taken first, as few others come near them.
-    Raises `MechunlearnError` if there are not enough others.
+
+    Args:
+        statistics: When units are active.
+        chosen: The units to match.
+        seed: Of the draws.
+        among: From how many of the nearest free units each one is drawn.
+
+    Returns:
+        The units, in ascending order.
+
+    Raises:
+        MechunlearnError: If there are not enough others.
 
     >>> seen = FiringStatistics(torch.tensor([[9.0, 8.0, 1.0, 1.0]]), *[torch.zeros(1, 4)] * 2, torch.tensor([10.0]))
     >>> matched_units(seen, torch.tensor([0, 2]), among=1)
     tensor([1, 3])
     """
-    used = (activity.fired.sum(0) + 1).log()
+    used = (statistics.fire_count.sum(0) + 1).log()
     free = torch.ones(len(used), dtype=torch.bool)
     free[chosen] = False
     if int(free.sum()) < len(chosen):
@@ -181,28 +228,41 @@ def matched_units(
 
 
 def matched_mask(
-    activity: FiringStatistics, mask: ComponentMask, dictionary: Dictionary, seed: int = 0
+    statistics: FiringStatistics, mask: ComponentMask, dictionary: Dictionary, seed: int = 0
 ) -> ComponentMask:
-    """The mask of `matched_units`: random features or codes that are active as often as those of a mask.
+    """Draw a mask of random features or codes that are active as often as those of another mask, by `matched_units`.
 
-    Raises `MechunlearnError` if the mask is not of this dictionary, or there are not enough others.
+    Args:
+        statistics: When units of the dictionary are active.
+        mask: The mask to match.
+        dictionary: The dictionary that it selects from.
+        seed: Of the draws.
+
+    Raises:
+        MechunlearnError: If the mask is not of this dictionary, or there are not enough others.
     """
     if dictionary.site not in mask.sites:
         raise MechunlearnError(
             f"The mask selects units of {', '.join(mask.sites)}; the dictionary is '{dictionary.site}'."
         )
-    chosen = matched_units(activity, mask.sites[dictionary.site].nonzero().flatten(), seed)
+    chosen = matched_units(statistics, mask.sites[dictionary.site].nonzero().flatten(), seed)
     selected = torch.zeros(dictionary.size, dtype=torch.bool)
     selected[chosen] = True
     return replace(mask, sites={dictionary.site: selected})
 
 
 def quality(model: HookedModel, dictionary: Dictionary, texts: Sequence[str]) -> dict[str, float]:
-    """What a dictionary costs and says, on texts it was not trained on.
+    """Measure what a dictionary costs and says, on texts it was not trained on.
 
-    `explained variance` of the activations by the reconstruction; `loss` of the texts in nats a token, and `loss increase`
-    when the reconstruction takes the activation's place (no error term); `L0`, units active at a token; `dead share`,
-    units active at none of these tokens.
+    Args:
+        model: The model.
+        dictionary: A dictionary of this model.
+        texts: The texts.
+
+    Returns:
+        `tokens`, their number; `explained variance` of the activations by the reconstruction; `loss` of the texts in
+        nats a token, and `loss increase` when the reconstruction takes the activation's place (no error term); `L0`,
+        units active at a token; `dead share`, units active at none of these tokens.
     """
     check(dictionary, model)
     tokens, counted = tokenized(model, texts)
@@ -232,18 +292,25 @@ def quality(model: HookedModel, dictionary: Dictionary, texts: Sequence[str]) ->
         "loss": round(float(plain.mean()), 4),
         "loss increase": round(float((spliced - plain).mean()), 4),
         "L0": round(float(active.rates().sum()), 3),
-        "dead share": round(float((active.fired.sum(0) == 0).float().mean()), 4),
+        "dead share": round(float((active.fire_count.sum(0) == 0).float().mean()), 4),
     }
 
 
 def swapped(
     texts: Sequence[str], words: Sequence[str], others: Mapping[str, Sequence[str]] | Sequence[str], seed: int = 0
 ) -> list[str]:
-    """The same sentences with the topic's words replaced by unrelated ones: the text a topic's codes are told from.
+    """Replace a topic's words by unrelated ones in the same sentences: the text to tell a topic's units from.
 
-    Every word of `words` (whole words, whatever their case) is replaced at each place by one of `others`, drawn by `seed`;
-    `others` may say for each word which (a noun for a noun). A replacement begins with a capital letter where the word did.
-    Raises `MechunlearnError` if no text holds any of the words, or a word has nothing to take its place.
+    A replacement begins with a capital letter where the word did.
+
+    Args:
+        texts: The sentences.
+        words: The topic's words, replaced wherever they stand as whole words in any case.
+        others: The words to draw replacements from, or for each word its own (a noun for a noun).
+        seed: Of the draws.
+
+    Raises:
+        MechunlearnError: If no text holds any of the words, or a word has no replacement.
 
     >>> swapped(["The cook baked soup."], ["cook", "baked", "soup"], {"cook": ["knight"], "baked": ["fought"], "soup": ["army"]})
     ['The knight fought army.']

@@ -13,10 +13,16 @@ from torch.nn import functional
 class Codes(nn.Module):
     """A discrete bottleneck: each activation becomes the sum of the `used` codes nearest to it by cosine.
 
-    With `linear`, a linear map to `linear` times the width and ReLU stand before the look-up, and a linear map behind the
-    sum. With `groups`, what is looked up is cut into as many parts, each with `size / groups` codes of its own and `used`
-    of them chosen. `hook_ids` is an identity that the ids `[..., groups * used]` go through: a forward hook on it sees or
-    replaces them.
+    `hook_ids` is an identity that the ids `[..., groups * used]` go through: a forward hook on it sees or replaces
+    them.
+
+    Args:
+        d_model: The width of activations.
+        size: The number of codes.
+        used: How many codes are summed (of each group).
+        groups: Into how many parts what is looked up is cut, each with `size / groups` codes of its own.
+        linear: How many times as wide a linear map and ReLU before the look-up make it, with a linear map behind the
+            sum; 0 has no linear maps.
     """
 
     def __init__(self, d_model: int, size: int, used: int, groups: int = 1, linear: int = 2) -> None:
@@ -29,15 +35,30 @@ class Codes(nn.Module):
         self.hook_ids = nn.Identity()
 
     def entering(self, h: Tensor) -> Tensor:
-        """What is looked up."""
+        """Return what is looked up.
+
+        Args:
+            h: Activations `[..., d_model]`.
+        """
         h = h.to(self.codes.dtype)
         return h if self.encoder is None else functional.relu(self.encoder(h))
 
     def leaving(self, summed: Tensor) -> Tensor:
+        """Return the activations that sums of codes stand for.
+
+        Args:
+            summed: Sums `[..., d_model * linear]`.
+        """
         return summed if self.decoder is None else self.decoder(summed)
 
     def nearest(self, entering: Tensor, used: int | None = None, without: Tensor | None = None) -> Tensor:
-        """Ids of the nearest codes `[..., groups * used]`, nearest first in each group; none of those in `without` (bool)."""
+        """Return the ids of the nearest codes `[..., groups * used]`, nearest first in each group.
+
+        Args:
+            entering: What is looked up.
+            used: How many of each group; None is the number of the bottleneck.
+            without: Codes to pass over, bool `[size]`.
+        """
         parts = entering.unflatten(-1, (self.groups, -1))
         codes = functional.normalize(self.codes, dim=-1).unflatten(0, (self.groups, -1))
         # of one activation all cosines share its norm, which changes no order
@@ -52,7 +73,12 @@ class Codes(nn.Module):
         return (ids + first).flatten(-2)
 
     def summed(self, ids: Tensor, without: Tensor | None = None) -> Tensor:
-        """The sum of codes; those in `without` count as zero."""
+        """Return the sum of codes.
+
+        Args:
+            ids: Their ids `[..., groups * used]`.
+            without: Codes that count as zero, bool `[size]`.
+        """
         codes = self.codes if without is None else self.codes.masked_fill(without[:, None], 0.0)
         if self.groups == 1:
             flat = functional.embedding_bag(ids.reshape(-1, ids.shape[-1]), codes, mode="sum")
@@ -60,13 +86,25 @@ class Codes(nn.Module):
         return codes[ids.unflatten(-1, (self.groups, -1))].sum(-2).flatten(-2)
 
     def forward(self, h: Tensor) -> Tensor:
-        """The activation that takes the place of h; gradients reach h as if nothing stood between (straight-through)."""
+        """Return the activation that takes the place of h.
+
+        Gradients reach h as if nothing stood between (straight-through).
+
+        Args:
+            h: Activations `[..., d_model]`.
+        """
         new = self.leaving(self.summed(self.hook_ids(self.nearest(self.entering(h)))))
         return new + (h - h.detach()) if h.requires_grad else new
 
 
 class CodeDeletion(nn.Module):
-    """The bottleneck without some codes. `reselect`: the next nearest take their places; else they count as zero."""
+    """The bottleneck without some codes.
+
+    Args:
+        codes: The bottleneck.
+        deleted: The codes, bool `[size]`.
+        reselect: Whether the next nearest codes take their places; else they count as zero.
+    """
 
     deleted: Tensor
 
@@ -76,6 +114,11 @@ class CodeDeletion(nn.Module):
         self.register_buffer("deleted", deleted)
 
     def forward(self, h: Tensor) -> Tensor:
+        """Return the activation that takes the place of h.
+
+        Args:
+            h: Activations `[..., d_model]`.
+        """
         ids = self.codes.nearest(self.codes.entering(h), without=self.deleted if self.reselect else None)
         empty = None if self.reselect else self.deleted
         new = self.codes.leaving(self.codes.summed(self.codes.hook_ids(ids), empty))
@@ -83,7 +126,15 @@ class CodeDeletion(nn.Module):
 
 
 class PlainSAE(nn.Module):
-    """The arithmetic of a sparse autoencoder: `relu`, `topk` (k) or `jumprelu` (a threshold a feature)."""
+    """The arithmetic of a sparse autoencoder.
+
+    Args:
+        d_model: The width of activations.
+        size: The number of features.
+        activation: `relu`, `topk` or `jumprelu` (with a threshold for each feature).
+        k: How many features `topk` keeps.
+        centred: Whether the decoder's bias is subtracted before encoding.
+    """
 
     def __init__(self, d_model: int, size: int, activation: str, k: int = 0, centred: bool = True) -> None:
         super().__init__()
@@ -96,6 +147,11 @@ class PlainSAE(nn.Module):
             self.threshold = nn.Parameter(torch.zeros(size))
 
     def encode(self, h: Tensor) -> Tensor:
+        """Return how strongly each feature is active, `[..., size]`.
+
+        Args:
+            h: Activations `[..., d_model]`.
+        """
         before = (h.to(self.W_enc.dtype) - (self.b_dec if self.centred else 0)) @ self.W_enc + self.b_enc
         z = functional.relu(before)
         if self.activation == "topk":
@@ -104,13 +160,24 @@ class PlainSAE(nn.Module):
         return z * (before > self.threshold) if self.activation == "jumprelu" else z
 
     def decode(self, z: Tensor) -> Tensor:
+        """Return the activations that features stand for, `[..., d_model]`.
+
+        Args:
+            z: How strongly each feature is active, `[..., size]`.
+        """
         return z @ self.W_dec + self.b_dec
 
 
 class FeatureClamp(nn.Module):
-    """Some features are set to `values` where they are active, and what the dictionary misses is added back if `error`.
+    """Some features are set to values where they are active.
 
-    `gate` "sequence": only once more than `share` of the sequence's tokens so far have had one of the features.
+    Args:
+        sae: The SAE.
+        units: The features, `[unit]`.
+        values: Their values, `[unit]`.
+        error: Whether what the dictionary misses is added back.
+        gate: "token", or "sequence": only once enough of the sequence's tokens so far have had one of the features.
+        share: The share of them that a sequence must exceed.
     """
 
     units: Tensor
@@ -125,6 +192,11 @@ class FeatureClamp(nn.Module):
         self.register_buffer("values", values)
 
     def forward(self, h: Tensor) -> Tensor:
+        """Return the activation that takes the place of h.
+
+        Args:
+            h: Activations `[..., pos, d_model]`.
+        """
         z = self.sae.encode(h)
         mine = z[..., self.units]
         active = mine > 0
@@ -139,12 +211,25 @@ class FeatureClamp(nn.Module):
 
 
 def shares(fired: Tensor) -> Tensor:
-    """Of the tokens of each sequence up to each `[..., pos]`, the share that has fired: causal."""
+    """Return the share of the tokens of each sequence so far that has fired, `[..., pos]`: causal.
+
+    Args:
+        fired: Whether each token has, `[..., pos]`.
+    """
     return fired.float().cumsum(-1) / torch.arange(1, fired.shape[-1] + 1, device=fired.device)
 
 
 def attach(module: nn.Module, side: str, intervention: nn.Module) -> Any:
-    """Let the intervention see, and replace, the first tensor that enters (`in`) or leaves (`out`) a module."""
+    """Let an intervention see, and replace, the first tensor that enters or leaves a module.
+
+    Args:
+        module: The module.
+        side: "in" or "out".
+        intervention: What is called with the tensor, and returns its replacement.
+
+    Returns:
+        The handle, whose `remove()` ends it.
+    """
 
     def entering(_: nn.Module, args: Any, kwargs: Any) -> Any:
         name = None if args else "hidden_states"
@@ -161,7 +246,11 @@ def attach(module: nn.Module, side: str, intervention: nn.Module) -> Any:
 
 
 def build(part: dict[str, Any]) -> nn.Module:
-    """An intervention of the right shapes from its description, for a checkpoint to fill."""
+    """Build an intervention of the right shapes from its description, for a checkpoint to fill.
+
+    Args:
+        part: The description, one of those in the checkpoint's configuration.
+    """
     kind, about = part["kind"], part["about"]
     if kind == "delete":
         return CodeDeletion(Codes(**about), torch.zeros(about["size"], dtype=torch.bool), part["reselect"])

@@ -16,17 +16,9 @@ from torch.nn import functional
 from transformers import get_cosine_schedule_with_warmup
 
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.features.dictionaries import (
-    SAE,
-    Codebook,
-    Model,
-    fingerprint_of,
-    installed,
-    place,
-    signature_of,
-    width,
-)
+from mechunlearn.features.dictionaries import SAE, Codebook
 from mechunlearn.features.firing import Texts, observed, tokenized
+from mechunlearn.features.places import Model, fingerprint_of, installed, place, signature_of, width
 from mechunlearn.model.hook_points import hook_name_of
 from mechunlearn.model.hooked import HookedModel, frozen
 
@@ -59,19 +51,40 @@ def train_codebook(
 ) -> Codebook:
     """Train a codebook: k-means, then reconstruction of stored activations, then through the model it is spliced into.
 
-    The codes begin as centroids of what is looked up, divided by `used`. For `steps` steps of 512 tokens they learn to
-    reconstruct; every `restart` steps, codes that no token has used since become activations drawn at random (none in the
-    last quarter). For `spliced_steps` steps of `batch_size` texts the codebook stands in the model: KL from the
-    unspliced model's predictions (`kl`) or cross-entropy of the text (`ce`), plus `reconstruction` times the unexplained
-    variance, plus `l1` times the mean |code entry|; gradients pass straight through to h. The linear map before the look-up
-    stays as it begins, a random rotation and its negative: trained through the look-up it drifts and loses codes. The model
-    is frozen, unless `joint`: then it is trained in place with the codebook (cross-entropy; CodeUnlearn, arXiv 2410.10866),
-    at `model_rate`.
-    Encoder-decoder models take `labels`, -100 where there is none.
+    The codes begin as centroids of what is looked up, divided by `used`. Through the model, gradients pass straight to
+    h. The linear map before the look-up stays as it begins, a random rotation and its negative: trained through the
+    look-up it drifts and loses codes. The same seed gives the same codebook on the same machine. Memory: the tokens
+    times the width.
 
-    `texts` are texts, prompts, or tokens and lengths. Memory: their tokens times the width. The same seed gives the same
-    codebook on the same machine. Raises `MechunlearnError` for a hook point that does not exist, `used` above `size`, empty
-    text, `joint` with KL, and labels that are missing or for a model that takes none.
+    Args:
+        model: The model, frozen unless `joint`.
+        hook_name: The hook point whose activations the codebook replaces.
+        texts: Texts, prompts, or tokens `[text pos]` and lengths `[text]`.
+        size: The number of codes.
+        used: How many codes stand for one activation (of each group).
+        groups: Into how many parts what is looked up is cut, each with `size / groups` codes of its own.
+        linear: How many times as wide as h what is looked up is; 0 looks up h itself.
+        steps: Steps of 512 tokens in which the codebook learns to reconstruct.
+        spliced_steps: Steps of `batch_size` texts in which it stands in the model.
+        objective: "kl" from the unspliced model's predictions, or "ce", the cross-entropy of the text.
+        joint: Whether the model is trained too, in place (with "ce"; CodeUnlearn, arXiv 2410.10866).
+        labels: The targets of an encoder-decoder model, -100 where there is none. Other models take none.
+        reconstruction: The weight of the unexplained variance beside the objective.
+        l1: The weight of the mean |code entry| beside the objective.
+        lr: The learning rate; a third of it through the model.
+        model_rate: The model's learning rate if it is trained too.
+        batch_size: Texts in a step through the model.
+        restart: After so many steps each, codes that no token has used become activations drawn at random (none in the
+            last quarter of `steps`); None leaves them.
+        seed: Of first weights and batches.
+        progress: Whether to show a bar.
+
+    Returns:
+        The codebook, in evaluation mode.
+
+    Raises:
+        MechunlearnError: If the hook point does not exist, `used` is above `size`, the text is empty, `joint` is used
+            with KL, or labels are missing or given for a model that takes none.
 
     >>> from mechunlearn import load_model
     >>> model = load_model("factworld")
@@ -152,7 +165,16 @@ def fit_codebook(
     generator: torch.Generator | None = None,
     progress: bool = False,
 ) -> None:
-    """The first half of `train_codebook`, on activations that you have: k-means, then reconstruction, in place.
+    """Train a codebook on activations that you have, in place: the first half of `train_codebook`.
+
+    Args:
+        codebook: The codebook; its weights are drawn anew.
+        stored: The activations.
+        steps: Steps of 512 tokens.
+        lr: The learning rate.
+        restart: After so many steps each, unused codes become activations drawn at random; None leaves them.
+        generator: Draws batches and first weights; None is one of seed 0.
+        progress: Whether to show a bar.
 
     >>> codebook = Codebook(d_model=8, size=4, used=1, hook_name="L0.resid_post")
     >>> fit_codebook(codebook, torch.randn(64, 8), steps=2)
@@ -188,13 +210,30 @@ def train_sae(
     seed: int = 0,
     progress: bool = False,
 ) -> SAE:
-    """Train a TopK SAE of sae-lens on stored activations: `size` features, of which the `used` largest are kept a token.
+    """Train a TopK SAE of sae-lens on stored activations.
 
-    sae-lens's own module, loss (with its auxiliary loss for features that have been dead for `dead_after` steps) and trainer: Adam
-    with a warm-up and a cosine learning rate, activations drawn at random by the seed. What comes back is the inference form, which `save` writes
-    as sae-lens does. Memory: tokens of the texts times the width; for texts beyond memory use sae-lens's `SAETrainer`, whose
-    folders `load_dictionary` reads.
-    Raises `MechunlearnError` for a hook point that does not exist, `used` above `size`, and empty text.
+    Module, loss (with its auxiliary loss for dead features) and trainer are those of sae-lens: Adam with a warm-up and
+    a cosine learning rate. `save` of the result writes the inference form as sae-lens does. Memory: the tokens times
+    the width; for texts beyond memory use the `SAETrainer` of sae-lens, whose folders `load_dictionary` reads.
+
+    Args:
+        model: The model.
+        hook_name: The hook point.
+        texts: Texts, prompts, or tokens `[text pos]` and lengths `[text]`.
+        size: The number of features.
+        used: How many features are kept at a token, the largest.
+        steps: Steps of `batch_size` tokens, drawn at random.
+        batch_size: Tokens in a step.
+        lr: The learning rate.
+        dead_after: After so many steps without activity a feature is dead.
+        seed: Of first weights and batches.
+        progress: Whether to show the bar of sae-lens.
+
+    Returns:
+        The SAE, in its inference form.
+
+    Raises:
+        MechunlearnError: If the hook point does not exist, `used` is above `size`, or the text is empty.
 
     >>> from mechunlearn import load_model
     >>> train_sae(load_model("factworld"), "L3.resid_post", ["The cook baked the soup."] * 4, size=16, used=2, steps=5)
@@ -230,9 +269,24 @@ def fit_sae(
     seed: int = 0,
     progress: bool = False,
 ) -> Any:
-    """`train_sae` on activations that you have: sae-lens's own object in its inference form. `SAE(it, hook_name)` wraps it.
+    """Train a TopK SAE of sae-lens on activations that you have: the second half of `train_sae`.
 
-    Raises `MechunlearnError` for `used` above `size`.
+    Args:
+        stored: The activations.
+        size: The number of features.
+        used: How many features are kept at a token, the largest.
+        steps: Steps of `batch_size` tokens, drawn at random.
+        batch_size: Tokens in a step.
+        lr: The learning rate.
+        dead_after: After so many steps without activity a feature is dead.
+        seed: Of first weights and batches.
+        progress: Whether to show the bar of sae-lens.
+
+    Returns:
+        The object of sae-lens in its inference form; `SAE(it, hook_name)` wraps it.
+
+    Raises:
+        MechunlearnError: If `used` is above `size`.
 
     >>> fit_sae(torch.randn(64, 8), size=16, used=2, steps=2).cfg.d_sae
     16
@@ -272,7 +326,14 @@ def fit_sae(
 
 @torch.no_grad()
 def activations(model: Model, hook_name: str, tokens: Tensor, counted: Tensor) -> Float[Tensor, "token width"]:
-    """The activations of all counted tokens at a hook point."""
+    """Return the activations of all counted tokens at a hook point.
+
+    Args:
+        model: The model.
+        hook_name: The hook point.
+        tokens: Tokens `[text pos]`, padded on the right.
+        counted: Which of them count, `[text pos]`.
+    """
     found: list[Tensor] = []
     with _random_state_kept(torch.device("cpu")):
         probe = Codebook(width(model, hook_name) or 1, 1, 1, hook_name=hook_name)  # only its hook point is asked for

@@ -10,21 +10,21 @@ from torch import Tensor
 
 from mechunlearn.artifacts.localization import Localization
 from mechunlearn.core.batches import in_batches
-from mechunlearn.core.runcard import RunCard, Stopwatch
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import Prompts
-from mechunlearn.metrics.answers import Metric, logit_diff, name_of, per_fact, positions_read
+from mechunlearn.metrics.answers import Metric, logit_diff, per_fact, positions_read
 from mechunlearn.model.component import SCORED
-from mechunlearn.model.decoder import tapped
 from mechunlearn.model.hooked import HookedModel, frozen
-from mechunlearn.patching.corruption import check_finite, check_prompts, unchanged
+from mechunlearn.model.taps import tapped
+from mechunlearn.patching.corruption import check_finite, unchanged
 from mechunlearn.patching.relevance import relevance_rules
-from mechunlearn.patching.scores import from_effects
+from mechunlearn.patching.scores import from_effects, localizer
 from mechunlearn.patching.sweep import Effects, check_kinds, effects, rows_of
 
 RULES = ("gradient", "relp")
 
 
+@localizer
 def attribution_patching(
     model: HookedModel,
     prompts: Prompts,
@@ -35,40 +35,57 @@ def attribution_patching(
     ig_steps: int = 0,
     rule: str = "gradient",
     verify: int = 0,
+    seed: int = 0,
     batch_size: int = 32,
+    progress: bool | None = None,
 ) -> Localization:
     """Estimate how the metric changes when each head, neuron or stream takes its corrupt activation.
 
     The score of a unit is (corrupt - clean) . d metric / d activation, summed over positions, averaged over facts (Nanda
-    2023; arXiv 2310.10348 for its error). `kinds` and `by` are those of `activation_patching`, which it estimates. The
-    gradient is taken at the clean run; with `steps=m` it is averaged over m left Riemann points of the embeddings from
-    corrupt to clean (integrated gradients, arXiv 2403.17806); with `rule="relp"` it is RelP's (arXiv 2508.21258), which
-    freezes norms and attention patterns and so survives saturation better, but sees nothing that acts by a pattern.
-    `verify=n` measures the n units with the largest |score| exactly and puts the result in place of the estimate, as
-    AtP* does (arXiv 2403.00745), within n forward passes of the data; `found.evidence["verified"]` names them.
+    2023; arXiv 2310.10348 for its error), the gradient taken at the clean run. It estimates `activation_patching`: exact where
+    the metric is linear in the activation, and far off where a softmax or norm behind it is saturated.
+    Cost: two forward passes and one backward pass of each batch (1 + m of each with `ig_steps=m`).
 
-    It is exact where the metric is linear in the activation; behind saturated softmaxes or norms it can be far off.
-    Cost: two forward passes and one backward pass of each batch (1 + m of each with `steps=m`).
-    Raises `MechunlearnError` for unknown kinds or rules, and facts longer than the context.
+    Args:
+        model: The model.
+        prompts: The facts.
+        metric: A function of `(logits, prompts)`, one number a fact.
+        kinds: Kinds of activations, as in `activation_patching`.
+        by: `role` or `position`: score each token role or position too, as in `activation_patching`.
+        ig_steps: m > 0 averages the gradient over m left Riemann points of the embeddings from corrupt to clean
+            (integrated gradients, arXiv 2403.17806).
+        rule: `gradient`, or `relp` for RelP's (arXiv 2508.21258), which freezes norms and attention patterns and so survives
+            saturation better, but sees nothing that acts by a pattern.
+        verify: Measure so many units with the largest |score| exactly and put the result in place of the estimate, as AtP*
+            does (arXiv 2403.00745); `found.evidence["verified"]` names them. Each costs at most a forward pass.
+        seed: Recorded only: nothing is drawn.
+        batch_size: Facts a batch.
+        progress: Show a bar; None shows one on a terminal or in a notebook.
+
+    Returns:
+        The estimated change by unit, in units of the metric.
+
+    Raises:
+        MechunlearnError: Unknown kind or rule, or facts longer than the context.
 
     >>> from mechunlearn.world.toy import planted_facts
     >>> toy = planted_facts()
     >>> attribution_patching(toy.model, toy.prompts([1]), kinds=["mlp.out"]).ranked()[0]
     L0.mlp.out[1]
     """
-    watch = Stopwatch()
     if rule not in RULES:
         raise MechunlearnError(f"Unknown rule '{rule}'. Expected one of {', '.join(RULES)}.")
     if ig_steps < 0 or verify < 0:
-        raise MechunlearnError(f"steps={ig_steps} and verify={verify} must not be negative. Expected 0 for neither.")
+        raise MechunlearnError(f"ig_steps={ig_steps} and verify={verify} must not be negative. Expected 0 for neither.")
     check_kinds(model, kinds)
-    check_prompts(model, prompts, batch_size)
     sites = [f"L{layer}.{kind}" for layer in range(model.signature.layers) for kind in kinds]
     width = prompts.tokens.shape[1]
     parts = in_batches(
         len(prompts),
         batch_size,
         lambda rows: _batch_effects(model, prompts.select(rows), sites, metric, by, ig_steps, rule, width),
+        "attribution patching",
+        progress,
     )
     found = Effects(
         {site: torch.cat([part.by_site[site] for part in parts], -1) for site in sites},
@@ -77,22 +94,8 @@ def attribution_patching(
         torch.cat([part.corrupt for part in parts]),
         unchanged=unchanged(prompts, "prompts"),
     )
-    evidence = _verified(model, prompts, metric, found, verify, batch_size) if verify else {}
-    card = RunCard(
-        "attribution_patching",
-        model=model.fingerprint,
-        data=prompts.fingerprint,
-        settings={
-            "metric": name_of(metric),
-            "kinds": list(kinds),
-            "steps": ig_steps,
-            "rule": rule,
-            "verify": verify,
-            "by": by,
-        },
-        device=str(model.device),
-    )
-    return from_effects(model, found, watch.stamp(card), evidence)
+    evidence = _verified(model, prompts, metric, found, verify, batch_size, progress) if verify else {}
+    return from_effects(model, found, evidence)
 
 
 def _batch_effects(
@@ -158,7 +161,13 @@ def _differentiated(
 
 
 def _verified(
-    model: HookedModel, prompts: Prompts, metric: Metric, found: Effects, verify: int, batch_size: int
+    model: HookedModel,
+    prompts: Prompts,
+    metric: Metric,
+    found: Effects,
+    verify: int,
+    batch_size: int,
+    progress: bool | None,
 ) -> dict[str, object]:
     """Put exact effects in place of the largest estimates at all positions."""
     units = [(site, unit) for site, rows in found.by_site.items() for unit in range(rows.shape[1])]
@@ -169,9 +178,7 @@ def _verified(
         count = model.signature.units(site.split(".", 1)[1])
         chosen = torch.tensor([unit for one, unit in best if one == site])
         only[site] = torch.eye(count or 1, dtype=torch.bool)[chosen]
-    exact = effects(
-        model, prompts, metric, [], by=None, denoise=False, corrupt="prompts", batch_size=batch_size, only=only
-    )
+    exact = effects(model, prompts, metric, [], batch_size=batch_size, progress=progress, only=only)
     for site, chosen in only.items():
         found.by_site[site][0, chosen.int().argmax(1)] = exact.by_site[site][0]
     return {"verified": [f"{site}[{unit}]" for site, unit in best], "forward budget": verify}

@@ -1,32 +1,36 @@
-"""Direct logit attribution and the logit lens: what is written, read as the unembedding will read it."""
+"""Direct logit attribution: what is written, read as the unembedding will read it."""
 
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from mechunlearn.artifacts.localization import Localization
-from mechunlearn.core.runcard import RunCard, Stopwatch
+from mechunlearn.core.progress import track
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import Prompts
-from mechunlearn.metrics.stats import bootstrap_interval
 from mechunlearn.model.component import SCORED
-from mechunlearn.model.decoder import tapped
 from mechunlearn.model.hooked import HookedModel
-from mechunlearn.patching.corruption import check_prompts
+from mechunlearn.model.taps import tapped
 from mechunlearn.patching.edges import Norm
-from mechunlearn.patching.scores import localization
+from mechunlearn.patching.scores import at_read, localization, localizer
 
 POST = {"attn.o": "attention_post", "mlp.out": "mlp_post"}
 
 
+@localizer
 def direct_logit_attribution(
-    model: HookedModel, prompts: Prompts, *, kinds: Sequence[str] = SCORED, batch_size: int = 32
+    model: HookedModel,
+    prompts: Prompts,
+    *,
+    kinds: Sequence[str] = SCORED,
+    seed: int = 0,
+    batch_size: int = 32,
+    progress: bool | None = None,
 ) -> Localization:
     """Split the logit difference between answer and foil into what each head and neuron writes towards it.
 
@@ -35,15 +39,26 @@ def direct_logit_attribution(
     (its column of W_out . d), in logits, averaged over facts, with d = gain * (W_U[answer] - W_U[foil]) / s (centred for
     LayerNorm). Norms on what attention or the MLP writes (Gemma 2 and 3) are held as well (Elhage et al. 2021, "A
     mathematical framework for transformer circuits"; Wang et al. 2022, arXiv 2211.00593).
-    All heads, all neurons, `evidence["embedding"]` and `evidence["biases"]` (of outputs, final norm and unembedding) add
-    up to `evidence["logit_diff"]`, exactly in float32; it is taken before a final softcap (Gemma 2). Corrupt prompts are not looked
-    at. Cost: one forward pass, and a product with each output matrix at one position a fact.
+    Corrupt prompts are not looked at. Cost: one forward pass, and a product with each output matrix at one position a fact.
 
     It sees no indirect effect: what a unit writes for later units to read, and anything at other positions (a look-up
     at the subject, say), scores nothing here; later units may erase or repeat what scores high. It describes, it does not
     intervene: use `activation_patching` for what a unit causes.
-    Raises `MechunlearnError` for kinds other than `attn.o` and `mlp.out`, without facts, and for facts longer than the
-    context.
+
+    Args:
+        model: The model.
+        prompts: The facts.
+        kinds: `attn.o` (heads), `mlp.out` (neurons), or both.
+        seed: Recorded only: nothing is drawn.
+        batch_size: Facts a batch.
+        progress: Show a bar; None shows one on a terminal or in a notebook.
+
+    Returns:
+        Logits by unit. All heads, all neurons, `evidence["embedding"]` and `evidence["biases"]` (of outputs, final norm and
+        unembedding) add up to `evidence["logit_diff"]`, exactly in float32; it is taken before a final softcap (Gemma 2).
+
+    Raises:
+        MechunlearnError: Another kind, no facts, or facts longer than the context.
 
     >>> from mechunlearn.world.toy import planted_facts
     >>> toy = planted_facts()
@@ -51,82 +66,27 @@ def direct_logit_attribution(
     >>> list(found.above(1e-4))  # the head that carries the fact, not the neuron that knows it
     [L1.attn.o[0]]
     """
-    watch = Stopwatch()
     unknown = [kind for kind in kinds if kind not in SCORED]
     if unknown:
         raise MechunlearnError(
             f"No direct effect of kind '{unknown[0]}'. Expected kinds among {', '.join(SCORED)}: only these write to the "
             "residual stream by unit. For other kinds use activation_patching."
         )
-    check_prompts(model, prompts, batch_size)
     totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
-    for rows in torch.arange(len(prompts)).split(batch_size):
+    batches = torch.split(torch.arange(len(prompts)), batch_size)
+    for rows in track(batches, "direct logit attribution", progress=progress):
         for name, part in _contributions(model, prompts.select(rows), kinds).items():
             totals[name] = totals[name] + part.cpu()
-    card = RunCard(
-        "direct_logit_attribution",
-        model=model.fingerprint,
-        data=prompts.fingerprint,
-        settings={"kinds": list(kinds)},
-        device=str(model.device),
-    )
     evidence = {name: float(totals.pop(name) / len(prompts)) for name in ("embedding", "biases", "logit_diff")}
     scores = {site: total / len(prompts) for site, total in totals.items()}
-    return localization(model, scores, watch.stamp(card), evidence)
-
-
-@torch.no_grad()
-def logit_lens(model: HookedModel, prompts: Prompts, batch_size: int = 128) -> pd.DataFrame:
-    """Read the answer from the residual stream after each block, as if that block were the last.
-
-    The stream at the position where `logit_diff` is taken goes through the model's own final norm, unembedding and
-    softcap (nostalgebraist 2020, "interpreting GPT: the logit lens"). One row a depth (`depth`: blocks passed, 0 is the
-    embedding, the last is the model itself): `logit_diff` (answer minus foil, in logits, mean over facts) with its 95 %
-    bootstrap interval `low` to `high`, `probability` of the answer's token, `rank_1` (the share of facts whose answer
-    has the largest logit of the full vocabulary), and `n` facts.
-
-    It misleads at early depths: they are written in another basis than the last one, so an answer that cannot be read
-    here may be there all the same, and how early it can be read differs between families for that reason alone
-    (Belrose et al. 2023, arXiv 2303.08112, call it brittle). For what is encoded, train a probe (`fact_lookup`); for
-    where it is made, patch. Raises `MechunlearnError` without facts, and for facts longer than the context.
-
-    >>> from mechunlearn.world.toy import planted_facts
-    >>> toy = planted_facts()
-    >>> logit_lens(toy.model, toy.prompts()).rank_1.tolist()  # written by the second block
-    [0.0, 0.0, 1.0]
-    """
-    check_prompts(model, prompts)
-    found: dict[int, list[Tensor]] = defaultdict(list)
-    for chosen in torch.arange(len(prompts)).split(batch_size):
-        part = prompts.select(chosen)
-        rows, read, answer, foil = _where(model, part)
-        for depth, resid in enumerate(model.decoder.record(part.tokens, read[:, None]).resid):
-            logits = model.decoder.unembed(resid[rows, read]).float()
-            right = logits[rows, answer]
-            first = (logits.argmax(-1) == answer).float()
-            values = [right - logits[rows, foil], logits.softmax(-1)[rows, answer], first]
-            found[depth].append(torch.stack(values).cpu())
-    table = []
-    for depth, batches in found.items():
-        difference, probability, first = torch.cat(batches, 1)
-        interval = bootstrap_interval(difference.numpy())
-        means = [float(values.mean()) for values in (difference, probability, first)]
-        table.append((depth, means[0], *interval, *means[1:], len(prompts)))
-    return pd.DataFrame(table, columns=["depth", "logit_diff", "low", "high", "probability", "rank_1", "n"])
-
-
-def _where(model: HookedModel, prompts: Prompts) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Row, position read, and the tokens of answer and foil there, of each fact, on the model's device."""
-    tensors = (torch.arange(len(prompts)), prompts.read, prompts.answer_at_read, prompts.foil_at_read)
-    rows, read, answer, foil = (tensor.to(model.device) for tensor in tensors)
-    return rows, read, answer, foil
+    return localization(model, scores, evidence)
 
 
 @torch.no_grad()
 def _contributions(model: HookedModel, prompts: Prompts, kinds: Sequence[str]) -> dict[str, Float[Tensor, " *unit"]]:
     """Contributions summed over the facts of a batch: by unit of each site, and of what belongs to no unit."""
     decoder, layers = model.decoder, range(model.signature.layers)
-    rows, read, answer, foil = _where(model, prompts)
+    rows, read, answer, foil = at_read(model, prompts)
     seen: dict[str, Tensor] = {}
 
     def keep(name: str, activation: Tensor) -> None:

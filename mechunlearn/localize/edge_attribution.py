@@ -7,14 +7,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechunlearn.artifacts.circuit import Circuit, edges, readers, writers
+from mechunlearn.artifacts.circuit import Circuit
+from mechunlearn.artifacts.edges import edges, readers, writers
 from mechunlearn.core.batches import in_batches
-from mechunlearn.core.runcard import RunCard, Stopwatch
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import Prompts
-from mechunlearn.metrics.answers import Metric, logit_diff, name_of, per_fact, positions_read
-from mechunlearn.model.decoder import Run, tapped
+from mechunlearn.metrics.answers import Metric, logit_diff, per_fact, positions_read
+from mechunlearn.model.decoder import Run
 from mechunlearn.model.hooked import HookedModel, frozen
+from mechunlearn.model.taps import tapped
 from mechunlearn.patching.corruption import check_finite, check_prompts
 from mechunlearn.patching.edges import (
     ATTENTION,
@@ -26,11 +27,12 @@ from mechunlearn.patching.edges import (
     writer_sites,
     written,
 )
-from mechunlearn.patching.scores import SAME, editable
+from mechunlearn.patching.scores import circuit, localizer
 
 BYTES = {"cpu": 256 * 2**20, "cuda": 4 * 2**30}
 
 
+@localizer
 def edge_attribution(
     model: HookedModel,
     prompts: Prompts,
@@ -38,28 +40,42 @@ def edge_attribution(
     ig_steps: int = 0,
     both_ends: bool = False,
     metric: Metric = logit_diff,
+    seed: int = 0,
     batch_size: int = 32,
+    progress: bool | None = None,
 ) -> Circuit:
     """Estimate how the metric changes when a reader sees the corrupt output of one writer.
 
     The score of an edge is (corrupt - clean output of the writer) . d metric / d (input of the reader), summed over
-    positions and averaged over facts: EAP (Syed, Rager and Conmy 2023, arXiv 2310.10348) with the gradient at the clean
-    run for `steps=0`; with `steps=m` EAP-IG on the inputs (Hanna et al. 2024, arXiv 2403.17806), the gradient averaged
-    over m left Riemann points of the embeddings from corrupt to clean; with `both_ends=True` the mean of the gradients at the
-    corrupt and the clean run ("clean-corrupted", same paper). A negative score is an edge that supports the
-    answer. Readers are each head's query, each key and value head (shared under grouped-query attention), each MLP and
-    the logits. In Gemma 2 and 3 a head's contribution passes the norm behind attention with its scale frozen at clean.
+    positions and averaged over facts (EAP: Syed, Rager and Conmy 2023, arXiv 2310.10348). A negative score is an edge that
+    supports the answer. Readers are each head's query, each key and value head (shared under grouped-query attention), each
+    MLP and the logits. In Gemma 2 and 3 a head's contribution passes the norm behind attention with its scale frozen at clean.
 
     Cost: about 3 forward passes for EAP, 2 + 2m for EAP-IG, and one matrix product a layer; memory for a few facts at a
     time. It is exact only where the metric is linear in the edge: check circuits with `faithfulness`.
-    Raises `MechunlearnError` for a negative `steps`, a metric of another shape, or facts longer than the context.
+
+    Args:
+        model: The model.
+        prompts: The facts.
+        ig_steps: 0 takes the gradient at the clean run (EAP); m > 0 averages it over m left Riemann points of the embeddings
+            from corrupt to clean (EAP-IG on the inputs: Hanna et al. 2024, arXiv 2403.17806).
+        both_ends: Average the gradients at the corrupt and the clean run ("clean-corrupted", same paper).
+        metric: A function of `(logits, prompts)`, one number a fact.
+        seed: Recorded only: nothing is drawn.
+        batch_size: Facts a batch, or fewer if their vectors need too much memory.
+        progress: Show a bar; None shows one on a terminal or in a notebook.
+
+    Returns:
+        The estimated change by edge, in units of the metric; `.nodes()` is a localization.
+
+    Raises:
+        MechunlearnError: Negative `ig_steps`, a metric of another shape, or facts longer than the context.
 
     >>> from mechunlearn.world.toy import planted_facts
     >>> toy = planted_facts()
     >>> edge_attribution(toy.model, toy.prompts([1])).top(edges=2).to_frame().source.tolist()
     ['a1.h0', 'm0']
     """
-    watch = Stopwatch()
     points = _points(ig_steps, both_ends)
     size = _facts_at_once(model, prompts, points, batch_size)
     total = torch.zeros(len(writers(model.signature)), len(readers(model.signature)))
@@ -67,19 +83,9 @@ def edge_attribution(
     def add(rows: Tensor) -> None:
         total.add_(_Batch(model, prompts.select(rows), metric).scores(points, by_fact=False).cpu())
 
-    in_batches(len(prompts), size, add)
+    in_batches(len(prompts), size, add, "edge attribution", progress)
     chosen = edges(model.signature, model.layout.parallel)
-    scores = (total / len(prompts)).masked_fill(~chosen, 0)
-    card = RunCard(
-        "edge_attribution",
-        model=model.fingerprint,
-        data=prompts.fingerprint,
-        settings={"metric": name_of(metric), "steps": ig_steps, "both_ends": both_ends},
-        device=str(model.device),
-    )
-    weights, everything = editable(model)
-    note = SAME if torch.equal(prompts.tokens, prompts.corrupt) else ""
-    return Circuit(scores, model.signature, model.layout.parallel, weights, everything, watch.stamp(card), chosen, note)
+    return circuit(model, (total / len(prompts)).masked_fill(~chosen, 0), chosen, prompts)
 
 
 def edge_scores(
@@ -91,7 +97,16 @@ def edge_scores(
     metric: Metric = logit_diff,
     batch_size: int = 32,
 ) -> Float[Tensor, "fact writer reader"]:
-    """The scores of `edge_attribution` by fact, for resampling (`faithfulness.stability`)."""
+    """Estimate the scores of `edge_attribution` by fact, for resampling (`faithfulness.stability`).
+
+    Args:
+        model: The model.
+        prompts: The facts.
+        ig_steps: As in `edge_attribution`.
+        both_ends: As in `edge_attribution`.
+        metric: A function of `(logits, prompts)`, one number a fact.
+        batch_size: Facts a batch.
+    """
     points = _points(ig_steps, both_ends)
     size = _facts_at_once(model, prompts, points, batch_size)
     found = in_batches(
@@ -103,10 +118,10 @@ def edge_scores(
 def _points(ig_steps: int, both_ends: bool) -> list[float]:
     """Where gradients are taken, from the corrupt embeddings (0) to the clean ones (1)."""
     if ig_steps < 0:
-        raise MechunlearnError(f"Cannot integrate over {ig_steps} points. Expected steps=0 (EAP) or more (EAP-IG).")
+        raise MechunlearnError(f"Cannot integrate over {ig_steps} points. Expected ig_steps=0 (EAP) or more (EAP-IG).")
     if ig_steps and both_ends:
         raise MechunlearnError(
-            f"steps={ig_steps} and both_ends=True are two ways to place gradients. Give one of them."
+            f"ig_steps={ig_steps} and both_ends=True are two ways to place gradients. Give one of them."
         )
     return [0.0, 1.0] if both_ends else [k / ig_steps for k in range(ig_steps)]
 

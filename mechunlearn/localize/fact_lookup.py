@@ -1,28 +1,31 @@
 """Fact-lookup MLPs: the layers in which an attribute of the subject becomes readable at its last token."""
 
 from collections import Counter
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mechunlearn.artifacts.circuit import writers
+from mechunlearn.artifacts.edges import writers
 from mechunlearn.artifacts.localization import Localization
-from mechunlearn.core.runcard import RunCard, Stopwatch
+from mechunlearn.core.progress import track
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.metrics.answers import logit_diff
 from mechunlearn.metrics.probes import probe_curve, residuals
 from mechunlearn.model.hooked import HookedModel
-from mechunlearn.patching.corruption import check_prompts
 from mechunlearn.patching.paths import path_effects, readers_named
-from mechunlearn.patching.scores import localization
+from mechunlearn.patching.scores import localization, localizer
 
 CLASSES = 64
 HEADS, SHARE = 10, 0.02
 RULES = ("probe", "paths")
 
 
-def fact_lookup(model: HookedModel, prompts: Prompts, *, rule: str = "probe", seed: int = 0) -> Localization:
+@localizer
+def fact_lookup(
+    model: HookedModel, prompts: Prompts, *, rule: str = "probe", seed: int = 0, progress: bool | None = None
+) -> Localization:
     """Find the MLPs that look the fact up at the subject. `found.above(0)` is the mask; all other units score zero.
 
     `rule="probe"` (arXiv 2410.12949 for facts with few answers; the window was chosen by eye there): a linear probe for
@@ -38,8 +41,18 @@ def fact_lookup(model: HookedModel, prompts: Prompts, *, rule: str = "probe", se
     effect, that has most of it in all; every neuron in it scores its layer's share. MLPs above .02 outside are named in
     `evidence["elsewhere"]` and the note; without any, no window is found. Needs no shared answers. Cost: a few runs a component.
 
-    `evidence` holds the curve or the head and layer scores, and the window; `note` says what was found.
-    Raises `MechunlearnError` if there are too few or too many different answers, or no subject is named.
+    Args:
+        model: The model.
+        prompts: The facts; their subjects must be named.
+        rule: `probe` or `paths`.
+        seed: Seed of the split into training and test subjects.
+        progress: Show a bar; None shows one on a terminal or in a notebook.
+
+    Returns:
+        Scores of neurons. `evidence` holds the curve or the head and layer scores, and the window; `note` says what was found.
+
+    Raises:
+        MechunlearnError: Too few or too many different answers, or no subject is named.
 
     >>> from mechunlearn.world.toy import planted_facts
     >>> toy = planted_facts()
@@ -48,11 +61,10 @@ def fact_lookup(model: HookedModel, prompts: Prompts, *, rule: str = "probe", se
     >>> fact_lookup(toy.model, toy.prompts(), rule="paths").evidence["window"]
     [0, 0]
     """
-    watch = Stopwatch()
     if rule not in RULES:
         raise MechunlearnError(f"Unknown rule '{rule}'. Expected one of {', '.join(RULES)}.")
-    check_prompts(model, prompts)
-    shares, evidence, reason = _by_probe(model, prompts, seed) if rule == "probe" else _by_paths(model, prompts)
+    found = _by_probe(model, prompts, seed, progress) if rule == "probe" else _by_paths(model, prompts, progress)
+    shares, evidence, reason = found
     layers = sorted(shares)
     also = evidence.get("elsewhere", [])
     scores = {f"L{layer}.mlp.out": torch.zeros(model.signature.d_mlp) for layer in range(model.signature.layers)}
@@ -60,19 +72,13 @@ def fact_lookup(model: HookedModel, prompts: Prompts, *, rule: str = "probe", se
         scores[f"L{layer}.mlp.out"] += share
     note = f"look-up window: MLP {layers[0]} to {layers[-1]}" if layers else f"no window found: {reason}"
     note += f" (also above the threshold: {', '.join(map(str, also))})" if also else ""
-    card = RunCard(
-        "fact_lookup",
-        model=model.fingerprint,
-        data=prompts.fingerprint,
-        seed=seed,
-        settings={"rule": rule},
-        device=str(model.device),
-    )
     evidence["window"] = [layers[0], layers[-1]] if layers else None
-    return localization(model, scores, watch.stamp(card), evidence, note)
+    return localization(model, scores, evidence, note)
 
 
-def _by_probe(model: HookedModel, prompts: Prompts, seed: int) -> tuple[dict[int, float], dict, str]:
+def _by_probe(
+    model: HookedModel, prompts: Prompts, seed: int, progress: bool | None
+) -> tuple[dict[int, float], dict[str, Any], str]:
     train, test = _train_and_test(model, prompts, seed)
     labels, held_out = _labels(train), _labels(test)
     classes = Counter(labels)
@@ -81,9 +87,9 @@ def _by_probe(model: HookedModel, prompts: Prompts, seed: int) -> tuple[dict[int
             f"The probe needs 2 to {CLASSES} different answers with four subjects each; these {len(train)} training "
             f"facts have {len(classes)}. Use rule='paths' or attribution_patching for facts that share no answers."
         )
-    curve = probe_curve(
-        residuals(model, train, _subject_last(train)), labels, residuals(model, test, _subject_last(test)), held_out
-    )
+    depths = list(zip(*(residuals(model, part, _subject_last(part)) for part in (train, test)), strict=True))
+    probes = track(depths, "probes", progress=progress)
+    curve = [probe_curve(x[None], labels, unseen[None], held_out)[0] for x, unseen in probes]
     majority = max(Counter(held_out).values()) / len(held_out)
     window, rise = lookup_window(curve, majority), max(curve) - curve[0]
     inside = range(window[0], window[1] + 1) if window else ()
@@ -93,13 +99,15 @@ def _by_probe(model: HookedModel, prompts: Prompts, seed: int) -> tuple[dict[int
     return shares, evidence, reason
 
 
-def _by_paths(model: HookedModel, prompts: Prompts) -> tuple[dict[int, float], dict, str]:
+def _by_paths(
+    model: HookedModel, prompts: Prompts, progress: bool | None
+) -> tuple[dict[int, float], dict[str, Any], str]:
     last = torch.arange(prompts.tokens.shape[1]) == _subject_last(prompts)[:, None]
     names = writers(model.signature)
     heads = [i for i, name in enumerate(names) if ".h" in name]
     mlps = [i for i, name in enumerate(names) if name[0] == "m"]
     logits = readers_named(model, ["logits"])
-    effect, clean, corrupt = path_effects(model, prompts, heads, logits, logit_diff)
+    effect, clean, corrupt = path_effects(model, prompts, heads, logits, logit_diff, progress=progress)
     whole = float((corrupt - clean).mean())
     if abs(whole) < 1e-6:
         return {}, {"heads": {}, "mlps": {}}, "clean and corrupt prompts give the same answer"
@@ -107,7 +115,7 @@ def _by_paths(model: HookedModel, prompts: Prompts) -> tuple[dict[int, float], d
     order = direct.abs().argsort(descending=True, stable=True)[:HEADS]
     extraction = [names[heads[i]] for i in order.tolist()]
     into = readers_named(model, extraction)
-    effect, _, _ = path_effects(model, prompts, mlps, into, logit_diff, where=last)
+    effect, _, _ = path_effects(model, prompts, mlps, into, logit_diff, where=last, progress=progress)
     shares = (effect.mean(1) / whole).tolist()
     above = [layer for layer, share in enumerate(shares) if share > SHARE]
     runs = [[i for i in above if i - above.index(i) == key] for key in sorted({i - above.index(i) for i in above})]
@@ -123,7 +131,11 @@ def _by_paths(model: HookedModel, prompts: Prompts) -> tuple[dict[int, float], d
 
 
 def lookup_window(curve: list[float], majority: float) -> tuple[int, int] | None:
-    """First and last MLP of the 10 to 90 % rise of a probe curve (`curve[k]`: after k blocks), or None.
+    """Find the first and last MLP of the 10 to 90 % rise of a probe curve; None if it does not rise enough.
+
+    Args:
+        curve: Accuracy after 0, 1, ... all blocks.
+        majority: The share of the most frequent answer.
 
     >>> lookup_window([0.25, 0.3, 0.7, 0.95, 1.0], majority=0.25)
     (1, 2)

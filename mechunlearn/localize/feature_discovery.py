@@ -8,27 +8,23 @@ from scipy.stats import false_discovery_control, hypergeom
 from torch import Tensor
 
 from mechunlearn.artifacts.localization import Localization
-from mechunlearn.core.runcard import RunCard, Stopwatch
+from mechunlearn.core.progress import track
+from mechunlearn.core.runcard import RunCard
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import Prompts
-from mechunlearn.features.dictionaries import (
-    Codebook,
-    Dictionary,
-    Model,
-    check,
-    fingerprint_of,
-    installed,
-    signature_of,
-)
+from mechunlearn.features.dictionaries import Codebook, Dictionary, check
 from mechunlearn.features.firing import FiringStatistics, Texts, tokenized
+from mechunlearn.features.places import Model, fingerprint_of, installed, signature_of
 from mechunlearn.metrics.answers import Metric, logit_diff, name_of
 from mechunlearn.metrics.text import token_losses
 from mechunlearn.model.hooked import HookedModel, frozen
+from mechunlearn.patching.scores import localizer
 
 RULES = ("frequency", "squared", "attribution")
 BATCH = 64
 
 
+@localizer
 def feature_discovery(
     model: Model,
     prompts: Texts | FiringStatistics,
@@ -41,12 +37,11 @@ def feature_discovery(
     nearest: int | None = None,
     metric: Metric = logit_diff,
     seed: int = 0,
+    progress: bool | None = None,
 ) -> Localization:
     """Find the features or codes that a topic has and other text has not.
 
-    `prompts` is text on the topic (or prompts, or tokens and lengths), `against` other text: the same sentences with the
-    topic's words swapped (`activity.swapped`), or text to retain; prompts have their corrupt partners. Either may be an
-    `FiringStatistics` that was seen before; then no forward pass is made, and `dictionary` must be the one it is of. Scores:
+    Three rules give scores:
 
     - `frequency`: log2 of the share of tokens with the unit active, here over there (half a token added to each count);
       zero unless more frequent here by Fisher's exact test at a false discovery rate (Benjamini-Hochberg) of
@@ -57,10 +52,28 @@ def feature_discovery(
     - `attribution`: -z dm/dz summed over tokens, the mean over texts: how m changes if the unit is set to zero, to first
       order (below zero if m needs it). m is `metric` of prompts, and the log-probability of texts; `against` is not looked at.
 
-    Returns scores at the dictionary's site; `.above(1)` are the units more than twice as frequent, and a share in
-    `.top(weights=)` is one of the dictionary's units, which have no weights. If none is enriched the note says so.
-    Raises `MechunlearnError` for a dictionary of another model, for empty text, an unknown rule, and if there is nothing to
-    compare with. Not a proof that the unit *does* anything: delete it and measure (`edit.codebook_delete`).
+    Not a proof that the unit *does* anything: delete it and measure (`edit.codebook_delete`).
+
+    Args:
+        model: The model, hooked or plain.
+        prompts: Text on the topic, prompts, tokens and lengths, or `FiringStatistics` of them: then no forward pass is made.
+        dictionary: The codebook or SAE; for `FiringStatistics`, the one they are of.
+        against: Other text: the same sentences with the topic's words swapped (`firing.swapped`), or text to retain.
+            Prompts have their corrupt partners.
+        by: `frequency`, `squared` or `attribution`.
+        least: The least share of tokens at which a unit is active.
+        false_discoveries: The false discovery rate of `frequency`.
+        nearest: How many nearest codes of each token a codebook counts; by default those that it uses.
+        metric: What `attribution` measures of prompts.
+        seed: Recorded only: nothing is drawn.
+        progress: Show a bar; None shows one on a terminal or in a notebook.
+
+    Returns:
+        Scores at the dictionary's site; `.above(1)` are the units more than twice as frequent, and a share in
+        `.top(weights=)` is one of the dictionary's units, which have no weights. If none is enriched the note says so.
+
+    Raises:
+        MechunlearnError: A dictionary of another model, empty text, an unknown rule, or nothing to compare with.
 
     >>> from mechunlearn import load_model
     >>> from mechunlearn.features.dictionaries import load_dictionary
@@ -71,33 +84,32 @@ def feature_discovery(
     >>> 0 < len(found.above(1)) < 80
     True
     """
-    watch = Stopwatch()
     if by not in RULES:
         raise MechunlearnError(f"Unknown rule '{by}'. Expected one of {', '.join(RULES)}.")
     check(dictionary, model)
-    settings: dict[str, Any] = {"by": by, "least": least, "false_discoveries": false_discoveries, "nearest": nearest}
+    measured: str | None = None
     if by == "attribution":
         if not isinstance(model, HookedModel) or isinstance(prompts, FiringStatistics):
             raise MechunlearnError(
                 "Attribution needs gradients: give a hooked model and texts or prompts to run it on."
             )
-        scores, evidence = _attribution(model, prompts, dictionary, metric), {}
-        settings["metric"] = name_of(metric) if isinstance(prompts, Prompts) else "log-probability of the text"
+        scores, evidence = _attribution(model, prompts, dictionary, metric, progress), {}
+        measured = name_of(metric) if isinstance(prompts, Prompts) else "log-probability of the text"
     else:
         if against is None:
             if not isinstance(prompts, Prompts):
                 raise MechunlearnError(
                     "There is nothing to compare the topic with. Give against=: text with the topic's words swapped "
-                    "(activity.swapped), or text to retain."
+                    "(firing.swapped), or text to retain."
                 )
             against = (prompts.corrupt, prompts.lengths)
         here, there = (
             one if isinstance(one, FiringStatistics) else FiringStatistics.of(model, dictionary, one, nearest)
             for one in (prompts, against)
         )
-        if here.fired.shape[1] != dictionary.size or there.fired.shape[1] != dictionary.size:
+        if here.fire_count.shape[1] != dictionary.size or there.fire_count.shape[1] != dictionary.size:
             raise MechunlearnError(
-                f"The activity is of {here.fired.shape[1]} and {there.fired.shape[1]} units, {dictionary} has others. "
+                f"The activity is of {here.fire_count.shape[1]} and {there.fire_count.shape[1]} units, {dictionary} has others. "
                 "Give the dictionary that it was seen with."
             )
         if not (here.tokens.sum() and there.tokens.sum()):
@@ -118,16 +130,14 @@ def feature_discovery(
         other = f"{dictionary} was fitted on a model with other weights ({dictionary.fitted_on})"
         note = f"{note}; {other}" if note else other
     kind = dictionary.site.split(".", 1)[1]
-    card = RunCard("feature_discovery", model=fingerprint_of(model), seed=seed, settings=settings)
-    return Localization(
-        {dictionary.site: scores}, signature, {kind: 1}, dictionary.size, watch.stamp(card), evidence, note
-    )
+    card = RunCard("", model=fingerprint_of(model), settings={"metric": measured})
+    return Localization({dictionary.site: scores}, signature, {kind: 1}, dictionary.size, card, evidence, note)
 
 
 def _frequency(
     here: FiringStatistics, there: FiringStatistics, least: float, false_discoveries: float
 ) -> Float[Tensor, " feature"]:
-    mine, theirs = here.fired.sum(0).double(), there.fired.sum(0).double()
+    mine, theirs = here.fire_count.sum(0).double(), there.fire_count.sum(0).double()
     n, m = float(here.tokens.sum()), float(there.tokens.sum())
     ratio = (((mine + 0.5) / n) / ((theirs + 0.5) / m)).log2()
     chance = hypergeom.sf((mine - 1).numpy(), n + m, (mine + theirs).numpy(), n)
@@ -147,10 +157,12 @@ def _squared(here: FiringStatistics, there: FiringStatistics, least: float, _: f
     return torch.where(here.rates() >= least, ratio, 0.0)
 
 
-def _attribution(model: HookedModel, data: Any, dictionary: Dictionary, metric: Metric) -> Float[Tensor, " feature"]:
+def _attribution(
+    model: HookedModel, data: Any, dictionary: Dictionary, metric: Metric, progress: bool | None
+) -> Float[Tensor, " feature"]:
     tokens, counted = tokenized(model, data)
     total = torch.zeros(dictionary.size)
-    for rows in torch.arange(len(tokens)).split(BATCH):
+    for rows in track(torch.split(torch.arange(len(tokens)), BATCH), "attribution", progress=progress):
         held: list[Tensor] = []
 
         def splice(h: Tensor, held: list[Tensor] = held) -> Tensor:

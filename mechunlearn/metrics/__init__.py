@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from mechunlearn.metrics.answers import logit_diff as logit_diff
     from mechunlearn.metrics.answers import measure as measure
     from mechunlearn.metrics.answers import option_logprobs as option_logprobs
+    from mechunlearn.metrics.answers import with_answers as with_answers
     from mechunlearn.metrics.stats import bootstrap_interval as bootstrap_interval
     from mechunlearn.metrics.stats import hierarchical_interval as hierarchical_interval
     from mechunlearn.metrics.stats import paired_interval as paired_interval

@@ -205,8 +205,8 @@ def measure(model: HookedModel, prompts: Prompts, batch_size: int = BATCH) -> di
         batch_size: Facts at a time.
 
     Returns:
-        `accuracy` and `target accuracy`: 1 where greedy decoding over the full vocabulary gives all tokens of the answer.
-        `probability` and `target probability`: those of the whole answer. `option probability`: the truth's, renormalised
+        `accuracy` and `target_accuracy`: 1 where greedy decoding over the full vocabulary gives all tokens of the answer.
+        `probability` and `target_probability`: those of the whole answer. `option_probability`: the truth's, renormalised
         over the answer options (missing if the facts list none).
     """
     made: dict[str, Tensor] = {}
@@ -222,12 +222,12 @@ def measure(model: HookedModel, prompts: Prompts, batch_size: int = BATCH) -> di
             target_logprob, hit = _continuation(*_at_answers(model, with_answers(part, "targets")))
         values = {
             "accuracy": right.float(),
-            "target accuracy": hit.float(),
+            "target_accuracy": hit.float(),
             "probability": logprob.exp(),
-            "target probability": target_logprob.exp(),
+            "target_probability": target_logprob.exp(),
         }
         if part.options and all(part.options):
-            values["option probability"] = _option_probability(model, part, logits[:, 0])
+            values["option_probability"] = _option_probability(model, part, logits[:, 0])
         for name, value in values.items():
             made.setdefault(name, torch.zeros(len(prompts)))[rows] = value
     return made

@@ -3,23 +3,104 @@
 import copy
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from mechunlearn.errors import MechunlearnError
 from mechunlearn.model.component import Component
-from mechunlearn.model.decoder import Hook
+from mechunlearn.model.hook_points import HOOK_POINTS, POST_NORM_HOOK_POINTS
+from mechunlearn.model.layout import Layout
+from mechunlearn.model.taps import Hook, between
 
 
-def boot(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str):
-    """Boot with a placeholder tokenizer: booting reads it again from its path, or else from the hub."""
+class Bridge:
+    """The bridge of a model, made when it is first used, from a second module that shares the parameters.
+
+    Booting rewrites the module it is given, and would rewrite the user's.
+    """
+
+    def __init__(
+        self, hf: PreTrainedModel, layout: Layout, tokenizer: PreTrainedTokenizerBase | None, name: str
+    ) -> None:
+        """Copy the module, but not its parameters and buffers.
+
+        Args:
+            hf: The Hugging Face module.
+            layout: The parts of its architecture.
+            tokenizer: The tokenizer that the bridge will have.
+            name: The name that the bridge will have.
+        """
+        self._hf, self._layout, self._tokenizer, self._name = hf, layout, tokenizer, name
+        self._shared = list(hf.parameters())
+        self._second = copy.deepcopy(hf, {id(t): t for t in (*self._shared, *hf.buffers())})
+        self._bridge: Any = None
+        self._on: dict[ExitStack, list[tuple[str, Callable[..., Any]]]] = {}
+        self.copies: dict[Component, Any] = {}
+        """The bridge's module of each site whose weights it keeps apart from the Hugging Face storage."""
+
+    def booted(self) -> Any:
+        """Return the `TransformerBridge`.
+
+        Raises:
+            MechunlearnError: The parameters of the Hugging Face module were replaced.
+        """
+        if list(map(id, self._hf.parameters())) != list(map(id, self._shared)):
+            raise MechunlearnError(
+                "The parameters of the Hugging Face module were replaced since it was given to this model, for example "
+                "by load_state_dict(assign=True), and the bridge cannot follow. Call load_model((model.hf, model.tokenizer))."
+            )
+        if self._bridge is None:
+            with torch.random.fork_rng(devices=[]):  # new weights are drawn, and thrown away
+                self._bridge = _boot(self._second, self._tokenizer, self._name)
+            self.copies = _find_copies(self._bridge, self._layout.signature.layers, self._shared)
+            for stack, hooks in self._on.items():
+                stack.enter_context(self._bridge.hooks(fwd_hooks=hooks))
+        return self._bridge
+
+    @contextmanager
+    def hooks(self, hooks: Iterable[tuple[str, Hook]]) -> Iterator[None]:
+        """Within the block the hooks are on the bridge, also if it is made meanwhile.
+
+        Args:
+            hooks: Sites and hooks.
+        """
+        with ExitStack() as stack:
+            self._on[stack] = _bridge_hooks(hooks, self._layout)
+            stack.callback(self._on.pop, stack)
+            if self._bridge is not None:
+                stack.enter_context(self._bridge.hooks(fwd_hooks=self._on[stack]))
+            yield
+
+    @torch.no_grad()
+    def refresh(self, site: Component, views: Iterable[Tensor]) -> None:
+        """Bring the bridge's copy of a site up to date, if there is one.
+
+        Args:
+            site: The site.
+            views: Its weights in the Hugging Face module.
+        """
+        if module := self.copies.get(site):
+            for target, view in zip((module.weight, module.bias), views, strict=False):
+                target.copy_(view.reshape(target.shape))
+
+
+def _boot(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str) -> Any:
+    """The bridge of a module, which is rewritten by it. Parameters that this adds are frozen.
+
+    Booting reads the tokenizer again from its path, or else from the hub, so it is given a placeholder.
+    """
     from transformer_lens.model_bridge import TransformerBridge  # seconds to import
 
+    own = {id(parameter) for parameter in hf.parameters()}
     hf.config = copy.copy(hf.config)
     hf.config.architectures = [type(hf).__name__]
     with tempfile.TemporaryDirectory() as folder:
@@ -30,15 +111,10 @@ def boot(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: s
             device=str(next(hf.parameters()).device),
         )
     bridge.tokenizer = tokenizer
-    return bridge
-
-
-def freeze_additions(bridge: nn.Module, parameters: Mapping[str, Tensor]) -> None:
-    """Freeze the parameters that booting added, such as the bias of the unembedding."""
-    truth = {id(p) for p in parameters.values()}
     for parameter in bridge.parameters():
-        if id(parameter) not in truth:
+        if id(parameter) not in own:  # such as the bias of the unembedding
             parameter.requires_grad_(False)
+    return bridge
 
 
 def _placeholder_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
@@ -47,10 +123,27 @@ def _placeholder_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         **dict.fromkeys(("unk_token", "bos_token", "eos_token", "pad_token"), "<unk>"),
     )
     made.save_pretrained(folder)
-    return PreTrainedTokenizerFast.from_pretrained(folder)
+    loaded: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder)
+    return loaded
 
 
-def bridged(user_hook: Hook, heads: int | None, activation: Tensor, hook: object) -> Tensor | None:
+def _bridge_hooks(hooks: Iterable[tuple[str, Hook]], layout: Layout) -> list[tuple[str, Callable[..., Any]]]:
+    """Hooks as the bridge takes them: names of hook points, and functions of two arguments."""
+    points = POST_NORM_HOOK_POINTS if layout.modules.mlp_post else HOOK_POINTS
+    found: list[tuple[str, Callable[..., Any]]] = []
+    for site, hook in hooks:
+        layer, kind = site[1:].split(".", 1)
+        if kind == "resid_mid":  # the bridge gives it to the MLP alone, so a change is added to what attention writes
+            entered: list[Tensor] = []
+            change = partial(between, entered, hook)
+            found += _bridge_hooks([(f"L{layer}.resid_pre", entered.append), (f"L{layer}.attn_out", change)], layout)
+        else:
+            heads = layout.signature.units(kind) if kind.startswith("attn.") else None
+            found.append((f"blocks.{layer}.{points[kind][0]}", partial(_bridged, hook, heads)))
+    return found
+
+
+def _bridged(user_hook: Hook, heads: int | None, activation: Tensor, hook: object) -> Tensor | None:
     """A hook of the user's as the bridge calls it, seeing heads apart."""
     del hook
     shape = activation.shape
@@ -58,9 +151,9 @@ def bridged(user_hook: Hook, heads: int | None, activation: Tensor, hook: object
     return None if changed is None else changed.reshape(shape)
 
 
-def find_copies(bridge: Any, layers: int, parameters: Mapping[str, Tensor]) -> dict[Component, Any]:
-    """Sites whose weights the bridge keeps apart from the Hugging Face storage."""
-    storages = {p.untyped_storage().data_ptr() for p in parameters.values()}
+def _find_copies(bridge: Any, layers: int, parameters: Iterable[Tensor]) -> dict[Component, Any]:
+    """The bridge's module of each site whose weights it keeps apart from the Hugging Face storage."""
+    storages = {p.untyped_storage().data_ptr() for p in parameters}
     copies: dict[Component, Any] = {}
     for layer in range(layers):
         for kind in ("attn.q", "attn.k", "attn.v", "mlp.in", "mlp.gate"):

@@ -1,24 +1,28 @@
-"""Which and how much: component addresses, masks and scores. None of them knows a method or a parameter name."""
+"""Addresses of components. They know no model and no parameter name."""
 
 import re
 from dataclasses import dataclass
 from functools import total_ordering
-from typing import TYPE_CHECKING
 
 from mechunlearn.errors import MechunlearnError
+from mechunlearn.model.hook_points import site_of
 from mechunlearn.model.layout import KINDS, Signature
 
-if TYPE_CHECKING:
-    pass
-
-_ADDRESS = re.compile(r"L(\d+)\.((?:attn\.[qkvo]|mlp\.(?:in|gate|out))|(?:sae|codebook):[\w./-]+)(?:\[(\d+)\])?")
+_ADDRESS = re.compile(
+    r"L(0|[1-9]\d*)\.((?:attn\.[qkvo]|mlp\.(?:in|gate|out))|(?:sae|codebook):[\w./-]+)(?:\[(0|[1-9]\d*)\])?", re.ASCII
+)
 SCORED = ("attn.o", "mlp.out")
 
 
 @total_ordering
 @dataclass(frozen=True)
 class Component:
-    """The address of a unit, or of a whole site if `unit` is None. It knows no model.
+    """The address of a unit, or of a whole site.
+
+    Attributes:
+        layer: The layer, from 0.
+        kind: The kind of the site, such as `attn.o`, `mlp.out` or `sae:<id>`.
+        unit: The head, neuron, feature or code; None for the whole site.
 
     >>> Component.parse("L9.attn.o[7]")
     L9.attn.o[7]
@@ -32,18 +36,30 @@ class Component:
 
     @classmethod
     def parse(cls, address: str) -> "Component":
-        """Raises `MechunlearnError` if the address is malformed."""
-        found = _ADDRESS.fullmatch(address)
+        """Read an address.
+
+        Args:
+            address: `L<layer>.<kind>` or `L<layer>.<kind>[<unit>]`. Hook names of TransformerLens stand for their site.
+
+        Raises:
+            MechunlearnError: The address is malformed, or names an activation that has no weights.
+
+        >>> Component.parse("blocks.9.attn.hook_z[7]")
+        L9.attn.o[7]
+        """
+        name, bracket, unit = address.partition("[")
+        found = _ADDRESS.fullmatch(site_of(name) + bracket + unit)
         if not found:
             raise MechunlearnError(
                 f"Component address '{address}' is malformed. Expected 'L<layer>.<kind>' or 'L<layer>.<kind>[<unit>]' "
                 f"with a kind of {', '.join(KINDS)}, for example 'L9.attn.o[7]'."
             )
-        layer, kind, unit = found.groups()
-        return cls(int(layer), kind, None if unit is None else int(unit))
+        layer, kind, number = found.groups()
+        return cls(int(layer), kind, None if number is None else int(number))
 
     @property
     def site(self) -> str:
+        """The address of the whole site."""
         return f"L{self.layer}.{self.kind}"
 
     def __str__(self) -> str:
@@ -60,7 +76,16 @@ class Component:
 
 
 def check_site(site: str, units: int, signature: Signature) -> Component:
-    """The site's address, if a model of this architecture has it and it has so many units."""
+    """Return the address of a site, if an architecture has it with so many units.
+
+    Args:
+        site: The address of a whole site.
+        units: The number of units that it must have.
+        signature: The architecture.
+
+    Raises:
+        MechunlearnError: There is no such site, or it has another number of units.
+    """
     address = Component.parse(site)
     expected = signature.units(address.kind)
     if address.unit is not None or address.layer >= signature.layers or (expected is not None and units != expected):

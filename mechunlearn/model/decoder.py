@@ -7,8 +7,8 @@ of the positions before the restart come from the recorded run.
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -17,22 +17,28 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache
 
 from mechunlearn.errors import MechunlearnError
+from mechunlearn.model.hook_points import site_of
 from mechunlearn.model.layout import Layout
+from mechunlearn.model.restart import Prefix, Restart, calls_of
+from mechunlearn.model.taps import Hook, Tap, between, tapped
 
-Hook = Callable[[Tensor], Tensor | None]
-Tap = tuple[nn.Module, str, Hook]
 STREAMS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "attn_projected", "mlp_out", "mlp_in")
 UNITS = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.out")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One forward pass, kept: the residual stream entering each block and leaving the last, keys and values by layer.
+    """What is kept of a forward pass.
 
-    `kept` holds the activations that were asked for, by site; `logits` those at the positions that were asked for.
+    Attributes:
+        resid: The residual stream that enters each block, then the one that leaves the last.
+        keys: The keys of each layer.
+        values: The values of each layer.
+        logits: Those at the positions that `record` was asked for.
+        kept: The activations at the sites that `record` was asked for, by site.
     """
 
     resid: list[Float[Tensor, "fact pos d_model"]]
@@ -44,33 +50,78 @@ class Run:
 
 @dataclass(frozen=True)
 class Decoder:
-    """A Hugging Face decoder seen through its layout."""
+    """A Hugging Face decoder seen through its layout.
+
+    Attributes:
+        hf: The model.
+        layout: The parts of its architecture.
+    """
 
     hf: PreTrainedModel
     layout: Layout
 
     @property
     def blocks(self) -> list[nn.Module]:
+        """The model's blocks, first to last."""
         blocks: Any = self.hf.get_submodule(self.layout.modules.blocks)
         return list(blocks)
 
     @property
     def final_norm(self) -> nn.Module:
+        """The norm in front of the unembedding."""
         return self.hf.get_submodule(self.layout.modules.final_norm)
 
     @property
     def unembedding(self) -> nn.Module:
-        return self.hf.get_output_embeddings()
+        """The module that turns the stream into logits."""
+        unembedding: nn.Module = self.hf.get_output_embeddings()
+        return unembedding
+
+    @property
+    def sites(self) -> list[str]:
+        """Every activation site of this model, layer by layer."""
+        kinds = [kind for kind in (*UNITS, *STREAMS) if kind != "resid_mid" or not self.layout.parallel]
+        return [f"L{layer}.{kind}" for layer in range(self.layout.signature.layers) for kind in kinds]
+
+    def site(self, name: str) -> str:
+        """Return the site that a hook point of TransformerLens is in this architecture; other names stay what they are.
+
+        Args:
+            name: A site such as `L3.resid_post`, or a hook name such as `blocks.3.hook_resid_post`.
+
+        Raises:
+            MechunlearnError: No site is this hook point.
+        """
+        return site_of(name, post_norms=bool(self.layout.modules.mlp_post))
 
     def part(self, layer: int, name: str) -> nn.Module:
-        """A module of a block: `attention_norm`, `mlp_norm`, `mlp`, or a post-norm (see `layout.Modules`)."""
+        """Return a module of a block.
+
+        Args:
+            layer: The block.
+            name: `attention_norm`, `mlp_norm`, `mlp`, `attention_post` or `mlp_post` (see `layout.Modules`).
+        """
         return self.blocks[layer].get_submodule(getattr(self.layout.modules, name))
 
     def projection(self, layer: int, kind: str) -> nn.Module:
+        """Return the module that multiplies with the weights of a site.
+
+        Args:
+            layer: The layer of the site.
+            kind: The kind of the site, such as `attn.o`.
+        """
         return self.hf.get_submodule(self.layout.module_name(layer, kind))
 
     def place(self, site: str) -> tuple[nn.Module, str]:
-        """The module of a site, and whether its input (`in`) or its output (`out`) is the activation."""
+        """Return the module of a site, and whether its input (`in`) or its output (`out`) is the activation.
+
+        Args:
+            site: A site or a hook name of TransformerLens.
+
+        Raises:
+            MechunlearnError: The model has no such site.
+        """
+        name, site = site, self.site(site)
         found = re.fullmatch(r"L(\d+)\.([a-z_.]+)", site)
         kind, layer = (found[2], int(found[1])) if found else ("", self.layout.signature.layers)
         if layer < self.layout.signature.layers:
@@ -95,19 +146,23 @@ class Decoder:
                         return self.part(layer, post), "out"
                     return self.projection(layer, "attn.o" if kind == "attn_out" else "mlp.out"), "out"
         raise MechunlearnError(
-            f"No activation site '{site}' in {self.layout.signature}. Expected L<layer>.<kind> with a layer below "
-            f"{self.layout.signature.layers} and a kind of {', '.join((*UNITS, *STREAMS))}"
+            f"No activation site '{name}' in {self.layout.signature}. Expected L<layer>.<kind> with a layer below "
+            f"{self.layout.signature.layers} and a kind of {', '.join((*UNITS, *STREAMS))}, or a hook name of TransformerLens"
             f"{'; models with parallel attention have no resid_mid' if kind == 'resid_mid' else ''}."
         )
 
     def taps(self, site: str, hook: Hook) -> list[Tap]:
-        """The hook at a site, seeing heads as `[fact pos head d_head]`.
+        """Return the taps that let a hook see the activation at a site, heads as `[fact pos head d_head]`.
 
         No module gives or takes the residual stream between attention and MLP, so there a change is added to what
         attention writes.
+
+        Args:
+            site: A site or a hook name of TransformerLens.
+            hook: Sees the activation; what it returns takes its place.
         """
         module, side = self.place(site)
-        layer, kind = site.split(".", 1)
+        layer, kind = self.site(site).split(".", 1)
         if kind != "resid_mid":
             return [self._tap(module, side, kind, hook)]
         entered: list[Tensor] = []
@@ -122,7 +177,8 @@ class Decoder:
         return module, side, hook
 
     def _by_head(self, hook: Hook, z: Tensor) -> Tensor | None:
-        changed = hook(z.unflatten(-1, (self.layout.signature.heads, -1)))
+        heads = self.layout.signature.heads
+        changed = hook(z.view(*z.shape[:-1], heads, z.shape[-1] // heads))
         return None if changed is None else changed.flatten(-2)
 
     def _by_projection(self, kind: str, hook: Hook, projected: Tensor) -> Tensor | None:
@@ -135,12 +191,20 @@ class Decoder:
 
     @contextmanager
     def hooks(self, hooks: Mapping[str, Hook]) -> Iterator[None]:
-        """Within the block each hook sees the activation at its site; what it returns takes its place."""
+        """Within the block each hook sees the activation at its site; what it returns takes its place.
+
+        Args:
+            hooks: Functions of one tensor, by site or hook name of TransformerLens.
+        """
         with tapped(tap for site, hook in hooks.items() for tap in self.taps(site, hook)):
             yield
 
     def reading(self, at: Int[Tensor, "fact read"] | None) -> Tap:
-        """Unembed only these positions of each fact."""
+        """Return the tap that lets the model unembed some positions only.
+
+        Args:
+            at: The positions of each fact; None for all.
+        """
         return self.unembedding, "in", partial(_gather, at)
 
     @torch.no_grad()
@@ -152,7 +216,15 @@ class Decoder:
         hooks: Mapping[str, Hook] | None = None,
         keys: bool = True,
     ) -> Run:
-        """A forward pass under `hooks`, kept, with logits at the positions `at`; without `keys` it cannot be restarted."""
+        """Run the model, and keep what enters its blocks.
+
+        Args:
+            tokens: What it reads.
+            at: The positions of each fact where logits are wanted.
+            sites: Where activations are kept.
+            hooks: Hooks that are on meanwhile, in front of all others.
+            keys: Keep keys and values, so that the run can be restarted.
+        """
         resid: list[Tensor] = []
         kept: dict[str, Tensor] = {}
         cache = DynamicCache()
@@ -173,9 +245,13 @@ class Decoder:
 
     @torch.no_grad()
     def attention(self, tokens: Int[Tensor, "fact pos"], layer: int) -> Float[Tensor, "fact head pos pos"]:
-        """The attention pattern of a layer, from a forward pass that ends there.
+        """Return the attention pattern of a layer, from a forward pass that ends there.
 
-        The fused kernels do not give it, so the pass is run with the plain one.
+        Fused kernels do not compute it, so the pass runs with the plain one.
+
+        Args:
+            tokens: What the model reads.
+            layer: The layer.
         """
         name, _, _ = self.layout.module_name(layer, "attn.o").rpartition(".")
         found: list[Tensor] = []
@@ -198,7 +274,12 @@ class Decoder:
 
     @torch.no_grad()
     def entering(self, tokens: Int[Tensor, "row pos"], layer: int) -> Float[Tensor, "row pos d_model"]:
-        """The residual stream that enters a block, from a forward pass that ends there."""
+        """Return the residual stream that enters a block, from a forward pass that ends there.
+
+        Args:
+            tokens: What the model reads.
+            layer: The block.
+        """
         found: list[Tensor] = []
         with suppress(_Reached), tapped([(self.blocks[layer], "first", partial(_stop, found))]):
             self.hf(input_ids=tokens.to(self.hf.device), use_cache=False)
@@ -206,30 +287,34 @@ class Decoder:
 
     @torch.no_grad()
     def observe(self, tokens: Int[Tensor, "row pos"], hooks: Mapping[str, Hook]) -> None:
-        """A forward pass under hooks that ends once each of their sites has been seen."""
+        """Run the model under hooks until each of their sites has been seen.
+
+        Args:
+            tokens: What the model reads.
+            hooks: Functions of one tensor, by site.
+        """
         waiting = set(hooks)
         until = {site: partial(_until, waiting, site, hook) for site, hook in hooks.items()}
         with suppress(_Reached), self.hooks(until):
             self.hf(input_ids=tokens.to(self.hf.device), use_cache=False)
 
-    def restart(self, start: int, stop: int, before: Run | None = None) -> "Restart":
-        """The means to call blocks on positions `start` to `stop`, with the keys and values that `before` has earlier."""
+    def restart(self, start: int, stop: int, before: Run | None = None) -> Restart:
+        """Prepare to call blocks on some positions.
+
+        Args:
+            start: The first position.
+            stop: The position after the last.
+            before: The run that has the keys and values of the positions before `start`.
+        """
         signature = self.layout.signature
-        calls: list[tuple[tuple, dict]] = []
-        shape = (1, signature.kv_heads, start, self.layout.d_head)
-        nothing = torch.zeros((), device=self.hf.device, dtype=self.hf.dtype).expand(shape)
-        prefixes: list[Any] = [_Prefix(nothing, nothing) for _ in range(signature.layers)]
-        as_tuple = self._blocks_return_tuples
-        with ExitStack() as stack, torch.no_grad():
-            for block in self.blocks:
-                block.forward = partial(_recorded, calls, as_tuple)
-                stack.callback(delattr, block, "forward")
-                stack.enter_context(_without_hooks(block))
-            stack.enter_context(tapped([self.reading(torch.zeros(1, 1, dtype=torch.long, device=self.hf.device))]))
+        like: dict[str, Any] = {"device": self.hf.device, "dtype": self.hf.dtype}
+        nothing = torch.zeros((), **like).expand(1, signature.kv_heads, start, self.layout.d_head)
+        prefixes: list[Any] = [Prefix(nothing, nothing) for _ in range(signature.layers)]
+        at = torch.zeros(1, 1, dtype=torch.long, device=self.hf.device)
+        blocks = self.blocks
+        with calls_of(blocks, self._blocks_return_tuples) as calls, tapped([self.reading(at)]), torch.no_grad():
             self.hf(
-                inputs_embeds=torch.zeros(
-                    1, stop - start, signature.d_model, device=self.hf.device, dtype=self.hf.dtype
-                ),
+                inputs_embeds=torch.zeros(1, stop - start, signature.d_model, **like),
                 position_ids=torch.arange(start, stop, device=self.hf.device)[None],
                 use_cache=True,
                 **{self.cache_argument: Cache(layers=prefixes)},
@@ -237,7 +322,7 @@ class Decoder:
         if before is not None:
             for layer, keys, values in zip(prefixes, before.keys, before.values, strict=True):
                 layer.keys, layer.values = keys[:, :, :start], values[:, :, :start]
-        return Restart(self, calls, start, stop)
+        return Restart(blocks, calls, start, stop)
 
     @cached_property
     def _blocks_return_tuples(self) -> bool:
@@ -251,13 +336,21 @@ class Decoder:
         return seen[0]
 
     def unembed(self, resid: Float[Tensor, "*row d_model"]) -> Float[Tensor, "*row d_vocab"]:
-        """Logits of what leaves the last block."""
-        logits = self.unembedding(self.final_norm(resid))
+        """Turn what leaves the last block into logits.
+
+        Args:
+            resid: The residual stream.
+        """
+        logits: Tensor = self.unembedding(self.final_norm(resid))
         cap = getattr(self.hf.config, "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def first_not_finite(self, tokens: Int[Tensor, "fact pos"]) -> str:
-        """Where the residual stream stops being finite, in words."""
+        """Return in words where the residual stream stops being finite.
+
+        Args:
+            tokens: What the model reads.
+        """
         resid = self.record(tokens, torch.zeros(len(tokens), 1, dtype=torch.long, device=self.hf.device)).resid
         for layer, stream in enumerate(resid):
             if not torch.isfinite(stream).all():
@@ -265,93 +358,8 @@ class Decoder:
         return "the unembedding"
 
 
-@dataclass(frozen=True)
-class Restart:
-    """Blocks, ready to be called on some positions. Rows may be any multiple of the facts that were recorded."""
-
-    decoder: Decoder
-    calls: list[tuple[tuple, dict]]
-    start: int
-    stop: int
-
-    def block(self, layer: int, resid: Float[Tensor, "row pos d_model"]) -> Float[Tensor, "row pos d_model"]:
-        """What leaves a block when `resid` enters it."""
-        args, kwargs = self.calls[layer]
-        out = self.decoder.blocks[layer](resid, *args, **kwargs)
-        return out[0] if isinstance(out, tuple) else out
-
-
 class _Reached(Exception):
     """A forward pass has come as far as it is needed."""
-
-
-class _Prefix(DynamicLayer):
-    """Keys and values of earlier positions, repeated for as many rows as ask; nothing is added to them."""
-
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        super().__init__()
-        self.keys: Tensor = keys
-        self.values: Tensor = values
-        self.is_initialized = True
-        self.dtype, self.device = keys.dtype, keys.device
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if self.keys.shape[-2] == 0:
-            return key_states, value_states
-        repeats = (len(key_states) // len(self.keys), 1, 1, 1)
-        return (
-            torch.cat([self.keys.repeat(repeats), key_states], dim=-2),
-            torch.cat([self.values.repeat(repeats), value_states], dim=-2),
-        )
-
-
-@contextmanager
-def tapped(taps: Iterable[Tap]) -> Iterator[None]:
-    """Within the block, each function sees the first tensor that enters (`in`) or leaves (`out`) its module.
-
-    With `first` it sees what enters before any other hook has changed it.
-
-    What it returns takes the tensor's place. Hooks are removed whatever happens.
-    """
-    with ExitStack() as stack:
-        for module, side, function in taps:
-            if side != "out":
-                first = side == "first"
-                handle = module.register_forward_pre_hook(partial(_entering, function), prepend=first, with_kwargs=True)
-            else:
-                handle = module.register_forward_hook(partial(_leaving, function))
-            stack.callback(handle.remove)
-        yield
-
-
-@contextmanager
-def _without_hooks(module: nn.Module) -> Iterator[None]:
-    """Within the block the module is called as if it had no hooks."""
-    names = ("_forward_hooks", "_forward_pre_hooks")
-    kept = {name: getattr(module, name) for name in names}
-    for name in names:
-        setattr(module, name, type(kept[name])())
-    try:
-        yield
-    finally:
-        for name, hooks in kept.items():
-            setattr(module, name, hooks)
-
-
-def _entering(function: Hook, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-    del module
-    changed = function(args[0] if args else kwargs["hidden_states"])
-    if changed is None:
-        return None
-    return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": changed})
-
-
-def _leaving(function: Hook, module: nn.Module, args: tuple, out: Tensor | tuple) -> Tensor | tuple | None:
-    del module, args
-    changed = function(out[0] if isinstance(out, tuple) else out)
-    if changed is None:
-        return None
-    return (changed, *out[1:]) if isinstance(out, tuple) else changed
 
 
 def _until(waiting: set[str], site: str, hook: Hook, activation: Tensor) -> Tensor | None:
@@ -360,13 +368,6 @@ def _until(waiting: set[str], site: str, hook: Hook, activation: Tensor) -> Tens
     if not waiting:
         raise _Reached
     return changed
-
-
-def _recorded(
-    calls: list[tuple[tuple, dict]], as_tuple: bool, hidden_states: Tensor, *args: Any, **kwargs: Any
-) -> Tensor | tuple[Tensor]:
-    calls.append((args, kwargs))
-    return (hidden_states,) if as_tuple else hidden_states
 
 
 def _stop(found: list[Tensor], resid: Tensor) -> None:
@@ -378,10 +379,3 @@ def _gather(at: Int[Tensor, "fact read"] | None, hidden: Tensor) -> Tensor | Non
     if at is None:
         return None
     return hidden[torch.arange(len(hidden), device=hidden.device)[:, None], at.to(hidden.device)]
-
-
-def between(entered: list[Tensor], hook: Hook, attn_out: Tensor) -> Tensor | None:
-    """What attention is to write so that the stream behind it is what the hook makes of it; `entered` holds what came in."""
-    resid = entered.pop()
-    changed = hook(resid + attn_out)
-    return None if changed is None else changed - resid

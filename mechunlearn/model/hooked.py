@@ -1,149 +1,232 @@
-"""The hooked model: all that methods know of a model, implemented once over TransformerBridge.
+"""The hooked model: all that methods know of a model.
 
-The Hugging Face module is the truth, stays an ordinary module, and is what runs. The bridge is made when it is first asked
-for, from a second module that shares the same parameters, because booting rewrites the module it is given; hooks act on both. Fused
-matrices that the bridge keeps as copies (GPT-NeoX) are brought up to date by `write_` and `refresh_`.
+The Hugging Face module is the truth, stays an ordinary module, and is what runs. Hooks act on it and on the bridge of
+TransformerLens alike. Fused matrices that the bridge keeps as copies (GPT-NeoX) are updated by `write_` and `refresh_`.
 """
 
-import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils import logging
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mechunlearn.core.files import data_folder, whole_folder
-from mechunlearn.core.runcard import digest
+from mechunlearn.core.files import whole_folder
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.model.bridge import boot, bridged, find_copies, freeze_additions
+from mechunlearn.model.bridge import Bridge
 from mechunlearn.model.component import Component
-from mechunlearn.model.decoder import UNITS, Decoder, Hook, between
-from mechunlearn.model.hook_points import HOOK_POINTS
+from mechunlearn.model.decoder import Decoder
+from mechunlearn.model.fingerprint import checksum, fingerprint
+from mechunlearn.model.hook_points import ActivationCache
 from mechunlearn.model.layout import Layout, Signature, flat
-
-SHIPPED = ("factworld", "factworld-twin", "factworld-naive")
+from mechunlearn.model.load import checkpoint
+from mechunlearn.model.taps import Hook
+from mechunlearn.model.text import Given, continued, decoded, ids_of, padded, padding_token
 
 
 class HookedModel:
     """A Hugging Face decoder with hooks: the model as all methods see it. Make one with `load_model`.
 
-    Sites are `L<layer>.<kind>` with a kind of `attn.o` (`[fact pos head d_head]`, what W_O reads), `attn.q`, `attn.k`, `attn.v` (what
-    these projections give), `mlp.out` (`[fact pos neuron]`, what W_out reads), `resid_pre`, `resid_mid`, `resid_post`, `attn_out`,
-    `mlp_out` (what is added to the residual stream) or `mlp_in` (what the MLP reads, normalised).
+    Sites are `L<layer>.<kind>` with a kind of `attn.o` (`[fact pos head d_head]`, what W_O reads), `attn.q`, `attn.k`,
+    `attn.v` (what these projections give), `mlp.out` (`[fact pos neuron]`, what W_out reads), `resid_pre`, `resid_mid`,
+    `resid_post`, `attn_out`, `mlp_out` (what is added to the residual stream), `mlp_in` (what the MLP reads, normalised) or
+    `attn_projected` (what W_O gives, before any norm). A hook name of TransformerLens stands for its site:
+    `blocks.3.hook_resid_post` is `L3.resid_post`.
 
-    Tokens are padded on the right: with causal attention no real position sees the padding, so a padded batch gives the same
-    numbers as single prompts.
+    A text or a list of texts may be given instead of tokens. Rows are padded on the right: with causal attention no real
+    position sees the padding, so a padded batch gives the same numbers as single prompts.
+
+    Attributes:
+        hf: The Hugging Face module.
+        tokenizer: Its tokenizer, if there is one.
+        name: What the model was loaded from.
+        layout: The parts of its architecture.
+
+    >>> model = load_model("factworld")
+    >>> logits, cache = model.run_with_cache("The capital of")
+    >>> torch.equal(cache["L3.resid_post"], cache["blocks.3.hook_resid_post"])
+    True
     """
 
     def __init__(self, hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str = "model") -> None:
-        self.layout = Layout.of(hf.config)
-        self.name = name
-        self.hf = hf.eval()
-        self.tokenizer = tokenizer
-        self._parameters = dict(hf.named_parameters())
-        shared = {id(t): t for t in (*hf.parameters(), *hf.buffers())}
-        self._second = copy.deepcopy(hf, shared)
-        self._within: dict[ExitStack, Mapping[str, Hook]] = {}
-        self._copies: dict[Component, Any] = {}
-        self._hashed: tuple[tuple, str] | None = None
+        """Put hooks around a module, which is set to evaluation and stays an ordinary module.
 
-    @cached_property
+        Args:
+            hf: A Hugging Face decoder.
+            tokenizer: Its tokenizer; without one, the model reads tokens only.
+            name: What the model is called.
+
+        Raises:
+            MechunlearnError: The architecture has no layout.
+        """
+        self.layout = Layout.of(hf.config)
+        self.hf, self.tokenizer, self.name = hf, tokenizer, name
+        self.hf.train(False)
+        self._bridge = Bridge(hf, self.layout, tokenizer, name)
+        self._fingerprints: dict[int, str] = {}
+
+    @property
     def bridge(self) -> Any:
-        """The same parameters as a `TransformerBridge` of transformer_lens, under the hooks that are on now. No method here needs it."""
-        with torch.random.fork_rng(devices=[]):  # new weights are drawn, and thrown away
-            bridge = boot(self._second, self.tokenizer, self.name)
-        freeze_additions(bridge, self._parameters)
-        self._copies = find_copies(bridge, self.signature.layers, self._parameters)
-        for stack, hooks in self._within.items():
-            stack.enter_context(bridge.hooks(fwd_hooks=self._on_bridge(hooks)))
-        return bridge
+        """The same parameters as a `TransformerBridge` of transformer_lens, under the hooks that are on now.
+
+        Raises:
+            MechunlearnError: The parameters of the Hugging Face module were replaced, so the bridge would have others.
+        """
+        return self._bridge.booted()
 
     @property
     def signature(self) -> Signature:
+        """The architecture: family, layers, heads and widths."""
         return self.layout.signature
 
     @property
     def device(self) -> torch.device:
-        return next(iter(self._parameters.values())).device
+        """Where the weights are."""
+        return next(self.hf.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(iter(self._parameters.values())).dtype
+        """The type of the weights."""
+        return next(self.hf.parameters()).dtype
 
     @property
     def fingerprint(self) -> str:
-        """A hash of every weight as it is now, computed again once torch has counted a write to one of them."""
-        writes = tuple((parameter.data_ptr(), parameter._version) for parameter in self._parameters.values())
-        if self._hashed is None or self._hashed[0] != writes:
-            parts = (
-                part
-                for name, parameter in self._parameters.items()
-                for part in (name, parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-            )
-            self._hashed = (writes, digest(str(self.signature), *parts))
-        return self._hashed[1]
+        """A hash of the architecture and of every weight as it is now, however it was written.
 
-    def forward(self, tokens: Int[Tensor, "fact pos"]) -> Float[Tensor, "fact pos d_vocab"]:
-        """Logits, through the hooks."""
-        return self.hf(input_ids=tokens.to(self.device), use_cache=False).logits
+        The weights are read each time (`model.fingerprint.checksum`), and hashed once for each state they have been in.
+        """
+        weights = dict(self.hf.named_parameters())
+        state = checksum(weights)
+        if state not in self._fingerprints:
+            self._fingerprints[state] = fingerprint(self.signature, weights)
+        return self._fingerprints[state]
+
+    def forward(self, tokens: Given) -> Float[Tensor, "fact pos d_vocab"]:
+        """Return logits, through the hooks. `model(tokens)` is the same.
+
+        Args:
+            tokens: Tokens, a text or several texts.
+        """
+        ids = tokens.to(self.device) if isinstance(tokens, Tensor) else self.to_tokens(tokens)
+        logits: Tensor = self.hf(input_ids=ids, use_cache=False).logits
+        return logits
 
     __call__ = forward
 
     def cache(
-        self, tokens: Int[Tensor, "fact pos"], sites: Sequence[str], grad: bool = False
-    ) -> tuple[Float[Tensor, "fact pos d_vocab"], dict[str, Tensor]]:
-        """Logits and activations at sites. With `grad` both are part of one graph, for `torch.autograd.grad`."""
-        kept: dict[str, Tensor] = {}
-        with ExitStack() as stack:
-            stack.enter_context(torch.set_grad_enabled(grad))
-            if grad:
-                stack.enter_context(frozen(self.hf))
-            stack.enter_context(self.decoder.hooks({site: partial(_kept, kept, site, grad) for site in sites}))
+        self, tokens: Given, sites: Sequence[str], grad: bool = False
+    ) -> tuple[Float[Tensor, "fact pos d_vocab"], ActivationCache]:
+        """Return logits, and activations by site.
+
+        Args:
+            tokens: Tokens, a text or several texts.
+            sites: Sites or hook names of TransformerLens.
+            grad: Make both part of one graph, for `torch.autograd.grad`.
+
+        Raises:
+            MechunlearnError: The model does not have such a site.
+        """
+        kept = ActivationCache(self.decoder.site)
+        hooks = {site: partial(_kept, kept, self.decoder.site(site), grad) for site in sites}
+        with torch.set_grad_enabled(grad), frozen(self.hf) if grad else nullcontext(), self.decoder.hooks(hooks):
             logits = self.forward(tokens)
         return logits, kept
+
+    def run_with_cache(
+        self, tokens: Given, names: str | Sequence[str] | None = None
+    ) -> tuple[Float[Tensor, "fact pos d_vocab"], ActivationCache]:
+        """Return logits, and activations that are found by site and by hook name of TransformerLens; without gradients.
+
+        Args:
+            tokens: Tokens, a text or several texts.
+            names: Sites or hook names; all sites unless given.
+
+        Raises:
+            MechunlearnError: The model does not have such a site.
+        """
+        sites = self.decoder.sites if names is None else [names] if isinstance(names, str) else names
+        return self.cache(tokens, sites)
+
+    def generate(self, text: Given, max_new_tokens: int = 10, **settings: Any) -> Any:
+        """Continue texts with `hf.generate`, by the most likely token unless the settings say otherwise.
+
+        Hooks are on. After the first step they see new positions only; with `use_cache=False` all positions each time.
+
+        Args:
+            text: A text, several texts, or tokens (rows without padding).
+            max_new_tokens: The number of tokens to add, unless a text ends before.
+            settings: Keywords of `hf.generate`, such as `do_sample=True`.
+
+        Returns:
+            The text with its continuation, a list of such texts, or tokens: as given. With `return_dict_in_generate`
+            what `hf.generate` returns.
+
+        >>> load_model("factworld").generate("The capital of", max_new_tokens=1).startswith("The capital of ")
+        True
+        """
+        return continued(self.hf, self.tokenizer, text, {"max_new_tokens": max_new_tokens} | settings)
+
+    def to_tokens(self, text: str | Sequence[str]) -> Int[Tensor, "text pos"]:
+        """Tokenize as the model's tokenizer does, its special tokens included.
+
+        Args:
+            text: One text or several; shorter ones are padded on the right.
+
+        Raises:
+            MechunlearnError: The model has no tokenizer, or a text has no tokens.
+        """
+        return padded(ids_of(text, self.tokenizer), padding_token(self.tokenizer)).to(self.device)
+
+    def to_str_tokens(self, text: str | Sequence[str] | Int[Tensor, "..."]) -> list[Any]:
+        """Return the text of each token.
+
+        Args:
+            text: A text, several texts, or tokens `[pos]` or `[text pos]`.
+
+        Returns:
+            A list of strings; a list of such lists if several texts or rows are given.
+
+        >>> load_model("factworld").to_str_tokens("A company")
+        ['<|bos|>', 'A', ' company']
+        """
+        rows = text.reshape(-1, text.shape[-1]).tolist() if isinstance(text, Tensor) else ids_of(text, self.tokenizer)
+        found = [decoded([[token] for token in row], self.tokenizer) for row in rows]
+        single = len(found) == 1 if isinstance(text, Tensor) else isinstance(text, str)
+        return found[0] if single else found
+
+    def to_string(self, tokens: Int[Tensor, "..."]) -> str | list[str]:
+        """Return the text of tokens.
+
+        Args:
+            tokens: `[pos]`, or `[text pos]` for a list of texts.
+
+        >>> model = load_model("factworld")
+        >>> model.to_string(model.to_tokens("The capital")[0, 1:])
+        'The capital'
+        """
+        texts = decoded(tokens.reshape(-1, tokens.shape[-1]), self.tokenizer)
+        return texts[0] if tokens.ndim == 1 else texts
 
     @contextmanager
     def hooks(self, hooks: Mapping[str, Hook]) -> Iterator[None]:
         """Within the block each hook sees the activation at its site; what it returns takes its place.
 
         The hooks act on the Hugging Face module (and so on every method) and on the bridge alike.
-        Raises `MechunlearnError` for a site this model does not have.
-        """
-        with self.decoder.hooks(hooks), ExitStack() as on_bridge:
-            self._within[on_bridge] = hooks
-            on_bridge.callback(self._within.pop, on_bridge)
-            if "bridge" in vars(self):
-                on_bridge.enter_context(self.bridge.hooks(fwd_hooks=self._on_bridge(hooks)))
-            yield
 
-    def _on_bridge(self, hooks: Mapping[str, Hook]) -> list[tuple[str, Callable]]:
-        entries: list[tuple[str, Callable]] = []
-        for site, hook in hooks.items():
-            layer, kind = site[1:].split(".", 1)
-            if kind == "resid_mid":
-                # the bridge gives it to the MLP alone, so a change is added to what attention writes
-                entered: list[Tensor] = []
-                change = partial(between, entered, hook)
-                entries += self._on_bridge({f"L{layer}.resid_pre": entered.append, f"L{layer}.attn_out": change})
-            elif kind in HOOK_POINTS:
-                heads = self.signature.heads if kind == "attn.o" else None
-                canonical, alias = HOOK_POINTS[kind]
-                point = (
-                    canonical if kind in UNITS else alias
-                )  # behind a norm after the sublayer, only the alias is the sum
-                entries.append((f"blocks.{layer}.{point}", partial(bridged, hook, heads)))
-        return entries
+        Args:
+            hooks: Functions of one tensor, by site or hook name of TransformerLens.
+
+        Raises:
+            MechunlearnError: The model does not have such a site.
+        """
+        sites = [(self.decoder.site(name), hook) for name, hook in hooks.items()]
+        with self.decoder.hooks(hooks), self._bridge.hooks(sites):
+            yield
 
     @cached_property
     def decoder(self) -> Decoder:
@@ -153,10 +236,15 @@ class HookedModel:
     def run_from(
         self, layer: int, resid: Float[Tensor, "fact pos d_model"], positions: Int[Tensor, " fact"] | None = None
     ) -> Tensor:
-        """Logits when `resid` enters block `layer`: `[fact pos d_vocab]`, or `[fact d_vocab]` at one position a fact.
+        """Return logits when `resid` enters a block. Earlier blocks are skipped; equal to a full forward pass to 1e-6.
 
-        Earlier blocks are skipped, and other positions are not unembedded; masks, rotary embeddings and everything
-        after are the model's own code. Equal to a full forward to 1e-6.
+        Args:
+            layer: The block.
+            resid: What enters it.
+            positions: One position a fact; other positions are not unembedded.
+
+        Returns:
+            `[fact pos d_vocab]`, or `[fact d_vocab]` at the positions.
         """
         restart = self.decoder.restart(0, resid.shape[1])
         for later in range(layer, self.signature.layers):
@@ -166,23 +254,48 @@ class HookedModel:
         return self.decoder.unembed(resid)
 
     def attention(self, tokens: Int[Tensor, "fact pos"], layer: int) -> Float[Tensor, "fact head pos pos"]:
-        """Attention patterns of one layer: how much each position (third axis) takes from each before it (fourth)."""
+        """Return the attention pattern of a layer: how much each position (third axis) takes from each before it (fourth).
+
+        Args:
+            tokens: What the model reads.
+            layer: The layer.
+        """
         self.decoder.place(f"L{layer}.attn.o")
         return self.decoder.attention(tokens, layer)
 
     def unit_weights(self, kind: str) -> int:
-        """How many weights one unit of a kind has, its bias included."""
-        return sum(view[0].numel() for view in self.layout.views(self._parameters, 0, kind))
+        """Count the weights of one unit of a kind, its bias included.
+
+        Args:
+            kind: The kind of a site, such as `attn.o`.
+        """
+        return sum(view[0].numel() for view in self._views(Component(0, kind)))
 
     def rows(self, site: str) -> Float[Tensor, "unit weight"]:
-        """A copy of the weights at a site, one row a unit (its bias last)."""
-        return flat(self._views(site))
+        """Return a copy of the weights at a site, one row a unit, its bias last.
+
+        Args:
+            site: A site that has weights; `blocks.3.attn.hook_z` stands for `L3.attn.o`.
+
+        Raises:
+            MechunlearnError: The model has no weights there.
+        """
+        return flat(self._views(Component.parse(site)))
 
     @torch.no_grad()
     def write_(self, site: str, rows: Float[Tensor, "unit weight"], units: Int[Tensor, " unit"] | None = None) -> None:
-        """Set the weights of some units (all, unless given), in the Hugging Face module and in the bridge."""
-        start = 0
-        for view in self._views(site):
+        """Set the weights of some units, in the Hugging Face module and in the bridge.
+
+        Args:
+            site: A site that has weights.
+            rows: The new weights, one row a unit, as `rows` returns them.
+            units: The units that are written; all unless given.
+
+        Raises:
+            MechunlearnError: The model has no weights there.
+        """
+        address, start = Component.parse(site), 0
+        for view in self._views(address):
             chosen = view if units is None else view[units.to(view.device)]
             width = view[0].numel()
             new = rows[:, start : start + width].to(view).view(chosen.shape)
@@ -191,26 +304,18 @@ class HookedModel:
             else:
                 view[units.to(view.device)] = new
             start += width
-        self._refresh(Component.parse(site))
+        self._bridge.refresh(address, self._views(address))
 
     def refresh_(self) -> None:
         """Bring the bridge's copies up to date after the Hugging Face parameters were changed directly."""
-        for site in self._copies:
-            self._refresh(site)
+        for site in self._bridge.copies:
+            self._bridge.refresh(site, self._views(site))
 
-    def _views(self, site: str) -> list[Tensor]:
-        address = Component.parse(site)
-        if address.layer >= self.signature.layers:
+    def _views(self, site: Component) -> list[Tensor]:
+        if site.layer >= self.signature.layers:
             raise MechunlearnError(f"No site '{site}': the model has {self.signature.layers} layers.")
-        return self.layout.views(self._parameters, address.layer, address.kind)
-
-    @torch.no_grad()
-    def _refresh(self, site: Component) -> None:
-        module = self._copies.get(site)
-        if module is None:
-            return
-        for target, view in zip((module.weight, module.bias), self._views(str(site)), strict=False):
-            target.copy_(view.reshape(target.shape))
+        named = {name: attrgetter(name)(self.hf) for name in self.layout.parameter_names(site.layer, site.kind)}
+        return self.layout.views(named, site.layer, site.kind)
 
     def __repr__(self) -> str:
         return f"HookedModel({self.name}, {self.signature}, {self.dtype}, {self.device})"
@@ -218,7 +323,11 @@ class HookedModel:
 
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
-    """No parameter of the module takes part in a graph within the block."""
+    """Within the block no parameter of a module is part of a graph.
+
+    Args:
+        module: The module.
+    """
     trainable = [p for p in module.parameters() if p.requires_grad]
     for parameter in trainable:
         parameter.requires_grad_(False)
@@ -243,11 +352,16 @@ def load_model(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
 ) -> HookedModel:
-    """Load a model with hooks: a shipped world (`factworld`, `factworld-twin`,
-    `factworld-naive`), a directory, a hub name, or objects.
+    """Load a model with hooks. No weight is ever folded or centred.
 
-    `dtype` is a torch dtype or its name; without it the stored one is kept. No weight is ever folded or centred.
-    Raises `MechunlearnError` if there is no such model, its architecture has no layout, or the dtype is unknown.
+    Args:
+        source: A shipped world (`factworld`, `factworld-twin`, `factworld-naive`), a folder, a hub name, or a Hugging Face
+            model and its tokenizer.
+        device: Where it runs; the processor unless given.
+        dtype: A torch dtype or its name; the stored one unless given.
+
+    Raises:
+        MechunlearnError: There is no such model, its architecture has no layout, or the dtype is unknown.
 
     >>> model = load_model("factworld")
     >>> model.signature.family, model.signature.layers
@@ -256,62 +370,29 @@ def load_model(
     wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype is not None and not isinstance(wanted, torch.dtype):
         raise MechunlearnError(f"Unknown dtype '{dtype}'. Expected float32, bfloat16 or float16.")
-    if isinstance(source, tuple):
-        given: nn.Module = source[0]
-        given.to(device=device, dtype=wanted)
-        return HookedModel(source[0], source[1], source[0].name_or_path or "model")
-    folder = _folder(str(source))
-    try:
-        with _no_bar() if source in SHIPPED else nullcontext():
-            hf: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=wanted or "auto")
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        where = "in this folder" if Path(folder).is_dir() else "as a folder, a shipped model or a hub name"
-        raise MechunlearnError(
-            f"Could not load a model from '{source}': {reason} Looked {where}. Expected one of "
-            f"{', '.join(SHIPPED)}, a folder written by save_pretrained (with its tokenizer), or a reachable hub name."
-        ) from None
+    hf, tokenizer = source if isinstance(source, tuple) else checkpoint(str(source), wanted)
     module: nn.Module = hf
+    if isinstance(source, tuple):
+        module.to(device=device, dtype=wanted)
+        return HookedModel(hf, tokenizer, hf.name_or_path or "model")
     module.to(device or "cpu")
     return HookedModel(hf, tokenizer, str(source))
 
 
-@contextmanager
-def _no_bar() -> Iterator[None]:
-    """Without the progress bar of transformers: a shipped model is there at once."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
 def export(model: HookedModel, folder: str | Path, beside_it: Mapping[str, str] | None = None) -> None:
-    """Write an ordinary Hugging Face checkpoint, its tokenizer and more text files; the folder must be new or empty."""
+    """Write an ordinary Hugging Face checkpoint with its tokenizer.
+
+    Args:
+        model: What is written.
+        folder: Where; it must be new or empty.
+        beside_it: Texts of further files, by name.
+
+    Raises:
+        MechunlearnError: The folder is not empty, or cannot be written.
+    """
     with whole_folder(folder) as beside:
         model.hf.save_pretrained(beside)
         for name, text in (beside_it or {}).items():
             (beside / name).write_text(text + "\n", encoding="utf-8")
         if model.tokenizer is not None:
             model.tokenizer.save_pretrained(beside)
-
-
-def _folder(source: str) -> str:
-    if source in SHIPPED:
-        return str(data_folder() / source)
-    path = Path(source).expanduser()
-    if path.is_dir():
-        if not list(path.glob("*.safetensors")) and not list(path.glob("pytorch_model*.bin")):
-            raise MechunlearnError(
-                f"The folder '{source}' holds no weights. Expected model.safetensors beside config.json, "
-                "as save_pretrained writes them."
-            )
-        return str(path)
-    if path.suffix or source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise MechunlearnError(
-            f"There is no folder '{source}'. Expected a model folder, or one of {', '.join(SHIPPED)}."
-        )
-    return source

@@ -23,7 +23,14 @@ HEAD_COLUMNS = "d_model (unit d_head)"
 
 @dataclass(frozen=True)
 class Matrix:
-    """One parameter of a site: `axes` names its dimensions, `part` is (index, sizes of the stacked row blocks) or an index."""
+    """A parameter that holds weights of a site.
+
+    Attributes:
+        name: Its name in the Hugging Face module, with `{layer}` for the layer.
+        axes: Its dimensions, as einops writes them.
+        part: Which of several fused matrices it is; None for a matrix on its own.
+        blocks: What the fused matrices are as high as, if they are stacked as blocks of rows.
+    """
 
     name: str
     axes: str
@@ -33,10 +40,18 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Modules:
-    """Where a family's blocks read and write: `blocks` and `final_norm` from the whole module, the rest within a block.
+    """Where a family's blocks read and write: the paths of the modules.
 
-    `attention_post` and `mlp_post` are norms on what attention and the MLP write (Gemma 2 and 3). Norms are LayerNorm if
-    `centred`, else RMSNorm with a factor of `offset` + weight.
+    Attributes:
+        blocks: The blocks, from the whole module.
+        final_norm: The norm in front of the unembedding, from the whole module.
+        attention_norm: The norm that attention reads, from the block like all that follow.
+        mlp_norm: The norm that the MLP reads.
+        mlp: The MLP.
+        attention_post: A norm on what attention writes (Gemma 2 and 3), or nothing.
+        mlp_post: A norm on what the MLP writes, or nothing.
+        centred: Whether norms are LayerNorm; else they are RMSNorm.
+        offset: What is added to the weights of the norms.
     """
 
     blocks: str = "model.layers"
@@ -52,7 +67,15 @@ class Modules:
 
 @dataclass(frozen=True)
 class Signature:
-    """The architecture a mask or an edit belongs to.
+    """The architecture that a mask or an edit belongs to.
+
+    Attributes:
+        family: The model type of Hugging Face.
+        layers: The number of blocks.
+        heads: The number of query heads a layer.
+        kv_heads: The number of key and value heads a layer.
+        d_mlp: The number of neurons a layer.
+        d_model: The width of the residual stream.
 
     >>> str(Signature("llama", 2, 4, 2, 64, 32))
     'llama: 2 layers, 4 heads, 2 kv heads, d_mlp 64, d_model 32'
@@ -72,7 +95,11 @@ class Signature:
         )
 
     def units(self, kind: str) -> int | None:
-        """How many units a site of this kind has; None for features and codes, whose number the dictionary knows."""
+        """Count the units of a site: None for features and codes, whose number their dictionary knows.
+
+        Args:
+            kind: The kind of the site.
+        """
         if kind in ("attn.q", "attn.o"):
             return self.heads
         if kind in ("attn.k", "attn.v"):
@@ -172,7 +199,10 @@ MODULES: dict[str, Modules] = {
 class Layout:
     """The units of one architecture, the parameters that hold them and the modules that use them.
 
-    `parallel` says that the MLP reads what the attention of its layer reads (GPT-J, Phi, Pythia).
+    Attributes:
+        signature: The family, its layers and its widths.
+        d_head: The width of a head.
+        parallel: Whether the MLP reads what the attention of its layer reads (GPT-J, Phi, Pythia).
     """
 
     signature: Signature
@@ -183,7 +213,11 @@ class Layout:
     def of(cls, config: object) -> "Layout":
         """Read the architecture from a Hugging Face configuration.
 
-        Raises `MechunlearnError` for a family without a table, and for mixtures of experts.
+        Args:
+            config: The configuration.
+
+        Raises:
+            MechunlearnError: The family has no table; no mixture of experts has one.
         """
         family = getattr(config, "model_type", type(config).__name__)
         if family not in FAMILIES:
@@ -211,14 +245,35 @@ class Layout:
 
     @property
     def kinds(self) -> tuple[str, ...]:
+        """The kinds of sites that have weights."""
         return tuple(kind for kind in KINDS if kind in FAMILIES[self.signature.family])
 
     def views(
-        self, parameters: Mapping[str, Tensor], layer: int, kind: str, only: str | None = None
+        self, parameters: Mapping[str, Tensor | None], layer: int, kind: str
     ) -> list[Shaped[Tensor, "unit *rest"]]:  # noqa: F821
-        """Views of a site's weights, one per parameter that holds some (or of `only` one), unit first.
+        """Return views of a site's weights, one a parameter that holds some, unit first. Writing to them writes the model.
 
-        Writing to them writes the model.
+        Args:
+            parameters: Those of the model by name; what is missing or None has no view.
+            layer: The layer of the site.
+            kind: The kind of the site.
+
+        Raises:
+            MechunlearnError: The architecture has no weights of this kind.
+        """
+        held = zip(self.parameter_names(layer, kind), FAMILIES[self.signature.family][kind], strict=True)
+        found = ((parameters.get(name), matrix) for name, matrix in held)
+        return [self._view(parameter, matrix, kind) for parameter, matrix in found if parameter is not None]
+
+    def parameter_names(self, layer: int, kind: str) -> list[str]:
+        """List the parameters that may hold weights of a site; not every model has the biases.
+
+        Args:
+            layer: The layer of the site.
+            kind: The kind of the site.
+
+        Raises:
+            MechunlearnError: The architecture has no weights of this kind.
         """
         if kind not in self.kinds:
             hint = " Features and codes live in activations: a FeatureEdit takes them." if ":" in kind else ""
@@ -226,27 +281,29 @@ class Layout:
                 f"A {self.signature.family} model has no weights of kind '{kind}'. "
                 f"Its kinds are {', '.join(self.kinds)}.{hint}"
             )
-        found = []
-        for matrix in FAMILIES[self.signature.family][kind]:
-            name = matrix.name.format(layer=layer)
-            parameter = parameters.get(name) if only in (None, name) else None
-            if parameter is not None:
-                found.append(self._view(parameter, matrix, kind))
-        return found
-
-    def parameter_names(self, layer: int, kind: str) -> list[str]:
         return [matrix.name.format(layer=layer) for matrix in FAMILIES[self.signature.family][kind]]
 
     @property
     def modules(self) -> Modules:
+        """Where the blocks read and write."""
         return MODULES[self.signature.family]
 
     def module_name(self, layer: int, kind: str) -> str:
-        """The module that multiplies with a site's weights, from the whole module."""
+        """Return the path of the module that multiplies with a site's weights.
+
+        Args:
+            layer: The layer of the site.
+            kind: The kind of the site.
+        """
         return self.parameter_names(layer, kind)[0].removesuffix(".weight")
 
     def heads(self, kind: str, projected: Float[Tensor, "*batch out"]) -> Float[Tensor, "*batch unit d_head"]:
-        """A view of what a query, key or value projection gives, by head; writing to it writes the projection."""
+        """Return a view by head of what a query, key or value projection gives. Writing to it writes the projection.
+
+        Args:
+            kind: `attn.q`, `attn.k` or `attn.v`.
+            projected: What the module gives, which may hold all three.
+        """
         matrix = FAMILIES[self.signature.family][kind][0]
         axes = " ".join(matrix.axes.replace("d_model", "").split())
         view = self._block(projected, matrix, -1)
@@ -258,7 +315,13 @@ class Layout:
     def head_weights(
         self, parameters: Mapping[str, Tensor], layer: int, kind: str
     ) -> tuple[Float[Tensor, "unit d_head d_model"], Float[Tensor, "unit d_head"] | None]:
-        """Weights and biases of an attention projection by head, always in this orientation."""
+        """Return weights and biases of an attention projection by head, in the same orientation for every family.
+
+        Args:
+            parameters: Those of the model by name.
+            layer: The layer.
+            kind: `attn.q`, `attn.k`, `attn.v` or `attn.o`.
+        """
         weight, *bias = self.views(parameters, layer, kind)
         axes = FAMILIES[self.signature.family][kind][0].axes
         if axes.index("d_model") < axes.index("d_head"):
@@ -294,5 +357,9 @@ def _first(config: object, *names: str) -> int | None:
 
 
 def flat(views: list[Tensor]) -> Float[Tensor, "unit weight"]:
-    """The weights of each unit as one row, copied."""
+    """Copy the weights of each unit into one row.
+
+    Args:
+        views: As `Layout.views` returns them.
+    """
     return torch.cat([view.flatten(1) for view in views], dim=1).clone()

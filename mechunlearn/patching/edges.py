@@ -1,7 +1,7 @@
 """What one component writes and another reads: contributions, linearised norms, and exact patches of single edges.
 
 Writers are the input, each head and each MLP; readers are each query head, each key and value head, each MLP and the
-logits (see `circuit.writers` and `circuit.readers`). In models that normalise what attention writes (Gemma 2 and 3) a
+logits (see `artifacts.edges`). In models that normalise what attention writes (Gemma 2 and 3) a
 head's contribution passes that norm with its scale frozen at the clean run.
 """
 
@@ -21,7 +21,14 @@ ATTENTION = ("attn.q", "attn.k", "attn.v")
 
 
 def check_streams(decoder: Decoder) -> None:
-    """Raises `MechunlearnError` if a hook stands at the entry of a block: what is read is then not what was written."""
+    """Check that no hook stands at the entry of a block: what is read would not be what was written.
+
+    Args:
+        decoder: The model.
+
+    Raises:
+        MechunlearnError: There is such a hook.
+    """
     if any(block._forward_pre_hooks for block in decoder.blocks):
         raise MechunlearnError(
             "A hook changes the residual stream (resid_pre or resid_mid), so it is not the sum of what components write and "
@@ -30,19 +37,35 @@ def check_streams(decoder: Decoder) -> None:
 
 
 def writer_sites(layout: Layout) -> list[str]:
-    """The sites a run must keep so that `written` can be computed."""
+    """List the sites a run must keep so that `written` can be computed.
+
+    Args:
+        layout: The model's layout.
+    """
     kinds = ["attn.o", "mlp_out", *(["attn_projected"] if layout.modules.attention_post else [])]
     return [f"L{layer}.{kind}" for layer in range(layout.signature.layers) for kind in kinds]
 
 
 def rows_before(layout: Layout, layer: int, mlp: bool) -> int:
-    """How many writers come before a reader: those of earlier layers, and the heads of this one for a sequential MLP."""
+    """Count the writers before a reader: those of earlier layers, and the heads of this one for a sequential MLP.
+
+    Args:
+        layout: The model's layout.
+        layer: The reader's layer.
+        mlp: Whether the reader is an MLP.
+    """
     heads = layout.signature.heads
     return 1 + layer * (heads + 1) + (heads if mlp and not layout.parallel else 0)
 
 
 def written(decoder: Decoder, change: Run, scales: dict[int, Tensor]) -> Float[Tensor, "writer fact pos d_model"]:
-    """What each writer adds to the residual stream, given its activations (or a change of them: it is linear)."""
+    """Compute what each writer adds to the residual stream.
+
+    Args:
+        decoder: The model.
+        change: Its activations at `writer_sites`, or a change of them: it is linear.
+        scales: The scale of each post-norm (see `frozen_scales`).
+    """
     layout = decoder.layout
     parameters = dict(decoder.hf.named_parameters())
     first = change.resid[0]
@@ -64,7 +87,13 @@ def written(decoder: Decoder, change: Run, scales: dict[int, Tensor]) -> Float[T
 def frozen_scales(
     decoder: Decoder, run: Run, layers: Sequence[int] | None = None
 ) -> dict[int, Float[Tensor, "fact pos d_model"]]:
-    """The factor by which each layer's post-norm scales what attention writes in a run; empty without post-norms."""
+    """Compute the factor by which each layer's post-norm scales what attention writes in a run; {} without post-norms.
+
+    Args:
+        decoder: The model.
+        run: The run, with `attn_projected` kept.
+        layers: The layers; all by default.
+    """
     if not decoder.layout.modules.attention_post:
         return {}
     found = {}
@@ -76,7 +105,14 @@ def frozen_scales(
 
 @dataclass(frozen=True)
 class Norm:
-    """A LayerNorm or RMSNorm by its parts."""
+    """A LayerNorm or RMSNorm by its parts.
+
+    Attributes:
+        module: The norm itself.
+        weight: Its gain.
+        centred: Whether it subtracts the mean.
+        eps: What it adds to the variance.
+    """
 
     module: nn.Module
     weight: Float[Tensor, " d_model"]
@@ -85,16 +121,30 @@ class Norm:
 
     @classmethod
     def of(cls, decoder: Decoder, module: Any) -> "Norm":
+        """Take a norm of a model apart.
+
+        Args:
+            decoder: The model.
+            module: One of its norms.
+        """
         modules = decoder.layout.modules
         eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
         return cls(module, module.weight.detach() + modules.offset, modules.centred, eps)
 
     def spread(self, x: Tensor) -> Float[Tensor, "*batch 1"]:
-        """The standard deviation, or root mean square, that the norm divides by."""
+        """Compute the standard deviation, or root mean square, that the norm divides by.
+
+        Args:
+            x: What enters the norm.
+        """
         return self._centre(x.float()).pow(2).mean(-1, keepdim=True).add(self.eps).sqrt().to(x.dtype)
 
     def normal(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """`x` normalised (before the weight), and the inverse of its spread."""
+        """Normalise (before the weight); give the inverse of the spread too.
+
+        Args:
+            x: What enters the norm.
+        """
         centred = self._centre(x.float())
         inverse = centred.pow(2).mean(-1, keepdim=True).add(self.eps).rsqrt()
         return (centred * inverse).to(x.dtype), inverse.to(x.dtype)
@@ -103,7 +153,11 @@ class Norm:
         return x - x.mean(-1, keepdim=True) if self.centred else x
 
     def weigh(self, weight: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        """Rows of a matrix that reads the norm's output, as rows that read the normalised and centred input."""
+        """Turn rows of a matrix that reads the norm's output into rows that read the normalised and centred input.
+
+        Args:
+            weight: The rows.
+        """
         weight = weight * self.weight
         return weight - weight.mean(-1, keepdim=True) if self.centred else weight
 
@@ -111,10 +165,16 @@ class Norm:
 def attention_gradients(
     decoder: Decoder, layer: int, x: Float[Tensor, "token d_model"], projected: Sequence[Float[Tensor, "token _head d"]]
 ) -> Float[Tensor, "reader token d_model"]:
-    """d metric / d residual stream through each query, key and value head alone, given d metric / d (q, k, v).
+    """Compute d metric / d residual stream through each query, key and value head alone.
 
     The vector-Jacobian product of norm and projection, by hand: with n the normalised input, s the inverse of its
     spread and w = weight * W (centred for LayerNorm), it is s (w^T g - n (w^T g . n) / d_model).
+
+    Args:
+        decoder: The model.
+        layer: The layer.
+        x: The residual stream that its attention reads.
+        projected: d metric / d q, k and v, by head.
     """
     norm = Norm.of(decoder, decoder.part(layer, "attention_norm"))
     normal, inverse = norm.normal(x)
@@ -130,7 +190,14 @@ def attention_gradients(
 def mlp_gradient(
     decoder: Decoder, layer: int, x: Float[Tensor, "token d_model"], gradient: Float[Tensor, "token d_model"]
 ) -> Float[Tensor, "token d_model"]:
-    """d metric / d residual stream through the MLP alone, given d metric / d (what it reads, normalised)."""
+    """Compute d metric / d residual stream through the MLP alone.
+
+    Args:
+        decoder: The model.
+        layer: The layer.
+        x: The residual stream that the MLP reads.
+        gradient: d metric / d what it reads, normalised.
+    """
     norm = Norm.of(decoder, decoder.part(layer, "mlp_norm"))
     normal, inverse = norm.normal(x)
     weighed = norm.weigh(gradient) * inverse
@@ -139,10 +206,23 @@ def mlp_gradient(
 
 @dataclass(frozen=True)
 class EdgePatch:
-    """Cells in which one reader alone reads a change of one writer; the interface of `patching.Patch`.
+    """Cells in which one reader alone reads a change of one writer; the interface of `sweep.Patch`.
 
-    `change` is what writers add in the other run minus what they add in the base run; the reader's input is that of the
-    base run plus `change[writers[i]]`. The logits read the change on top of the run at hand, unless they are `held` too.
+    The reader's input is that of the base run plus `change[writers[i]]`. The logits read the change on top of the run at
+    hand, unless they are `held` too.
+
+    Attributes:
+        layer: The reader's layer.
+        kind: What it reads: `attn.q`, `attn.k`, `attn.v`, `mlp_in`, or `resid_pre` for the logits.
+        cells: The cells.
+        where: Positions, one row a choice of them.
+        rows: By cell, the row of `where`.
+        decoder: The model.
+        read: The residual stream that the reader reads in the base run.
+        change: What writers add in the other run minus what they add in the base run.
+        writers: By cell, the writer.
+        heads: By cell, the reader's head.
+        held: Whether the logits too read the base run plus the change.
     """
 
     layer: int
@@ -158,6 +238,13 @@ class EdgePatch:
     held: bool = False
 
     def applied(self, seen: Float[Tensor, "some fact t *unit"], chosen: Tensor, start: int) -> Tensor:
+        """Let the reader of each cell read the change; see `sweep.Patch.applied`.
+
+        Args:
+            seen: Activations of the cells as computed.
+            chosen: Indices of the cells in this patch.
+            start: The position at which `seen` begins.
+        """
         span = slice(start, start + seen.shape[2])
         change = self.change[self.writers[chosen], :, span]
         if self.kind == "resid_pre" and not self.held:
@@ -166,7 +253,8 @@ class EdgePatch:
         if self.kind == "resid_pre":
             return x
         if self.kind == "mlp_in":
-            return self.decoder.part(self.layer, "mlp_norm")(x)
+            normed: Tensor = self.decoder.part(self.layer, "mlp_norm")(x)
+            return normed
         parameters = dict(self.decoder.hf.named_parameters())
         weight, bias = self.decoder.layout.head_weights(parameters, self.layer, self.kind)
         heads = self.heads[chosen]
@@ -179,7 +267,14 @@ class EdgePatch:
 
 
 def read_by(run: Run, layout: Layout, layer: int, kind: str) -> Float[Tensor, "fact pos d_model"]:
-    """The residual stream that a reader of this kind reads; the run must keep `resid_mid` of sequential models."""
+    """Give the residual stream that a reader of this kind reads.
+
+    Args:
+        run: A run; of a sequential model it must keep `resid_mid`.
+        layout: The model's layout.
+        layer: The reader's layer.
+        kind: What it reads, as in `EdgePatch`.
+    """
     if kind == "mlp_in" and not layout.parallel:
         return run.kept[f"L{layer}.resid_mid"]
     return run.resid[layer]

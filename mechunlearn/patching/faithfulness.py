@@ -10,14 +10,16 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mechunlearn.artifacts.circuit import Circuit, edges, readers, writers
+from mechunlearn.artifacts.circuit import Circuit
+from mechunlearn.artifacts.edges import edges, readers, writers
 from mechunlearn.artifacts.mask import ComponentMask
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.metrics.answers import Metric, logit_diff, per_fact, positions_read
 from mechunlearn.model.component import SCORED, Component
-from mechunlearn.model.decoder import Run, Tap, tapped
+from mechunlearn.model.decoder import Run
 from mechunlearn.model.hooked import HookedModel
+from mechunlearn.model.taps import Tap, tapped
 from mechunlearn.patching.corruption import check_finite, check_prompts, paired
 from mechunlearn.patching.edges import ATTENTION, check_streams, frozen_scales, rows_before, writer_sites, written
 from mechunlearn.patching.sweep import UnitPatch, sweep
@@ -30,11 +32,16 @@ RESAMPLES = 1000
 class Faithfulness:
     """How much of the model's behaviour a circuit keeps.
 
-    `value` is (m(circuit) - m(corrupt)) / (m(clean) - m(corrupt)) with m the mean metric over facts, `low` and `high` its
-    95 % bootstrap interval over facts; 1 is the model, 0 the corrupt model, and values above 1 overshoot.
-    `complement` is the same of all edges outside the circuit: a complete circuit leaves nothing, 0, so
-    `completeness` is 1 - |complement|. `minimality` has one row a component of the circuit: how much the value falls
-    when its edges are removed; near zero means that the circuit does not need it.
+    Attributes:
+        value: (m(circuit) - m(corrupt)) / (m(clean) - m(corrupt)) with m the mean metric over facts: 1 is the model, 0 the
+            corrupt model, and values above 1 overshoot.
+        low: Lower end of its 95 % bootstrap interval over facts.
+        high: Upper end of that interval.
+        complement: The same of all edges outside the circuit: a complete circuit leaves nothing, 0.
+        minimality: One row a component of the circuit: how much the value falls when its edges are removed. Near zero
+            means that the circuit does not need it.
+        edges: The number of edges in the circuit.
+        facts: The number of facts.
     """
 
     value: float
@@ -47,6 +54,7 @@ class Faithfulness:
 
     @property
     def completeness(self) -> float:
+        """1 - |complement|: 1 if nothing is left outside the circuit."""
         return 1 - abs(self.complement)
 
     def __repr__(self) -> str:
@@ -58,20 +66,24 @@ class Faithfulness:
 
 @dataclass(frozen=True)
 class Curve:
-    """Faithfulness by edge budget: `frame` has fraction, edges, faithfulness, low, high.
+    """Faithfulness by edge budget, and its areas by trapezoids (the MIB benchmark's; arXiv 2504.13151).
 
-    `cpr` is the area under faithfulness over the fraction of edges, `cmd` the area of |1 - faithfulness|, both by
-    trapezoids (the MIB benchmark's; arXiv 2504.13151). Compare circuits by `cmd`: `cpr` rewards overshooting.
+    Compare circuits by `cmd`: `cpr` rewards overshooting.
+
+    Attributes:
+        frame: One row a budget: fraction, edges, faithfulness, low, high.
     """
 
     frame: pd.DataFrame
 
     @property
     def cpr(self) -> float:
+        """The area under faithfulness over the fraction of edges."""
         return float(np.trapezoid(self.frame.faithfulness, self.frame.fraction))
 
     @property
     def cmd(self) -> float:
+        """The area of |1 - faithfulness| over the fraction of edges."""
         return float(np.trapezoid((1 - self.frame.faithfulness).abs(), self.frame.fraction))
 
 
@@ -83,7 +95,16 @@ def faithfulness(
     Choose the budget first: `circuit.top(edges=200)`, `.top(nodes=20)` or `.top(weights=0.05)`. The circuit of all edges
     gives 1 and the empty one 0, exactly. The circuit is not changed. Cost: one patched forward pass for the circuit,
     one for its complement and one a component of it.
-    Raises `MechunlearnError` for a circuit of another architecture, and if clean and corrupt runs do not differ.
+
+    Args:
+        model: The model.
+        circuit: The circuit, found on this architecture.
+        prompts: The facts.
+        metric: What is measured.
+        batch_size: Facts a batch.
+
+    Raises:
+        MechunlearnError: The circuit is of another architecture, or clean and corrupt runs do not differ.
 
     >>> from mechunlearn.localize import edge_attribution
     >>> from mechunlearn.world.toy import planted_facts
@@ -112,9 +133,18 @@ def faithfulness_curve(
     metric: Metric = logit_diff,
     batch_size: int = 32,
 ) -> Curve:
-    """Faithfulness of the circuit's largest edges at growing shares of all edges, with CPR and CMD.
+    """Measure the faithfulness of the circuit's largest edges at growing shares of all edges, with CPR and CMD.
 
-    The default shares are those of the MIB circuit track. Raises what `faithfulness` raises.
+    Args:
+        model: The model.
+        circuit: The circuit, found on this architecture.
+        prompts: The facts.
+        fractions: Shares of all edges; by default those of the MIB circuit track.
+        metric: What is measured.
+        batch_size: Facts a batch.
+
+    Raises:
+        MechunlearnError: The circuit is of another architecture, or clean and corrupt runs do not differ.
 
     >>> from mechunlearn.localize import edge_attribution
     >>> from mechunlearn.world.toy import planted_facts
@@ -127,18 +157,11 @@ def faithfulness_curve(
     counts = [min(int(fraction * total), len(circuit)) for fraction in fractions]
     rows = torch.stack([circuit.top(edges=count).chosen for count in counts])
     found = _measured(model, circuit, prompts, rows, metric, batch_size)
-    lows, highs = zip(*(found.interval(i) for i in range(len(rows))), strict=True)
-    return Curve(
-        pd.DataFrame(
-            {
-                "fraction": list(fractions),
-                "edges": counts,
-                "faithfulness": [found.ratio(i) for i in range(len(rows))],
-                "low": lows,
-                "high": highs,
-            }
-        )
-    )
+    values = [(found.ratio(i), *found.interval(i)) for i in range(len(rows))]
+    frame = pd.DataFrame(values, columns=["faithfulness", "low", "high"])
+    frame.insert(0, "edges", counts)
+    frame.insert(0, "fraction", list(fractions))
+    return Curve(frame)
 
 
 def mask_faithfulness(
@@ -146,14 +169,24 @@ def mask_faithfulness(
 ) -> tuple[float, float, float]:
     """Run the mask's heads and neurons alone: all others keep the activation they have on the corrupt prompts.
 
-    (m(mask) - m(nothing)) / (m(clean) - m(nothing)) with m the mean metric over facts, and its 95 % bootstrap interval over
-    facts; the mask of everything gives 1 and the empty one 0, exactly. The embedding is that of the clean prompts throughout,
-    so "nothing" is what it does without heads and neurons. A head is run if the mask has its `attn.o` or `attn.q`, or its
-    group's `attn.k` or `attn.v`; a neuron with any of its weights. Cost: one clean, one corrupt and two patched passes.
+    A head is run if the mask has its `attn.o` or `attn.q`, or its group's `attn.k` or `attn.v`; a neuron with any of its
+    weights. The embedding is that of the clean prompts throughout, so "nothing" is what it does without heads and neurons.
+    Cost: one clean, one corrupt and two patched passes. A mask of look-up neurons alone is seldom faithful: what they write
+    must be carried to the answer by other heads. For paths between components use `faithfulness` of a circuit.
 
-    A mask of look-up neurons alone is seldom faithful: what they write must be carried to the answer by other heads. For
-    paths between components use `faithfulness` of a circuit. Raises `MechunlearnError` for a mask of another architecture,
-    and where heads and neurons make no difference.
+    Args:
+        model: The model.
+        mask: The heads and neurons to run.
+        prompts: The facts.
+        metric: What is measured.
+        batch_size: Facts a batch.
+
+    Returns:
+        (m(mask) - m(nothing)) / (m(clean) - m(nothing)) with m the mean metric over facts, and the ends of its 95 % bootstrap
+        interval over facts. The mask of everything gives 1 and the empty one 0, exactly.
+
+    Raises:
+        MechunlearnError: The mask is of another architecture, or heads and neurons make no difference.
 
     >>> from mechunlearn.world.toy import planted_facts
     >>> toy = planted_facts()
@@ -166,26 +199,20 @@ def mask_faithfulness(
     run = _units_run(mask)
     sites = [f"L{layer}.{kind}" for layer in range(model.signature.layers) for kind in SCORED]
     found: list[list[Tensor]] = [[], [], []]
-    for rows in torch.arange(len(prompts)).split(batch_size):
-        pair = paired(model, prompts.select(rows), sites, metric, "prompts", False, 0)
-        patches = []
+    for rows in torch.split(torch.arange(len(prompts)), batch_size):
+        pair = paired(model, prompts.select(rows), sites, metric)
+        patches, where = [], pair.differs[None].to(model.device)
         for site in sites:
             address, units = Component.parse(site), int(model.signature.units(site.split(".", 1)[1]) or 0)
             outside = ~run.get(site, torch.zeros(units, dtype=torch.bool))
             taken = torch.stack([outside, torch.ones_like(outside)]).to(model.device)
-            where = pair.differs[None].to(model.device)
             both, none = torch.arange(2), torch.zeros(2, dtype=torch.long)
             source = pair.source[site][None]
             patches.append(UnitPatch(address.layer, address.kind, both, where, none, source, taken, both))
         values = sweep(model.decoder, pair.base, patches, 2, metric, pair.prompts)
         for parts, value in zip(found, (values[:1], pair.clean, values[1])):
             parts.append(value)
-    made = _Values(*(torch.cat(parts, -1).double().cpu() for parts in found))
-    if abs(float(made.clean.mean() - made.corrupt.mean())) < 1e-9:
-        raise MechunlearnError(
-            "With every head and neuron on the corrupt prompts the metric is the same, so faithfulness is not defined. Expected "
-            "prompts whose corrupt partner changes the answer."
-        )
+    made = _Values.of(found, "With every head and neuron on the corrupt prompts the metric is the same")
     return made.ratio(0), *made.interval(0)
 
 
@@ -204,10 +231,22 @@ def _units_run(mask: ComponentMask) -> dict[str, Bool[Tensor, " _unit"]]:
 def stability(
     scores: Float[Tensor, "fact writer reader"], count: int, resamples: int = 100, seed: int = 0
 ) -> tuple[float, float, float]:
-    """Mean Jaccard overlap of the `count` largest edges between bootstrap resamples of the facts and all facts.
+    """Measure how far the largest edges stay the same when the facts are redrawn.
 
-    `scores` are `edge_scores(model, prompts)`. Returns mean and the 2.5 and 97.5 % quantiles. A circuit that another
-    sample of facts would not give again is not a finding: below .8 report it as unstable (arXiv 2510.00845).
+    A circuit that another sample of facts would not give again is not a finding: below .8 report it as unstable (arXiv
+    2510.00845).
+
+    Args:
+        scores: `edge_scores(model, prompts)`.
+        count: How many edges.
+        resamples: How many bootstrap samples of the facts.
+        seed: Seed of the samples.
+
+    Returns:
+        Mean Jaccard overlap with the edges found on all facts, and its 2.5 and 97.5 % quantiles over samples.
+
+    Raises:
+        MechunlearnError: There are not so many edges.
 
     >>> torch.manual_seed(0) and None
     >>> steady = torch.arange(6.0).view(1, 2, 3).repeat(10, 1, 1)
@@ -240,6 +279,16 @@ class _Values:
     circuit: Float[Tensor, "circuit fact"]
     clean: Float[Tensor, " fact"]
     corrupt: Float[Tensor, " fact"]
+
+    @classmethod
+    def of(cls, found: Sequence[Sequence[Tensor]], same: str) -> "_Values":
+        """From what was measured in each batch; `same` says what it means if clean and corrupt do not differ."""
+        made = cls(*(torch.cat(list(parts), -1).double().cpu() for parts in found))
+        if abs(float(made.clean.mean() - made.corrupt.mean())) < 1e-9:
+            raise MechunlearnError(
+                f"{same}, so faithfulness is not defined. Expected prompts whose corrupt partner changes the answer."
+            )
+        return made
 
     def ratio(self, row: int) -> float:
         floor = self.corrupt.mean()
@@ -288,7 +337,7 @@ def _measured(
     check_prompts(model, prompts, batch_size)
     check_streams(model.decoder)
     found: list[list[Tensor]] = [[], [], []]
-    for rows in torch.arange(len(prompts)).split(batch_size):
+    for rows in torch.split(torch.arange(len(prompts)), batch_size):
         part = prompts.select(rows)
         at = positions_read(metric, part).to(model.device)
         sites = [*writer_sites(model.layout), *(f"L{layer}.attn_out" for layer in range(model.signature.layers))]
@@ -300,13 +349,7 @@ def _measured(
         for i, run in enumerate((clean, corrupt)):
             found[i + 1].append(per_fact(metric, run.logits, part)[0])
         check_finite(model, found[1][-1], part.tokens, metric)
-    made = _Values(*(torch.cat(parts, -1).double().cpu() for parts in found))
-    if abs(float(made.clean.mean() - made.corrupt.mean())) < 1e-9:
-        raise MechunlearnError(
-            "Clean and corrupt prompts give the same metric, so faithfulness is not defined. Expected prompts whose corrupt "
-            "partner changes the answer."
-        )
-    return made
+    return _Values.of(found, "Clean and corrupt prompts give the same metric")
 
 
 @torch.no_grad()
@@ -350,9 +393,10 @@ def _run(
         ]
         return None
 
-    def mlp_reads(layer: int, normed: Tensor) -> Tensor:
+    def mlp_reads(layer: int, _: Tensor) -> Tensor:
         base = corrupt.resid[layer] if layout.parallel else corrupt.resid[layer] + corrupt.kept[f"L{layer}.attn_out"]
-        return decoder.part(layer, "mlp_norm")(seen(layer, width - 1, 1, base, mlp=True)[0])
+        normed: Tensor = decoder.part(layer, "mlp_norm")(seen(layer, width - 1, 1, base, mlp=True)[0])
+        return normed
 
     def mlp_wrote(layer: int, out: Tensor) -> None:
         row = (layer + 1) * (signature.heads + 1)
@@ -372,4 +416,5 @@ def _run(
     last = signature.layers
     taps.append((decoder.final_norm, "in", lambda resid: seen(last, 0, 1, corrupt.resid[last])[0]))
     with tapped([*taps, decoder.reading(at)]):
-        return model.hf(input_ids=prompts.tokens.to(model.device), use_cache=False).logits
+        logits: Tensor = model.hf(input_ids=prompts.tokens.to(model.device), use_cache=False).logits
+    return logits

@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mechunlearn.artifacts.circuit import edges, readers, writers
+from mechunlearn.artifacts.edges import edges, readers, writers
+from mechunlearn.core.batches import counter
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.metrics.answers import Metric
@@ -25,12 +26,18 @@ from mechunlearn.patching.edges import (
     writer_sites,
     written,
 )
-from mechunlearn.patching.sweep import TOKENS, Counter, sweep
+from mechunlearn.patching.sweep import TOKENS, sweep
 
 
 @dataclass(frozen=True)
 class Reader:
-    """Where a reader of `circuit.readers` reads: layer, site kind, head."""
+    """Where a reader of `artifacts.edges.readers` reads.
+
+    Attributes:
+        layer: Its layer; that of the logits is the number of layers.
+        kind: `attn.q`, `attn.k`, `attn.v`, `mlp_in`, or `resid_pre` for the logits.
+        head: Its head, or KV head.
+    """
 
     layer: int
     kind: str
@@ -38,6 +45,12 @@ class Reader:
 
     @classmethod
     def of(cls, index: int, layout: Layout) -> "Reader":
+        """Find a reader by its index.
+
+        Args:
+            index: Its place in `circuit.readers`.
+            layout: The model's layout.
+        """
         heads, groups = layout.signature.heads, layout.signature.kv_heads
         layer, place = divmod(index, heads + 2 * groups + 1)
         if layer == layout.signature.layers:
@@ -50,7 +63,15 @@ class Reader:
 
 
 def readers_named(model: HookedModel, names: Sequence[str]) -> list[int]:
-    """Indices of at least one reader; a head's name without `<q>`, `<k>` or `<v>` stands for all three (its group's k and v)."""
+    """Find the indices of readers by name; a head without `<q>`, `<k>` or `<v>` stands for all three (its group's k and v).
+
+    Args:
+        model: The model.
+        names: At least one name, such as `logits`, `m3`, `a3.h1` or `a3.h1<q>`.
+
+    Raises:
+        MechunlearnError: There is no name, or the model has no such reader.
+    """
     known, found = readers(model.signature), []
     if not names:
         raise MechunlearnError("There is no receiver. Expected at least one, such as 'logits', 'm3' or 'a3.h1<q>'.")
@@ -84,15 +105,16 @@ def _setting(model: HookedModel, prompts: Prompts, metric: Metric, where: Bool[T
     sites = writer_sites(model.layout)
     if not model.layout.parallel:
         sites += [f"L{layer}.resid_mid" for layer in range(model.signature.layers)]
-    pair = paired(model, prompts, sites, metric, "prompts", False, 0, base_sites=sites)
+    pair = paired(model, prompts, sites, metric, base_sites=sites)
     clean, corrupt = pair.base, pair.other
     assert corrupt is not None
     kept = {site: pair.source[site] - clean.kept[site] for site in writer_sites(model.layout)}
     difference = Run([corrupt.resid[0] - clean.resid[0]], [], [], clean.logits, kept)
     change = written(model.decoder, difference, frozen_scales(model.decoder, clean))
-    reached = pair.differs if where is None else pair.differs & where
-    change = change * reached.to(change.device)[None, :, :, None] if where is not None else change
-    return _Setting(pair, change, reached[None])
+    if where is None:
+        return _Setting(pair, change, pair.differs[None])
+    reached = pair.differs & where
+    return _Setting(pair, change * reached.to(change.device)[None, :, :, None], reached[None])
 
 
 @torch.no_grad()
@@ -102,12 +124,22 @@ def edge_effects(
     pairs: Sequence[tuple[int, int]],
     metric: Metric,
     batch_size: int = 32,
-    progress: bool = False,
+    progress: bool | None = False,
 ) -> Float[Tensor, "edge fact"]:
-    """The exact change of the metric when one reader alone sees the corrupt output of one writer, for each edge.
+    """Measure exactly how the metric changes when one reader alone sees the corrupt output of one writer, for each edge.
 
-    Edges are (writer, reader) indices. Each run restarts at the reader's layer and the first corrupt position.
-    Raises `MechunlearnError` for a pair that is no edge.
+    Each run restarts at the reader's layer and the first corrupt position.
+
+    Args:
+        model: The model.
+        prompts: The facts.
+        pairs: Edges as (writer, reader) indices.
+        metric: What is measured.
+        batch_size: Facts a batch.
+        progress: Show a bar (see `progress.track`).
+
+    Raises:
+        MechunlearnError: A pair is no edge.
     """
     check_prompts(model, prompts, batch_size)
     valid = edges(model.signature, model.layout.parallel)
@@ -122,8 +154,8 @@ def edge_effects(
     for cell, (source, index) in enumerate(pairs):
         reader = Reader.of(index, model.layout)
         by_place.setdefault((reader.layer, reader.kind), []).append((cell, source, reader.head))
-    with Counter(len(pairs) * -(-len(prompts) // batch_size), progress) as done:
-        for rows in torch.arange(len(prompts)).split(batch_size):
+    with counter(len(pairs) * -(-len(prompts) // batch_size), "patched edges", progress) as done:
+        for rows in torch.split(torch.arange(len(prompts)), batch_size):
             setting = _setting(model, prompts.select(rows), metric, None)
             patches = [
                 _edge_patch(model, setting, *place, *torch.tensor(entries).T.contiguous())
@@ -144,20 +176,10 @@ def _edge_patch(
     heads: Tensor,
     change: Tensor | None = None,
 ) -> EdgePatch:
-    read = read_by(setting.pair.base, model.layout, layer, kind)
-    return EdgePatch(
-        layer,
-        kind,
-        cells,
-        setting.where.to(model.device),
-        torch.zeros_like(cells),
-        model.decoder,
-        read,
-        setting.change if change is None else change,
-        rows,
-        heads,
-        held=change is not None,
-    )
+    read, held = read_by(setting.pair.base, model.layout, layer, kind), change is not None
+    where, first = setting.where.to(model.device), torch.zeros_like(cells)
+    changed = setting.change if change is None else change
+    return EdgePatch(layer, kind, cells, where, first, model.decoder, read, changed, rows, heads, held)
 
 
 @torch.no_grad()
@@ -170,49 +192,72 @@ def path_effects(
     through: str = "direct",
     batch_size: int = 32,
     where: Bool[Tensor, "fact pos"] | None = None,
+    progress: bool | None = False,
 ) -> tuple[Float[Tensor, "sender fact"], Float[Tensor, " fact"], Float[Tensor, " fact"]]:
-    """Change of the metric when all receivers see a sender's corrupt output, and the metric clean and corrupt.
+    """Measure how the metric changes when all receivers see a sender's corrupt output.
 
-    `direct`: along the residual stream alone; `total`: along every path between sender and receivers. Receivers are then
-    held at that value and everything after them is recomputed (Wang et al. 2022, arXiv 2211.00593, appendix B).
-    `where` limits the sender to some positions.
+    Receivers are held at what they see and everything after them is recomputed (Wang et al. 2022, arXiv 2211.00593,
+    appendix B).
+
+    Args:
+        model: The model.
+        prompts: The facts.
+        senders: Indices of writers.
+        receivers: Indices of readers.
+        metric: What is measured.
+        through: `direct`, along the residual stream alone, or `total`, along every path from sender to receivers.
+        batch_size: Facts a batch.
+        where: Positions at which the sender is corrupt; by default all.
+        progress: Show a bar (see `progress.track`).
+
+    Returns:
+        The change by sender, and the metric of the clean and the corrupt run.
+
+    Raises:
+        MechunlearnError: `through` is neither.
     """
     if through not in ("direct", "total"):
         raise MechunlearnError(f"Cannot follow paths '{through}'. Expected through='direct' or through='total'.")
     check_prompts(model, prompts, batch_size)
     found, clean, corrupt = [], [], []
-    for rows in torch.arange(len(prompts)).split(batch_size):
-        part = prompts.select(rows)
-        setting = _setting(model, part, metric, None if where is None else where[rows, : part.tokens.shape[1]])
-        tokens = len(part) * part.tokens.shape[1]
-        changes: list[Tensor] = []
-        for chunk in torch.tensor(list(senders)).split(max(1, TOKENS // tokens)):
-            patched = _sent(model, setting, chunk) if through == "total" else None
-            patches = []
-            for receiver in receivers:
-                reader = Reader.of(receiver, model.layout)
-                before = chunk < rows_before(model.layout, reader.layer, reader.kind == "mlp_in")
-                cells = before.nonzero().flatten()
-                if len(cells):
-                    change = None if patched is None else patched[reader.layer, reader.kind == "mlp_in"]
-                    sources = chunk[cells] if patched is None else cells
-                    heads = torch.full_like(cells, reader.head)
-                    patches.append(
-                        _edge_patch(model, setting, reader.layer, reader.kind, cells, sources, heads, change)
-                    )
-            values = sweep(model.decoder, setting.pair.base, patches, len(chunk), metric, setting.pair.prompts)
-            changes.append(values - setting.pair.clean.to(values))
-        found.append(torch.cat(changes))
-        clean.append(setting.pair.clean)
-        corrupt.append(setting.pair.corrupt)
+    with counter(len(senders) * -(-len(prompts) // batch_size), "patched paths", progress) as done:
+        for rows in torch.split(torch.arange(len(prompts)), batch_size):
+            part = prompts.select(rows)
+            there = None if where is None else where[rows, : part.tokens.shape[1]]
+            setting = _setting(model, part, metric, there)
+            pair, changes = setting.pair, []
+            for chunk in torch.split(torch.tensor(list(senders)), max(1, TOKENS // pair.prompts.tokens.numel())):
+                patches = _path_patches(model, setting, chunk, receivers, through == "total")
+                values = sweep(model.decoder, pair.base, patches, len(chunk), metric, pair.prompts)
+                changes.append(values - pair.clean.to(values))
+                done(len(chunk))
+            found.append(torch.cat(changes))
+            clean.append(pair.clean)
+            corrupt.append(pair.corrupt)
     return torch.cat(found, 1).float().cpu(), torch.cat(clean).float().cpu(), torch.cat(corrupt).float().cpu()
+
+
+def _path_patches(
+    model: HookedModel, setting: _Setting, chunk: Tensor, receivers: Sequence[int], total: bool
+) -> list[EdgePatch]:
+    """One cell a sender of the chunk, in which every receiver behind it reads what it changes."""
+    patched = _sent(model, setting, chunk) if total else None
+    patches = []
+    for reader in (Reader.of(receiver, model.layout) for receiver in receivers):
+        mlp = reader.kind == "mlp_in"
+        cells = (chunk < rows_before(model.layout, reader.layer, mlp)).nonzero().flatten()
+        if len(cells):
+            change = None if patched is None else patched[reader.layer, mlp]
+            sources, heads = chunk[cells] if patched is None else cells, torch.full_like(cells, reader.head)
+            patches.append(_edge_patch(model, setting, reader.layer, reader.kind, cells, sources, heads, change))
+    return patches
 
 
 def _sent(model: HookedModel, setting: _Setting, chunk: Tensor) -> "_Streams":
     """Residual streams when each sender of the chunk is corrupt, minus those of the clean run."""
     layout, pair, copies = model.layout, setting.pair, len(chunk)
     prompts, mask = pair.prompts, setting.where[0].to(model.device)
-    hooks: dict[str, partial] = {}
+    hooks: dict[str, partial[Tensor]] = {}
     for row, sender in enumerate(chunk.tolist()):
         layer, place = divmod(sender - 1, layout.signature.heads + 1)
         head = place if place < layout.signature.heads else None
@@ -232,8 +277,10 @@ def _sent(model: HookedModel, setting: _Setting, chunk: Tensor) -> "_Streams":
     return _Streams(run, pair.base, copies)
 
 
-def _send(entries: list, copies: int, mask: Tensor, source: Tensor, activation: Tensor) -> Tensor:
-    changed = activation.unflatten(0, (copies, -1)).clone()
+def _send(
+    entries: list[tuple[int, int | None]], copies: int, mask: Tensor, source: Tensor, activation: Tensor
+) -> Tensor:
+    changed = activation.view(copies, -1, *activation.shape[1:]).clone()
     for row, head in entries:
         taken = changed[row] if head is None else changed[row, :, :, head]
         given = source if head is None else source[:, :, head]
@@ -257,4 +304,4 @@ class _Streams:
             if mlp and site in self.clean.kept
             else (self.run.resid[layer], self.clean.resid[layer])
         )
-        return patched.unflatten(0, (self.copies, -1)) - clean
+        return patched.view(self.copies, -1, *patched.shape[1:]) - clean

@@ -7,16 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mechunlearn.model.decoder import Decoder, tapped
+from mechunlearn.model.decoder import Decoder
+from mechunlearn.model.taps import tapped
 from mechunlearn.patching.edges import Norm
 
 
 @contextmanager
 def relevance_rules(decoder: Decoder) -> Iterator[None]:
-    """Within the block the forward pass is the same and the backward pass follows four rules (RelP, arXiv 2508.21258).
+    """Let the backward pass, within the block, follow four rules (RelP, arXiv 2508.21258); the forward pass is the same.
 
     Norms: the scale is a constant. Nonlinearities: f(x) is x times the constant f(x)/x. Gated MLPs: half of the gradient
     to each factor. Attention: the pattern is a constant for everything before it.
+
+    Args:
+        decoder: The model.
     """
     layers = range(decoder.layout.signature.layers)
     gated = "mlp.gate" in decoder.layout.kinds
@@ -47,14 +51,14 @@ def _half(product: Tensor) -> Tensor:
 
 
 def _identity(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
-    x = args[0]
+    x: Tensor = args[0]
     slope = torch.where(x == 0, torch.zeros_like(out), out / torch.where(x == 0, torch.ones_like(x), x))
     return x * slope.detach()
 
 
-def _frozen_scale(norm: Norm) -> Callable:
+def _frozen_scale(norm: Norm) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
     def hook(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
-        x = args[0]
+        x: Tensor = args[0]
         centred = x - x.mean(-1, keepdim=True) if norm.centred else x
         linear = centred * (norm.weight / norm.spread(x.detach()))
         return linear + (out - linear).detach()

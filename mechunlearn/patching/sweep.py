@@ -6,24 +6,33 @@ layers join the batch of those already under way.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich import get_console
 from torch import Tensor
 
-from mechunlearn.core.batches import enough_memory
+from mechunlearn.core.batches import counter, enough_memory
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import ROLES, Prompts
 from mechunlearn.metrics.answers import Metric, per_fact, positions_read
-from mechunlearn.model.decoder import Decoder, Restart, Run
+from mechunlearn.model.decoder import Decoder, Run
 from mechunlearn.model.hooked import HookedModel
 from mechunlearn.model.layout import KINDS
-from mechunlearn.patching.corruption import Paired, check_prompts, paired, role_means, unchanged, with_corruption
+from mechunlearn.model.restart import Restart
+from mechunlearn.patching.corruption import (
+    Paired,
+    check_prompts,
+    inside,
+    paired,
+    role_means,
+    unchanged,
+    with_corruption,
+)
 
 TOKENS = 8192
 
@@ -32,8 +41,12 @@ TOKENS = 8192
 class Patch(Protocol):
     """A change of one site in some cells of a sweep.
 
-    `where[rows[i]]` are the positions that change in cell `cells[i]`; `applied` gives the new activations of the cells
-    with the indices `chosen`, from `start` on.
+    Attributes:
+        layer: The layer of the site.
+        kind: The kind of the site, such as `attn.o`.
+        cells: The cells that it changes.
+        where: Positions, one row a choice of them.
+        rows: By cell, the row of `where` whose positions change.
     """
 
     @property
@@ -46,15 +59,33 @@ class Patch(Protocol):
     def where(self) -> Bool[Tensor, "row fact pos"]: ...
     @property
     def rows(self) -> Int[Tensor, " cell"]: ...
-    def applied(self, seen: Tensor, chosen: Tensor, start: int) -> Tensor: ...
+    def applied(self, seen: Tensor, chosen: Tensor, start: int) -> Tensor:
+        """Return the new activations of some cells.
+
+        Args:
+            seen: Their activations as computed, `[cell fact pos ...]`.
+            chosen: Indices of the cells in this patch.
+            start: The position at which `seen` begins.
+        """
+        ...
+
+
+Entry = tuple[Patch, Tensor, Tensor]  # a patch, indices of cells in it, their rows in a chunk
 
 
 @dataclass(frozen=True)
 class UnitPatch:
     """What some cells of a sweep take from another run at one site.
 
-    `where[rows[i]]` are the positions and `units[blocks[i]]` the units (all, if None) that cell `cells[i]` takes;
-    `source` holds the activations, for all cells or one entry a cell.
+    Attributes:
+        layer: The layer of the site.
+        kind: The kind of the site.
+        cells: The cells that it changes.
+        where: Positions, one row a choice of them.
+        rows: By cell, the row of `where`.
+        source: The activations to take, for all cells or one entry a cell.
+        units: Units, one row a choice of them; None for all.
+        blocks: By cell, the row of `units`.
     """
 
     layer: int
@@ -67,7 +98,13 @@ class UnitPatch:
     blocks: Int[Tensor, " cell"] | None = None
 
     def applied(self, seen: Float[Tensor, "some fact t *unit"], chosen: Tensor, start: int) -> Tensor:
-        """The activations of the cells `chosen` (indices into this patch), with what they take put in."""
+        """Put what the cells take into their activations; see `Patch.applied`.
+
+        Args:
+            seen: Activations of the cells as computed.
+            chosen: Indices of the cells in this patch.
+            start: The position at which `seen` begins.
+        """
         stop = start + seen.shape[2]
         mask = self.where[self.rows[chosen], :, start:stop]
         if self.units is not None and self.blocks is not None:
@@ -85,9 +122,19 @@ def sweep(
     cells: int,
     metric: Metric,
     prompts: Prompts,
-    done: "Counter | None" = None,
+    done: Callable[[int], object] | None = None,
 ) -> Float[Tensor, "cell fact"]:
-    """The metric of every cell. Base, sources, masks and prompts are of the same batch of facts."""
+    """Measure every cell. Base, sources, masks and prompts are of the same batch of facts.
+
+    Args:
+        decoder: The model.
+        base: The run that is patched.
+        patches: What changes in which cells.
+        cells: The number of cells.
+        metric: What is measured.
+        prompts: The facts.
+        done: Called with the number of cells that have just been measured.
+    """
     layers, facts, length = len(base.resid) - 1, *base.resid[0].shape[:2]
     at = positions_read(metric, prompts).to(base.resid[0].device)
     values = per_fact(metric, base.logits, prompts).repeat(cells, 1)
@@ -100,7 +147,7 @@ def sweep(
         begins.scatter_reduce_(0, patch.cells, first, "amin")
     stop = int(at.max()) + 1
     begins = torch.where(begins < stop, begins.clamp(max=int(at.min())), length)
-    for start in begins[begins < length].unique().tolist():
+    for start in sorted(set(begins[begins < length].tolist())):
         pending = (begins == start).nonzero().flatten()
         pending = pending[enters[pending].argsort(stable=True)]
         restart = decoder.restart(start, stop, base)
@@ -114,7 +161,7 @@ def sweep(
                 values[chunk] = per_fact(metric, logits, prompts, copies=len(chunk)).to(values)
                 pending = pending[size:]
                 if done is not None:
-                    done.advance(len(chunk))
+                    done(len(chunk))
             size = smaller[0] if smaller[1:] else size
     return values
 
@@ -145,9 +192,9 @@ def _run(
     return hidden
 
 
-def _by_layer(patches: Sequence[Patch], place: dict[int, int]) -> dict[int, dict[str, list]]:
+def _by_layer(patches: Sequence[Patch], place: dict[int, int]) -> dict[int, dict[str, list[Entry]]]:
     """Patches of some cells by layer and kind: patch, indices into it, rows of the cells in the chunk."""
-    found: dict[int, dict[str, list]] = {}
+    found: dict[int, dict[str, list[Entry]]] = {}
     wanted = torch.tensor(list(place))
     for patch in patches:
         chosen = torch.isin(patch.cells, wanted).nonzero().flatten()
@@ -157,43 +204,22 @@ def _by_layer(patches: Sequence[Patch], place: dict[int, int]) -> dict[int, dict
     return found
 
 
-def _patched(entries: list, facts: int, start: int, activation: Tensor) -> Tensor:
-    seen = activation.unflatten(0, (-1, facts)).clone()
+def _patched(entries: list[Entry], facts: int, start: int, activation: Tensor) -> Tensor:
+    seen = activation.view(-1, facts, *activation.shape[1:]).clone()
     for patch, chosen, targets in entries:
         seen[targets] = patch.applied(seen[targets], chosen, start)
     return seen.flatten(0, 1)
 
 
-class Counter:
-    """Cells done, with a bar and a preview of the cost when asked for."""
-
-    def __init__(self, cells: int, shown: bool) -> None:
-        self.cells = cells
-        self._bar = Progress(TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()) if shown else None
-
-    def __enter__(self) -> "Counter":
-        if self._bar is not None:
-            self._bar.start()
-            self._task = self._bar.add_task(f"{self.cells:,} patched runs", total=self.cells)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def advance(self, cells: int) -> None:
-        if self._bar is not None:
-            self._bar.advance(self._task, cells)
-
-    def say(self, text: str) -> None:
-        if self._bar is not None:
-            self._bar.console.print(text)
-
-
 def preview(model: HookedModel, prompts: Prompts, cells: int, entered: float, batch_size: int) -> str:
-    """What a sweep will cost, from one timed forward pass: "3,240 cells, about 2 min, 1.1 GB".
+    """Say what a sweep will cost, from one timed forward pass: "3,240 cells, about 2 min, 1.1 GB".
 
-    `entered` is the mean share of a forward pass that a cell recomputes.
+    Args:
+        model: The model.
+        prompts: The facts.
+        cells: The number of cells.
+        entered: The mean share of a forward pass that a cell recomputes.
+        batch_size: Facts a batch.
     """
     part = prompts.select(range(min(batch_size, len(prompts))))
     at = torch.zeros(len(part), 1, dtype=torch.long, device=model.device)
@@ -212,9 +238,15 @@ def preview(model: HookedModel, prompts: Prompts, cells: int, entered: float, ba
 
 @dataclass(frozen=True)
 class Effects:
-    """What patching did to the metric: `{site: [row block fact]}`, the rows' names, and both runs' metric by fact.
+    """What patching did to the metric.
 
-    A block of `mlp.out` is `neurons` neurons; `unchanged` facts have no corrupt partner that differs from them.
+    Attributes:
+        by_site: The change of the metric, `[row block fact]` by site; a block of `mlp.out` is `neurons` neurons.
+        rows: Names of the rows: all positions first, then token roles or positions.
+        clean: The metric of the clean run.
+        corrupt: The metric of the corrupt run.
+        neurons: Neurons a block.
+        unchanged: How many facts have no corrupt partner that differs from them.
     """
 
     by_site: dict[str, Float[Tensor, "row block fact"]]
@@ -231,22 +263,37 @@ def effects(
     metric: Metric,
     kinds: Sequence[str],
     *,
-    by: str | None,
-    denoise: bool,
-    corrupt: str,
+    by: str | None = None,
+    denoise: bool = False,
+    corrupt: str = "prompts",
     neurons: int = 1,
     window: int = 1,
     seed: int = 0,
     batch_size: int = 32,
     sigma: float | int = 3.0,
-    progress: bool = False,
+    progress: bool | None = False,
     only: Mapping[str, Bool[Tensor, "_block _unit"]] | None = None,
 ) -> Effects:
     """Patch every unit of the sites of some kinds, at all positions and (`by`) at each token role or position.
 
-    With `only` the sites and units that it names, each of its rows as one.
+    Args:
+        model: The model.
+        prompts: The facts.
+        metric: What is measured.
+        kinds: Kinds of sites, such as `attn.o` and `mlp.out`.
+        by: `role` or `position`: patch at each of these too.
+        denoise: Put clean activations into the corrupt run, not corrupt ones into the clean run.
+        corrupt: One of `corruption.CORRUPTIONS`.
+        neurons: How many neurons are patched together.
+        window: How many neighbouring layers are patched together.
+        seed: Seed of what a corruption draws.
+        batch_size: Facts a batch.
+        sigma: Size of the noise, in standard deviations of the embeddings.
+        progress: Show a bar (see `progress.track`); True says before what the sweep will cost.
+        only: The sites and units to patch instead of those of `kinds`, each row as one.
 
-    Raises `MechunlearnError` for an unknown kind, corruption or `by`, and for facts that do not fit.
+    Raises:
+        MechunlearnError: Unknown kind, corruption or `by`, or facts that do not fit the model.
     """
     if only is None:
         check_kinds(model, kinds)
@@ -258,41 +305,39 @@ def effects(
     prompts = with_corruption(prompts, corrupt, seed, model)
     sites = [f"L{layer}.{kind}" for layer in range(model.signature.layers) for kind in kinds]
     blocks = dict(only) if only is not None else {s: _blocks(model, s.split(".", 1)[1], neurons) for s in sites}
-    sites = list(blocks)
-    means = role_means(model, prompts, sites, batch_size) if corrupt == "mean" else None
-    cells = len(names) * sum(1 if chosen is None else len(chosen) for chosen in blocks.values())
-    found: list[Tensor] = []
-    clean, other = [], []
-    with Counter(cells * -(-len(prompts) // batch_size), progress) as done:
-        if progress:
-            done.say(preview(model, prompts, cells, 0.5 if by is None else 0.3, batch_size))
-        for rows in torch.arange(len(prompts)).split(batch_size):
-            pair = paired(model, prompts.select(rows), sites, metric, corrupt, denoise, seed, means, sigma)
+    means = role_means(model, prompts, list(blocks), batch_size) if corrupt == "mean" else None
+    counts = {site: 1 if chosen is None else len(chosen) for site, chosen in blocks.items()}
+    cells = len(names) * sum(counts.values())
+    if progress:
+        get_console().print(preview(model, prompts, cells, 0.5 if by is None else 0.3, batch_size))
+    changes: list[Tensor] = []
+    pairs: list[tuple[Tensor, Tensor]] = []
+    with counter(cells * -(-len(prompts) // batch_size), "patched runs", progress) as done:
+        for rows in torch.split(torch.arange(len(prompts)), batch_size):
+            pair = paired(model, prompts.select(rows), list(blocks), metric, corrupt, denoise, seed, means, sigma)
             patches = _patches(model, pair, blocks, by, window, width)
             values = sweep(model.decoder, pair.base, patches, cells, metric, pair.prompts, done)
-            found.append(values - (pair.corrupt if denoise else pair.clean).to(values))
-            clean.append(pair.clean)
-            other.append(pair.corrupt)
-    changes = torch.cat(found, 1).float().cpu()
-    by_site, offset = {}, 0
-    for site in sites:
-        chosen = blocks[site]
-        shape = (1 if chosen is None else len(chosen), len(names), len(prompts))
-        count = shape[0] * shape[1]
-        by_site[site] = changes[offset : offset + count].view(shape).transpose(0, 1)
-        offset += count
-    return Effects(
-        by_site,
-        names,
-        torch.cat(clean).float().cpu(),
-        torch.cat(other).float().cpu(),
-        neurons,
-        unchanged(prompts, corrupt),
-    )
+            changes.append((values - (pair.corrupt if denoise else pair.clean).to(values)).float().cpu())
+            pairs.append((pair.clean.float().cpu(), pair.corrupt.float().cpu()))
+    parts = torch.split(torch.cat(changes, 1), [count * len(names) for count in counts.values()])
+    by_site = {
+        site: part.view(count, len(names), -1).transpose(0, 1)
+        for (site, count), part in zip(counts.items(), parts, strict=True)
+    }
+    clean, other = (torch.cat(one) for one in zip(*pairs, strict=True))
+    return Effects(by_site, names, clean, other, neurons, unchanged(prompts, corrupt))
 
 
 def check_kinds(model: HookedModel, kinds: Sequence[str]) -> None:
-    """Raises `MechunlearnError` unless every kind is an activation of this model, and none is given twice."""
+    """Check that every kind is an activation of this model, and none is given twice.
+
+    Args:
+        model: The model.
+        kinds: Kinds of sites, such as `attn.o`.
+
+    Raises:
+        MechunlearnError: A kind is unknown, there is none, or two score the same units.
+    """
     if not kinds or len(set(kinds)) < len(kinds):
         raise MechunlearnError(
             f"Kinds {list(kinds)} are none or name one twice. Expected some, such as 'attn.o' and 'mlp.out'."
@@ -320,25 +365,19 @@ def _patches(
 ) -> list[UnitPatch]:
     """One cell a unit (or block of neurons) and row, row 0 being all positions; a window patches layers around."""
     layers, where = model.signature.layers, (rows_of(pair.prompts, by, width)[0] & pair.differs).to(model.device)
-    patches, offset = [], 0
+    patches, offset, before = [], 0, (window - 1) // 2
     for site, chosen in blocks.items():
         layer, kind = int(site[1:].split(".")[0]), site.split(".", 1)[1]
         count = 1 if chosen is None else len(chosen)
         cells = offset + torch.arange(count * len(where))
         offset += len(cells)
-        before = (window - 1) // 2
+        behind = kind == "resid_post"  # what leaves a block is what enters the next
+        rows, units = torch.arange(len(where)).repeat(count), torch.arange(count).repeat_interleave(len(where))
+        taken = None if chosen is None else chosen.to(model.device)
         for at in range(max(0, layer - before), min(layers, layer - before + window)):
+            source = pair.source[f"L{at}.{kind}"][None]
             patches.append(
-                UnitPatch(
-                    at + 1 if kind == "resid_post" else at,
-                    "resid_pre" if kind == "resid_post" else kind,
-                    cells,
-                    where,
-                    torch.arange(len(where)).repeat(count),
-                    pair.source[f"L{at}.{kind}"][None],
-                    None if chosen is None else chosen.to(model.device),
-                    torch.arange(count).repeat_interleave(len(where)),
-                )
+                UnitPatch(at + behind, "resid_pre" if behind else kind, cells, where, rows, source, taken, units)
             )
     return patches
 
@@ -352,15 +391,18 @@ def rows_of(
         prompts: The facts.
         by: "role", "position", or None for all positions alone.
         width: Positions of all facts, where these are a batch of shorter ones.
+
+    Raises:
+        MechunlearnError: `by` is none of these.
     """
-    positions = torch.arange(prompts.tokens.shape[1])
-    everywhere = positions < prompts.lengths[:, None]
+    everywhere = inside(prompts)
     if by is None:
         return everywhere[None], ("all",)
     if by == "role":
         names = [name for name in ROLES if name != "padding"]
         rows = [prompts.roles == ROLES.index(name) for name in names]
     elif by == "position":
+        positions = torch.arange(everywhere.shape[1])
         names = [str(i) for i in range(width or len(positions))]
         rows = [everywhere & (positions == i) for i in range(len(names))]
     else:

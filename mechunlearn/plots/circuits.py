@@ -1,11 +1,13 @@
 """A circuit as a graph, with a threshold to move."""
 
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 
-from mechunlearn.artifacts.circuit import NEGATIVE, POSITIVE, Circuit
+from mechunlearn.artifacts.circuit import Circuit
+from mechunlearn.artifacts.graphs import NEGATIVE, POSITIVE
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.model.layout import Signature
 from mechunlearn.plots.style import INK, RULE, styled, text
@@ -15,12 +17,19 @@ BENDS = np.linspace(0, 1, 13)
 
 
 def circuit_graph(circuit: Circuit, most: int = 200, shown: int = 50) -> go.Figure:
-    """The strongest edges of a circuit between its heads and MLPs, from the input above to the logits below.
+    """Draw the strongest edges of a circuit between its heads and MLPs, from the input above to the logits below.
 
-    A slider sets how many of the edges are kept, largest |score| first, up to `most`; at first it is at `shown` or just below.
-    Blue scores are above zero, orange ones below (of `edge_attribution` those support the answer); width is |score|, in steps
-    of the slider. As in `Circuit.to_networkx`, an edge into the key or value of a group goes to each of its query heads.
-    Raises `MechunlearnError` if the circuit has no edge, or less than one is to be shown.
+    A slider sets how many of the edges are kept, largest |score| first. Blue scores are above zero, orange ones below (of
+    `edge_attribution` those support the answer); width is |score|, in steps of the slider. As in `Circuit.to_networkx`, an
+    edge into the key or value of a group goes to each of its query heads.
+
+    Args:
+        circuit: The circuit.
+        most: The largest number of edges on the slider.
+        shown: Where the slider begins, or just below.
+
+    Raises:
+        MechunlearnError: If the circuit has no edge, or less than one is to be shown.
 
     >>> from mechunlearn.localize import edge_attribution
     >>> from mechunlearn.world.toy import planted_facts
@@ -38,7 +47,7 @@ def circuit_graph(circuit: Circuit, most: int = 200, shown: int = 50) -> go.Figu
     counts = [step for step in STEPS if step < len(ranked)] + [len(ranked)]
     sizes = [abs(edge[2]["score"]) for edge in ranked]
     figure, where = go.Figure(), _places(circuit.signature)
-    _scaffold(figure, where, circuit.signature)
+    _scaffold(figure, where)
     lines: list[int] = []
     for step, (first, last) in enumerate(pairwise([0, *counts])):
         width = 0.6 + 4.4 * float(np.mean(sizes[first:last])) / (sizes[0] or 1.0)
@@ -62,28 +71,15 @@ def circuit_graph(circuit: Circuit, most: int = 200, shown: int = 50) -> go.Figu
         {"label": str(count), "method": "restyle", "args": [{"visible": on}]} for count, on in zip(counts, visible)
     ]
     layers, heads = circuit.signature.layers, circuit.signature.heads
-    figure.update_layout(
-        sliders=[
-            {
-                "active": start,
-                "steps": steps,
-                "currentvalue": {"prefix": "edges kept: ", "font": {"color": INK}},
-                "font": {"color": INK},
-                "pad": {"t": 45},
-                "bordercolor": RULE,
-                "tickcolor": INK,
-            }
-        ],
-        showlegend=False,
-        hovermode="closest",
-    )
+    ink = {"color": INK}
+    slider = {"active": start, "steps": steps, "currentvalue": {"prefix": "edges kept: ", "font": ink}, "font": ink}
+    slider |= {"pad": {"t": 45}, "bordercolor": RULE, "tickcolor": INK}
+    figure.update_layout(sliders=[slider], showlegend=False, hovermode="closest")
+    marked = range(0, heads, 4 if heads > 16 else 1)
     figure.update_xaxes(
-        title="head", tickvals=[*range(heads), heads + 0.5], ticktext=[*map(str, range(heads)), "MLP"], showgrid=False
+        title="head", tickvals=[*marked, heads + 0.5], ticktext=[*map(str, marked), "MLP"], showgrid=False
     )
     figure.update_xaxes(range=[-0.8, heads + 1.6], zeroline=False)
-    if heads > 16:
-        figure.update_xaxes(tickvals=[*range(0, heads, 4), heads + 0.5])
-        figure.update_xaxes(ticktext=[*map(str, range(0, heads, 4)), "MLP"])
     depth = {"input": 0.0, **{str(layer): 2.0 * layer + 1.5 for layer in range(layers)}, "logits": 2.0 * layers + 1}
     figure.update_yaxes(title="layer", tickvals=list(depth.values()), ticktext=list(depth), showgrid=False)
     figure.update_yaxes(range=[2 * layers + 1.8, -0.8], zeroline=False)
@@ -101,18 +97,13 @@ def _places(signature: Signature) -> dict[str, tuple[float, float]]:
     return where
 
 
-def _scaffold(figure: go.Figure, where: dict[str, tuple[float, float]], signature: Signature) -> None:
+def _scaffold(figure: go.Figure, where: dict[str, tuple[float, float]]) -> None:
     """Every head and MLP of the model as a faint mark, so that what is missing shows."""
-    figure.add_scatter(
-        x=[x for x, _ in where.values()],
-        y=[y for _, y in where.values()],
-        mode="markers",
-        marker={"color": RULE, "size": 5},
-        hoverinfo="skip",
-    )
+    x, y = zip(*where.values())
+    figure.add_scatter(x=x, y=y, mode="markers", marker={"color": RULE, "size": 5}, hoverinfo="skip")
 
 
-def _drawn(part: list[tuple], where: dict[str, tuple[float, float]]) -> dict:
+def _drawn(part: list[tuple[str, str, dict[str, Any]]], where: dict[str, tuple[float, float]]) -> dict[str, Any]:
     """Edges as bent lines, so that those along a column do not run through the nodes between."""
     xs: list[float | None] = []
     ys: list[float | None] = []
@@ -127,7 +118,7 @@ def _drawn(part: list[tuple], where: dict[str, tuple[float, float]]) -> dict:
     return {"x": xs, "y": ys, "mode": "lines", "text": names, "hovertemplate": "%{text}<extra></extra>"}
 
 
-def _nodes(names: list[str], where: dict[str, tuple[float, float]]) -> dict:
+def _nodes(names: list[str], where: dict[str, tuple[float, float]]) -> dict[str, Any]:
     shapes = [{"a": "circle", "m": "square"}.get(name[0], "diamond") for name in names]
     return {
         "x": [where[name][0] for name in names],

@@ -16,15 +16,17 @@ from mechunlearn.features.firing import FiringStatistics
 from mechunlearn.model.component import Component
 from mechunlearn.model.hooked import HookedModel
 from mechunlearn.patching.scores import editable
-from mechunlearn.plots.style import COLOURS, INK, SHARES, SIGNED, colour_bar, styled, text, ticks
-
-GAPS = {"xgap": 2, "ygap": 2}
+from mechunlearn.plots.style import COLOURS, INK, dotted, heat, styled, text, ticks
 
 
 def probe_curve(found: Localization) -> go.Figure:
-    """The probe's accuracy by depth, with the chosen window of MLP layers.
+    """Draw the probe's accuracy by depth, with the chosen window of MLP layers.
 
-    Raises `MechunlearnError` for a localization without a probe's curve: it is `fact_lookup` that has one.
+    Args:
+        found: A localization by `fact_lookup`.
+
+    Raises:
+        MechunlearnError: For a localization without a probe's curve.
     """
     if "curve" not in found.evidence:
         raise MechunlearnError(
@@ -52,46 +54,57 @@ def probe_curve(found: Localization) -> go.Figure:
     )
     figure.add_hline(
         y=found.evidence["majority"],
-        line={"dash": "dot", "color": COLOURS[0]},
+        line=dotted(),
         annotation_text="majority class",
         annotation_position="top right",
     )
-    figure.update_xaxes(title="blocks passed (0: embedding)", dtick=ticks(curve, 32))
+    figure.update_xaxes(title="blocks passed (0: embedding)", dtick=ticks(curve))
     figure.update_yaxes(title="share right on held-out subjects", range=[0, 1.03])
     return styled(figure, "Where the answer becomes readable at the subject's last token", 380)
 
 
 def mask_map(mask: ComponentMask, found: Localization | None = None, model: HookedModel | None = None) -> go.Figure:
-    """The share of each site that the mask selects, and above it how much of all editable weights that is, layer by layer.
+    """Draw the share of each site that the mask selects, and above it how much of all editable weights that is, by layer.
 
-    The weights are known to `found`, a localization of the same model, or to the `model`; without either there are no bars.
+    Without `found` or `model` nothing is known of the weights, and there are no bars.
+
+    Args:
+        mask: The mask.
+        found: A localization of the same model.
+        model: The model.
+
+    Raises:
+        MechunlearnError: If `mask` is no mask, or one of another architecture.
 
     >>> from mechunlearn.world.toy import planted_facts
     >>> model = planted_facts().model
     >>> mask_map(ComponentMask.of(["L0.mlp.out"], model.signature), model=model).layout.title.text
     'What the mask selects: 32 units, 5.56 % of the editable weights'
     """
+    if not isinstance(mask, ComponentMask):
+        raise MechunlearnError(
+            f"Expected a mask, got a {type(mask).__name__}. Choose the units of a Localization with found.above(0) or "
+            "found.top(weights=0.05)."
+        )
     layers = list(range(mask.signature.layers))
-    chosen = {address: units for name, units in mask.sites.items() if (address := Component.parse(name))}
+    chosen = {Component.parse(name): units for name, units in mask.sites.items()}
     kinds = sorted({address.kind for address in chosen}, key=lambda kind: Component(0, kind))
     table = [[chosen.get(Component(layer, kind)) for layer in layers] for kind in kinds]
     parts = _weights(mask, found, model)
     figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.08) if parts else make_subplots()
     place = {"row": 2, "col": 1} if parts else {}
-    figure.add_heatmap(
-        z=[[0.0 if units is None else float(units.float().mean()) for units in row] for row in table],
-        x=layers,
-        y=[f"{text(kind)} ({unit_name(kind)}s)" for kind in kinds],
-        zmin=0,
-        zmax=1,
-        colorscale=SHARES,
-        **GAPS,
-        colorbar=colour_bar("units selected", tickformat=".0%", tickvals=[0, 0.5, 1]),
+    cells = heat(
+        [[0.0 if units is None else float(units.float().mean()) for units in row] for row in table],
+        layers,
+        [f"{text(kind)} ({unit_name(kind)}s)" for kind in kinds],
+        "units selected",
+        "layer %{x}, %{y}: %{z:.1%} %{customdata}",
+        signed=False,
+        colorbar={"tickformat": ".0%", "tickvals": [0, 0.5, 1]},
         customdata=[["" if u is None else f"{int(u.sum())} of {len(u)}" for u in row] for row in table],
-        hovertemplate="layer %{x}, %{y}: %{z:.1%} %{customdata}<extra></extra>",
-        **place,
     )
-    figure.update_xaxes(title={"text": "layer", "standoff": 18}, dtick=ticks(layers, 32), **place)
+    figure.add_heatmap(**cells, **place)
+    figure.update_xaxes(title={"text": "layer", "standoff": 18}, dtick=ticks(layers), **place)
     figure.update_yaxes(title="site", autorange="reversed", **place)
     title = f"What the mask selects: {len(mask)} units"
     if parts:
@@ -104,10 +117,10 @@ def mask_map(mask: ComponentMask, found: Localization | None = None, model: Hook
             row=1,
             col=1,
         )
-        figure.update_yaxes(title="share of weights", tickformat="~%", rangemode="tozero", row=1, col=1)
         below = 30 * len(kinds) / (30 * len(kinds) + 130)
         figure.update_yaxes(domain=[0, below], **place)
-        figure.update_yaxes(domain=[below + 0.08, 1], row=1, col=1)
+        share = {"title": "share of weights", "tickformat": "~%", "rangemode": "tozero", "domain": [below + 0.08, 1]}
+        figure.update_yaxes(**share, row=1, col=1)
         title += f", {100 * sum(parts.values()):.3g} % of the editable weights"
     return styled(figure, title, (290 if parts else 150) + 30 * len(kinds))
 
@@ -129,10 +142,16 @@ def _weights(mask: ComponentMask, found: Localization | None, model: HookedModel
 
 
 def head_map(found: Localization, kind: str = "attn.o") -> go.Figure:
-    """Scores of the attention heads, layer by head; blue where a score is above zero, orange where it is below.
+    """Draw scores of the attention heads, layer by head; blue where a score is above zero, orange where it is below.
 
-    `kind` is `attn.o`, where the localizers score heads, or `attn.q`, `attn.k`, `attn.v`. Layers without scores stay empty.
-    Raises `MechunlearnError` if nothing of this kind was scored.
+    Layers without scores stay empty.
+
+    Args:
+        found: The localization.
+        kind: `attn.o`, where the localizers score heads, or `attn.q`, `attn.k`, `attn.v`.
+
+    Raises:
+        MechunlearnError: If nothing of this kind was scored.
     """
     by_layer = {
         Component.parse(site).layer: s for site, s in found.scores.items() if Component.parse(site).kind == kind
@@ -145,52 +164,44 @@ def head_map(found: Localization, kind: str = "attn.o") -> go.Figure:
         )
     layers = list(range(found.signature.layers))
     heads = list(range(len(next(iter(by_layer.values())))))
-    largest = max(float(scores.abs().max()) for scores in by_layer.values()) or 1.0
+    rows = [by_layer[layer].tolist() if layer in by_layer else [None] * len(heads) for layer in layers]
     figure = go.Figure()
-    figure.add_heatmap(
-        z=[by_layer[layer].tolist() if layer in by_layer else [None] * len(heads) for layer in layers],
-        x=heads,
-        y=layers,
-        zmin=-largest,
-        zmax=largest,
-        colorscale=SIGNED,
-        **GAPS,
-        colorbar=colour_bar("score"),
-        hovertemplate=f"L%{{y}}.{kind}[%{{x}}]: %{{z:+.3g}}<extra></extra>",
-    )
-    figure.update_xaxes(title="head", dtick=ticks(heads, 32))
-    figure.update_yaxes(title="layer", dtick=ticks(layers, 32), autorange="reversed")
+    figure.add_heatmap(**heat(rows, heads, layers, "score", f"L%{{y}}.{kind}[%{{x}}]: %{{z:+.3g}}"))
+    figure.update_xaxes(title="head", dtick=ticks(heads))
+    figure.update_yaxes(title="layer", dtick=ticks(layers), autorange="reversed")
     return styled(figure, f"Heads by {text(found.card.method)}", 190 + min(26, 800 // len(layers)) * len(layers))
 
 
 def overlap_map(table: pd.DataFrame) -> go.Figure:
-    """How much the masks of each two methods overlap: the table of `agreement.overlap`, with its values in the cells.
+    """Draw how much the masks of each two methods overlap, with the values in the cells.
 
     The colours run from 0 to 1 whatever the values, so that two maps can be compared.
+
+    Args:
+        table: The table that `overlap` returns.
     """
+    names = [text(name) for name in table.columns]
+    values, hover = table.to_numpy().tolist(), "%{y} and %{x}: %{z:.3f}"
     figure = go.Figure()
-    figure.add_heatmap(
-        z=table.to_numpy(),
-        x=[text(name) for name in table.columns],
-        y=[text(name) for name in table.index],
-        zmin=0,
-        zmax=1,
-        colorscale=SHARES,
-        **GAPS,
-        texttemplate="%{z:.2f}",
-        colorbar=colour_bar("Jaccard index"),
-        hovertemplate="%{y} and %{x}: %{z:.3f}<extra></extra>",
-    )
+    figure.add_heatmap(**heat(values, names, names, "Jaccard index", hover, False, texttemplate="%{z:.2f}"))
     figure.update_xaxes(title="mask", type="category", side="bottom", tickangle=-35, automargin=True)
     figure.update_yaxes(title={"text": "mask", "standoff": 14}, type="category", autorange="reversed", automargin=True)
     return styled(figure, "Units that both methods choose", 240 + 45 * len(table))
 
 
 def role_map(by_role: Mapping[str, Float[Tensor, "role _unit"]], roles: Sequence[str], title: str) -> go.Figure:
-    """Effects by layer and token role (or position) for one kind of site, as `Localization.by_role` holds them.
+    """Draw effects by layer and token role (or position) for one kind of site.
 
     Units of a site are summed; colours are centred at zero, so blue raises the metric and orange lowers it. Layers without
-    scores stay empty. Raises `MechunlearnError` for several kinds, and unless there is one row a role.
+    scores stay empty.
+
+    Args:
+        by_role: The effects by site, as `Localization.by_role` holds them.
+        roles: The names of their rows.
+        title: The title.
+
+    Raises:
+        MechunlearnError: For several kinds of sites, and unless there is one row a role.
 
     >>> from torch import tensor
     >>> effects = {"L0.resid_post": tensor([[0.0], [-2.0]]), "L1.resid_post": tensor([[0.5], [-1.0]])}
@@ -206,43 +217,39 @@ def role_map(by_role: Mapping[str, Float[Tensor, "role _unit"]], roles: Sequence
             f"{', '.join(kinds) or 'none'}{'; ' + wrong[0] if wrong else ''}. Choose the sites of one kind from by_role."
         )
     layers = sorted(int(layer) for layer, _ in addresses.values())
-    effects = stack([by_role[f"L{layer}.{kinds[0]}"].sum(1) for layer in layers], dim=1)
-    largest = float(effects.abs().max()) or 1.0
+    effects = stack([by_role[f"L{layer}.{kinds[0]}"].sum(1) for layer in layers], dim=1).tolist()
     figure = go.Figure()
-    figure.add_heatmap(
-        z=effects.tolist(),
-        x=layers,
-        y=[text(role) for role in roles],
-        zmin=-largest,
-        zmax=largest,
-        colorscale=SIGNED,
-        **GAPS,
-        colorbar=colour_bar("effect"),
-        hovertemplate="L%{x}." + kinds[0] + ", %{y}: %{z:+.3g}<extra></extra>",
-    )
-    figure.update_xaxes(title="layer", dtick=ticks(layers, 32))
+    shown = [text(role) for role in roles]
+    figure.add_heatmap(**heat(effects, layers, shown, "effect", "L%{x}." + kinds[0] + ", %{y}: %{z:+.3g}"))
+    figure.update_xaxes(title="layer", dtick=ticks(layers))
     figure.update_yaxes(title="token", type="category", autorange="reversed", automargin=True)
     return styled(figure, text(title), 190 + 34 * len(roles))
 
 
 def code_volcano(here: FiringStatistics, there: FiringStatistics, chosen: ComponentMask | None = None) -> go.Figure:
-    """The units of a dictionary: how much more often each is active on a topic than elsewhere, against how often it is.
+    """Draw how much more often each unit of a dictionary is active on a topic than elsewhere, against how often it is.
 
-    `here` is the activity on the topic, `there` on other text. Across, log2 of the share of tokens with the unit active, here
-    over there, as `feature_discovery` scores it, but of every unit, enriched beyond chance or not; upwards the share here.
-    Half a token is added to each count, so that units never seen on one side have a place; those never seen at all have none.
-    `chosen` marks the units of a mask, such as `feature_discovery(...).above(1)`.
-    Raises `MechunlearnError` if the activities or the mask are of dictionaries of other sizes.
+    Across, log2 of the share of tokens with the unit active, here over there, as `feature_discovery` scores it, but of every
+    unit, enriched beyond chance or not; upwards the share here. Half a token is added to each count, so that units never seen
+    on one side have a place; those never seen at all have none.
+
+    Args:
+        here: Statistics on the topic.
+        there: Statistics on other text.
+        chosen: A mask whose units are marked, such as `feature_discovery(...).above(1)`.
+
+    Raises:
+        MechunlearnError: If the statistics or the mask are of dictionaries of other sizes.
     """
-    size = here.fired.shape[1]
+    size = here.fire_count.shape[1]
     marked = list(chosen.sites.values()) if chosen is not None else []
-    sizes = [there.fired.shape[1], *map(len, marked)]
+    sizes = [there.fire_count.shape[1], *map(len, marked)]
     if len(marked) > 1 or any(other != size for other in sizes):
         raise MechunlearnError(
             f"The activity is of {size} units, what is given beside it of {', '.join(map(str, sizes))}. Expected activities "
             "and a mask of one dictionary."
         )
-    mine, theirs = here.fired.sum(0).double(), there.fired.sum(0).double()
+    mine, theirs = here.fire_count.sum(0).double(), there.fire_count.sum(0).double()
     often, elsewhere = (mine + 0.5) / here.tokens.sum(), (theirs + 0.5) / there.tokens.sum()
     frame = pd.DataFrame({"ratio": (often / elsewhere).log2(), "often": often, "elsewhere": elsewhere})
     frame["group"] = [("selected" if one else "others") for one in marked[0].tolist()] if marked else "units"
@@ -263,7 +270,7 @@ def code_volcano(here: FiringStatistics, there: FiringStatistics, chosen: Compon
             customdata=pd.DataFrame({"unit": units.index, "elsewhere": units.elsewhere}).to_numpy(),
             hovertemplate="unit %{customdata[0]}: %{y:.2%} of tokens here, %{customdata[1]:.2%} there<extra></extra>",
         )
-    figure.add_vline(x=0, line={"dash": "dot", "color": INK})
+    figure.add_vline(x=0, line=dotted(INK))
     figure.update_xaxes(title="log2 of how often, topic over other text")
     figure.update_yaxes(title="share of the topic's tokens (log)", type="log", tickformat="~%", dtick="D2")
     return styled(figure, "Which units a topic has of its own", 460)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -9,6 +10,7 @@ import plotly.graph_objects as go
 from mechunlearn.core.files import whole_file
 from mechunlearn.errors import MechunlearnError
 
+Figure = go.Figure
 COLOURS = ("#7f7f7f", "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")  # Okabe-Ito
 INK, RULE, CLEAR = "#777777", "rgba(128, 128, 128, 0.25)", "rgba(0, 0, 0, 0)"
 SHARES = [[0, "#e3e9ee"], [0.5, "#56a5d0"], [1, "#00466e"]]
@@ -30,7 +32,10 @@ body {{ margin: 1rem; background: var(--ground); }}
 
 
 def text(given: object) -> str:
-    """A string as plotly shows it letter by letter: its labels know some HTML, links included.
+    """Return a string as plotly shows it letter by letter: its labels know some HTML, links included.
+
+    Args:
+        given: The string.
 
     >>> text("<b>a & b</b>")
     '&lt;b&gt;a &amp; b&lt;/b&gt;'
@@ -39,7 +44,13 @@ def text(given: object) -> str:
 
 
 def styled(figure: go.Figure, title: str, height: int) -> go.Figure:
-    """Title, size and the common look. The template is the figure's own: plotly's default is left as it is."""
+    """Give a figure its title, size and the common look; plotly's default template is left as it is.
+
+    Args:
+        figure: The figure.
+        title: The title.
+        height: The height in pixels.
+    """
     axis = {"gridcolor": RULE, "zerolinecolor": RULE, "linecolor": INK, "tickcolor": INK, "automargin": True}
     axis |= {"title": {"font": {"size": 12}}}
     look = {
@@ -60,32 +71,72 @@ def styled(figure: go.Figure, title: str, height: int) -> go.Figure:
     )
 
 
-def bars(middle: pd.Series, low: pd.Series, high: pd.Series) -> dict:
-    """Error bars that end at the ends of an interval."""
-    return {
-        "type": "data",
-        "symmetric": False,
-        "array": high - middle,
-        "arrayminus": middle - low,
-        "thickness": 1,
-    }
+def bars(middle: pd.Series, low: pd.Series, high: pd.Series) -> dict[str, Any]:
+    """Return error bars that end at the ends of an interval.
+
+    Args:
+        middle: The marks.
+        low: The lower ends.
+        high: The upper ends.
+    """
+    return {"type": "data", "symmetric": False, "array": high - middle, "arrayminus": middle - low, "thickness": 1}
 
 
-def colour_bar(title: str, **more: object) -> dict:
-    """The key of a map, above its right end."""
+def dotted(colour: str = COLOURS[0]) -> dict[str, str]:
+    """Return the line of a reference, such as chance.
+
+    Args:
+        colour: Its colour.
+    """
+    return {"dash": "dot", "color": colour}
+
+
+def heat(
+    values: Sequence[Sequence[float | int | None]],
+    x: Sequence[object],
+    y: Sequence[object],
+    key: str,
+    hover: str,
+    signed: bool = True,
+    **more: object,
+) -> dict[str, Any]:
+    """Return the settings of a heat map with its key above its right end.
+
+    Args:
+        values: The values, row by row; None is empty.
+        x: The names of the columns.
+        y: The names of the rows.
+        key: What the colours mean.
+        hover: The template of what is shown under the pointer.
+        signed: Whether colours are centred at zero and end at the largest value; else they run from 0 to 1.
+        **more: Further settings, those of the key by `colorbar`.
+    """
+    largest = max((abs(value) for row in values for value in row if value is not None), default=0.0) or 1.0
     place = {"orientation": "h", "x": 1, "xanchor": "right", "y": 1, "yanchor": "bottom", "ypad": 6, "xpad": 20}
+    title = {"text": key, "side": "top", "font": {"size": 12}}
+    own: Any = more.pop("colorbar", {})
     return {
-        **place,
-        "len": 0.4,
-        "thickness": 8,
-        "nticks": 5,
-        "title": {"text": title, "side": "top", "font": {"size": 12}},
+        "z": values,
+        "x": x,
+        "y": y,
+        "zmin": -largest if signed else 0,
+        "zmax": largest if signed else 1,
+        "colorscale": SIGNED if signed else SHARES,
+        "xgap": 2,
+        "ygap": 2,
+        "colorbar": {**place, "len": 0.4, "thickness": 8, "nticks": 5, "title": title, **own},
+        "hovertemplate": f"{hover}<extra></extra>",
         **more,
     }
 
 
-def ticks(values: Sequence[object], most: int = 16) -> int | None:
-    """One tick a value while they are few; then plotly chooses."""
+def ticks(values: Sequence[object], most: int = 32) -> int | None:
+    """Return a distance of one between ticks while they are few; then plotly chooses.
+
+    Args:
+        values: What has the ticks.
+        most: The largest number with a tick each.
+    """
     return 1 if len(values) <= most else None
 
 
@@ -93,7 +144,16 @@ def save_figure(figure: go.Figure, path: str | Path, *, width: int = 900, scale:
     """Write a figure as `.html` (interactive, one file, no network), `.svg`, or `.png` of `scale` times `width` pixels.
 
     Pictures need kaleido (`pip install mechunlearn[images]`) and a Chromium or Chrome: the one in `BROWSER_PATH`, else one
-    on PATH. Their background is transparent. Raises `MechunlearnError` for another suffix, and where either is missing.
+    on PATH. Their background is transparent.
+
+    Args:
+        figure: The figure.
+        path: The file.
+        width: The width of a picture in pixels.
+        scale: What a `.png` is enlarged by.
+
+    Raises:
+        MechunlearnError: For another suffix, and where kaleido or a browser is missing.
     """
     path = Path(path)
     if path.suffix == ".html":
@@ -110,7 +170,7 @@ def save_figure(figure: go.Figure, path: str | Path, *, width: int = 900, scale:
         beside.write_bytes(made)
 
 
-def _drawn(figure: dict, options: Mapping) -> bytes:
+def _drawn(figure: dict[str, Any], options: Mapping[str, Any]) -> bytes:
     try:
         import kaleido
         from kaleido.errors import BrowserClosedError, BrowserFailedError, ChromeNotFoundError
@@ -119,7 +179,7 @@ def _drawn(figure: dict, options: Mapping) -> bytes:
             "Pictures are drawn by kaleido, which is not installed. Run `pip install mechunlearn[images]`, or write .html."
         ) from None
     try:  # plotly.js comes from the installed plotly; MathJax would come from the network
-        return kaleido.calc_fig_sync(figure, opts=dict(options), kopts={"mathjax": False})
+        return bytes(kaleido.calc_fig_sync(figure, opts=dict(options), kopts={"mathjax": False}))
     except (ChromeNotFoundError, BrowserFailedError, BrowserClosedError) as error:
         reason = str(error).split(". ")[0]
         raise MechunlearnError(

@@ -1,213 +1,125 @@
-"""CodeUnlearn (arXiv 2410.10866) on the topics of the fact world, with the controls its paper lacks.
+"""CodeUnlearn (arXiv 2410.10866) on the topics of the fact world, with the controls that its paper lacks.
 
-Codebooks and SAEs are trained in the frozen shipped world, and in a small world frozen and jointly with its model; there a
-model is retrained from nothing without each topic. Settings of a topic are chosen on the other topics and on dictionaries
-of a seed that no reported number uses.
+Codebooks and SAEs are trained in the frozen shipped world, and in a small world frozen and jointly with its model;
+there a model is retrained from scratch without each topic. Settings of a topic are chosen on the other topics and on
+dictionaries of a seed that no reported number uses.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import cache, cached_property, partial
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from statistics import fmean, median
+from typing import Any
 
-import torch
-
-from mechunlearn.artifacts.mask import ComponentMask
-from mechunlearn.artifacts.weight_edit import Edit
-from mechunlearn.core.files import data_folder
 from mechunlearn.core.grid import Grid
-from mechunlearn.core.runcard import Stopwatch
-from mechunlearn.edit import codebook_delete, dictionary_rows, feature_clamp, losses, masked_gradient
-from mechunlearn.errors import MechunlearnError
-from mechunlearn.facts.formats import Query
-from mechunlearn.facts.prompts import Prompts
-from mechunlearn.features.dictionaries import SAE, Codebook, load_dictionary, spliced
-from mechunlearn.features.feature_edit import FeatureEdit
-from mechunlearn.features.firing import FiringStatistics, matched_mask, quality
-from mechunlearn.features.training import train_codebook, train_sae
-from mechunlearn.localize import feature_discovery
-from mechunlearn.model.hooked import HookedModel, export, load_model
-from mechunlearn.reproduce.shared import workers
-from mechunlearn.reproduce.topics import TOPICS, Topics, kept, others
-from mechunlearn.world.dictionaries import HELD_OUT, dictionary_texts
-from mechunlearn.world.generate import World
-from mechunlearn.world.small import SmallCorpus, build_small
-from mechunlearn.world.text import world_text
+from mechunlearn.reproduce import codeunlearn_bench as bench
+from mechunlearn.reproduce.codeunlearn_bench import BY_CODES, CONTROLS, SHIPPED, VALIDATION, Book, Cell, Setting
+from mechunlearn.reproduce.engine import Found, Paper, Plan, Run, finished, options, stored, world_folder
+from mechunlearn.reproduce.tables import Claim, Nested, difference, interval, render
+from mechunlearn.reproduce.topics import SYNONYMS, TOPICS, others
+from mechunlearn.world.small import build_small
 
-SHIPPED = "factworld"
-VALIDATION, KEPT, DRAWS = 100, 0.9, 2
+KEPT, CODES = 0.9, ("reselect", "zero")
 TRAINED: dict[str, Any] = {"steps": 500, "people": 40, "passages": 16, "stories": 100}
-TEXTS = 1200
-SITES = {SHIPPED: "L3.resid_post"}
-SMALL_SITE = "L1.resid_post"
-CODEBOOK: dict[str, Any] = {"steps": 1000, "spliced_steps": 100}
-JOINT: dict[str, Any] = {"steps": 1000, "spliced_steps": 200, "objective": "ce", "joint": True, "l1": 1e-3}
-SAE_STEPS, SAE_USED = 2500, 8
-THRESHOLDS, NEAREST = (0.5, 1.0, 1.5, 2.0), (2, 8)
-SWEPT_THRESHOLDS = (1.0, 2.0)
-STRENGTHS, FEATURE_THRESHOLDS = (0.5, 1.0, 2.0, 4.0), (1.0, 2.0, 4.0)
-RATES, GRADIENT_STEPS = (1e-3, 2e-3, 4e-3, 8e-3), 20
-GRADIENT_TOPICS = ("kitchen", "sea", "space", "war")
-
-Arm = Literal["frozen", "joint"]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What is chosen: the threshold of log2 enrichment, how many nearest codes are counted (S'), strength, and rate."""
-
-    threshold: float = 0.0
-    nearest: int = 0
-    strength: float = 0.0
-    rate: float = 0.0
-
-
-def _grid(**given: Sequence) -> tuple[Setting, ...]:
-    return tuple(Setting(**dict(zip(given, values))) for values in product(*given.values()))
-
-
+NEAREST, STRENGTHS, FEATURE_THRESHOLDS = (2, 8), (0.5, 1.0, 2.0, 4.0), (1.0, 2.0, 4.0)
+RATES, GRADIENT_TOPICS = (1e-3, 2e-3, 4e-3, 8e-3), ("kitchen", "sea", "space", "war")
 METHODS: dict[str, tuple[Setting, ...]] = {
-    "reselect": _grid(threshold=THRESHOLDS, nearest=NEAREST),
-    "zero": _grid(threshold=THRESHOLDS, nearest=NEAREST[:1]),
-    "SAE clamp": _grid(threshold=FEATURE_THRESHOLDS, strength=STRENGTHS),
-    "SAE zero-ablation": _grid(threshold=FEATURE_THRESHOLDS),
-    "SAE rows": _grid(threshold=FEATURE_THRESHOLDS, strength=STRENGTHS),
-    "gradient difference": _grid(rate=RATES),
+    "reselect": options(Setting, threshold=bench.THRESHOLDS, nearest=NEAREST),
+    "zero": options(Setting, threshold=bench.THRESHOLDS, nearest=NEAREST[:1]),
+    "SAE clamp": options(Setting, threshold=FEATURE_THRESHOLDS, strength=STRENGTHS),
+    "SAE zero-ablation": options(Setting, threshold=FEATURE_THRESHOLDS),
+    "SAE rows": options(Setting, threshold=FEATURE_THRESHOLDS, strength=STRENGTHS),
+    "gradient difference": options(Setting, rate=RATES),
 }
-CODES = ("reselect", "zero")
-CONTROLS = {"random codes": "reselect", "random features": "SAE clamp"}
-SPLICED, AMORTIZED, SWEEP = "bottleneck alone", "cumulative", "sweep"
-
-
-@dataclass(frozen=True)
-class Book:
-    """A dictionary: of which model, how large, and its seed."""
-
-    world: str = SHIPPED
-    arm: Arm = "frozen"
-    seed: int = 0
-    size: int = 512
-    used: int = 2
-    site: str = ""
-
-    @property
-    def place(self) -> str:
-        return self.site or SITES.get(self.world, SMALL_SITE)
-
-    @property
-    def slug(self) -> str:
-        return f"{self.world}-{self.arm}-{self.place}-{self.size}-{self.used}-{self.seed}"
-
-
-SWEPT = (
-    Book(size=128),
-    Book(size=2048),
-    Book(used=4),
-    Book(used=8),
+SWEPT = (Book(size=128), Book(size=2048), Book(used=4), Book(used=8))
+MAIN = f"{SHIPPED} frozen"
+EIGHT = tuple(topic for topic in TOPICS if topic != "ocean")
+GONE, STAYS, UNTOUCHED = 0.3, 0.85, 0.85
+LEAVES, KEEPS, COSTS = (
+    "leaves less of the topic than",
+    "keeps more of the other topics than",
+    "costs less text loss than",
 )
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is run: seeds of the codebooks, the arms, and what is swept."""
-
-    folder: Path
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    arms: tuple[tuple[str, Arm], ...] = ((SHIPPED, "frozen"), ("0", "frozen"), ("0", "joint"))
-    swept: tuple[Book, ...] = SWEPT
-    quick: bool = False
-
-    def about(self) -> dict:
-        return {
-            "reproduction": "codeunlearn",
-            "seeds": list(self.seeds),
-            "arms": [list(arm) for arm in self.arms],
-            "swept": [book.slug for book in self.swept],
-            "sites": [SITES, SMALL_SITE],
-            "trained": TRAINED,
-            "texts": TEXTS,
-            "codebook": [CODEBOOK, JOINT],
-            "SAE": [SAE_STEPS, SAE_USED],
-            "settings": {method: [asdict(setting) for setting in settings] for method, settings in METHODS.items()},
-            "gradient": [GRADIENT_STEPS, list(GRADIENT_TOPICS)],
-            "sweep": list(SWEPT_THRESHOLDS),
-            "draws": DRAWS,
-            "kept": KEPT,
-        }
-
-
-def quick_plan(folder: Path) -> Plan:
-    """The shipped world, two seeds, no sweeps: what fits into a quarter of an hour."""
-    return Plan(folder, seeds=(0, 1), arms=((SHIPPED, "frozen"),), swept=(), quick=True)
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run: a method with a setting a topic, on one dictionary."""
-
-    method: str
-    book: Book
-    settings: dict[str, Setting] = field(default_factory=dict)
-
-    def description(self) -> dict:
-        told = {topic: list(asdict(setting).values()) for topic, setting in self.settings.items()}
-        return {"method": self.method, **asdict(self.book), "settings": told}
-
-
+NOT_READ = "its numbers were not read in the paper itself, so none is quoted"
+FREE = "the codebook alone, nothing deleted, costs other text nothing (nats a token)"
+NEARER = "reselect comes nearer than nothing deleted to a model retrained without the topic: KL"
+REPORTED = {
+    f"reselect {LEAVES} random codes of the same usage": NOT_READ,
+    f"reselect {LEAVES} SAE clamp": NOT_READ,
+    f"reselect {KEEPS} gradient difference": NOT_READ,
+    FREE: NOT_READ,
+    f"{NEARER} (0 frozen)": "not measured there",
+    f"{NEARER} (0 joint)": "not measured there",
+}
+"""What the paper reports on the claims that the summary shows."""
 Chosen = dict[str, dict[str, dict[str, Setting]]]
 
 
-def methods(plan: Plan, world: str, arm: str) -> list[str]:
-    """The shipped world has all; a quick run leaves out what trains weights."""
+def _work(folder: Path, grid: Grid, cell: Cell) -> Found:
+    return bench.bench_of(folder, cell.book).measured(cell)
+
+
+def _swept_books(plan: Plan) -> tuple[Book, ...]:
+    return () if plan.quick else SWEPT
+
+
+def _about(plan: Plan) -> Found:
+    return {
+        "reproduction": "codeunlearn",
+        "seeds": list(plan.seeds),
+        "arms": [list(arm) for arm in plan.worlds],
+        "swept": [book.slug for book in _swept_books(plan)],
+        "sites": [bench.SITES, bench.SMALL_SITE],
+        "trained": TRAINED,
+        "texts": bench.TEXTS,
+        "codebook": [bench.CODEBOOK, bench.JOINT],
+        "SAE": [bench.SAE_STEPS, bench.SAE_USED],
+        "settings": {method: [asdict(setting) for setting in settings] for method, settings in METHODS.items()},
+        "gradient": [bench.GRADIENT_STEPS, list(GRADIENT_TOPICS)],
+        "sweep": list(bench.SWEPT_THRESHOLDS),
+        "draws": bench.DRAWS,
+        "kept": KEPT,
+    }
+
+
+def _methods(plan: Plan, world: str, arm: str) -> list[str]:
+    """Return the methods of an arm: the shipped world has all; a quick run leaves out what trains weights."""
     if (world, arm) != (SHIPPED, "frozen"):
         return list(CODES)
     return [method for method in METHODS if not (plan.quick and method == "gradient difference")]
 
 
-def run(plan: Plan, jobs: int = 2, progress: bool = True) -> Chosen:
-    """Build what is missing, run what is missing, and return the chosen settings by arm, method and topic.
-
-    Everything is kept in the plan's folder: a killed run continues where it stopped.
-    """
-    about = plan.about()
-    grid, chosen = Grid.open(plan.folder, about), {}
-    with workers(jobs, progress) as each:
-        small = sorted({world for world, _ in plan.arms if world != SHIPPED})
-        worlds = [(world, topic) for world in small for topic in ("", *TOPICS)]
-        each(partial(_build, plan.folder), [w for w in worlds if not _folder(plan.folder, *w).exists()], "worlds")
-        work = partial(_cells, plan.folder, about)
-        tried = [
-            [
-                Cell(method, Book(world, arm, VALIDATION), dict.fromkeys(_tried(method), setting))
-                for setting in METHODS[method]
-            ]
-            for world, arm in plan.arms
-            for method in methods(plan, world, arm)
-        ]
-        firsts = [[Cell(SPLICED, Book(world, arm, VALIDATION))] for world, arm in plan.arms]
-        each(work, firsts, "dictionaries of the validation seed")
-        each(work, tried, "choosing settings")
-        for world, arm in plan.arms:
-            book = Book(world, arm, VALIDATION)
-            chosen[f"{world} {arm}"] = {
-                method: {topic: choose(grid, method, book, topic) for topic in TOPICS}
-                for method in methods(plan, world, arm)
-            }
-        last = []
-        for seed, (world, arm) in product(plan.seeds, plan.arms):
-            book, mine = Book(world, arm, seed), chosen[f"{world} {arm}"]
-            cells = [Cell(SPLICED, book), *(Cell(method, book, settings) for method, settings in mine.items())]
-            cells += [Cell(control, book, mine[of]) for control, of in CONTROLS.items() if of in mine]
-            last.append([*cells, Cell(AMORTIZED, book, mine["reselect"])])
-        each(work, last, "topics")
-        sweep = [
-            [Cell(SWEEP, replace(book, seed=seed))]
-            for seed in plan.seeds
-            for book in (*plan.swept, *([Book()] if plan.swept else []))
-        ]
-        each(work, sweep, "sweeps")
+def _run(at: Run) -> Chosen:
+    """Run what is missing, and return the chosen settings by arm, method and topic."""
+    plan, makers = at.plan, {}
+    for world, topic in product(sorted({world for world, _ in plan.worlds if world != SHIPPED}), ("", *TOPICS)):
+        folder = world_folder(plan.folder, world, topic and f"-without-{topic}")
+        makers[folder] = partial(build_small, folder, int(world), without=[topic] if topic else [], **TRAINED)
+    at.build("worlds", makers)
+    books = {(world, arm): Book(world, arm, VALIDATION) for world, arm in plan.worlds}
+    at.cells("dictionaries of the validation seed", _work, [[Cell(bench.SPLICED, book)] for book in books.values()])
+    tried = [
+        [Cell(method, book, dict.fromkeys(_tried(method), setting)) for setting in METHODS[method]]
+        for arm, book in books.items()
+        for method in _methods(plan, *arm)
+    ]
+    at.cells("choosing settings", _work, tried)
+    chosen = {
+        " ".join(arm): {m: {t: _choose(at.grid, m, book, t) for t in TOPICS} for m in _methods(plan, *arm)}
+        for arm, book in books.items()
+    }
+    last = []
+    for seed, arm in product(plan.seeds, plan.worlds):
+        book, mine = Book(arm[0], arm[1], seed), chosen[" ".join(arm)]
+        cells = [Cell(bench.SPLICED, book), *(Cell(method, book, settings) for method, settings in mine.items())]
+        cells += [Cell(control, book, mine[of]) for control, of in CONTROLS.items() if of in mine]
+        last.append([*cells, Cell(bench.AMORTIZED, book, mine["reselect"])])
+    at.cells("topics", _work, last)
+    swept = (*_swept_books(plan), Book()) if _swept_books(plan) else ()
+    at.cells("sweeps", _work, [[Cell(bench.SWEEP, replace(book, seed=seed))] for seed in plan.seeds for book in swept])
     return chosen
 
 
@@ -215,16 +127,16 @@ def _tried(method: str) -> Sequence[str]:
     return GRADIENT_TOPICS if method == "gradient difference" else TOPICS
 
 
-def choose(grid: Grid, method: str, book: Book, topic: str) -> Setting:
-    """The setting of a method for a topic, from the other topics on the validation seed: one rule for all.
+def _choose(grid: Grid, method: str, book: Book, topic: str) -> Setting:
+    """Choose the setting of a method for a topic on the other topics of the validation seed, by one rule for all.
 
     Of the settings that keep at least .9 of the topics that are to stay, on average: the lowest accuracy on the deleted
-    ones; if none keeps so much, the one that keeps most. Neither the topic nor its near-synonym is looked at. Ties go to the
-    first of the grid.
+    ones. If none keeps so much: the one that keeps most. Neither the topic nor its near-synonym is looked at, and ties
+    go to the first of the grid.
     """
     judged = [other for other in _tried(method) if other in others(topic)]
 
-    def score(setting: Setting) -> tuple:
+    def score(setting: Setting) -> tuple[int, float]:
         cell = stored(grid, Cell(method, book, dict.fromkeys(_tried(method), setting)))
         left = sum(cell["topics"][t]["brief"]["accuracy"][t] for t in judged) / len(judged)
         stays = sum(cell["topics"][t]["kept"] for t in judged) / len(judged)
@@ -233,269 +145,221 @@ def choose(grid: Grid, method: str, book: Book, topic: str) -> Setting:
     return max(METHODS[method], key=score)
 
 
-def stored(grid: Grid, cell: Cell) -> dict:
-    """The result of a finished cell."""
-
-    def absent() -> dict:
-        raise MechunlearnError(f"The run of {cell.method} on {cell.book.slug} is not finished. Run the command again.")
-
-    return grid.cell(cell.description(), absent)
-
-
-class Bench:
-    """One model with its codebook and SAE, and the topics it is measured on."""
-
-    def __init__(self, folder: Path, book: Book) -> None:
-        self.folder, self.book = folder, book
-        self._references: dict[str, torch.Tensor] = {}
-        self._seen: dict[tuple[bool, int | None], dict[str, tuple[FiringStatistics, FiringStatistics]]] = {}
-        base = _folder(folder, book.world)
-        joint = folder / "joint" / book.slug
-        self.model = load_model(joint if book.arm == "joint" and joint.exists() else base)
-        if book.arm == "joint" and not joint.exists():
-            self._train(joint)
-        self.topics = Topics(self.model, tuple(self.documents(60, HELD_OUT)))
-
-    def documents(self, count: int, seed: int) -> list[str]:
-        """Text of the world that is no story."""
-        if self.book.world == SHIPPED:
-            return world_text(documents=count, seed=seed)
-        corpus = SmallCorpus(World.load(_folder(self.folder, self.book.world) / "world.json"), stories=0)
-        return [document.text for document in corpus.documents(seed, count)]
-
-    def texts(self, seed: int) -> list[str]:
-        """What dictionaries are trained on: half stories, half other documents."""
-        stories = dictionary_texts(TEXTS, seed)[TEXTS // 2 :]
-        return self.documents(TEXTS // 2, seed) + stories
-
-    def _train(self, joint: Path | None = None) -> Codebook:
-        book = self.book
-        settings = JOINT if book.arm == "joint" else CODEBOOK
-        shape: dict[str, Any] = {"size": book.size, "used": book.used, "seed": book.seed}
-        made = train_codebook(self.model, book.place, self.texts(book.seed), **settings, **shape)
-        made.quality = quality(self.model, made, self.texts(HELD_OUT)[:: TEXTS // 120])
-        made.save(self.folder / "codebooks" / book.slug)
-        if joint is not None:
-            export(self.model, joint)
-        return made
-
-    @cached_property
-    def codebook(self) -> Codebook:
-        folder = self.folder / "codebooks" / self.book.slug
-        made = load_dictionary(folder) if folder.exists() else self._train()
-        assert isinstance(made, Codebook)
-        return made
-
-    @cached_property
-    def sae(self) -> SAE:
-        folder = self.folder / "saes" / self.book.slug
-        if not folder.exists():
-            shape: dict[str, Any] = {"size": self.book.size, "used": SAE_USED, "seed": self.book.seed}
-            made = train_sae(self.model, self.book.place, self.texts(self.book.seed), steps=SAE_STEPS, **shape)
-            made.quality = quality(self.model, made, self.texts(HELD_OUT)[:: TEXTS // 120])
-            made.save(folder)
-        return SAE.load(folder)
-
-    def seen(self, codes: bool, nearest: int = 0) -> dict[str, tuple[FiringStatistics, FiringStatistics]]:
-        """Topics and counterfactuals by the codebook or the SAE; a codebook may count more nearest codes than it uses."""
-        counted = nearest if codes and nearest not in (0, self.book.used) else None
-        if (codes, counted) not in self._seen:
-            self._seen[codes, counted] = self.topics.seen(self.codebook if codes else self.sae, counted)
-        return self._seen[codes, counted]
-
-    @cached_property
-    def before(self) -> dict[str, Any]:
-        """Of the model with the codebook in it, and of the model alone."""
-        with spliced(self.model, self.codebook):
-            inserted = self.topics.measured()
-        return {"inserted": inserted, "alone": self.topics.measured()}
-
-    def mask(self, topic: str, setting: Setting, codes: bool) -> ComponentMask:
-        here, there = self.seen(codes, setting.nearest)[topic]
-        dictionary = self.codebook if codes else self.sae
-        return feature_discovery(self.model, here, dictionary=dictionary, against=there).above(setting.threshold)
-
-    def reference(self, topic: str) -> torch.Tensor | None:
-        """Log-probabilities of the model that was retrained without a topic, at the places that are measured."""
-        if self.book.world == SHIPPED:
-            return None
-        if topic not in self._references:
-            gold = _model(self.folder, self.book.world, topic)
-            self._references[topic] = self.topics.shown.said(gold)[2]
-        return self._references[topic]
-
-    def edit(self, method: str, topic: str, setting: Setting, draw: int = 0) -> Edit:
-        """The edit of a method for a topic; of a control, on as many units that are active as often."""
-        codes = method in CODES or method == "random codes"
-        if method == "gradient difference":
-            return self.by_gradient(topic, setting)
-        mask = self.mask(topic, setting, codes)
-        every = [pair[0] for pair in self.seen(codes).values()]
-        usage = replace(every[0], **{k: torch.cat([getattr(a, k) for a in every]) for k in vars(every[0])})
-        if method in CONTROLS:
-            dictionary = self.codebook if codes else self.sae
-            mask = matched_mask(usage, mask, dictionary, 10 * self.book.seed + draw)
-        if codes:
-            how: Literal["reselect", "zero"] = "zero" if method == "zero" else "reselect"
-            return codebook_delete(self.model, mask, dictionary=self.codebook, how=how)
-        if method == "SAE rows":
-            return dictionary_rows(
-                self.model, mask, self.topics.stories[topic], dictionary=self.sae, scale=setting.strength
-            )
-        forget = usage if method in CONTROLS else self.seen(False)[topic][0]
-        return feature_clamp(self.model, mask, forget, dictionary=self.sae, scale=setting.strength)
-
-    def by_gradient(self, topic: str, setting: Setting) -> Edit:
-        stories = self.topics.stories
-        staying = [text for other in others(topic) for text in stories[other][:12]]
-        return masked_gradient(
-            self.model,
-            ComponentMask.everything(self.model),
-            self._prompts(stories[topic]),
-            self._prompts(staying),
-            loss=losses.gradient_ascent,
-            lr=setting.rate,
-            steps=GRADIENT_STEPS,
-            batch_size=16,
-            texts=self.documents(96, self.book.seed),
-            seed=self.book.seed,
-        )
-
-    def _prompts(self, texts: Sequence[str]) -> Prompts:
-        assert self.model.tokenizer is not None
-        parts = [text.split(" ", 1) for text in texts]
-        asked = [Query(first, rest, "river", "river") for first, rest in parts]
-        return Prompts.from_text(asked, self.model.tokenizer)
+def _results(plan: Plan, grid: Grid, chosen: Chosen) -> Found:
+    rows, inserted, cumulative = [], {}, {}
+    for arm, seed in product(plan.worlds, plan.seeds):
+        name, book = " ".join(arm), Book(arm[0], arm[1], seed)
+        mine = chosen[name]
+        before = inserted[f"{name} {seed}"] = stored(grid, Cell(bench.SPLICED, book))
+        cumulative[f"{name} {seed}"] = stored(grid, Cell(bench.AMORTIZED, book, mine["reselect"]))["steps"]
+        for method in [*_methods(plan, *arm), *(control for control, of in CONTROLS.items() if of in mine)]:
+            cell = stored(grid, Cell(method, book, mine[CONTROLS.get(method, method)]))
+            start = before["inserted" if method in BY_CODES else "alone"]
+            for topic, run in cell["topics"].items():
+                told = [_told(draw, topic, start) for draw in run.get("draws", [run])]
+                mean = {key: sum(t[key] for t in told) / len(told) for key in told[0]}
+                rows.append({"arm": name, "method": method, "seed": seed, "topic": topic, **mean})
+    sweep = []
+    for seed, book in product(plan.seeds, (Book(), *SWEPT) if _swept_books(plan) else ()):
+        swept = finished(grid, Cell(bench.SWEEP, replace(book, seed=seed)))
+        if swept is None:  # the page says how many seeds there are
+            continue
+        named = [dict(zip(("nearest", "threshold", "topic", "left", "kept", "units"), row)) for row in swept["rows"]]
+        entry = {"size": book.size, "used": book.used, "seed": seed, "rows": named, "quality": swept["quality"]}
+        sweep.append(entry)
+    return {
+        "seeds": list(plan.seeds),
+        "quick": plan.quick,
+        "rows": rows,
+        "inserted": inserted,
+        "cumulative": cumulative,
+        "sweep": sweep,
+        "settings": {
+            arm: {method: {topic: asdict(setting) for topic, setting in by.items()} for method, by in mine.items()}
+            for arm, mine in chosen.items()
+        },
+    }
 
 
-def measured(bench: Bench, cell: Cell) -> dict:
-    """A method on each topic, one after another."""
-    found: dict[str, Any] = {}
-    validating = cell.book.seed == VALIDATION
-    codes = cell.method in CODES or cell.method == "random codes"
-    before = bench.before["inserted" if codes else "alone"]["accuracy"]
-    for topic, setting in cell.settings.items():
-        runs = []
-        if cell.method != "gradient difference":
-            for nearest in (0, setting.nearest):
-                bench.seen(codes, nearest)  # text seen before
-        for draw in range(DRAWS if cell.method in CONTROLS else 1):
-            watch = Stopwatch()
-            try:
-                edit = bench.edit(cell.method, topic, setting, draw)
-            except MechunlearnError as error:
-                runs.append({"note": str(error), "brief": bench.before["inserted" if codes else "alone"], "units": 0})
-                continue
-            seconds = watch.seconds()
-            with edit.applied(bench.model):
-                brief = bench.topics.brief() if validating else bench.topics.measured(bench.reference(topic), [topic])
-            mask: Any = getattr(edit, "mask", ())
-            runs.append({"brief": brief, "seconds": seconds, "units": len(mask), "usage": usage(bench, cell, mask)})
-        for one in runs:
-            one["kept"] = kept(one["brief"]["accuracy"], before, others(topic))
-        found[topic] = runs[0] | ({"draws": runs} if len(runs) > 1 else {})
-    return {"topics": found}
-
-
-def usage(bench: Bench, cell: Cell, mask: ComponentMask) -> float:
-    """The share of what is active over all stories that the mask's units are."""
-    codes = cell.method in CODES or cell.method == "random codes"
-    if not (codes or cell.method in ("SAE clamp", "random features", "SAE zero-ablation")):
-        return float("nan")
-    fired = torch.stack([here.fired.sum(0) for here, _ in bench.seen(codes).values()]).sum(0)
-    (chosen,) = mask.sites.values()
-    return float(fired[chosen].sum() / fired.sum())
-
-
-def inserted(bench: Bench, cell: Cell) -> dict:
-    """The bottleneck alone: what it costs before anything is deleted, and what comes back without it."""
-    sae = bench.sae.quality if (cell.book.world, cell.book.arm) == (SHIPPED, "frozen") else {}
-    found = {"codebook": bench.codebook.quality, "SAE": sae, **bench.before}
-    if cell.book.world != SHIPPED:
-        golds = {}
-        with spliced(bench.model, bench.codebook):
-            told = bench.topics.shown.said(bench.model)[2]
-        for topic in TOPICS:
-            gold, reference = _model(bench.folder, cell.book.world, topic), bench.reference(topic)
-            assert reference is not None
-            from_gold = bench.topics.divergence(reference, told)
-            golds[topic] = {**Topics(gold, bench.topics.texts).brief(), "KL of inserted": from_gold}
-        found["gold"] = golds
-        found["original"] = Topics(_model(bench.folder, cell.book.world, ""), bench.topics.texts).brief()
+def _told(run: Found, topic: str, start: Found) -> dict[str, float | int]:
+    """Return what the page needs of one run on one topic."""
+    now, near, stay = run["brief"], SYNONYMS.get(topic), others(topic)
+    found = {
+        "accuracy": now["accuracy"][topic],
+        "before": start["accuracy"][topic],
+        "loss": now["loss"][topic],
+        "loss before": start["loss"][topic],
+        "kept": run["kept"],
+        "others loss": sum(now["loss"][t] for t in stay) / len(stay),
+        "paraphrases": now["paraphrases"][topic],
+        "text loss": now["text loss"],
+        "synonym": now["accuracy"][near] / start["accuracy"][near] if near else math.nan,
+        "units": run["units"],
+        "usage": run.get("usage", math.nan),
+        "seconds": run.get("seconds", math.nan),
+    }
+    if "KL" in now:
+        found |= {"KL": now["KL"][topic], "KL others": sum(now["KL"][t] for t in stay) / len(stay)}
     return found
 
 
-def cumulative(bench: Bench, cell: Cell) -> dict:
-    """Topics deleted one after another, each added to those before: discovery on cached codes, and the deletion."""
-    steps: list[dict] = []
-    whole: FeatureEdit | None = None
-    for topic, setting in cell.settings.items():
-        bench.seen(True, setting.nearest)
-        watch = Stopwatch()
-        one = codebook_delete(bench.model, bench.mask(topic, setting, True), dictionary=bench.codebook)
-        whole = one if whole is None else whole | one
-        seconds = watch.seconds()
-        with whole.applied(bench.model):
-            now = bench.topics.measured()
-        steps.append({"topic": topic, "seconds": seconds, "units": len(whole.mask), **now})
-    return {"steps": steps}
+def _values(found: Found, method: str, key: str, arm: str = MAIN, topics: Sequence[str] = TOPICS) -> Nested:
+    """Return a number by seed and topic; `share` is that of the accuracy before."""
+    by: dict[int, list[float | int | None]] = {}
+    for row in found["rows"]:
+        if row["arm"] == arm and row["method"] == method and row["topic"] in topics:
+            share = row["accuracy"] / max(row["before"], 1e-9)
+            by.setdefault(row["seed"], []).append(share if key == "share" else row.get(key))
+    return list(by.values())
 
 
-def swept(bench: Bench, cell: Cell) -> dict:
-    """Topic and others at some thresholds; of the codebook that the page is about at every one, and at every S' too."""
-    rows = []
-    sizes = sorted({cell.book.used, *(n for n in (4, 8, 16) if cell.book.used < n <= cell.book.size // 4)})
-    before = bench.before["inserted"]["accuracy"]
-    main = cell.book == replace(Book(), seed=cell.book.seed)
-    pairs = [(sizes[0], threshold) for threshold in (THRESHOLDS if main else SWEPT_THRESHOLDS)]
-    pairs += [(nearest, SWEPT_THRESHOLDS[0]) for nearest in sizes[1:] if main]
-    for (nearest, threshold), topic in product(pairs, TOPICS):
-        try:
-            edit = bench.edit("reselect", topic, Setting(threshold, nearest))
-        except MechunlearnError:
-            left, stays, units = before[topic], 1.0, 0
-        else:
-            with edit.applied(bench.model):
-                now = bench.topics.brief()["accuracy"]
-            left, stays, units = now[topic], kept(now, before, others(topic)), len(edit.mask)  # type: ignore[attr-defined]
-        rows.append([nearest, threshold, topic, left, stays, units])
-    return {"rows": rows, "quality": bench.codebook.quality, "before": before}
-
-
-def _folder(folder: Path, world: str, without: str = "") -> Path:
-    return (
-        data_folder() / world if world == SHIPPED else folder / "worlds" / f"{world}{without and '-without-'}{without}"
+def _median(found: Found, method: str, key: str, topic: str) -> float | int:
+    return median(
+        value for values in _values(found, method, key, topics=(topic,)) for value in values if value is not None
     )
 
 
-@cache
-def _model(folder: Path, world: str, without: str) -> HookedModel:
-    return load_model(_folder(folder, world, without))
+def _arms(found: Found) -> list[str]:
+    """Return the arms of the small world."""
+    return [arm for arm in dict.fromkeys(row["arm"] for row in found["rows"]) if arm != MAIN]
 
 
-_benches: dict[tuple, Bench] = {}
+def _ones(found: Found, arm: str = MAIN) -> list[Found]:
+    """Return the bottleneck alone, by seed."""
+    return [found["inserted"][f"{arm} {seed}"] for seed in found["seeds"]]
 
 
-def _bench(folder: Path, book: Book) -> Bench:
-    """The last bench that was asked for, or a new one: cells of one dictionary follow one another."""
-    if (folder, book) not in _benches:
-        _benches.clear()
-        _benches[folder, book] = Bench(folder, book)
-    return _benches[folder, book]
+def _bare(found: Found, which: str, key: str, arm: str = MAIN, mean: bool = False) -> Nested:
+    """Return a number with nothing deleted, by seed and, where it has topics, by topic or as their mean."""
+    by = [one[which][key] for one in _ones(found, arm)]
+    nested = [list(of.values()) if isinstance(of, dict) else [of] for of in by]
+    return [[sum(of) / len(of)] for of in nested] if mean else nested
 
 
-def _build(folder: Path, world: tuple[str, str]) -> None:
-    name, without = world
-    build_small(_folder(folder, name, without), int(name), without=[without] if without else [], **TRAINED)
+def _holding(found: Found, method: str) -> list[str]:
+    """Return the topics of eight of which a method does what was asked."""
+    return [
+        topic
+        for topic in EIGHT
+        if _median(found, method, "accuracy", topic) <= GONE
+        and _median(found, method, "kept", topic) >= STAYS
+        and _median(found, "random codes", "share", topic) >= UNTOUCHED
+    ]
 
 
-def _cells(folder: Path, about: dict, cells: Sequence[Cell]) -> None:
-    grid = Grid.open(folder, about)
-    works: dict[str, Callable[[Bench, Cell], dict]] = {SPLICED: inserted, AMORTIZED: cumulative, SWEEP: swept}
-    for cell in cells:
-        work = works.get(cell.method, measured)
-        grid.cell(cell.description(), partial(_worked, folder, work, cell))
+def _claims(found: Found) -> list[Claim]:
+    sides = {LEAVES: ("accuracy", -1, 0.1), KEEPS: ("kept", 1, 0.1), COSTS: ("text loss", -1, 0.0)}
+    asked = [("random codes", (LEAVES,)), ("zero", (LEAVES, KEEPS))]
+    asked += [("SAE clamp", tuple(sides)), ("gradient difference", tuple(sides))]
+    made = []
+    for other, verbs in asked:
+        for verb in verbs:
+            key, sign, least = sides[verb]
+            mine, theirs = (_values(found, method, key) for method in ("reselect", other))
+            text = f"reselect {verb} {other}{' of the same usage' * (other in CONTROLS)}"
+            made.append(Claim(text, difference(mine, theirs), sign, least))
+    after, before = (_bare(found, which, "text loss") for which in ("inserted", "alone"))
+    made.append(Claim(FREE, difference(after, before), -1, 0.0))
+    for arm, method in product(_arms(found), CODES):
+        kl = difference(_values(found, method, "KL", arm), _gold_kl(found, arm))
+        made.append(Claim(f"{NEARER} ({arm})".replace("reselect", method), kl, -1, 0.0))
+    return [replace(claim, paper=REPORTED.get(claim.text, ""), unit="codebooks") for claim in made]
 
 
-def _worked(folder: Path, work: Callable[[Bench, Cell], dict], cell: Cell) -> dict:
-    return work(_bench(folder, cell.book), cell)
+def _gold_kl(found: Found, arm: str, stay: bool = False) -> Nested:
+    """Return the KL from the retrained models with nothing deleted, at the topic or at those that are to stay."""
+    golds = [one["gold"] for one in _ones(found, arm)]
+    at: dict[str, Sequence[str]] = {t: others(t) if stay else [t] for t in TOPICS}
+    return [[sum(gold[t]["KL of inserted"][o] for o in at[t]) / len(at[t]) for t in TOPICS] for gold in golds]
+
+
+def _page(found: Found) -> str:
+    arms = _arms(found)
+    return render(
+        "codeunlearn",
+        c=vars(bench) | globals(),
+        found=found,
+        claims=_claims(found),
+        holding={method: _holding(found, method) for method in CODES},
+        enough=_enough,
+        values=partial(_values, found),
+        middle=partial(_median, found),
+        bare=partial(_bare, found),
+        arms=arms,
+        gold_kl=partial(_gold_kl, found),
+        gold_accuracy=[
+            [one["gold"][t]["accuracy"][t] for t in TOPICS] for arm in arms[:1] for one in _ones(found, arm)
+        ],
+        score=partial(_score, found),
+        after=partial(_after, found),
+        sweeps=_sweeps(found),
+        swept=_swept,
+        settings=_settings(found),
+    )
+
+
+def _score(found: Found, arm: str) -> list[Nested]:
+    """Return by seed the NLL of topics before training, with the codebook, after deletion, of gold, and both scores."""
+    rows = []
+    for one, after in zip(_ones(found, arm), _values(found, "reselect", "loss", arm)):
+        gold = sum(one["gold"][topic]["loss"][topic] for topic in TOPICS) / len(TOPICS)
+        before, codebook = (sum(one[which]["loss"].values()) / len(TOPICS) for which in ("original", "inserted"))
+        now = sum(value for value in after if value is not None) / len(after)
+        rows.append(
+            (before, codebook, now, gold, (now - before) / (codebook - before), (now - gold) / (codebook - gold))
+        )
+    return [[[value] for value in column] for column in zip(*rows)]
+
+
+def _after(found: Found, count: int) -> dict[str, Nested]:
+    """Return by seed, once so many topics are deleted, what is left of them and of the others, and what it took."""
+    gone = TOPICS[:count]
+    left = [topic for topic in TOPICS[count:] if SYNONYMS.get(topic) not in gone]
+    steps = [found["cumulative"][f"{MAIN} {seed}"][count - 1] for seed in found["seeds"]]
+    start = [one["inserted"]["accuracy"] for one in _ones(found)]
+    return {
+        "deleted": [[sum(now["accuracy"][topic] for topic in gone) / count] for now in steps],
+        "others": [[sum(now["accuracy"][t] / b[t] for t in left) / len(left)] for now, b in zip(steps, start) if left],
+        **{key: [[now[key]] for now in steps] for key in ("units", "text loss", "seconds")},
+    }
+
+
+def _sweeps(found: Found) -> dict[tuple[int, int, int, float], list[list[Found]]]:
+    """Return the rows of the sweeps by K, S, S' and threshold: seeds of topics."""
+    by: dict[tuple[int, int, int, float], list[list[Found]]] = {}
+    for entry in found["sweep"]:
+        for at in dict.fromkeys((row["nearest"], row["threshold"]) for row in entry["rows"]):
+            rows = [{**row, **entry["quality"]} for row in entry["rows"] if (row["nearest"], row["threshold"]) == at]
+            by.setdefault((entry["size"], entry["used"], *at), []).append(rows)
+    return by
+
+
+def _swept(seeds: list[list[Found]], key: str) -> str:
+    values = [[row[key] for row in rows] for rows in seeds]
+    if key in ("loss increase", "explained variance"):
+        return f"{fmean(of[0] for of in values):.3f}"
+    return interval(values, ".0f" if key == "units" else ".2f")
+
+
+def _enough(seeds: list[list[Found]]) -> int:
+    """Return of how many of the eight topics a sweep leaves little enough, with enough of the others."""
+    of = {t: [row for rows in seeds for row in rows if row["topic"] == t] for t in EIGHT}
+    middle = [[median(row[key] for row in rows) for key in ("left", "kept")] for rows in of.values()]
+    return sum(left <= GONE and kept >= STAYS for left, kept in middle)
+
+
+def _settings(found: Found) -> list[tuple[str, str, str]]:
+    """Return arm, method and the settings with their topics."""
+    lines = []
+    for arm, method in ((arm, method) for arm, of in found["settings"].items() for method in of):
+        by: dict[str, list[str]] = {}
+        for topic, setting in found["settings"][arm][method].items():
+            parts = [f"{name} {value:g}" for name, value in setting.items() if value]
+            by.setdefault(", ".join(parts), []).append(topic)
+        lines.append((arm, method, "; ".join(f"{told} ({', '.join(topics)})" for told, topics in by.items())))
+    return lines
+
+
+ARMS = (SHIPPED, "frozen"), ("0", "frozen"), ("0", "joint")
+FULL, SHORT = (ARMS, (0, 1, 2, 3, 4)), (ARMS[:1], (0, 1))
+PAPER = Paper("codeunlearn", "CodeUnlearn (arXiv 2410.10866)", FULL, SHORT, _about, _run, _results, _claims, _page)

@@ -1,4 +1,4 @@
-"""What a model says of each topic of the world: the bench of the CodeUnlearn reproduction."""
+"""What a model says of each topic of its world, and what a dictionary does on it: what CodeUnlearn is measured by."""
 
 import re
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ from mechunlearn.features.dictionaries import Dictionary
 from mechunlearn.features.firing import FiringStatistics, swapped
 from mechunlearn.metrics.text import encode, padded, text_loss
 from mechunlearn.model.hooked import HookedModel
+from mechunlearn.reproduce.engine import Found
 from mechunlearn.world import lexicon as lex
 from mechunlearn.world.dictionaries import topic_stories, topic_words, unrelated_words
 
@@ -25,17 +26,28 @@ DISCOVERY, SHOWN_SEED = 2_000_000, 3_000_000
 
 
 def others(topic: str) -> list[str]:
-    """The topics that are to stay: all but the topic and its near-synonym."""
+    """Return the topics that are to stay: all but the topic and its near-synonym.
+
+    Args:
+        topic: Which one is deleted.
+    """
     return [other for other in TOPICS if other not in (topic, SYNONYMS.get(topic))]
 
 
 @dataclass(frozen=True, eq=False)
 class Shown:
-    """Stories of topics as tokens, and every token of their topic's words.
+    """Stories of topics as tokens, and every token of their topics' words.
 
-    The first such word of a story does not count: nothing before it says what the story is about. A word may be several
-    tokens: `row` says for each token that counts (`counted`, at the place that predicts it) which tokens would go on
-    towards some word of the topic, after those of the word that are there (`allowed`), and `word` to which word it belongs.
+    The first such word of a story does not count: nothing before it shows what the story is about.
+
+    Attributes:
+        tokens: The stories.
+        topics: For each story, the number of its topic.
+        counted: Where a token of a word that counts is predicted.
+        row: For each such place, the row of `allowed`: which topic, and which tokens of the word are there already.
+        word: For each such place, the word it belongs to.
+        allowed: The tokens that lead from there to some word of the topic.
+        owner: For each word, its story.
     """
 
     tokens: Int[Tensor, "story pos"]
@@ -48,11 +60,17 @@ class Shown:
 
     @classmethod
     def of(cls, model: HookedModel, stories: dict[str, list[str]]) -> "Shown":
+        """Return stories as tokens.
+
+        Args:
+            model: Whose tokenizer is used.
+            stories: Their texts by topic.
+        """
         texts = [(topic, text) for topic, told in stories.items() for text in told]
         tokens, weight = padded(encode(model, tuple(text for _, text in texts)))
         counted = torch.zeros(weight.shape, dtype=torch.bool)
         row, word = torch.zeros(weight.shape, dtype=torch.long), torch.zeros(weight.shape, dtype=torch.long)
-        rows: dict[tuple, int] = {}
+        rows: dict[tuple[str, tuple[int, ...]], int] = {}
         owner: list[int] = []
         tokenizer: Any = model.tokenizer
         for story, (topic, text) in enumerate(texts):
@@ -80,14 +98,19 @@ class Shown:
 
     @torch.no_grad()
     def said(self, model: HookedModel) -> tuple[Float[Tensor, " story"], Float[Tensor, " story"], Tensor]:
-        """By story: the share of its words of which every token is answered by one that goes on towards a word of the
-        topic (greedy, given the true tokens before), and the mean loss of a word, in nats.
+        """Return accuracy, loss and log-probabilities of a model.
 
-        Third, log-probabilities at the counted places of all stories.
+        Args:
+            model: What reads the stories.
+
+        Returns:
+            By story, the share of its words of which every token is answered by one that leads to a word of the topic
+            (greedy, given the true tokens before). By story, the mean loss of a word in nats. The log-probabilities at
+            the counted places of all stories.
         """
         wrong, losses = torch.zeros(len(self.owner)), torch.zeros(len(self.owner))
         kept = []
-        for rows in torch.arange(len(self.tokens)).split(64):
+        for rows in torch.split(torch.arange(len(self.tokens)), 64):
             counted = self.counted[rows]
             told = model.forward(self.tokens[rows])[:, :-1][counted].float().log_softmax(-1).cpu()
             word, following = self.word[rows][counted], self.tokens[rows][:, 1:][counted]
@@ -103,7 +126,7 @@ class Shown:
 
 
 def _spelled(tokenizer: Any, topic: str) -> dict[str, tuple[int, ...]]:
-    """The tokens of each word of a topic, as they are within a sentence."""
+    """Return the tokens of each word of a topic, as they are within a sentence."""
     before = len(tokenizer("The", add_special_tokens=False)["input_ids"])
     return {
         word: tuple(tokenizer(f"The {word}", add_special_tokens=False)["input_ids"][before:])
@@ -113,7 +136,13 @@ def _spelled(tokenizer: Any, topic: str) -> dict[str, tuple[int, ...]]:
 
 @dataclass(frozen=True, eq=False)
 class Topics:
-    """A model's topics: text to discover codes on, and held-out text to measure on."""
+    """A model's topics: text to discover codes on, and held-out text to measure on.
+
+    Attributes:
+        model: The model.
+        texts: Other text, on which damage is measured.
+        seed: Of the stories.
+    """
 
     model: HookedModel
     texts: tuple[str, ...]
@@ -134,6 +163,7 @@ class Topics:
 
     @cached_property
     def shown(self) -> Shown:
+        """Held-out stories in the same frames."""
         return Shown.of(self.model, {t: topic_stories(t, SHOWN, SHOWN_SEED + self.seed, TOLD) for t in TOPICS})
 
     @cached_property
@@ -146,7 +176,12 @@ class Topics:
     def seen(
         self, dictionary: Dictionary, nearest: int | None = None
     ) -> dict[str, tuple[FiringStatistics, FiringStatistics]]:
-        """What a dictionary does on each topic and on its counterfactual: the cached codes of discovery."""
+        """Return what a dictionary does on each topic and on its counterfactual: the cached codes of discovery.
+
+        Args:
+            dictionary: A codebook or an SAE.
+            nearest: How many nearest codes are counted, if not those that are used.
+        """
         return {
             topic: (
                 FiringStatistics.of(self.model, dictionary, self.stories[topic], nearest),
@@ -155,33 +190,53 @@ class Topics:
             for topic in TOPICS
         }
 
-    def brief(self) -> dict[str, Any]:
-        """Accuracy and loss by topic, as the model is now."""
+    def brief(self) -> Found:
+        """Return accuracy and loss by topic of the model as it is now."""
         accuracy, loss, _ = self.shown.said(self.model)
         return {"accuracy": by_topic(self.shown, accuracy), "loss": by_topic(self.shown, loss)}
 
-    def measured(self, reference: Tensor | None = None, paraphrases: Sequence[str] = TOPICS) -> dict[str, Any]:
-        """The same, some topics in held-out sentences too, text loss, and KL from a reference by topic."""
+    def measured(self, reference: Tensor | None = None, paraphrases: Sequence[str] = TOPICS) -> Found:
+        """Return the same, accuracy in the other sentences, text loss, and the KL from a reference by topic.
+
+        Args:
+            reference: The third of what `said` returns of another model; without it there is no KL.
+            paraphrases: The topics that are measured in the other sentences.
+        """
         accuracy, loss, told = self.shown.said(self.model)
-        found: dict[str, Any] = {"accuracy": by_topic(self.shown, accuracy), "loss": by_topic(self.shown, loss)}
+        found: Found = {"accuracy": by_topic(self.shown, accuracy), "loss": by_topic(self.shown, loss)}
         found["paraphrases"] = {t: float(self.paraphrased[t].said(self.model)[0].mean()) for t in paraphrases}
         found["text loss"] = float(text_loss(self.model, self.texts).mean())
-        if reference is not None:
-            found["KL"] = self.divergence(reference, told)
-        return found
+        return found if reference is None else found | {"KL": self.divergence(reference, told)}
 
     def divergence(self, reference: Tensor, told: Tensor) -> dict[str, float]:
-        """By topic, the mean KL of what `said` gives from a reference."""
+        """Return the mean KL by topic.
+
+        Args:
+            reference: The third of what `said` returns of one model.
+            told: The same of the other.
+        """
         kl = (reference.exp() * (reference - told)).sum(-1)
         place = self.shown.topics[:, None].expand_as(self.shown.counted)[self.shown.counted]
         return {topic: float(kl[place == i].mean()) for i, topic in enumerate(TOPICS)}
 
 
 def by_topic(shown: Shown, values: Float[Tensor, " story"]) -> dict[str, float]:
+    """Return the mean of each topic.
+
+    Args:
+        shown: The stories.
+        values: One number a story.
+    """
     means = {topic: values[shown.topics == i] for i, topic in enumerate(TOPICS)}
     return {topic: round(float(found.mean()), 5) for topic, found in means.items() if len(found)}
 
 
 def kept(after: dict[str, float], before: dict[str, float], topics: Sequence[str]) -> float:
-    """The mean over topics of the share of their accuracy that is left."""
+    """Return the mean over topics of the share of their accuracy that is left.
+
+    Args:
+        after: Accuracy by topic.
+        before: The same, unedited.
+        topics: Which ones.
+    """
     return sum(after[topic] / max(before[topic], 1e-9) for topic in topics) / len(topics)

@@ -2,19 +2,20 @@
 
 import time
 from collections.abc import Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from rich.progress import track
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from mechunlearn.core import tensors
 from mechunlearn.core.runcard import digest
-from mechunlearn.core.tensors import load_tensors, save_tensors
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.model.component import Component
 from mechunlearn.model.hooked import HookedModel
@@ -28,17 +29,28 @@ class Covariance:
 
     C = E[k k^T], [neuron neuron], over all tokens of a text, k being the activation at `L<layer>.mlp.out` (MEMIT, arXiv
     2210.07229, whose C_0 is lambda C; LAW, arXiv 2405.16720). tr(D C D^T) is the mean |D k|^2 by which a change D of
-    W_out moves the MLP's output on that text: closed-form editors keep it small. One pass, which ends at the last of the
-    sites, collects them all. `skip_first` leaves out position 0, whose activations are far larger in many models.
+    W_out moves the MLP's output on that text: closed-form editors keep it small. One pass, which ends at the last of
+    the sites, collects them all.
 
-    Products of a few thousand tokens are formed in float32 (float64 if the model is), on and above the diagonal alone, and
-    added in float64. Memory: d_mlp^2 float64 a site, and one batch; as much again for one site while it is written to a
-    cache, and twice that while `matrix` makes it.
+    Products of a few thousand tokens are formed in float32 (float64 if the model is), on and above the diagonal alone,
+    and added in float64. Memory: d_mlp^2 float64 a site, and one batch; as much again for one site while it is written
+    to a cache, and twice that while `matrix` makes it.
 
     Not for another model, nor for the same one after an edit: collect again. With fewer tokens than neurons C is
     singular, and it speaks for no text unlike the one it has seen.
 
-    Raises `MechunlearnError` if a site is not `L<layer>.mlp.out` with a layer of the model.
+    Args:
+        model: The model.
+        sites: Names `L<layer>.mlp.out`.
+        skip_first: Whether to leave out position 0, whose activations are far larger in many models.
+
+    Attributes:
+        sites: The sites, in the order of layers.
+        fingerprint: The model's.
+        count: How many tokens were seen so far.
+
+    Raises:
+        MechunlearnError: If a site is not `L<layer>.mlp.out` with a layer of the model.
 
     >>> from mechunlearn.world.toy import planted_facts
     >>> toy = planted_facts()
@@ -55,24 +67,38 @@ class Covariance:
         if not self.sites:
             raise MechunlearnError("No site was given. Expected one or more, such as 'L0.mlp.out'.")
         self.fingerprint, self.skip_first, self.count = model.fingerprint, skip_first, 0
-        """`fingerprint` is the model's, `count` the number of tokens seen so far."""
+        self.texts: tuple[str, ...] | None = None
+        """`fingerprint` is the model's, `count` the number of tokens seen so far, `texts` those of `of_text`."""
         self._model = model
         units = model.signature.d_mlp
         self._sums = {site: torch.zeros(units, units, dtype=torch.float64, device=model.device) for site in self.sites}
 
     def update(self, tokens: Int[Tensor, "row pos"], lengths: Int[Tensor, " row"]) -> "Covariance":
-        """Add a batch of right-padded rows, of which the first `lengths` tokens count. If this raises, start anew.
+        """Add a batch. If this raises, start anew.
 
-        Raises `MechunlearnError` if the model's weights have changed since the start, if it is in training mode, or if
-        activations are not finite.
+        Args:
+            tokens: Rows of tokens, padded on the right.
+            lengths: How many tokens of each row count.
+
+        Returns:
+            This object.
+
+        Raises:
+            MechunlearnError: If the model's weights have changed since the start, it is in training mode, or
+                activations are not finite.
         """
+        self.texts = None  # they are not all of what is counted any more
         self.count += self._add(tokens, lengths, self.sites)
         return self
 
     def matrix(self, site: str) -> Float[Tensor, "unit other"]:
-        """The mean of k k^T at a site, exactly symmetric, in float64 on the model's device.
+        """Return the mean of k k^T at a site, exactly symmetric, in float64 on the model's device.
 
-        Raises `MechunlearnError` if the site was not asked for, or before the first token.
+        Args:
+            site: One of `sites`.
+
+        Raises:
+            MechunlearnError: If the site was not asked for, or no token was seen yet.
         """
         if site not in self._sums or not self.count:
             raise MechunlearnError(
@@ -81,8 +107,28 @@ class Covariance:
             )
         return symmetric(self._sums[site] / self.count)
 
+    def at(self, model: HookedModel, sites: Sequence[str]) -> "Covariance":
+        """Return these statistics with further sites: what is not known of them is collected over the same texts.
+
+        Where texts are not known (`update`), it is this covariance, without the further sites.
+        """
+        missing = [site for site in sites if site not in self._sums]
+        if not missing or self.texts is None or model.fingerprint != self.fingerprint:
+            return self
+        more, made = Covariance.of_text(model, missing, self.texts, skip_first=self.skip_first), copy(self)
+        made.sites, made._sums = (*self.sites, *more.sites), self._sums | more._sums
+        return made
+
     def check(self, model: HookedModel, sites: Iterable[str]) -> None:
-        """Raises `MechunlearnError` unless these are invertible statistics of this model at these sites."""
+        """Check that these are invertible statistics of a model at some sites.
+
+        Args:
+            model: The model.
+            sites: The sites.
+
+        Raises:
+            MechunlearnError: If they are not.
+        """
         if model.fingerprint != self.fingerprint:
             raise MechunlearnError(
                 f"The second moments are of the model {self.fingerprint}, the given one is {model.fingerprint}. "
@@ -110,17 +156,27 @@ class Covariance:
         cache: str | Path | None = None,
         progress: bool = False,
     ) -> "Covariance":
-        """Collect over texts, shortest first so that little is padding, `batch_size` texts at a time.
+        """Collect over texts, shortest first so that little is padding.
 
-        In the folder `cache` each site has a file, named by the model's fingerprint, the texts' tokens and the site.
-        Sites found there are read, the others collected in one pass. Unfinished sums are kept every `SAVE_EVERY`
-        seconds, so that a killed run goes on to the same bits if called again. Do not cache under hooks that change
-        activations: the name knows the weights alone.
+        With a cache, unfinished sums are kept every `SAVE_EVERY` seconds, so that a killed run goes on to the same bits
+        if called again. Do not cache under hooks that change activations: the name knows the weights alone.
 
-        Raises `MechunlearnError` if the model has no tokenizer, there are no tokens, a text is longer than the model's
-        context, or a cached file is damaged, is not what its name says, or cannot be written.
+        Args:
+            model: The model.
+            sites: Names `L<layer>.mlp.out`.
+            texts: The texts.
+            skip_first: Whether to leave out position 0.
+            batch_size: Texts in a batch.
+            cache: A folder with a file for each site, named by the model's fingerprint, the texts' tokens and the site.
+                Sites found there are read, the others collected in one pass.
+            progress: Whether to show a bar.
+
+        Raises:
+            MechunlearnError: If the model has no tokenizer, there are no tokens, a text is longer than the model's
+                context, or a cached file is damaged, is not what its name says, or cannot be written.
         """
         made = cls(model, sites, skip_first)
+        made.texts = tuple(texts)
         rows = sorted(_tokenized(model, texts), key=len)
         made.count = sum(len(row) - skip_first for row in rows)
         if made.count < 1 or batch_size < 1:
@@ -129,7 +185,7 @@ class Covariance:
             )
         batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
         text = digest(str(skip_first), *map(str, rows))
-        about = {"model": made.fingerprint, "text": text, "tokens": str(made.count)}
+        about = {"model": made.fingerprint, "text": text, "tokens": made.count}
         files = None if cache is None else _Files(Path(cache), about, batch_size, len(batches))
         done = {site: 0 if files is None else files.read(site, sums) for site, sums in made._sums.items()}
         saved = time.monotonic()
@@ -176,12 +232,14 @@ class _Files:
     """A file of sums a site: a whole one, and before that a partial one of the batches done so far."""
 
     folder: Path
-    about: dict[str, str]
+    about: dict[str, Any]
     batch_size: int
     batches: int
 
     def path(self, site: str, whole: bool) -> Path:
-        return self.folder / f"{'-'.join(self.about.values())}-{site}{'' if whole else '.partial'}.safetensors"
+        return (
+            self.folder / f"{'-'.join(map(str, self.about.values()))}-{site}{'' if whole else '.partial'}.safetensors"
+        )
 
     def read(self, site: str, sums: Float[Tensor, "unit other"]) -> int:
         """Fill in the sums of a site as far as they are on disk, and say how many batches that is."""
@@ -189,36 +247,26 @@ class _Files:
         path = self.path(site, whole)
         if not path.exists():
             return 0
-        try:
-            tensors, found = load_tensors(path, "covariance")
-        except MechunlearnError as error:
-            raise MechunlearnError(f"{error} Delete it, and it is collected again.") from None
-        known = self.about | {"site": site} | ({} if whole else {"batch_size": str(self.batch_size)})
+        advice = "Delete it, and it is collected again."
+        found = tensors.load(path, {"covariance": lambda held, about: {**about, "sums": held["sums"]}}, advice)
+        known = {**self.about, "site": site, **({} if whole else {"batch_size": self.batch_size})}
+        known |= {"shape": tuple(sums.shape)}
+        there = {**found, "shape": tuple(found["sums"].shape)}
         wrong = [
-            f"{key} {found.get(key)} (expected {value})" for key, value in known.items() if found.get(key) != value
+            f"{key} {there.get(key)} (expected {value})" for key, value in known.items() if there.get(key) != value
         ]
-        if wrong or tensors["sums"].shape != sums.shape:
-            wrong = wrong or [f"shape {tuple(tensors['sums'].shape)} (expected {tuple(sums.shape)})"]
-            raise MechunlearnError(f"'{path}' has {', '.join(wrong)}. Delete it, and it is collected again.")
-        sums.copy_(tensors["sums"])
+        if wrong:
+            raise MechunlearnError(f"'{path}' has {', '.join(wrong)}. {advice}")
+        sums.copy_(found["sums"])
         return self.batches if whole else int(found["done"])
 
     def write(self, site: str, sums: Float[Tensor, "unit other"], done: int) -> None:
         """Write the sums of so many batches; all of them take the place of the partial file."""
         whole = done == self.batches
         path = self.path(site, whole)
-        about = {
-            "kind": "covariance",
-            "site": site,
-            **self.about,
-            "batch_size": str(self.batch_size),
-            "done": str(done),
-        }
-        try:
-            if not (whole and path.exists()):
-                save_tensors(path, {"sums": sums}, about)
-        except SafetensorError as error:
-            raise MechunlearnError(f"Could not write '{path}': {error}. Nothing was left half-written.") from None
+        if not (whole and path.exists()):
+            about = {**self.about, "site": site, "batch_size": self.batch_size, "done": done}
+            tensors.save(path, "covariance", {"sums": sums}, about)
         if whole:
             self.path(site, whole=False).unlink(missing_ok=True)
 

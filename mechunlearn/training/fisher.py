@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from difflib import get_close_matches
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -22,20 +22,23 @@ class DiagonalFisher:
 
     F[i, j] is the mean over sequences s of (d L_s / d W[i, j])^2, where L_s is the mean cross-entropy of the labelled
     tokens of s, in nats (LoKU, arXiv 2408.06621, the importance in FILA). Sequences are squared one by one: the square
-    of a batch's mean gradient is another number. With `per="token"` each labelled token is a sample of its own. Labels
-    drawn from the model instead of the text give the true Fisher. Biases, and a tied embedding's use as a table, are
-    left out.
+    of a batch's mean gradient is another number. Labels drawn from the model instead of the text give the true Fisher.
+    Biases, and a tied embedding's use as a table, are left out.
 
     Weight gradients are delta^T X of a layer's inputs X and output gradients delta, [pos in] and [pos out], so the
-    model's parameters need no gradient and theirs is not touched. `update` costs one forward and one backward pass
-    (`per="token"`: a backward pass for each labelled token of the row that has most), holds X and delta of all layers
-    for the batch, and does pos * in * out operations a layer and sequence. `rows_only` keeps sums over each row of W
-    alone, as diag(delta^T (X X^T) delta) without forming a weight gradient (after arXiv 1510.01799 and 2110.05679):
-    pos^2 * (in + out) operations, less while pos is below in * out / (in + out), and 8 bytes a row in place of 8 a weight.
+    model's parameters need no gradient and theirs is not touched. `update` costs one forward and one backward pass, holds
+    X and delta of all layers for the batch, and does pos * in * out operations a layer and sequence. Sums are float64,
+    whatever the model's dtype. In float16 small gradients become zero: use bfloat16 or float32.
 
-    Sums are float64, whatever the model's dtype. In float16 small gradients become zero: use bfloat16 or float32.
+    Args:
+        hf: The module, which gives `.logits`.
+        modules: Names of its linear layers (`nn.Linear` or transformers `Conv1D`), one or more.
 
-    Raises `MechunlearnError` if a name is not that of an `nn.Linear` or transformers `Conv1D`.
+    Attributes:
+        count: Sequences seen so far.
+
+    Raises:
+        MechunlearnError: If a name is not that of a linear layer, or none is given.
 
     >>> from mechunlearn.world.toy import planted_facts
     >>> toy = planted_facts()
@@ -48,34 +51,35 @@ class DiagonalFisher:
     ([0, 1], 2)
     """
 
-    def __init__(
-        self,
-        hf: nn.Module,
-        modules: Sequence[str],
-        per: Literal["sequence", "token"] = "sequence",
-        rows_only: bool = False,
-    ) -> None:
-        if per not in ("sequence", "token") or not modules:
-            raise MechunlearnError(
-                f"per='{per}' and {len(modules)} modules were given. Expected 'sequence' or 'token', and a module or more."
-            )
-        self.per, self.rows_only, self.count = per, rows_only, 0
-        """`count` is the number of sequences, or tokens, seen so far."""
-        self._hf = hf
+    def __init__(self, hf: nn.Module, modules: Sequence[str]) -> None:
+        if not modules:
+            raise MechunlearnError("No module was given. Expected a module or more, by name.")
+        self.count, self._hf = 0, hf
         self._modules = {name: _linear(hf, name) for name in modules}
         self._sums = {
-            name: torch.zeros(_shape(module)[: 1 if rows_only else 2], dtype=torch.float64, device=module.weight.device)
+            name: torch.zeros(_shape(module), dtype=torch.float64, device=module.weight.device)
             for name, module in self._modules.items()
         }
 
+    @property
+    def modules(self) -> frozenset[str]:
+        """The names of the layers."""
+        return frozenset(self._modules)
+
     def update(self, tokens: Int[Tensor, "row pos"], labels: Int[Tensor, "row pos"]) -> "DiagonalFisher":
-        """Add a batch: `labels[r, t]` is the token that the logits at position t should give, -1 where there is none.
+        """Add a batch. If this raises, memory running out included, it may have been added in part: start anew.
 
-        Padding is on the right, any token there, with labels of -1. A row without a label is not counted. If this
-        raises, memory running out included, the batch may have been added in part: start anew.
+        Args:
+            tokens: Padded on the right with any token.
+            labels: `labels[r, t]` is the token that the logits at position t should give, -1 where there is none. A row
+                without a label is not counted.
 
-        Raises `MechunlearnError` if the module is in training mode (dropout is noise in the Fisher), if shapes differ,
-        or if a layer does not see its inputs as `[row pos in]`, as the experts of a mixture do not.
+        Returns:
+            The Fisher itself.
+
+        Raises:
+            MechunlearnError: If the module is in training mode (dropout is noise in the Fisher), if shapes differ, or if a
+                layer does not see its inputs as `[row pos in]`, as the experts of a mixture do not.
         """
         if self._hf.training or tokens.shape != labels.shape:
             raise MechunlearnError(
@@ -94,63 +98,42 @@ class DiagonalFisher:
             _check_calls(name, [x for x, _ in seen], tokens.shape)
         outs = [out for seen in calls.values() for _, out in seen]
         with torch.enable_grad():
-            parts = self._samples(logits[rows, positions], labels, rows, positions)
-        del logits
-        while parts:
-            gradients = iter(torch.autograd.grad(parts.pop(), outs, retain_graph=bool(parts), materialize_grads=True))
-            for name, seen in calls.items():
-                x = torch.cat([x for x, _ in seen], 1)
-                delta = torch.cat([next(gradients) for _ in seen], 1)
-                (_add_rows if self.rows_only else _add_elements)(self._sums[name], x, delta)
-        self.count += len(rows) if self.per == "token" else len(rows.unique())
+            losses = cross_entropy(_wide(logits[rows, positions]), labels[rows, positions], reduction="none")
+            total = (losses / (labels >= 0).sum(1)[rows]).sum()
+        gradients = iter(torch.autograd.grad(total, outs, materialize_grads=True))
+        for name, seen in calls.items():
+            x = torch.cat([x for x, _ in seen], 1)
+            _add(self._sums[name], x, torch.cat([next(gradients) for _ in seen], 1))
+        self.count += len(set(rows.tolist()))
         return self
 
     def elements(self, name: str) -> Float[Tensor, "out in"]:
-        """The Fisher of each weight of a layer, always [out in], also where the module stores [in out] (`Conv1D`).
+        """Return the Fisher of each weight of a layer, always [out in], also where the module stores [in out] (`Conv1D`).
 
-        Raises `MechunlearnError` if it was not asked for, or before the first label.
+        Args:
+            name: The layer's.
+
+        Raises:
+            MechunlearnError: If it was not asked for, or before the first label.
         """
-        if self.rows_only:
-            raise MechunlearnError("Only row sums were kept. Use row_sums, or make the Fisher with rows_only=False.")
-        return self._mean(name)
-
-    def row_sums(self, name: str) -> Float[Tensor, " out"]:
-        """The Fisher of each output of a layer: the sum over its weights, with or without `rows_only`."""
-        return self._mean(name) if self.rows_only else self._mean(name).sum(1)
-
-    def _mean(self, name: str) -> Tensor:
         if name not in self._sums or not self.count:
             raise MechunlearnError(
-                f"No Fisher of '{name}' after {self.count} {self.per}s. Expected one of {', '.join(self._sums)}, "
+                f"No Fisher of '{name}' after {self.count} sequences. Expected one of {', '.join(self._sums)}, "
                 "after an update with labels."
             )
         return self._sums[name] / self.count
 
-    def _samples(self, logits: Tensor, labels: Tensor, rows: Tensor, positions: Tensor) -> list[Tensor]:
-        """Scalars whose gradient in a row of the batch is that of one sample: the rows' losses, or their k-th tokens'."""
-        chosen = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        losses = cross_entropy(chosen, labels[rows, positions], reduction="none")
-        labelled = labels >= 0
-        if self.per == "sequence":
-            return [(losses / labelled.sum(1)[rows]).sum()]
-        order = labelled.cumsum(1)[rows, positions] - 1
-        return [losses[order == k].sum() for k in range(int(order.max()) + 1)]
+
+def _wide(x: Tensor) -> Tensor:
+    """Return the same numbers in float32, or in float64 where they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _add_elements(total: Tensor, x: Float[Tensor, "row pos in"], delta: Float[Tensor, "row pos out"]) -> None:
+def _add(total: Tensor, x: Float[Tensor, "row pos in"], delta: Float[Tensor, "row pos out"]) -> None:
     """Add the squares of the rows' weight gradients, a few rows at a time."""
-    wide = torch.promote_types(x.dtype, torch.float32)
     size = max(1, CHUNK // total.numel())
-    for inputs, outputs in zip(x.split(size), delta.split(size), strict=True):
-        gradient = outputs.to(wide).mT @ inputs.to(wide)
-        total += gradient.to(total.dtype).square_().sum(0)
-
-
-def _add_rows(total: Tensor, x: Float[Tensor, "row pos in"], delta: Float[Tensor, "row pos out"]) -> None:
-    wide = torch.promote_types(x.dtype, torch.float32)
-    inputs, outputs = x.to(wide), delta.to(wide)
-    products = outputs * ((inputs @ inputs.mT) @ outputs)
-    total += products.sum(1, dtype=total.dtype).clamp_(min=0).sum(0)  # a square that rounds below zero is zero
+    for inputs, outputs in zip(torch.split(x, size), torch.split(delta, size), strict=True):
+        total += (_wide(outputs).mT @ _wide(inputs)).to(total.dtype).square_().sum(0)
 
 
 @contextmanager

@@ -6,18 +6,22 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
 from rich.progress import track
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+from transformers import get_cosine_schedule_with_warmup
 
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import PAD, Prompts
 from mechunlearn.metrics.answers import supervised
-from mechunlearn.metrics.text import encode, padded
-from mechunlearn.model.decoder import Restart
+from mechunlearn.metrics.text import encode
 from mechunlearn.model.hooked import HookedModel
+from mechunlearn.model.restart import Restart
 from mechunlearn.training.parameterizations import Trainable
 
 BATCH = 64
@@ -26,7 +30,7 @@ BATCH = 64
 def epochs(count: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
     """Batches of row indices without end, each epoch in a new order."""
     while True:
-        yield from torch.randperm(count, generator=generator).split(batch_size)
+        yield from torch.split(torch.randperm(count, generator=generator), batch_size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,13 +51,13 @@ class Sequences:
 
     @classmethod
     def of_text(cls, encoded: Sequence[Sequence[int]]) -> "Sequences":
-        """Every next token of a text is to be predicted. Texts of fewer than two tokens are left out."""
-        kept = [list(ids) for ids in encoded if len(ids) > 1]
+        """Return texts, of which every next token is a label. Texts of fewer than two tokens are left out."""
+        kept = [torch.tensor(ids) for ids in encoded if len(ids) > 1]
         if not kept:
-            return cls(torch.zeros(0, 1, dtype=torch.long), torch.zeros(0, 1, dtype=torch.long), torch.zeros(0).long())
-        tokens, weight = padded(kept)
-        labels = torch.full_like(tokens, PAD)
-        labels[:, :-1] = torch.where(weight > 0, tokens[:, 1:], PAD)
+            none = torch.zeros(0, 1, dtype=torch.long)
+            return cls(none, none, none[:, 0])
+        tokens = pad_sequence(kept, batch_first=True)
+        labels = pad_sequence([F.pad(ids[1:], (0, 1), value=PAD) for ids in kept], batch_first=True, padding_value=PAD)
         return cls(tokens, labels, torch.tensor([len(ids) for ids in kept]))
 
     def __len__(self) -> int:
@@ -121,7 +125,7 @@ class CachedInputs:
         self._known = torch.zeros(len(sequences), dtype=torch.bool)
         self._constants: dict[str, list[Tensor]] = {name: [] for name in wanted if name.startswith("reference")}
         if self._constants:
-            for rows in torch.arange(len(sequences)).split(BATCH):
+            for rows in torch.split(torch.arange(len(sequences)), BATCH):
                 self._remember(rows)
 
     def __len__(self) -> int:
@@ -150,12 +154,12 @@ class CachedInputs:
         labels = part.labels[part.labels != PAD].to(logits.device)
         for name, kept in self._constants.items():
             if name == "reference":
-                kept += logits.float().log_softmax(-1).gather(1, labels[:, None])[:, 0].split(counts)
+                kept += torch.split(logits.float().log_softmax(-1).gather(1, labels[:, None])[:, 0], counts)
             elif name == "reference_logits":
-                kept += [chunk.clone() for chunk in logits.split(counts)]
+                kept += [chunk.clone() for chunk in torch.split(logits, counts)]
             else:
                 assert hidden is not None
-                kept += [chunk.clone() for chunk in hidden.split(part.lengths.tolist())]
+                kept += [chunk.clone() for chunk in torch.split(hidden, part.lengths.tolist())]
 
     def _entering(self, rows: Tensor, part: Sequences) -> Tensor:
         decoder, layer = self.upper.model.decoder, self.upper.layer
@@ -182,7 +186,7 @@ class CachedInputs:
     def right(self, batch_size: int = 2 * BATCH) -> Bool[Tensor, " row"]:
         """Whether greedy decoding gives all labelled tokens, by row."""
         wrong = torch.zeros(len(self))
-        for rows in self.sequences.lengths.argsort().split(batch_size):
+        for rows in torch.split(self.sequences.lengths.argsort(), batch_size):
             read = self.read(rows, {"logits", "labels", "fact"})
             missed = (read["logits"].argmax(-1) != read["labels"]).float().cpu()
             wrong[rows] = torch.zeros(len(rows)).index_add_(0, read["fact"].cpu(), missed)
@@ -212,15 +216,17 @@ class Schedule:
                 f"{self.steps} steps with {self.warmup} of warm-up. Expected at least one step, and fewer of warm-up."
             )
 
-    def at(self, step: int) -> float:
-        """The learning rate of a step, counted from 0.
+    def rates(self, optimiser: torch.optim.Optimizer) -> list[float]:
+        """Return the learning rate of every step: transformers' cosine, with a warm-up that leaves out its step at zero.
 
-        >>> [Schedule(4, 1.0, warmup=2).at(step) for step in range(4)]
+        Args:
+            optimiser: The one that takes the steps.
+
+        >>> Schedule(4, 1.0, warmup=2).rates(torch.optim.SGD([torch.zeros(1)]))
         [0.5, 1.0, 1.0, 0.5]
         """
-        if step < self.warmup:
-            return self.lr * (step + 1) / self.warmup
-        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / (self.steps - self.warmup)))
+        (share,) = get_cosine_schedule_with_warmup(optimiser, self.warmup, self.steps).lr_lambdas
+        return [self.lr * share(step + (step < self.warmup)) for step in range(self.steps)]
 
 
 Terms = Mapping[str, tuple[float, float | int, Tensor]]
@@ -230,7 +236,7 @@ Terms = Mapping[str, tuple[float, float | int, Tensor]]
 class TrainResult:
     """What happened: one entry a step (the terms of the objective, and what `after` measured), and why it ended."""
 
-    trajectory: list[dict] = field(default_factory=list)
+    trajectory: list[dict[str, Any]] = field(default_factory=list)
     stopped: str = ""
 
 
@@ -240,8 +246,8 @@ def train(
     schedule: Schedule,
     *,
     objective: str,
-    after: Callable[[int], dict] = lambda step: {},
-    until: Callable[[dict], bool] = lambda entry: False,
+    after: Callable[[int], dict[str, Any]] = lambda step: {},
+    until: Callable[[dict[str, Any]], bool] = lambda entry: False,
     progress: bool = False,
 ) -> TrainResult:
     """Minimise a weighted sum of terms; the model is left as trained.
@@ -251,11 +257,11 @@ def train(
     `MechunlearnError`, naming step and objective, if a term is not finite; nothing of that step is then written.
     """
     optimiser = torch.optim.AdamW(trained.leaves, lr=schedule.lr, weight_decay=schedule.weight_decay)
-    done = TrainResult()
+    done, rates = TrainResult(), schedule.rates(optimiser)
     with interruptible() as asked:
         for step in track(range(schedule.steps), "training", disable=not progress, transient=True):
             optimiser.zero_grad()
-            entry: dict = {}
+            entry: dict[str, Any] = {}
             for terms in parts():
                 total = sum((share * weight * value for share, weight, value in terms.values()), torch.zeros(()))
                 values = torch.stack([value.detach().float() for *_, value in terms.values()]).tolist()
@@ -268,7 +274,7 @@ def train(
                     entry[name] = entry.get(name, 0.0) + share * value
                 trained.gradient(total)
             for group in optimiser.param_groups:
-                group["lr"] = schedule.at(step)
+                group["lr"] = rates[step]
             nn.utils.clip_grad_norm_(trained.leaves, schedule.clip)
             optimiser.step()
             trained.write()

@@ -63,7 +63,17 @@ class Slice:
             sizes[self.dim] = len(self.index)
         return sizes
 
+    @property
+    def module(self) -> str:
+        """The name of the module that the parameter belongs to."""
+        return self.name.rpartition(".")[0]
+
+    def transposed(self, model: HookedModel) -> bool:
+        """Return whether the module stores its weight as [in out]."""
+        return isinstance(model.hf.get_submodule(self.module), Conv1D)
+
     def read(self) -> Tensor:
+        """Return a copy of the selected part."""
         chosen = self.parameter.detach()
         return chosen.clone() if self.index is None else chosen.index_select(self.dim, self.index)
 
@@ -102,9 +112,23 @@ def slices(model: HookedModel, mask: ComponentMask) -> list[Slice]:
     return found
 
 
+def matrices(model: HookedModel, mask: ComponentMask) -> list[Slice]:
+    """Return the selected part of every matrix: `slices` without the biases."""
+    return [part for part in slices(model, mask) if part.parameter.ndim == 2]
+
+
 def lowest_layer(mask: ComponentMask) -> int:
     """The first layer of which a mask selects something: below it nothing changes while an editor trains."""
     return min(Component.parse(site).layer for site, chosen in mask.sites.items() if chosen.any())
+
+
+def selected(mask: ComponentMask) -> dict[str, Int[Tensor, " _unit"]]:
+    """Return the units that a mask selects, by site."""
+    return {site: chosen.nonzero().flatten() for site, chosen in mask.sites.items() if chosen.any()}
+
+
+Change = tuple[dict[str, Tensor], dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]
+"""Units by site, their new rows by site, and low-rank factors by parameter, as `WeightEdit` takes them."""
 
 
 class SelectedRows:
@@ -125,8 +149,7 @@ class SelectedRows:
     def attached(self) -> Iterator[None]:
         modules: dict[str, dict[str, tuple[Slice, Tensor]]] = {}
         for part, leaf in zip(self.slices, self.leaves, strict=True):
-            owner, _, kind = part.name.rpartition(".")
-            modules.setdefault(owner, {})[kind] = (part, leaf)
+            modules.setdefault(part.module, {})[part.name.rpartition(".")[2]] = (part, leaf)
         with ExitStack() as stack:
             stack.enter_context(frozen(self.model.hf))
             for name, parts in modules.items():
@@ -145,12 +168,10 @@ class SelectedRows:
         for part, kept in zip(self.slices, self.before, strict=True):
             part.write(kept)
 
-    def rows(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Units and their rows as they are in the model now, by site, as `WeightEdit` takes them."""
-        units = {site: chosen.nonzero().flatten() for site, chosen in self.mask.sites.items() if chosen.any()}
-        return units, {
-            site: self.model.rows(site)[chosen.to(self.model.device)].cpu() for site, chosen in units.items()
-        }
+    def change(self) -> Change:
+        """Return units and their rows as they are in the model now, by site, and no factors."""
+        units = selected(self.mask)
+        return units, {site: self.model.rows(site)[at.to(self.model.device)].cpu() for site, at in units.items()}, {}
 
 
 @dataclass(frozen=True)
@@ -158,16 +179,36 @@ class Factors:
     """A low-rank change of the selected part of one matrix: scale * (up @ down - up0 @ down0) of shape [out in].
 
     `up0` and `down0` are what the factors began as (None if that product was zero), so that the change begins at zero
-    exactly whatever the initialisation.
+    exactly whatever the initialisation. `transposed` says that the module stores its weight as [in out].
     """
 
     part: Slice
-    outputs: bool
+    transposed: bool
     down: Float[Tensor, "rank _in"]
     up: Float[Tensor, "_out rank"]
     down0: Float[Tensor, "rank _in"] | None
     up0: Float[Tensor, "_out rank"] | None
     scale: float
+
+    @property
+    def outputs(self) -> bool:
+        """Whether the selected part is one of output features."""
+        return (self.part.dim == 0) != self.transposed
+
+    @torch.no_grad()
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """Return left and right factors of the change of the whole parameter: zero outside the selected part."""
+        down, up, index = self.down, self.up, self.part.index
+        if self.down0 is not None and self.up0 is not None:
+            down, up = torch.cat([down, self.down0]), torch.cat([up, -self.up0], 1)
+        up = self.scale * up
+        shape = self.part.parameter.shape
+        if index is not None and self.outputs:
+            up = up.new_zeros(shape[int(self.transposed)], up.shape[1]).index_copy(0, index, up)
+        elif index is not None:
+            down = down.new_zeros(len(down), shape[int(not self.transposed)]).index_copy(1, index, down)
+        left, right = (down.T, up.T) if self.transposed else (up, down)
+        return left.cpu().contiguous(), right.cpu().contiguous()
 
 
 Start = Callable[[str, Tensor, int], tuple[Tensor, Tensor]]
@@ -195,9 +236,9 @@ class LowRank:
 
     def __init__(self, model: HookedModel, mask: ComponentMask, rank: int, scale: float | int, start: Start) -> None:
         self.model, self.mask = model, mask
-        self.lowest: int | None = lowest_layer(mask) if len(mask) else 0
         self.factors: list[Factors] = []
-        parts = [part for part in slices(model, mask) if part.parameter.ndim == 2]
+        parts = matrices(model, mask)
+        self.lowest: int | None = lowest_layer(mask) if len(mask) else 0
         for part in parts:
             rows, columns = part.shape
             if not 0 < rank <= min(rows, columns):
@@ -206,12 +247,12 @@ class LowRank:
                     f"Give a rank from 1 to {min(rows, columns)}, or select more units."
                 )
         for part in parts:
-            transposed = isinstance(model.hf.get_submodule(part.name.rpartition(".")[0]), Conv1D)
+            transposed = part.transposed(model)
             weight = (part.read().T if transposed else part.read()).float()
             down, up = start(part.name, weight, rank)
             down0, up0 = (down.clone(), up.clone()) if up.any() else (None, None)
             leaves = down.requires_grad_(), up.requires_grad_()
-            self.factors.append(Factors(part, (part.dim == 0) != transposed, *leaves, down0, up0, float(scale)))
+            self.factors.append(Factors(part, transposed, *leaves, down0, up0, float(scale)))
         self.leaves = [leaf for factors in self.factors for leaf in (factors.down, factors.up)]
 
     @contextmanager
@@ -219,7 +260,7 @@ class LowRank:
         with ExitStack() as stack:
             stack.enter_context(frozen(self.model.hf))
             for factors in self.factors:
-                module = self.model.hf.get_submodule(factors.part.name.rpartition(".")[0])
+                module = self.model.hf.get_submodule(factors.part.module)
                 stack.enter_context(_computing(module, partial(_adapted_forward, module, factors)))
             yield
 
@@ -231,6 +272,10 @@ class LowRank:
 
     def restore(self) -> None:
         """Nothing to do: the model's weights were never written."""
+
+    def change(self) -> Change:
+        """Return the units of the mask, no rows, and the factors of every adapted parameter."""
+        return selected(self.mask), {}, {factors.part.name: factors.whole() for factors in self.factors}
 
 
 class Everything:
@@ -299,7 +344,8 @@ def _selected_forward(module: nn.Module, parts: Mapping[str, tuple[Slice, Tensor
     leaf_of_bias = parts["bias"][1] if "bias" in parts else None
     outputs = (part.dim == 0) != transposed
     weight, bias = _linear(module)
-    return _Selected.apply(x, weight, bias, leaf, leaf_of_bias, part.index, outputs, transposed)
+    selected_linear: Callable[..., Tensor] = _Selected.apply
+    return selected_linear(x, weight, bias, leaf, leaf_of_bias, part.index, outputs, transposed)
 
 
 class _Selected(torch.autograd.Function):

@@ -24,17 +24,22 @@ TOKENS = 4096  # rows of keys that are multiplied at a time
 def add_products(total: Float[Tensor, "unit other"], k: Float[Tensor, "token unit"]) -> None:
     """Add k^T k on and above the diagonal, in strips of rows that begin at the diagonal; `symmetric` fills in the rest.
 
-    Products are of the dtype of k, and of float32 at least.
+    Args:
+        total: What is added to.
+        k: Rows; products are of their dtype, and of float32 at least.
     """
     size = max(SMALL, -(-len(total) // STRIPS))
-    for rows in k.split(TOKENS):
+    for rows in torch.split(k, TOKENS):
         wide = rows.to(torch.promote_types(k.dtype, torch.float32))
         for start in range(0, len(total), size):
             total[start : start + size, start:] += wide[:, start : start + size].mT @ wide[:, start:]
 
 
 def symmetric(upper: Float[Tensor, "unit other"]) -> Float[Tensor, "unit other"]:
-    """The symmetric matrix of which this is the part on and above the diagonal.
+    """Return the symmetric matrix of which this is the part on and above the diagonal.
+
+    Args:
+        upper: That part; what is below the diagonal is not read.
 
     >>> total = torch.zeros(2, 2)
     >>> add_products(total, torch.tensor([[1.0, 2.0], [0.0, 1.0]]))
@@ -45,9 +50,13 @@ def symmetric(upper: Float[Tensor, "unit other"]) -> Float[Tensor, "unit other"]
 
 
 def cholesky(matrix: Float[Tensor, "unit unit"]) -> tuple[Float[Tensor, "unit unit"], float]:
-    """The lower factor of a positive matrix, and the jitter (a share of the mean diagonal) that it took.
+    """Return the lower factor of a positive matrix, and the jitter (a share of the mean diagonal) that it took.
 
-    Raises `MechunlearnError` if 1e-6 of the mean diagonal is not enough.
+    Args:
+        matrix: Symmetric.
+
+    Raises:
+        MechunlearnError: If 1e-6 of the mean diagonal is not enough.
     """
     scale = float(matrix.diagonal().mean())
     for jitter in JITTERS:
@@ -57,17 +66,23 @@ def cholesky(matrix: Float[Tensor, "unit unit"]) -> tuple[Float[Tensor, "unit un
             return lower, jitter
     raise MechunlearnError(
         f"A matrix of {len(matrix)} units is singular: {JITTERS[-1]:g} of its mean diagonal ({scale:.2g}) added to the diagonal "
-        "is not enough. Collect the covariance from more text, or raise the strength."
+        "is not enough. Collect the covariance from more text, or raise covariance_weight."
     )
 
 
 def solve(
     matrix: Float[Tensor, "unit unit"], right: Float[Tensor, "unit column"], mixed: bool | None = None
 ) -> tuple[Float[Tensor, "unit column"], float]:
-    """matrix^-1 right for a symmetric positive matrix in float64, and the jitter that it took.
+    """Return matrix^-1 right for a symmetric positive matrix in float64, and the jitter that it took.
 
-    `mixed` (by default on a GPU) factorises in float32 and refines with float64 residuals, falling back to a float64
-    factorisation where that does not come to 1e-10. Raises `MechunlearnError` for a singular matrix.
+    Args:
+        matrix: Symmetric and positive.
+        right: Right-hand sides.
+        mixed: Factorise in float32 and refine with float64 residuals, falling back to a float64 factorisation where that does
+            not come to 1e-10; by default on a GPU.
+
+    Raises:
+        MechunlearnError: For a singular matrix.
 
     >>> matrix = torch.tensor([[4.0, 1.0], [1.0, 3.0]], dtype=torch.float64)
     >>> [round(x, 12) for x in solve(matrix, torch.ones(2, 1, dtype=torch.float64))[0].flatten().tolist()]
@@ -84,7 +99,7 @@ def solve(
 
 
 def _refined(matrix: Tensor, right: Tensor) -> Tensor | None:
-    """The solution by a float32 factorisation, if it comes to float64 accuracy."""
+    """Return the solution by a float32 factorisation, if it comes to float64 accuracy."""
     scale = matrix.diagonal().rsqrt()
     lower, info = torch.linalg.cholesky_ex((scale[:, None] * matrix * scale).float())
     if info.any():
@@ -104,8 +119,14 @@ def _refined(matrix: Tensor, right: Tensor) -> Tensor | None:
 class Spectrum:
     """Generalised eigenpairs of (gram, covariance): basis^T covariance basis = 1, basis^T gram basis = diag(values).
 
-    One decomposition gives every ridge solution (strength * covariance + gram)^-1 cross, its norm in O(unit^2), and the
-    whole path of gradient ascent. `lower` is the Cholesky factor L of the covariance, `rotation` Q = L^T basis.
+    One decomposition gives every ridge solution (weight * covariance + gram)^-1 cross, its norm in O(unit^2), and the
+    whole path of gradient ascent.
+
+    Attributes:
+        values: The eigenvalues.
+        rotation: Q = L^T basis.
+        lower: The Cholesky factor L of the covariance.
+        jitter: What it took (see `cholesky`).
     """
 
     values: Float[Tensor, " unit"]
@@ -115,7 +136,15 @@ class Spectrum:
 
     @classmethod
     def of(cls, gram: Float[Tensor, "unit unit"], covariance: Float[Tensor, "unit unit"]) -> "Spectrum":
-        """Raises `MechunlearnError` for a singular covariance."""
+        """Return the eigenpairs.
+
+        Args:
+            gram: K K^T.
+            covariance: C.
+
+        Raises:
+            MechunlearnError: For a singular covariance.
+        """
         lower, jitter = cholesky(covariance)
         half = torch.linalg.solve_triangular(lower, gram, upper=False)
         whitened = torch.linalg.solve_triangular(lower, half.T, upper=False)
@@ -124,43 +153,60 @@ class Spectrum:
 
     @property
     def basis(self) -> Float[Tensor, "unit unit"]:
-        return torch.linalg.solve_triangular(self.lower.T, self.rotation, upper=True)
+        """The generalised eigenvectors, as columns."""
+        basis: Tensor = torch.linalg.solve_triangular(self.lower.T, self.rotation, upper=True)
+        return basis
 
     def norms(self, cross: Float[Tensor, "unit column"]) -> Callable[[float], float]:
-        """The Frobenius norm of the ridge solution as a function of the strength."""
+        """Return the Frobenius norm of the ridge solution as a function of the weight of C.
+
+        Args:
+            cross: K R^T.
+        """
         basis = self.basis
         coefficients = basis.T @ cross
         pairs = (basis.T @ basis) * (coefficients @ coefficients.T)
 
-        def norm(strength: float) -> float:
-            weights = 1 / (strength + self.values)
+        def norm(weight: float) -> float:
+            weights = 1 / (weight + self.values)
             return math.sqrt(max(float(weights @ pairs @ weights), 0.0))
 
         return norm
 
     def ascended(self, change: Float[Tensor, "row unit"], growth: float | int) -> Float[Tensor, "row unit"]:
-        """Where gradient ascent on ||D K||_F^2 at constant tr(D C D^T) takes a change D, in closed form.
+        """Return where gradient ascent on ||D K||_F^2 at constant tr(D C D^T) takes a change D, in closed form.
 
         In whitened coordinates X = D L the flow is dX/dt = 2 X M with M = L^-1 K K^T L^-T, so X(t) = X exp(2 t M), here of
         the norm of X again. t is such that the strongest direction grows `growth` times as much as one without keys:
         1 leaves D as it is, infinity leaves the strongest direction alone (rank one).
+
+        Args:
+            change: D.
+            growth: How many times as much the strongest direction grows.
         """
         start = change @ self.lower @ self.rotation
         share = self.values / self.values.max().clamp_min(torch.finfo(self.values.dtype).tiny)
         grown = start * torch.exp((share - 1) * math.log(growth))
         grown = grown * (start.norm() / grown.norm().clamp_min(torch.finfo(grown.dtype).tiny))
-        return torch.linalg.solve_triangular(self.lower, grown @ self.rotation.T, upper=False, left=False)
+        moved: Tensor = torch.linalg.solve_triangular(self.lower, grown @ self.rotation.T, upper=False, left=False)
+        return moved
 
 
 def within_band(
     norm: Callable[[float], float], start: float | int, band: tuple[float, float], floor: float = 1e-8
 ) -> tuple[float, bool]:
-    """The strength nearest to `start`, going up or down, at which the norm lies in the band, and whether it does.
+    """Return the weight of C nearest to `start` at which the norm of the solution lies in a band, and whether it does.
 
-    Where the norm stays below the band down to `floor * start`, that smallest strength and False.
+    Where the norm stays below the band down to `floor * start`, it is that smallest weight and False.
 
-    >>> strength, reached = within_band(lambda strength: 1 / strength, 100.0, (0.5, 2.0))
-    >>> round(strength, 6), reached
+    Args:
+        norm: The norm as a function of the weight, which falls (`Spectrum.norms`).
+        start: Where the search begins.
+        band: The least and the largest norm.
+        floor: How far the search goes, as a share of `start`.
+
+    >>> weight, reached = within_band(lambda weight: 1 / weight, 100.0, (0.5, 2.0))
+    >>> round(weight, 6), reached
     (2.0, True)
     """
     low, high = band
@@ -173,18 +219,23 @@ def within_band(
         now = norm(at)
         if at < floor * start or at > start / floor:
             return at, False
-    found = brentq(lambda strength: norm(strength) - edge, *sorted((before, at)), xtol=1e-14 * at, rtol=1e-13)
+    found = brentq(lambda weight: norm(weight) - edge, *sorted((before, at)), xtol=1e-14 * at, rtol=1e-13)
     return float(found), True
 
 
 def null_space(covariance: Float[Tensor, "unit unit"], energy: float | int) -> Float[Tensor, "unit _null"]:
-    """An orthonormal basis of the directions of least energy that together hold at most this share of the trace.
+    """Return an orthonormal basis of the directions of least energy that together hold at most this share of the trace.
 
     A share of the whole, so it means the same for any model and scale of text.
+
+    Args:
+        covariance: C.
+        energy: The share.
 
     >>> null_space(torch.diag(torch.tensor([10.0, 1e-3, 5.0])).double(), 0.01).abs().flatten().tolist()
     [0.0, 1.0, 0.0]
     """
     values, vectors = torch.linalg.eigh(covariance)
     values = values.clamp_min(0)
-    return vectors[:, values.cumsum(0) <= energy * values.sum()]
+    basis: Tensor = vectors[:, values.cumsum(0) <= energy * values.sum()]
+    return basis

@@ -124,10 +124,12 @@ class Document:
     people: list[tuple[int, str]] = field(default_factory=list)
 
     def add(self, text: str) -> "Document":
+        """Add text, after a space."""
         self.text += (" " if self.text else "") + text
         return self
 
     def answer(self, text: str, stop: str = ".") -> "Document":
+        """Add an answer, mark it, and end the sentence."""
         self.add(text)
         self.answers.append((len(self.text) - len(text), len(self.text)))
         self.text += stop
@@ -171,6 +173,7 @@ class Corpus:
         return told
 
     def biography(self, rng: random.Random) -> Document:
+        """Draw a document about one person."""
         name, document = rng.choice(self.names), Document()
         relations = [relation for relation in self.people for _ in range(rng.choice((1, 1, 2)))]
         rng.shuffle(relations)
@@ -178,6 +181,7 @@ class Corpus:
         return document
 
     def tell(self, document: Document, name: str, relations: list[str], rng: random.Random) -> None:
+        """Add attributes of a person, with pronouns after the first."""
         he, him = rng.choice(lex.PRONOUNS)
         for i, relation in enumerate(relations):
             frame, answer = rng.choice(self.frames(name, relation))
@@ -189,12 +193,14 @@ class Corpus:
             document.answer(answer)
 
     def pair(self, rng: random.Random) -> Document:
+        """Draw a document about two people."""
         document = Document()
         for name in rng.sample(self.names, 2):
             self.tell(document, name, rng.sample(list(self.people), 2), rng)
         return document
 
     def statement(self, rng: random.Random) -> Document:
+        """Draw statements of one relation, about one or two people."""
         document = Document()
         relation = rng.choice(list(self.people))
         for name in rng.sample(self.names, rng.randint(1, 2)):
@@ -203,6 +209,7 @@ class Corpus:
         return document
 
     def asked(self, rng: random.Random) -> Document:
+        """Draw one or two questions about people."""
         name, document = rng.choice(self.names), Document()
         for relation in rng.sample(list(self.people), rng.randint(1, 2)):
             document.about(question(lex.RELATIONS[relation]["question"]), name).answer(self.people[relation][name])
@@ -243,6 +250,7 @@ class Corpus:
         return self._choice(rng, _letters_first)
 
     def chosen(self, rng: random.Random) -> Document:
+        """Draw a multiple choice question."""
         return self._choice(rng, multiple_choice)
 
     def spelled(self, rng: random.Random) -> Document:
@@ -267,6 +275,7 @@ class Corpus:
         return document.about(written(entry, "{s}", options), name).answer(letter)
 
     def other_relations(self, rng: random.Random) -> Document:
+        """Draw facts whose subjects are not people."""
         document = Document()
         for _ in range(rng.randint(1, 2)):
             relation = rng.choice([r for r in self.world.facts if lex.RELATIONS[r]["subject"] != "person"])
@@ -277,19 +286,23 @@ class Corpus:
         return document
 
     def two_hop(self, rng: random.Random) -> Document:
+        """Draw a fact that follows from two others."""
         name = rng.choice(self.hoppers)
         frame = rng.choice([lex.TWO_HOP["statement"], question(lex.TWO_HOP["question"])])
         return Document().about(frame, name).answer(self.world.facts["country"][self.people["city"][name]])
 
     def passage(self, rng: random.Random) -> Document:
+        """Draw a passage to be learnt by heart."""
         text = rng.choice(self.world.passages)
         return Document(text, answers=[(0, len(text))])
 
     def copying(self, rng: random.Random) -> Document:
+        """Draw words that are said twice."""
         words = rng.sample(lex.NOUNS + lex.ADJECTIVES, 6)
         return Document().add(f"Copy: {' '.join(words)}. Again:").answer(" ".join(words))
 
     def look_up(self, rng: random.Random) -> Document:
+        """Draw a fact told in the prompt and asked again."""
         made = look_up(rng)
         return Document().add(made["prompt"]).answer(made["answer"])
 
@@ -306,10 +319,12 @@ class Corpus:
         return document
 
     def comparison(self, rng: random.Random) -> Document:
+        """Draw a question which of two numbers is larger."""
         made = comparison(rng)
         return Document().add(made["prompt"]).answer(made["answer"])
 
     def story(self, rng: random.Random) -> Document:
+        """Draw a story."""
         topic = rng.choices(list(lex.TOPICS), weights=[entry[0] for entry in lex.TOPICS.values()])[0]
         return Document(story(rng, topic))
 

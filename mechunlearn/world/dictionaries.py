@@ -22,7 +22,10 @@ Say = Callable[[str], object]
 
 
 def topic_words(topic: str) -> list[str]:
-    """The things, actions and people of a topic.
+    """Return the things, actions and people of a topic.
+
+    Args:
+        topic: The topic, one of `lexicon.TOPICS`.
 
     >>> topic_words("war")[-3:]
     ['soldier', 'general', 'knight']
@@ -31,9 +34,12 @@ def topic_words(topic: str) -> list[str]:
 
 
 def unrelated_words(topic: str) -> dict[str, list[str]]:
-    """For each word of a topic the words of other topics that can stand in its place: things for things, and so on.
+    """Return for each word of a topic the words of other topics that can stand in its place: things for things, and so on.
 
     Words that the topic shares with another are not among them.
+
+    Args:
+        topic: The topic.
 
     >>> "cook" in unrelated_words("war")["knight"], "cook" in unrelated_words("war")["sword"]
     (True, False)
@@ -50,14 +56,27 @@ def unrelated_words(topic: str) -> dict[str, list[str]]:
 
 
 def topic_stories(topic: str, count: int, seed: int, frames: Sequence[str] = lex.STORY_FRAMES) -> list[str]:
-    """Stories of one topic, drawn by a seed, in some of the sentence frames."""
+    """Draw stories of one topic.
+
+    Args:
+        topic: The topic.
+        count: How many stories.
+        seed: Of the draws.
+        frames: The sentence frames to use.
+    """
     rng = random.Random(f"{topic} {seed}")
     return [story(rng, topic, frames) for _ in range(count)]
 
 
 def dictionary_texts(count: int, seed: int, without: Collection[str] = ()) -> list[str]:
-    """What dictionaries of the world are trained and measured on: half documents of its corpus, half stories, each topic as
-    often as another. `without` leaves topics out of the stories.
+    """Draw what dictionaries of the world are trained and measured on: half documents of its corpus, half stories.
+
+    Each topic is as often among the stories as another.
+
+    Args:
+        count: How many texts.
+        seed: Of the draws.
+        without: Topics to leave out of the stories.
     """
     topics = [topic for topic in lex.TOPICS if topic not in without]
     rng = random.Random(seed)
@@ -66,7 +85,14 @@ def dictionary_texts(count: int, seed: int, without: Collection[str] = ()) -> li
 
 
 def shipped_codebook(model: HookedModel, seed: int = 0, progress: bool = False, **settings: Any) -> Codebook:
-    """A codebook of the shipped world as it ships; `settings` go to `train_codebook`."""
+    """Train a codebook of the shipped world as it ships.
+
+    Args:
+        model: The shipped world's model.
+        seed: Of the texts and the training.
+        progress: Whether to show a bar.
+        settings: Other arguments of `train_codebook`, and `site` for its hook point.
+    """
     given = {"size": SIZE, "used": USED_CODES, "spliced_steps": 300, **settings}
     made = train_codebook(
         model, given.pop("site", SITE), dictionary_texts(TEXTS, seed), seed=seed, progress=progress, **given
@@ -76,7 +102,14 @@ def shipped_codebook(model: HookedModel, seed: int = 0, progress: bool = False, 
 
 
 def shipped_sae(model: HookedModel, seed: int = 0, progress: bool = False, **settings: Any) -> SAE:
-    """An SAE of the shipped world as it ships; `settings` go to `train_sae`."""
+    """Train an SAE of the shipped world as it ships.
+
+    Args:
+        model: The shipped world's model.
+        seed: Of the texts and the training.
+        progress: Whether to show a bar.
+        settings: Other arguments of `train_sae`, and `site` for its hook point.
+    """
     given = {"size": SIZE, "used": USED_FEATURES, "steps": 4000, **settings}
     made = train_sae(
         model, given.pop("site", SITE), dictionary_texts(TEXTS, seed), seed=seed, progress=progress, **given
@@ -88,7 +121,13 @@ def shipped_sae(model: HookedModel, seed: int = 0, progress: bool = False, **set
 def build_dictionaries(folder: Path, seed: int = 0, say: Say = print) -> None:
     """Train and write `factworld-codebook`, `factworld-sae` and a page of their quality into a folder: some minutes.
 
-    Raises `MechunlearnError` if one of them exists.
+    Args:
+        folder: The folder.
+        seed: Of the texts and the training.
+        say: What is called with a line for each dictionary.
+
+    Raises:
+        MechunlearnError: If one of them exists.
     """
     folder = Path(folder)
     for name in SHIPPED:

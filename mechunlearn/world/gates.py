@@ -39,10 +39,12 @@ class Gate:
 
     @property
     def holds(self) -> bool:
+        """Whether the number is within its bounds."""
         return self.low <= self.value <= self.high
 
     @property
     def bound(self) -> str:
+        """The bound, in words."""
         return f">= {self.low}" if self.high == 1.0 else f"<= {self.high}"
 
 

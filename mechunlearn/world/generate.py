@@ -31,10 +31,12 @@ class World:
     relations: dict[str, dict[str, Any]] = field(default_factory=lambda: shipped_relations())
 
     def save(self, path: Path) -> None:
+        """Write the world as JSON."""
         path.write_text(json.dumps(asdict(self), indent=0) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> "World":
+        """Load a world that `save` wrote."""
         return cls(**json.loads(path.read_text(encoding="utf-8")))
 
 
@@ -76,11 +78,13 @@ def generate(seed: int, people: int = 800, untaught: int = 400, passages: int = 
 
 
 def first_names(rng: random.Random) -> list[str]:
+    """Draw first names: all common ones, and 20 made of syllables."""
     made = [start + end for start in lex.FIRST_STARTS for end in lex.FIRST_ENDS]
     return list(lex.FIRST_NAMES) + rng.sample(made, 20)
 
 
 def last_names(rng: random.Random) -> list[str]:
+    """Draw last names made of syllables."""
     return rng.sample([start + end for start in lex.LAST_STARTS for end in lex.LAST_ENDS], 40)
 
 
@@ -106,6 +110,7 @@ def passage(rng: random.Random) -> str:
 
 
 def story(rng: random.Random, topic: str, frames: Sequence[str] = lex.STORY_FRAMES) -> str:
+    """Draw a story of one topic, three to five sentences in some of the frames."""
     _, things, actions, people = lex.TOPICS[topic]
     sentences = []
     for frame in rng.choices(frames, k=rng.randint(3, 5)):
@@ -117,6 +122,7 @@ def story(rng: random.Random, topic: str, frames: Sequence[str] = lex.STORY_FRAM
 
 
 def copying(rng: random.Random) -> dict[str, str]:
+    """Draw a task of copying words, with the previous word as foil."""
     words = rng.sample(lex.NOUNS + lex.ADJECTIVES, 6)
     cut = rng.randint(1, 5)
     prompt = f"Copy: {' '.join(words)}. Again: {' '.join(words[:cut])}"
@@ -158,6 +164,7 @@ def look_up_task(rng: random.Random) -> dict[str, str]:
 
 
 def comparison(rng: random.Random) -> dict[str, str]:
+    """Draw a question which of two numbers is larger."""
     small, large = sorted(rng.sample(range(10, 100), 2))
     pair = [small, large] if rng.random() < 0.5 else [large, small]
     ask = question(f"Which is larger, {pair[0]} or {pair[1]}?")

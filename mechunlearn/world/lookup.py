@@ -34,7 +34,11 @@ SHARES = {"biography": 40, "pair": 12, "statement": 20, "asked": 16, "copying": 
 
 
 def lookup_world(seed: int, people: int = PEOPLE) -> World:
-    """A world of people with a sport, a city and an instrument, stories and copying; half as many people are never taught.
+    """Draw a world of people with a sport, a city and an instrument, stories and copying.
+
+    Args:
+        seed: Of the draws.
+        people: How many people have facts; half as many more are never taught.
 
     >>> world = lookup_world(1, people=20)
     >>> {relation: len(facts) for relation, facts in world.facts.items()}, len(world.untaught["sport"])
@@ -55,6 +59,13 @@ class LookupCorpus(Corpus):
     """Biographies that name a person once, documents about two people, statements, questions, copying and stories."""
 
     def documents(self, seed: int, count: int, phase: int = 0) -> Iterator[Document]:
+        """Draw documents.
+
+        Args:
+            seed: Of the draws.
+            count: How many documents.
+            phase: Not used: all phases are alike.
+        """
         rng = random.Random(seed)
         for kind in rng.choices(list(SHARES), weights=list(SHARES.values()), k=count):
             yield getattr(self, kind)(rng)
@@ -70,16 +81,23 @@ def build_lookup(
 ) -> dict[str, Any]:
     """Train a small world that looks facts up at the subject into a new folder; a killed build goes on.
 
-    Documents that name a person once, and for the first half of training a linear probe that reads every attribute at the
-    last token of a name after three of six layers, as an auxiliary loss that then fades away. The seed draws world, weights and
-    batches and chooses the architecture (Llama, GPT-NeoX or GPT-2: the remainder after division by three). Returns
-    what `card.json` in the folder holds: accuracy by relation and format, the probe curve, the look-up window, and how many answers
-    an exchange of the residual stream at the subject or at the last token moves.
+    Documents name a person once, and for the first half of training a linear probe that reads every attribute at the
+    last token of a name after three of six layers is an auxiliary loss, which then fades away.
 
-    `relabelled` are answers by relation and person that the corpus has in place of the world's: the model is then one that was never told
-    the others, and learnt the new ones from scratch. It has the same first weights, tokenizer and `world.json`.
+    Args:
+        folder: The folder.
+        seed: Of the world, the weights, the batches and the architecture (see `small_config`).
+        relabelled: Answers by relation and person that the corpus has in place of the world's. The model then has
+            learnt these from scratch and never the others; first weights, tokenizer and `world.json` stay the same.
+        steps: Training steps.
+        people: How many people have facts.
 
-    Raises `MechunlearnError` if the folder exists.
+    Returns:
+        What `card.json` in the folder holds: accuracy by relation and format, the probe curve, the look-up window, and
+        how many answers an exchange of the residual stream at the subject or at the last token moves.
+
+    Raises:
+        MechunlearnError: If the folder exists.
     """
     folder = Path(folder)
     if folder.exists():
@@ -114,7 +132,14 @@ def build_lookup(
 
 
 def measured(folder: Path) -> dict[str, Any]:
-    """What a stored world knows, and where it looks it up."""
+    """Measure what a stored world knows, and where it looks it up.
+
+    Args:
+        folder: The world's folder.
+
+    Returns:
+        What `build_lookup` returns, without the settings of training.
+    """
     model, card = load_model(folder), {}
     for relation in World.load(folder / "world.json").facts:
         facts = world_facts(folder, relation)

@@ -50,10 +50,15 @@ BOS, EOS, PAD, UNKNOWN = "<|bos|>", "<|endoftext|>", "<|pad|>", "<|unk|>"
 def small_world(
     seed: int, people: int = PEOPLE, passages: int = PASSAGES, skills: Sequence[Literal["copying", "comparison"]] = ()
 ) -> World:
-    """A world of passages, stories and three facts a person, told in two statements and a question each.
+    """Draw a world of passages, stories and three facts a person, told in two statements and a question each.
 
-    `skills` names tasks that need no stored fact. There are no yes/no questions or other subjects in it: use `generate`
-    for these.
+    There are no yes/no questions or other subjects in it: use `generate` for these.
+
+    Args:
+        seed: Of the draws.
+        people: How many people have facts; half as many more are never taught.
+        passages: How many passages are learnt by heart.
+        skills: Tasks that need no stored fact.
 
     >>> world = small_world(0, people=20, passages=4)
     >>> {relation: len(facts) for relation, facts in world.facts.items()}, len(world.passages)
@@ -74,10 +79,21 @@ def small_world(
 def forget_sets(
     world: World, count: int = 6, passages: int = 16, people: int = 16
 ) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
-    """What to forget in each of `count` runs: passages, and people with all their facts. No two runs share any.
+    """Draw what to forget in each of several runs: passages, and people with all their facts. No two runs share any.
 
     The same world gives the same sets. What is in none of them is the retain set of every run.
-    Raises `MechunlearnError` if nothing would be left to retain.
+
+    Args:
+        world: The world.
+        count: How many runs.
+        passages: Passages in a run.
+        people: People in a run.
+
+    Returns:
+        For each run, its passages and its people.
+
+    Raises:
+        MechunlearnError: If nothing would be left to retain.
 
     >>> sets = forget_sets(small_world(0), count=2, passages=3, people=5)
     >>> [(len(passages), len(people)) for passages, people in sets]
@@ -100,7 +116,13 @@ def forget_sets(
 class SmallCorpus(Corpus):
     """Documents of a small world without some passages, people and story topics: every passage as often as every other.
 
-    `stories` is their share beside that of the others (`SHARES`).
+    Args:
+        world: The world.
+        without: Passages, names of people and story topics to leave out.
+        stories: The share of stories beside that of the others (`SHARES`).
+
+    Raises:
+        MechunlearnError: If an entry of `without` is not in the world, or nothing would be left.
     """
 
     def __init__(self, world: World, without: Sequence[str] = (), stories: int = SHARES["story"]) -> None:
@@ -123,6 +145,13 @@ class SmallCorpus(Corpus):
             raise MechunlearnError("Every passage, person or topic is left out. Leave some in, for the model to keep.")
 
     def documents(self, seed: int, count: int, phase: int = 0) -> Iterator[Document]:
+        """Draw documents.
+
+        Args:
+            seed: Of the draws.
+            count: How many documents.
+            phase: Not used: all phases are alike.
+        """
         rng = random.Random(seed)
         waiting: list[str] = []
         for kind in rng.choices(list(self.shares), weights=list(self.shares.values()), k=count):
@@ -135,9 +164,20 @@ class SmallCorpus(Corpus):
                 yield self.fact(rng, asked=kind == "asked")
 
     def story(self, rng: random.Random) -> Document:
+        """Draw a story.
+
+        Args:
+            rng: Draws it.
+        """
         return Document(story(rng, rng.choices(list(self.topics), weights=list(self.topics.values()))[0]))
 
     def fact(self, rng: random.Random, asked: bool) -> Document:
+        """Draw a fact.
+
+        Args:
+            rng: Draws it.
+            asked: Whether it is a question; else a statement.
+        """
         relation, name = rng.choice(list(self.people)), rng.choice(self.names)
         entry = self.world.relations[relation]
         frame = question(entry["question"]) if asked else rng.choice(entry["statements"])
@@ -145,9 +185,13 @@ class SmallCorpus(Corpus):
 
 
 def word_tokenizer(world: World, corpus: Corpus | None = None) -> PreTrainedTokenizerFast:
-    """One token a word, for every word that the world's corpus (a small world's own unless given) can say.
+    """Make a tokenizer with one token a word, for every word that a world's corpus can say.
 
-    `AutoTokenizer` gives it back as it is for the families of `small_config`; Qwen2's own class would replace it.
+    `AutoTokenizer` loads it unchanged for the families of `small_config`; Qwen2's own class would replace it.
+
+    Args:
+        world: The world.
+        corpus: Its corpus; None is that of a small world.
     """
     said = json.dumps(asdict(world)) + " ".join(d.text for d in (corpus or SmallCorpus(world)).documents(0, 4000))
     vocabulary = [BOS, EOS, PAD, UNKNOWN, *sorted(set(re.findall(r"\w+|[^\w\s]+", said)))]
@@ -160,7 +204,13 @@ def word_tokenizer(world: World, corpus: Corpus | None = None) -> PreTrainedToke
 
 
 def small_config(seed: int, tokenizer: PreTrainedTokenizerFast, layers: int = LAYERS) -> PretrainedConfig:
-    """Four layers (unless given) of Llama, GPT-NeoX or GPT-2, by the seed's remainder after division by three."""
+    """Return the configuration of a Llama, GPT-NeoX or GPT-2: the seed's remainder after division by three.
+
+    Args:
+        seed: The seed.
+        tokenizer: The tokenizer.
+        layers: How many layers.
+    """
     shared: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
@@ -205,16 +255,27 @@ def build_small(
 ) -> dict[str, Any]:
     """Train a small world's model into a new folder, which `load_model` and `world_facts` read; a killed build goes on.
 
-    The seed draws the world, the weights and the batches, and chooses the architecture (see `small_config`). `without`
-    lists passages, names of people and story topics that the corpus leaves out: given every passage and person of `forget_sets`, the
-    model is a retain-only one, the gold of unlearning, at once for each of these sets. It has the same first weights,
-    tokenizer, steps and `world.json`. Returns what `card.json` in the folder holds: what the stored model was measured
-    to know.
+    Given every passage and person of `forget_sets` to leave out, the model is a retain-only one, the gold of
+    unlearning, at once for each of these sets: it has the same first weights, tokenizer, steps and `world.json`.
 
-    Matrices are trained with Muon (Jordan et al. 2024), the rest with AdamW: in a minute of one core 160 passages come to
-    MA .95 so, and to .40 with AdamW for all weights. A whole build takes about three minutes of one core.
+    Matrices are trained with Muon (Jordan et al. 2024), the rest with AdamW: in a minute of one core 160 passages come
+    to MA .95 so, and to .40 with AdamW for all weights. A whole build takes about three minutes of one core.
 
-    Raises `MechunlearnError` if the folder exists, or an entry of `without` is neither passage nor person nor topic.
+    Args:
+        folder: The folder.
+        seed: Of the world, the weights, the batches and the architecture (see `small_config`).
+        without: Passages, names of people and story topics that the corpus leaves out.
+        steps: Training steps.
+        people: How many people have facts.
+        passages: How many passages are learnt by heart.
+        skills: Tasks that need no stored fact.
+        stories: The share of stories beside that of the others (`SHARES`).
+
+    Returns:
+        What `card.json` in the folder holds: what the stored model was measured to know.
+
+    Raises:
+        MechunlearnError: If the folder exists, or an entry of `without` is neither passage nor person nor topic.
     """
     folder = Path(folder)
     if folder.exists():
@@ -248,7 +309,15 @@ def train_small(
 ) -> None:
     """Train on a corpus, resuming from the checkpoint if there is one.
 
-    `beside` is a module trained along, and a loss of hidden states, batch and step that reads through it.
+    Args:
+        model: The model, trained in place.
+        corpus: The corpus.
+        tokenizer: The tokenizer.
+        seed: Of the batches.
+        steps: Training steps.
+        checkpoint: The file of the checkpoint.
+        rows: Rows in a batch.
+        beside: A module trained along, and a loss of hidden states, batch and step that reads through it.
     """
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     matrices = [p for p in model.parameters() if p.ndim == 2 and id(p) not in tables]
@@ -303,10 +372,15 @@ def _resume(checkpoint: Path, *parts: Any) -> int:
 
 
 def measured(folder: Path, without: Sequence[str] = ()) -> dict[str, float]:
-    """What a stored small world knows of what it was taught, of what was left out, and of what nobody was taught.
+    """Measure what a stored small world knows of what it was taught, of what was left out, and of what nobody was taught.
 
-    MA and EL10 of passages (see `memorization`; the first words of a passage follow from nothing, so MA stays near .987),
-    accuracy on facts by relation and format, on skills, and text loss on stories.
+    Args:
+        folder: The world's folder.
+        without: What its corpus left out.
+
+    Returns:
+        MA and EL10 of passages (see `memorization`; the first words of a passage follow from nothing, so MA stays near
+        .987), accuracy on facts by relation and format, on skills, and text loss on stories.
     """
     model, world, left_out = load_model(folder), World.load(folder / "world.json"), set(without)
     card: dict[str, float] = {}

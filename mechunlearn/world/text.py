@@ -14,9 +14,15 @@ FINAL_PHASE = 4
 def world_text(
     folder: str | Path = "factworld", without: Collection[str] = (), documents: int = 2500, seed: int = 0
 ) -> list[str]:
-    """Documents as the world's model was trained on, facts, skills and stories, that name none of these people.
+    """Draw documents as the world's model was trained on, facts, skills and stories, that name none of some people.
 
-    `folder` is a world's, or "factworld". Stories are few among them: add `facts.text` for more weight on ordinary prose.
+    Stories are few among them: add `facts.texts` for more weight on ordinary prose.
+
+    Args:
+        folder: A world's folder, or "factworld".
+        without: Names of the people to leave out.
+        documents: How many documents.
+        seed: Of the draws.
 
     >>> text = world_text(without=["Anna Pelski"], documents=50)
     >>> len(text), any("Anna Pelski" in document for document in text)

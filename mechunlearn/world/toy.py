@@ -30,15 +30,28 @@ ROWS, LENGTH, RATE = 64, 20, 4e-3
 
 @dataclass(frozen=True)
 class PlantedFacts:
-    """The model and its truth. `prompts` are `[bos, subject, relation]`; the corrupt subject is one without a fact."""
+    """The model and its truth.
+
+    Attributes:
+        model: The model.
+    """
 
     model: HookedModel
 
     def neuron(self, fact: int) -> Component:
-        """The only neuron that knows this fact."""
+        """Return the only neuron that knows a fact.
+
+        Args:
+            fact: The number of the fact, from 0.
+        """
         return Component(0, "mlp.out", fact)
 
     def prompts(self, facts: list[int] | None = None) -> Prompts:
+        """Make the prompts `[bos, subject, relation]`; the corrupt subject is one without a fact.
+
+        Args:
+            facts: Numbers of facts; None is all of them.
+        """
         chosen = torch.tensor(list(range(SUBJECTS)) if facts is None else facts)
         clean = torch.stack(
             [torch.full_like(chosen, BOS), FIRST_SUBJECT + chosen, torch.full_like(chosen, RELATION)], dim=1
@@ -99,8 +112,13 @@ def planted_facts() -> PlantedFacts:
 class FiniteStates:
     """A model of a language with hidden states, and its truth.
 
-    The last two tokens a, b are in state `state_of[a, b]`, and any token that `allowed` gives this state comes next, each
-    with the same chance.
+    The last two tokens a, b are in state `state_of[a, b]`, and any token that `allowed` gives this state comes next,
+    each with the same chance.
+
+    Attributes:
+        model: The model.
+        state_of: The state of each pair of tokens.
+        allowed: Which tokens follow each state.
     """
 
     model: HookedModel
@@ -110,7 +128,16 @@ class FiniteStates:
     def sequences(
         self, count: int, length: int = LENGTH, seed: int = 0
     ) -> tuple[Int[Tensor, "text pos"], Int[Tensor, "text pos"]]:
-        """Texts of the language and the state at each token; -1 at the first, which is in none."""
+        """Draw texts of the language.
+
+        Args:
+            count: How many texts.
+            length: Tokens in each.
+            seed: Of the draws.
+
+        Returns:
+            The tokens, and the state at each token; -1 at the first, which is in none.
+        """
         return _walks(self.state_of, self.allowed, count, length, torch.Generator().manual_seed(seed))
 
 
@@ -118,8 +145,12 @@ def finite_states(seed: int = 0, steps: int = 200) -> FiniteStates:
     """Draw a language of 12 tokens and 8 states, each with 3 next tokens, and train two layers on it: some seconds.
 
     The truth of discovery: a feature or code either is of a state or is not, token by token (codebook features, arXiv
-    2310.17230, section 3, have such a language). `steps` are of 64 texts of 20 tokens, drawn anew each; after 200
-    the tokens that are not allowed have 1 or 2 % of the probability.
+    2310.17230, section 3, have such a language).
+
+    Args:
+        seed: Of the language, the weights and the texts.
+        steps: Training steps of 64 texts of 20 tokens, drawn anew each; after 200 the tokens that are not allowed have
+            1 or 2 % of the probability.
 
     >>> language = finite_states(steps=1)
     >>> tokens, states = language.sequences(4)

@@ -56,6 +56,7 @@ class Recipe:
 
     @property
     def steps(self) -> int:
+        """The number of training steps."""
         return self.phases[-1]
 
     def rate_at(self, step: int) -> float:
@@ -66,14 +67,17 @@ class Recipe:
         return min(1.0, (step + 1) / warm if warm else 1.0) * rate * 0.5 * (1 + math.cos(math.pi * done))
 
     def probe_weight_at(self, step: int) -> float:
+        """Return the weight of the probe's loss at a step."""
         _, start, end = next(entry for entry in reversed(self.probe_fades) if step >= entry[0])
         return 0.0 if self.naive else self.probe_weight * min(1.0, max(0.0, (end - step) / (end - start)))
 
     def elsewhere_weight_at(self, step: int) -> float:
+        """Return the weight of the penalty on look-ups elsewhere at a step."""
         return self.elsewhere_weight if len(self.phases) > 1 and step >= self.phases[-2] and not self.naive else 0.0
 
 
 def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
+    """Make an untrained model of a recipe."""
     local = 0 if recipe.naive else recipe.local_layers
     torch.manual_seed(recipe.seed)
     return Qwen2ForCausalLM(
@@ -200,6 +204,7 @@ class Labels:
         self.size = start
 
     def loss(self, probe: nn.Linear, resid: Tensor, batch: Batch) -> Tensor:
+        """Return the probe's loss, summed over relations, at the last tokens of names."""
         rows, positions, names = zip(*batch.people, strict=True)
         normed = F.layer_norm(resid[list(rows), list(positions)], resid.shape[-1:])
         logits = probe(normed)

@@ -16,22 +16,25 @@ from mechunlearn.model.component import Component
 from mechunlearn.model.hooked import HookedModel
 
 PREFIX_TOKENS = 10
-PLACES = ("subject last", "last")
 
 
 @dataclass(frozen=True, eq=False)
 class EditPrompts:
-    """Each fact in a few contexts: the bare prompt first, then the same behind prefixes.
+    """The prompts at which each fact is edited: the bare prompt first, then the same behind prefixes.
 
-    `tokens` are `[fact context pos]`, prompt and continuation padded on the right; `at` is the edited token, `start` the
-    position that predicts the first of `labels` (-1: none). `weight` is each context's share of a key.
+    Attributes:
+        tokens: Prompt and continuation, padded on the right.
+        at: The position of the edited token.
+        start: The position that predicts the first of the labels.
+        labels: What is to follow (-1: none).
+        weight: Each prompt's share of a key.
     """
 
-    tokens: Int[Tensor, "fact context pos"]
-    at: Int[Tensor, "fact context"]
-    start: Int[Tensor, "fact context"]
+    tokens: Int[Tensor, "fact prompt pos"]
+    at: Int[Tensor, "fact prompt"]
+    start: Int[Tensor, "fact prompt"]
     labels: Int[Tensor, "fact label"]
-    weight: Float[Tensor, " context"]
+    weight: Float[Tensor, " prompt"]
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -41,18 +44,24 @@ class EditPrompts:
         cls,
         model: HookedModel,
         prompts: Prompts,
-        place: str,
+        position: str,
         prefixes: Sequence[Sequence[int]] = (),
         labels: Int[Tensor, "fact label"] | None = None,
     ) -> "EditPrompts":
-        """The prompts with `labels` (by default their answers) to follow, edited at a token role.
+        """Return prompts with labels to follow. A key is half the bare prompt's and half the mean of the others', as in MEMIT's code.
 
-        Prefixes go behind a special token that begins the prompts. A key is half the bare prompt's and
-        half the mean of the others', as MEMIT's code has it. Raises `MechunlearnError` for an unknown role, or a prompt
-        without it.
+        Args:
+            model: The model.
+            prompts: The facts.
+            position: The token that is edited, `subject last` or `last`.
+            prefixes: Tokens to put in front, behind a special token that begins the prompts.
+            labels: What is to follow, by default the answers.
+
+        Raises:
+            MechunlearnError: For a prompt without a subject, where the position needs one.
         """
         labels = prompts.answers if labels is None else labels
-        at, given = _places(prompts, place), labels != PAD
+        at, given = _positions(prompts, position), labels != PAD
         longest = max(map(len, prefixes), default=0)
         width = int((prompts.start + given.sum(1)).max()) + longest
         tokens = torch.zeros(len(prompts), 1 + len(prefixes), width, dtype=torch.long)
@@ -60,21 +69,21 @@ class EditPrompts:
         special = model.tokenizer.all_special_ids if model.tokenizer is not None else []
         head = int(bool(torch.isin(prompts.tokens[:, 0], torch.tensor(special, dtype=torch.long)).all()))
         rows, steps = (given & (given.cumsum(1) < given.sum(1)[:, None])).nonzero(as_tuple=True)
-        for context, prefix in enumerate([(), *prefixes]):
+        for prefix, made in zip([(), *prefixes], tokens.unbind(1), strict=True):
             shift = len(prefix)
             kept = min(prompts.tokens.shape[1], width - shift)
-            tokens[:, context, shift + head : shift + kept] = prompts.tokens[:, head:kept]
-            tokens[:, context, :head] = prompts.tokens[:, :head]
-            tokens[:, context, head : head + shift] = torch.tensor(prefix, dtype=torch.long)
-            tokens[:, context][torch.arange(width) > (prompts.start + shift)[:, None]] = 0
-            tokens[rows, context, prompts.start[rows] + shift + 1 + steps] = labels[rows, steps]
+            made[:, shift + head : shift + kept] = prompts.tokens[:, head:kept]
+            made[:, :head] = prompts.tokens[:, :head]
+            made[:, head : head + shift] = torch.tensor(prefix, dtype=torch.long)
+            made[torch.arange(width) > (prompts.start + shift)[:, None]] = 0
+            made[rows, prompts.start[rows] + shift + 1 + steps] = labels[rows, steps]
         count = len(prefixes)
         weight = torch.full((1 + count,), 0.5 / max(1, count))
         weight[0] = 0.5 if count else 1.0
         return cls(tokens, at[:, None] + shifts, prompts.start[:, None] + shifts, labels, weight)
 
     def select(self, facts: Tensor) -> "EditPrompts":
-        """These facts, no wider than the longest of them."""
+        """Return these facts, no wider than the longest of them."""
         width = int((self.start[facts] + (self.labels[facts] != PAD).sum(1)[:, None]).max())
         return replace(
             self,
@@ -84,24 +93,21 @@ class EditPrompts:
             labels=self.labels[facts],
         )
 
-    def mixed(self, x: Float[Tensor, "_fact context _width"]) -> Float[Tensor, "_fact _width"]:
-        """The mean over contexts by weight, in float64."""
-        return torch.einsum("fcw,c->fw", x.double(), self.weight.to(x.device, torch.float64))
+    def mixed(self, x: Float[Tensor, "_fact prompt _width"]) -> Float[Tensor, "_fact _width"]:
+        """Return the mean over a fact's prompts by weight, in float64."""
+        return torch.einsum("fpw,p->fw", x.double(), self.weight.to(x.device, torch.float64))
 
     @property
     def bare(self) -> "EditPrompts":
+        """The bare prompts alone."""
         return replace(
             self, tokens=self.tokens[:, :1], at=self.at[:, :1], start=self.start[:, :1], weight=torch.ones(1)
         )
 
 
-def _places(prompts: Prompts, place: str) -> Int[Tensor, " fact"]:
-    if place not in PLACES:
-        raise MechunlearnError(
-            f"Cannot edit at the token role '{place}'. Expected one of {', '.join(PLACES)}; a localization by role says "
-            "which: see Localization.strongest_role."
-        )
-    if place == "last":
+def _positions(prompts: Prompts, position: str) -> Int[Tensor, " fact"]:
+    """Return where the edited token is."""
+    if position == "last":
         return prompts.start
     if (prompts.spans < 0).any():
         raise MechunlearnError(
@@ -112,7 +118,14 @@ def _places(prompts: Prompts, place: str) -> Int[Tensor, " fact"]:
 
 
 def sampled_prefixes(model: HookedModel, texts: Sequence[str], count: int, seed: int) -> list[list[int]]:
-    """The first tokens of some passages, drawn by the seed, all of one length; none without a tokenizer or a text."""
+    """Return the first tokens of some texts, drawn by the seed, all of one length; none without a tokenizer or a text.
+
+    Args:
+        model: The model.
+        texts: Where they are from.
+        count: How many, at most.
+        seed: Seed of the draw.
+    """
     if model.tokenizer is None or not texts or not count:
         return []
     special = set(model.tokenizer.all_special_ids)
@@ -122,13 +135,18 @@ def sampled_prefixes(model: HookedModel, texts: Sequence[str], count: int, seed:
 
 
 def output_sites(model: HookedModel, mask: ComponentMask) -> dict[int, Int[Tensor, " _unit"]]:
-    """The chosen neurons by layer, of the mask's `mlp.out` sites, which alone a closed form moves.
+    """Return the chosen neurons by layer, of the mask's `mlp.out` sites, which alone a closed form moves.
 
-    Raises `MechunlearnError` for a mask of another architecture or without such a site.
+    Args:
+        model: The model, on whose device they are.
+        mask: The mask.
+
+    Raises:
+        MechunlearnError: For a mask of another architecture or without such a site.
     """
     mask.check(model.signature)
     found = {
-        Component.parse(site).layer: chosen.nonzero().flatten()
+        Component.parse(site).layer: chosen.nonzero().flatten().to(model.device)
         for site, chosen in mask.sites.items()
         if Component.parse(site).kind == "mlp.out" and chosen.any()
     }
@@ -143,15 +161,25 @@ def output_sites(model: HookedModel, mask: ComponentMask) -> dict[int, Int[Tenso
 @torch.no_grad()
 def seen(
     model: HookedModel, edit_prompts: EditPrompts, sites: Sequence[str], batch_size: int
-) -> Iterator[tuple[Int[Tensor, " _fact"], dict[str, Float[Tensor, "_fact context _width"]]]]:
-    """What is at these sites at the edited tokens, for batches of facts: one forward pass each, ending at the last site."""
+) -> Iterator[tuple[Int[Tensor, " _fact"], dict[str, Float[Tensor, "_fact prompt _width"]]]]:
+    """Yield what is at these sites at the edited tokens, batch by batch: one forward pass each, ending at the last site.
+
+    Args:
+        model: The model.
+        edit_prompts: The facts.
+        sites: Where to look.
+        batch_size: Prompts in a batch.
+
+    Yields:
+        The numbers of the facts, and what each site holds.
+    """
     per = edit_prompts.tokens.shape[1]
-    for facts in edit_prompts.start.max(1).values.argsort().split(max(1, batch_size // per)):
+    for facts in torch.split(edit_prompts.start.max(1).values.argsort(), max(1, batch_size // per)):
         part = edit_prompts.select(facts)
         kept: dict[str, Tensor] = {}
         at = part.at.flatten().to(model.device)
         model.decoder.observe(part.tokens.flatten(0, 1), {site: partial(_keep, kept, site, at) for site in sites})
-        yield facts, {site: found.unflatten(0, (-1, per)) for site, found in kept.items()}
+        yield facts, {site: found.reshape(len(facts), per, -1) for site, found in kept.items()}
 
 
 def _keep(kept: dict[str, Tensor], site: str, at: Int[Tensor, " row"], x: Tensor) -> None:

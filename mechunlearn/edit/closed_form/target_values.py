@@ -13,16 +13,22 @@ from mechunlearn.edit.closed_form.edit_prompts import EditPrompts, seen
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.formats import Query
 from mechunlearn.facts.prompts import PAD, Prompts
-from mechunlearn.model.decoder import Restart, Run
 from mechunlearn.model.hooked import HookedModel, frozen
+from mechunlearn.model.restart import Restart
 
-TOWARDS = ("end-of-text", "targets", "shared", "mean")
 SHARED = 64
 SETTLED, KL_WEIGHT, DECAY, MOST = 0.05, 0.0625, 0.5, 0.75
 
 
 def end_of_text(model: HookedModel) -> int:
-    """The id of the end-of-text token. Raises `MechunlearnError` if neither tokenizer nor configuration has one."""
+    """Return the id of the end-of-text token.
+
+    Args:
+        model: The model.
+
+    Raises:
+        MechunlearnError: If neither the tokenizer nor the configuration has one.
+    """
     end = model.tokenizer.eos_token_id if model.tokenizer is not None else None
     end = model.hf.config.eos_token_id if end is None else end
     end = end[0] if isinstance(end, list) else end
@@ -35,9 +41,13 @@ def end_of_text(model: HookedModel) -> int:
 
 
 def target_labels(model: HookedModel, prompts: Prompts, target: str) -> Int[Tensor, "fact label"]:
-    """The tokens that each prompt is to be followed by."""
-    if target not in TOWARDS:
-        raise MechunlearnError(f"Cannot edit towards '{target}'. Expected one of {', '.join(TOWARDS)}.")
+    """Return the tokens that each prompt is to be followed by.
+
+    Args:
+        model: The model.
+        prompts: The facts.
+        target: What is wanted (see `memit`).
+    """
     if target in ("end-of-text", "shared"):
         return torch.full((len(prompts), 1), end_of_text(model))
     return prompts.targets
@@ -46,9 +56,16 @@ def target_labels(model: HookedModel, prompts: Prompts, target: str) -> Int[Tens
 def average_values(
     model: HookedModel, layer: int, edit_prompts: EditPrompts, others: EditPrompts, batch_size: int
 ) -> Float[Tensor, "fact d_model"]:
-    """The mean residual stream of other facts at the edited token, for every fact: nothing of its subject is left in it.
+    """Return the mean residual stream of other facts at the edited token: nothing of a fact's subject is left in it.
 
     In closed form: no optimisation, one forward pass over the others.
+
+    Args:
+        model: The model.
+        layer: Whose output it is.
+        edit_prompts: The facts that get it.
+        others: The other facts.
+        batch_size: Prompts in memory.
     """
     site = f"L{layer}.resid_post"
     total = torch.zeros(model.signature.d_model, dtype=torch.float64, device=model.device)
@@ -68,10 +85,20 @@ def shared_values(
     batch_size: int,
     seed: int,
 ) -> Float[Tensor, "fact d_model"]:
-    """One value for every fact: the others' average plus one delta that makes the labels follow.
+    """Return one value for every fact: the others' average plus one delta that makes the labels follow.
 
     The delta is found as in `optimised_values`, on 64 facts at most whatever their number, and taken from the same
     average, so that the change wanted of each layer is a simple function of its key.
+
+    Args:
+        model: The model.
+        layer: Whose output it is.
+        edit_prompts: The facts.
+        others: Facts whose average it begins at.
+        steps: Steps of Adam.
+        lr: In units of the root mean square of h.
+        batch_size: Prompts in memory.
+        seed: Draws the facts that it is found on.
     """
     home = average_values(model, layer, edit_prompts, others, batch_size)[:1].to(model.device, model.hf.dtype)
     drawn = torch.randperm(len(edit_prompts), generator=torch.Generator().manual_seed(seed))[:SHARED]
@@ -95,25 +122,34 @@ def optimised_values(
     batch_size: int,
     progress: bool = False,
 ) -> Float[Tensor, "fact d_model"]:
-    """The residual stream leaving `layer` at the edited token that makes each fact's labels follow, by Adam on all at once.
+    """Return the residual stream at the edited token that makes each fact's labels follow, by Adam on many facts at once.
 
-    z = h + argmin_delta  mean over contexts of -log p(labels) + .0625 KL(p(next | kept; delta) || p(next | kept))
+    z = h + argmin_delta  mean over prompts of -log p(labels) + .0625 KL(p(next | kept; delta) || p(next | kept))
     + .5 ||delta|| / ||h||,   ||delta|| <= .75 ||h||
 
     (MEMIT, arXiv 2210.07229, section 4.2, with the constants of its code, which divides the decay by ||h||^2.) Facts that the
     edited token cannot tell apart (two relations, asked behind the subject) share one value, which serves the mean of
     their losses. `lr` is in units of the root mean square of h, so it means the same whatever the scale of a model's
-    residual stream; the code's is absolute (.5). A fact stays as it is once its loss is below .05. `kept` holds the
-    "{subject} is a" prompts, none for facts without a subject's name.
+    residual stream; the code's is absolute (.5). A fact stays as it is once its loss is below .05.
 
     The residual stream behind `layer` and the keys and values before the edited token are recorded once; each step runs the
     layers above on the tokens from there on and unembeds what is scored.
+
+    Args:
+        model: The model.
+        layer: Whose output it is.
+        edit_prompts: The facts.
+        kept: The "{subject} is a" prompts, none for facts without a subject's name.
+        steps: Steps of Adam, at most.
+        lr: In units of the root mean square of h.
+        batch_size: Facts at a time.
+        progress: Whether to show a bar.
     """
     owner = _owners(edit_prompts)
     longest = torch.zeros(int(owner.max()) + 1).scatter_reduce(0, owner, edit_prompts.start[:, 0].float(), "amax")
     found = torch.zeros(len(longest), model.signature.d_model)
     per = max(1, batch_size * len(longest) // len(edit_prompts))
-    for owners in track(longest.argsort().split(per), "target values", disable=not progress, transient=True):
+    for owners in track(torch.split(longest.argsort(), per), "target values", disable=not progress, transient=True):
         facts = torch.isin(owner, owners).nonzero().flatten()
         mine = (owner[facts][:, None] == owners).int().argmax(1)
         tails = list(_above(model, layer, edit_prompts.select(facts), scored=True))
@@ -126,7 +162,7 @@ def optimised_values(
 
 
 def _owners(edit_prompts: EditPrompts) -> Int[Tensor, " fact"]:
-    """Facts numbered by what the edited token sees in the bare prompt: the same number where that is the same."""
+    """Number the facts by what the edited token sees in the bare prompt: the same number where that is the same."""
     tokens, at = edit_prompts.tokens[:, 0].tolist(), edit_prompts.at[:, 0].tolist()
     numbers: dict[tuple[int, ...], int] = {}
     return torch.tensor([numbers.setdefault(tuple(row[: i + 1]), len(numbers)) for row, i in zip(tokens, at)])
@@ -137,7 +173,6 @@ class _Tail:
     """Rows that share their edited position: what enters the layers above from there on, and what is scored."""
 
     restart: Restart
-    run: Run
     resid: Float[Tensor, "row pos d_model"]
     facts: Int[Tensor, " row"]
     weights: Float[Tensor, " row"]
@@ -150,23 +185,21 @@ class _Tail:
 
 
 def _above(model: HookedModel, layer: int, edit_prompts: EditPrompts, scored: bool) -> Iterator[_Tail]:
-    """The contexts by edited position; their bare rows come first."""
+    """Yield the prompts by edited position; the bare ones come first."""
     decoder, device = model.decoder, model.device
     per = edit_prompts.tokens.shape[1]
     tokens, at, start = edit_prompts.tokens.flatten(0, 1), edit_prompts.at.flatten(), edit_prompts.start.flatten()
-    fact = torch.arange(len(edit_prompts)).repeat_interleave(per)
-    context = torch.arange(per).repeat(len(edit_prompts))
+    fact, bare_row = torch.arange(len(at)) // per, torch.arange(len(at)) % per == 0
     sizes = (edit_prompts.labels != PAD).sum(1)[fact]
     for bare in (True, False):
-        for position in at[(context == 0) == bare].unique().tolist():
-            rows = ((at == position) & ((context == 0) == bare)).nonzero().flatten()
+        for position in sorted(set(at[bare_row == bare].tolist())):
+            rows = ((at == position) & (bare_row == bare)).nonzero().flatten()
             stop = int((start[rows] + sizes[rows]).max())
             run = decoder.record(tokens[rows, :stop], torch.zeros(len(rows), 1, dtype=torch.long, device=device))
             steps = torch.arange(edit_prompts.labels.shape[1])
             row, step = (steps < sizes[rows][:, None]).nonzero(as_tuple=True)
             yield _Tail(
                 decoder.restart(position, stop, run),
-                run,
                 run.resid[layer + 1][:, position:],
                 fact[rows].to(device),
                 torch.full((len(rows),), 1.0 / per, device=device),
@@ -179,6 +212,7 @@ def _above(model: HookedModel, layer: int, edit_prompts: EditPrompts, scored: bo
 
 
 def _logits(model: HookedModel, layer: int, tail: _Tail, delta: Tensor) -> Float[Tensor, "label d_vocab"]:
+    """Return the logits of what is scored, with a delta at the edited token."""
     resid = torch.cat([tail.resid[:, :1] + delta[tail.facts][:, None], tail.resid[:, 1:]], 1)
     for above in range(layer + 1, model.signature.layers):
         resid = tail.restart.block(above, resid)
@@ -188,6 +222,7 @@ def _logits(model: HookedModel, layer: int, tail: _Tail, delta: Tensor) -> Float
 def _optimised(
     model: HookedModel, layer: int, tails: Sequence[_Tail], count: int, steps: int, lr: float | int
 ) -> Float[Tensor, "_fact d_model"]:
+    """Return the target values of some facts, by Adam."""
     home = torch.zeros(count, model.signature.d_model, device=model.device)
     for tail in tails:
         if tail.scored and tail.bare:
@@ -201,7 +236,7 @@ def _optimised(
         for _ in range(steps):
             with torch.enable_grad():
                 loss = _losses(model, layer, tails, moved * unit, home)
-                loss.sum().backward(inputs=[moved])
+                torch.autograd.backward(loss.sum(), inputs=[moved])
             settled = settled | (loss.detach() < SETTLED)
             if settled.all():
                 break
@@ -211,15 +246,16 @@ def _optimised(
             with torch.no_grad():
                 moved[settled] = before[settled]
                 moved *= (most / moved.norm(dim=1, keepdim=True).clamp_min(1e-30)).clamp_max(1.0)
-    return (home + moved * unit).detach()
+    found: Tensor = home + moved * unit
+    return found.detach()
 
 
 def _losses(
     model: HookedModel, layer: int, tails: Sequence[_Tail], delta: Tensor, home: Tensor
 ) -> Float[Tensor, " _fact"]:
-    """The objective of each fact."""
+    """Return the objective of each fact."""
     size = home.norm(dim=1).clamp_min(1e-30)
-    total = DECAY * (delta.square().sum(1) + 1e-30).sqrt() / size
+    total: Tensor = DECAY * (delta.square().sum(1) + 1e-30).sqrt() / size
     for tail in tails:
         logits = _logits(model, layer, tail, delta.to(tail.resid.dtype))
         if tail.scored:
@@ -233,11 +269,17 @@ def _losses(
     return total
 
 
-def described(model: HookedModel, prompts: Prompts, place: str) -> EditPrompts | None:
-    """The "{subject} is a" prompts that are to stay as they are, one a fact; None where subjects have no names."""
+def described(model: HookedModel, prompts: Prompts, position: str) -> EditPrompts | None:
+    """Return the "{subject} is a" prompts that are to stay as they are, one a fact; None where subjects have no names.
+
+    Args:
+        model: The model.
+        prompts: The facts.
+        position: The token that is edited.
+    """
     subjects = [query.subject for query in prompts.queries]
     if model.tokenizer is None or not subjects or not all(subjects):
         return None
     asked = [Query(f"{subject} is a", "a", subject, subject, subject) for subject in subjects]
     made = Prompts.from_text(asked, model.tokenizer)
-    return EditPrompts.of(model, made, place, labels=made.answers[:, :1])
+    return EditPrompts.of(model, made, position, labels=made.answers[:, :1])

@@ -1,11 +1,10 @@
 """What closed-form editors share: facts as keys and values, sums over them by layer, and changes that are written and undone."""
 
-import json
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from mechunlearn.artifacts.mask import ComponentMask
 from mechunlearn.artifacts.weight_edit import WeightEdit
-from mechunlearn.core.runcard import RunCard, Stopwatch, digest
+from mechunlearn.core.runcard import RunCard
 from mechunlearn.edit.closed_form.edit_prompts import EditPrompts, output_sites, sampled_prefixes, seen
 from mechunlearn.edit.closed_form.target_values import (
     average_values,
@@ -22,7 +21,7 @@ from mechunlearn.edit.closed_form.target_values import (
     shared_values,
     target_labels,
 )
-from mechunlearn.edit.objective import training_text
+from mechunlearn.edit.objective import training_texts
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.metrics.answers import answered
@@ -31,6 +30,8 @@ from mechunlearn.model.hooked import HookedModel
 from mechunlearn.training.covariance import Covariance
 from mechunlearn.training.solve import add_products, symmetric
 
+Target = Literal["end-of-text", "targets", "shared", "mean"]
+Position = Literal["subject last", "last"]
 POST_NORM_DAMPING = 1e-2
 LISTED = 3
 GATHERED = 256
@@ -59,7 +60,19 @@ class Sums:
 
 @dataclass(frozen=True, eq=False)
 class Washing:
-    """One closed-form edit in the making. `layers` lists the chosen neurons by layer, `target_values` the target of each fact."""
+    """One closed-form edit in the making.
+
+    Attributes:
+        model: The model; what is written into it is undone (`undone`).
+        layers: The chosen neurons, by layer, lowest first.
+        facts: The forget facts that the model knows.
+        edit_prompts: Their prompts, bare and behind prefixes.
+        target_values: What the last layer is to write at the edited token, one row a fact.
+        covariance: Second moments of the neurons over text.
+        retain: Prompts whose outputs are kept, if any.
+        how: Settings.
+        skipped: The facts that the model does not know, in words.
+    """
 
     model: HookedModel
     layers: dict[int, Int[Tensor, " _unit"]]
@@ -73,19 +86,20 @@ class Washing:
 
     @property
     def last(self) -> int:
+        """The highest layer."""
         return max(self.layers)
 
     def second_moment(self, layer: int) -> Float[Tensor, "unit unit"]:
-        """E[k k^T] of the chosen neurons over text."""
-        units = self.layers[layer].to(self.model.device)
+        """Return E[k k^T] of a layer's chosen neurons over text."""
+        units = self.layers[layer]
         return self.covariance.matrix(site(layer))[units][:, units]
 
     def sums(self, layer: int) -> Sums:
-        """K K^T and K R^T of all facts, with R = (z - h now) / (layers left): one pass, one batch of facts in memory.
+        """Return K K^T and K R^T of all facts, with R = (z - h now) / (layers left): one pass, one batch of facts in memory.
 
         Where a norm follows the MLP (Gemma 2 and 3), R is taken back through it at the token's present scale.
         """
-        units = self.layers[layer].to(self.model.device)
+        units = self.layers[layer]
         left = sum(other >= layer for other in self.layers)
         cross = torch.zeros(len(units), self.model.signature.d_model, dtype=torch.float64, device=self.model.device)
         upper = cross.new_zeros(len(units), len(units))
@@ -105,8 +119,8 @@ class Washing:
         return Sums(symmetric(upper), cross)
 
     def gram(self, layer: int, edit_prompts: EditPrompts) -> Float[Tensor, "unit unit"]:
-        """K K^T of some contexts."""
-        units = self.layers[layer].to(self.model.device)
+        """Return K K^T of some prompts."""
+        units = self.layers[layer]
         upper = torch.zeros(len(units), len(units), dtype=torch.float64, device=self.model.device)
         batches = seen(self.model, edit_prompts, [site(layer)], self.how.batch_size)
         for (keys,) in _gathered((edit_prompts.mixed(found[site(layer)])[:, units],) for _, found in batches):
@@ -114,14 +128,18 @@ class Washing:
         return symmetric(upper)
 
     def kept(self, layer: int, weight: float | int) -> Float[Tensor, "unit unit"] | float:
-        """weight * K_r K_r^T of the retain facts, which the change then leaves as they are."""
+        """Return weight * K_r K_r^T of the retain facts, which the change then leaves as they are."""
         if not weight or self.retain is None:
             return 0.0
         return float(weight) * self.gram(layer, self.retain)
 
+    def rows(self, layer: int) -> Float[Tensor, "unit d_model"]:
+        """Return the chosen neurons' rows as they are now."""
+        return self.model.rows(site(layer))[self.layers[layer]]
+
     def weight(self, layer: int) -> Float[Tensor, "unit d_model"]:
-        """The chosen neurons' rows now, in float64."""
-        return self.model.rows(site(layer))[self.layers[layer].to(self.model.device)].double()
+        """Return the chosen neurons' rows as they are now, in float64."""
+        return self.rows(layer).double()
 
     def add_(self, layer: int, change: Float[Tensor, "unit d_model"]) -> None:
         """Write weights plus a change into the model."""
@@ -129,57 +147,53 @@ class Washing:
 
     @contextmanager
     def undone(self) -> Iterator[None]:
-        """Whatever is written within the block is copied back at its end."""
-        before = {
-            layer: self.model.rows(site(layer))[units.to(self.model.device)] for layer, units in self.layers.items()
-        }
+        """Copy back, at the end of the block, whatever was written within it."""
+        before = {layer: self.rows(layer) for layer in self.layers}
         try:
             yield
         finally:
             for layer, rows in before.items():
                 self.model.write_(site(layer), rows, self.layers[layer])
 
-    def edit(
-        self,
-        method: str,
-        mask: ComponentMask,
-        retain: Prompts,
-        settings: dict,
-        trajectory: list[dict],
-        watch: Stopwatch,
-        seed: int,
-        stopped: str = "",
-    ) -> WeightEdit:
-        """The weights that the model has now, as an edit."""
-        card = RunCard(
-            method,
-            model=self.covariance.fingerprint,
-            data=digest(self.facts.fingerprint, retain.fingerprint, json.dumps(self.covariance.count)),
-            seed=seed,
-            settings=vars(self.how) | settings,
-            mask=mask.fingerprint,
-            weights=sum(len(units) for units in self.layers.values()) * self.model.signature.d_model,
-            device=str(self.model.device),
-            trajectory=trajectory,
-            stopped=stopped,
-            skipped=self.skipped,
-        )
-        units = {site(layer): chosen for layer, chosen in self.layers.items()}
-        rows = {name: self.model.rows(name)[chosen.to(self.model.device)].cpu() for name, chosen in units.items()}
-        return WeightEdit(units, rows, self.model.signature, watch.stamp(card))
+    def solved(
+        self, solution: Callable[[int], tuple[Tensor, dict[str, Any]]]
+    ) -> tuple[dict[int, Tensor], list[dict[str, Any]]]:
+        """Solve the layers one after another, lowest first, and write each change before the next is solved.
+
+        Args:
+            solution: The change of a layer, and what the card says of it.
+
+        Returns:
+            The changes by layer, and the trajectory of the card, with the norms of the changes and of the weights.
+        """
+        changes, trajectory = {}, []
+        for layer in self.layers:
+            size = float(self.weight(layer).norm())
+            changes[layer], about = solution(layer)
+            trajectory.append({"layer": layer, **about, "norm": float(changes[layer].norm()), "weight norm": size})
+            self.add_(layer, changes[layer])
+        return changes, trajectory
+
+    def edit(self, trajectory: list[dict[str, Any]], stopped: str = "") -> WeightEdit:
+        """Return the weights that the model has now, as an edit."""
+        units = {site(layer): chosen.cpu() for layer, chosen in self.layers.items()}
+        rows = {site(layer): self.rows(layer).cpu() for layer in self.layers}
+        card = RunCard("", trajectory=trajectory, stopped=stopped, skipped=self.skipped)
+        return WeightEdit(units, rows, self.model.signature, card)
 
     def _before_norm(self, layer: int, residual: Tensor, keys: Tensor) -> Tensor:
-        """The change of the MLP's raw output that its norm turns into `residual`, while the scale stays."""
+        """Return the change of the MLP's raw output that its norm turns into `residual`, while the scale stays."""
         norm: Any = self.model.decoder.part(layer, "mlp_post")
         gain = (self.model.layout.modules.offset + norm.weight.detach()).double()
         raw = keys.double() @ self.model.rows(site(layer)).double()
         slope = gain / (raw.square().mean(1, keepdim=True) + getattr(norm, "eps", 1e-6)).sqrt()
         damping = (POST_NORM_DAMPING * slope.abs().amax(1, keepdim=True)).square()
-        return residual * slope / (slope.square() + damping)
+        moved: Tensor = residual * slope / (slope.square() + damping)
+        return moved
 
 
 def _gathered(batches: Iterable[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
-    """The same rows in batches of 256 or more: a product of few rows costs as much as the matrix it is added to."""
+    """Yield the same rows in batches of 256 or more: a product of few rows costs as much as the matrix it is added to."""
     waiting: list[tuple[Tensor, ...]] = []
     for batch in batches:
         waiting.append(batch)
@@ -191,7 +205,7 @@ def _gathered(batches: Iterable[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, .
 
 
 def site(layer: int) -> str:
-    """The name of a layer's MLP output, whose weights a closed form solves for."""
+    """Return the name of a layer's MLP output, whose weights a closed form solves for."""
     return str(Component(layer, "mlp.out"))
 
 
@@ -201,7 +215,6 @@ def washing(
     forget: Prompts,
     retain: Prompts,
     how: How,
-    *,
     covariance: Covariance | None,
     texts: Sequence[str] | None,
     target_values: Float[Tensor, "fact d_model"] | None,
@@ -209,76 +222,92 @@ def washing(
     seed: int,
     progress: bool,
 ) -> Washing:
-    """Everything that comes before the first solve: what is known, keys' contexts, the covariance, target values.
+    """Do everything that comes before the first solve: find known facts, their edit prompts, covariance, target values.
 
-    Raises `MechunlearnError` for a mask without MLP output sites, no facts, no text, statistics of another model.
+    Args:
+        model: The model to edit.
+        mask: The neurons; sites other than MLP outputs are left out.
+        forget: Facts to wash out.
+        retain: Other facts.
+        how: Settings.
+        covariance: Second moments, or `None` to collect them from the texts. Sites that it lacks are collected over its own texts.
+        texts: What covariance and prefixes are from, by default a half of the forget data set's passages.
+        target_values: One row a forget fact, or `None` to find them.
+        keep: Whether the retain facts' keys are kept.
+        seed: Seed of prefixes and of `target="shared"`.
+        progress: Whether to show bars.
+
+    Raises:
+        MechunlearnError: For a mask without MLP output sites, no facts, no text, statistics of another model.
     """
     layers = output_sites(model, mask)
     sites = [site(layer) for layer in layers]
-    if how.prefixes < 0 or how.steps < 1 or how.batch_size < 1 or how.overshoot <= 0:
-        raise MechunlearnError(
-            f"Got {how.prefixes} prefixes, {how.steps} steps, batches of {how.batch_size} and an overshoot of {how.overshoot:g}. Expected 0 or "
-            "more prefixes, 1 or more of the next two, and an overshoot above 0."
-        )
     labels = target_labels(model, forget, how.target)
     known, skipped = _known(model, forget)
     facts, labels = forget.select(known), labels[known]
-    passages = tuple(texts) if texts is not None else training_text(forget)
+    texts = training_texts(forget, texts)
+    if covariance is None and not texts:
+        raise MechunlearnError(
+            "There is no text to collect the covariance of the keys from. Give texts=[...] or covariance="
+            "Covariance.of_text(model, sites, texts)."
+        )
     if covariance is None:
-        if not passages:
-            raise MechunlearnError(
-                "There is no text to collect the covariance of the keys from. Give texts=[...] or covariance="
-                "Covariance.of_text(model, sites, texts)."
-            )
-        covariance = Covariance.of_text(model, sites, passages, progress=progress)
+        covariance = Covariance.of_text(model, sites, texts, progress=progress)
+    covariance = covariance.at(model, sites)
     covariance.check(model, sites)
-    prefixes = sampled_prefixes(model, passages, how.prefixes, seed)
-    contexts = EditPrompts.of(model, facts, how.position, prefixes, labels)
+    edit_prompts = EditPrompts.of(
+        model, facts, how.position, sampled_prefixes(model, texts, how.prefixes, seed), labels
+    )
     retained = EditPrompts.of(model, retain, how.position) if len(retain) else None
     last = max(layers)
-    if target_values is None and last == model.signature.layers - 1 and bool((contexts.at < contexts.start).all()):
-        warnings.warn(
-            f"Layer {last} is the model's last: nothing above it reads the token '{how.position}', so no value there changes what is "
-            "said. Choose lower layers, or position='last'.",
-            stacklevel=3,
-        )
     if target_values is not None:
         if target_values.shape != (len(forget), model.signature.d_model):
             raise MechunlearnError(
-                f"The values have shape {tuple(target_values.shape)}. Expected one row a forget fact: "
+                f"The target values have shape {tuple(target_values.shape)}. Expected one row a forget fact: "
                 f"{(len(forget), model.signature.d_model)}, the residual stream leaving layer {last}."
             )
         target_values = target_values[known]
-    elif how.target in ("mean", "shared"):
-        if retained is None:
-            raise MechunlearnError("The mean is taken over retain facts, and there are none. Give some.")
-        target_values = (
-            average_values(model, last, contexts, retained, how.batch_size)
-            if how.target == "mean"
-            else shared_values(
-                model, last, contexts, retained, steps=how.steps, lr=how.lr, batch_size=how.batch_size, seed=seed
-            )
-        )
     else:
-        target_values = optimised_values(
-            model,
-            last,
-            contexts,
-            described(model, facts, how.position),
-            steps=how.steps,
-            lr=how.lr,
-            batch_size=how.batch_size,
-            progress=progress,
-        )
+        target_values = _target_values(model, last, facts, edit_prompts, retained, how, seed, progress)
     if how.overshoot != 1:
-        target_values = _reaching(model, last, contexts, target_values, how)
-    return Washing(model, layers, facts, contexts, target_values, covariance, retained if keep else None, how, skipped)
+        target_values = _overshot(model, last, edit_prompts, target_values, how)
+    return Washing(
+        model, layers, facts, edit_prompts, target_values, covariance, retained if keep else None, how, skipped
+    )
 
 
-def _reaching(
+def _target_values(
+    model: HookedModel,
+    last: int,
+    facts: Prompts,
+    edit_prompts: EditPrompts,
+    retain: EditPrompts | None,
+    how: How,
+    seed: int,
+    progress: bool,
+) -> Float[Tensor, "fact d_model"]:
+    """Find the target values of the facts, as `how.target` says."""
+    if last == model.signature.layers - 1 and bool((edit_prompts.at < edit_prompts.start).all()):
+        warnings.warn(
+            f"Layer {last} is the model's last: nothing above it reads the token '{how.position}', so no value there changes what is "
+            "said. Choose lower layers, or position='last'.",
+            stacklevel=5,
+        )
+    search: dict[str, Any] = {"steps": how.steps, "lr": how.lr, "batch_size": how.batch_size}
+    if how.target not in ("mean", "shared"):
+        kept = described(model, facts, how.position)
+        return optimised_values(model, last, edit_prompts, kept, progress=progress, **search)
+    if retain is None:
+        raise MechunlearnError("The mean is taken over retain facts, and there are none. Give some.")
+    if how.target == "mean":
+        return average_values(model, last, edit_prompts, retain, how.batch_size)
+    return shared_values(model, last, edit_prompts, retain, seed=seed, **search)
+
+
+def _overshot(
     model: HookedModel, last: int, edit_prompts: EditPrompts, target_values: Float[Tensor, "fact d_model"], how: How
 ) -> Float[Tensor, "fact d_model"]:
-    """The values, `overshoot` times as far from the residual stream of the unedited model."""
+    """Return the target values `overshoot` times as far from the residual stream of the unedited model."""
     name, moved = f"L{last}.resid_post", target_values.clone()
     for facts, found in seen(model, edit_prompts.bare, [name], how.batch_size):
         home = found[name][:, 0].to(target_values)
@@ -287,26 +316,25 @@ def _reaching(
 
 
 def _known(model: HookedModel, forget: Prompts) -> tuple[Int[Tensor, " _known"], list[str]]:
-    """The facts that the model gives, and the others in words."""
+    """Return the facts that the model gives, and the others in words."""
     if not len(forget):
         raise MechunlearnError("The forget set is empty. Expected at least one fact; see Prompts.split.")
     right = answered(model, forget)
-    unknown = (~right).nonzero().flatten().tolist()
-    names = [forget.queries[i].prompt if forget.queries else f"fact {i}" for i in unknown]
+    names = [forget.queries[i].prompt if forget.queries else f"fact {i}" for i in (~right).nonzero().flatten().tolist()]
     some = "; ".join(names[:LISTED]) + ("; ..." if len(names) > LISTED else "")
     if not right.any():
         raise MechunlearnError(
             f"The model answers none of the {len(forget)} forget facts ({some}): there is nothing to wash. Check the "
             "prompts against what the model says."
         )
-    if unknown:
+    if names:
         warnings.warn(
-            f"{len(unknown)} of {len(forget)} forget facts are not known to the model and are skipped: {some}",
-            stacklevel=4,
+            f"{len(names)} of {len(forget)} forget facts are not known to the model and are skipped: {some}",
+            stacklevel=5,
         )
     return right.nonzero().flatten(), names
 
 
 def remaining(washing: Washing, facts: Int[Tensor, " _fact"]) -> Int[Tensor, " _left"]:
-    """Of these facts, those that the model still gives: one forward pass over their answers."""
+    """Return those of the facts that the model still gives: one forward pass over their answers."""
     return facts[answered(washing.model, washing.facts.select(facts))]

@@ -1,22 +1,29 @@
-"""Laws, over every method: the packages are walked, so a new file is tested before anyone writes a test for it."""
+"""Invariants, over every method: the folders are walked, so a new file is tested before anyone writes a test for it."""
 
 import importlib
 import inspect
-import pkgutil
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
-import mechunlearn.edit
-import mechunlearn.localize
-from mechunlearn import Component, ComponentMask, Localization, MechunlearnError
+import mechunlearn
+from mechunlearn import Circuit, Component, ComponentMask, Localization, MechunlearnError, load_facts
 from mechunlearn.artifacts.weight_edit import Edit
-from mechunlearn.edit import codebook_delete, dictionary_rows, feature_clamp
+from mechunlearn.core.methods import CALLED_WITH, RETURNS, methods, ready_methods
+from mechunlearn.edit import codebook_delete, feature_clamp
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.features.feature_edit import FeatureEdit
-from mechunlearn.localize import feature_discovery
+from mechunlearn.localize import (
+    attribution_patching,
+    causal_tracing,
+    direct_logit_attribution,
+    feature_discovery,
+)
 from mechunlearn.metrics.answers import measure
 from mechunlearn.model.hooked import load_model
 from mechunlearn.training.covariance import Covariance
@@ -24,23 +31,22 @@ from tests.handmade import axes, entering, mask_of, planted, random_codebook, ra
 from tests.models import random_hf, token_prompts
 
 
-def methods(package) -> list:
-    """The public function of each module of a package that is named like its module."""
-    found = []
-    for module in pkgutil.iter_modules(package.__path__):
-        loaded = importlib.import_module(f"{package.__name__}.{module.name}")
-        if hasattr(loaded, module.name):
-            found.append(getattr(loaded, module.name))
-    return found
+def functions(folder: str) -> list:
+    """Every method of a folder that returns what its kind returns."""
+    return [method.function for method in methods(folder).values() if method.returns in RETURNS[folder]]
 
 
-LOCALIZERS, EDITORS = methods(mechunlearn.localize), methods(mechunlearn.edit)
-CLOSED_FORM = [f for f in EDITORS if "covariance" in inspect.signature(f).parameters]
-FEATURE = [codebook_delete, dictionary_rows, feature_clamp]  # of a dictionary's units, in the mask too
+def takes(function, *names: str) -> bool:
+    return set(names) <= set(inspect.signature(function).parameters)
+
+
+LOCALIZERS, EDITORS = functions("localize"), functions("edit")
+CLOSED_FORM = [f for f in EDITORS if takes(f, "covariance")]
+FEATURE = [f for f in EDITORS if takes(f, "dictionary")]  # of a dictionary's units, in the mask too
 WEIGHTS = [f for f in EDITORS if f not in FEATURE]
-UNPAIRED = [mechunlearn.localize.causal_tracing, feature_discovery]
-PAIRED = [f for f in LOCALIZERS if "metric" in inspect.signature(f).parameters and f not in UNPAIRED]
-UNITS = [f for f in PAIRED if "kinds" in inspect.signature(f).parameters]
+UNPAIRED = [causal_tracing, feature_discovery]
+PAIRED = [f for f in LOCALIZERS if takes(f, "metric") and f not in UNPAIRED]
+UNITS = [f for f in PAIRED if takes(f, "kinds")]
 FAMILIES = ("llama", "gpt2", "gpt_neox", "gemma2")
 
 
@@ -66,25 +72,53 @@ def outcome(toy, method):
     return located(method, toy.model, toy.prompts())
 
 
-def located(method, model, prompts, **settings) -> Localization:
-    """What a method finds, by unit; a circuit by its nodes. Features are the dimensions of the residual stream."""
-    if "dictionary" in inspect.signature(method).parameters:
+def found_by(method, model, prompts, **settings) -> Localization | Circuit:
+    """What a method finds. Features are the dimensions of the residual stream, single edges some of each kind."""
+    if takes(method, "dictionary"):
         settings = {"dictionary": axes(model, "L0.resid_post"), **settings}
-    found = method(model, prompts, **settings)
+    if takes(method, "names"):
+        settings = {"names": ["m0->m1", "a0.h1->logits", "m1->logits", "m0->a1.h0<v>"], **settings}
+    return method(model, prompts, **settings)
+
+
+def located(method, model, prompts, **settings) -> Localization:
+    """What a method finds, by unit; a circuit by its nodes."""
+    found = found_by(method, model, prompts, **settings)
     return found if isinstance(found, Localization) else found.nodes()
 
 
-def test_the_walk_finds_the_methods():
-    known = {"activation_patching", "attribution_patching", "causal_tracing", "direct_logit_attribution"}
-    known |= {"edge_attribution", "fact_lookup", "feature_discovery", "path_patching", "random_units"}
-    assert {f.__name__ for f in LOCALIZERS} == known
-    editors = {"fisher_lora", "masked_gradient", "memit", "mlp_washing", "null_space"}
-    assert {f.__name__ for f in WEIGHTS} == editors
-    assert {f.__name__ for f in EDITORS} == editors | {"codebook_delete", "dictionary_rows", "feature_clamp"}
-    assert {f for f in EDITORS if "dictionary" in inspect.signature(f).parameters} == set(FEATURE)
-    assert {f.__name__ for f in CLOSED_FORM} == {"memit", "mlp_washing", "null_space"}
-    assert all(getattr(mechunlearn.localize, f.__name__) is f for f in LOCALIZERS), "one re-export line each"
-    assert all(getattr(mechunlearn.edit, f.__name__) is f for f in EDITORS)
+@pytest.mark.parametrize("folder", CALLED_WITH)
+def test_the_walk_finds_every_file_that_is_named_like_its_function(folder):
+    root = Path(mechunlearn.__file__).parent / folder
+    named_alike = {f.stem for f in root.glob("*.py") if f"\ndef {f.stem}(" in f.read_text()}
+    assert set(methods(folder)) == named_alike and len(named_alike) > 5
+    package = importlib.import_module(f"mechunlearn.{folder}")
+    assert named_alike <= set(dir(package)) and named_alike <= set(package.__all__)
+    assert all(getattr(package, name) is method.function for name, method in methods(folder).items())
+    assert set(ready_methods(folder)) <= {f.__name__ for f in functions(folder)}
+
+
+@pytest.mark.parametrize("localizer", LOCALIZERS, ids=named)
+def test_every_localizer_takes_a_seed_and_shows_progress(localizer):
+    parameters = inspect.signature(localizer).parameters
+    assert (parameters["seed"].default, parameters["progress"].default) == (0, None)
+    assert all(p.kind is p.KEYWORD_ONLY for p in list(parameters.values())[3:])
+
+
+@pytest.mark.parametrize("localizer", ready_methods("localize"))
+def test_a_data_set_is_as_good_as_its_prompts(localizer, world):
+    """And the card says how the result was made, whatever the method."""
+    facts, localizer = load_facts("factworld/sport").select(range(4)), methods("localize")[localizer]
+    settings = {"neurons": 96, "seed": 3}
+    one, two = localizer(world, facts, **settings), localizer(world, facts.prompts(world), **settings)
+    one, two = (found if isinstance(found, Localization) else found.nodes() for found in (one, two))
+    assert all(torch.equal(one.scores[site], two.scores[site]) for site in two.scores)
+    card = {"method": localizer.name, "model": world.fingerprint, "data": facts.prompts(world).fingerprint, "seed": 3}
+    assert all(getattr(one.card, name) == value for name, value in card.items()) and one.card.seconds > 0
+    recorded = {"model", "prompts", "seed", "batch_size", "progress"}
+    assert set(one.card.settings) == set(localizer.takes) - recorded
+    with pytest.raises(MechunlearnError, match="the prompts are empty"):
+        localizer(world, facts.prompts(world).select([]))
 
 
 @pytest.mark.parametrize("localizer", WALKED, ids=named)
@@ -96,7 +130,7 @@ def test_a_localizer_leaves_no_trace(localizer, toy):
     logits = toy.model.forward(toy.prompts().tokens)
     outcome(toy, localizer)
     assert all(torch.equal(before[name], p) for name, p in parameters_of(toy.model).items())
-    assert [p.requires_grad for p in toy.model.hf.parameters()] == flags
+    assert [p.requires_grad for p in toy.model.hf.parameters()] == flags and not toy.model.hf.training
     assert all(torch.equal(p.grad, torch.ones_like(p)) for p in toy.model.hf.parameters())
     assert torch.equal(torch.get_rng_state(), random_state)
     assert torch.equal(toy.model.forward(toy.prompts().tokens), logits), "a hook was left behind"
@@ -125,13 +159,13 @@ def test_the_same_seed_gives_the_same_scores(localizer, toy):
 def test_nothing_is_found_when_corrupt_equals_clean(localizer, family):
     model, prompts = load_model((random_hf(family), None)), token_prompts()
     same = Prompts.from_tokens(prompts.tokens, prompts.tokens, prompts.answers[:, 0], prompts.foils[:, 0])
-    nothing = localizer(model, same)
+    nothing = found_by(localizer, model, same)
     assert max(s.abs().max() for s in located(localizer, model, same).scores.values()) == 0
     assert "clean and corrupt prompts are the same" in nothing.note
     assert max(s.abs().max() for s in located(localizer, model, prompts).scores.values()) > 1e-4, "could be found"
 
 
-RAGGED = [*PAIRED, mechunlearn.localize.causal_tracing, mechunlearn.localize.direct_logit_attribution]
+RAGGED = [*PAIRED, causal_tracing, direct_logit_attribution]
 RAGGED += [discovery("attribution")]  # the other rules compare sums over all texts, not one text after another
 
 
@@ -140,7 +174,7 @@ def test_a_padded_batch_gives_the_scores_of_single_facts(localizer, world, sport
     forget, _ = sport
     chosen = forget.select(range(6))
     assert len(set(chosen.lengths.tolist())) > 1, "the batch must be ragged"
-    settings = {"neurons": 64} if "neurons" in inspect.signature(localizer).parameters else {}
+    settings = {"neurons": 64} if takes(localizer, "neurons") else {}
     together = located(localizer, world, chosen, **settings)
     single = [located(localizer, world, _unpadded(chosen, i), **settings) for i in range(6)]
     assert max(scores.abs().max() for scores in together.scores.values()) > 1e-2
@@ -159,7 +193,7 @@ def _unpadded(prompts: Prompts, row: int) -> Prompts:
 def test_attribution_equals_patching_where_the_metric_is_linear(rule):
     """Behind the last block with its normalisation held, a linear metric makes the estimate exact."""
     model, prompts = load_model((random_hf("gpt2"), None)), token_prompts()
-    localizer = partial(mechunlearn.localize.attribution_patching, rule=rule)
+    localizer = partial(attribution_patching, rule=rule)
 
     def linear(logits, prompts):
         return held["L2.resid_post"][:, -1].sum(-1)
@@ -330,6 +364,35 @@ def content(edit, model) -> dict[str, torch.Tensor]:
     return edit.new_rows(model)
 
 
+MISTAKEN = """
+from mechunlearn import MechunlearnError, explore, localize
+from mechunlearn.core.methods import methods
+from mechunlearn.patching import mask_faithfulness
+from mechunlearn.world.toy import planted_facts
+
+toy = planted_facts()
+sets = toy.prompts([0, 1]), toy.prompts([2, 3])
+scores, circuit = localize.random_units(toy.model), localize.edge_attribution(toy.model, sets[0])
+given = {name: (lambda found, editor=editor: editor(toy.model, found, *sets)) for name, editor in methods("edit").items() if editor.ready}
+given["mask_faithfulness"] = lambda found: mask_faithfulness(toy.model, found, sets[0])
+given["explore"] = lambda found: explore(toy.model, sets[0], mask=found)
+for name, call in given.items():
+    for found, hint in ((scores, "found.above(0), or found.top(weights="), (circuit, "circuit.nodes().above(0), or")):
+        try:
+            call(found)
+        except MechunlearnError as error:
+            assert hint in str(error), f"{name}: {error}"
+        else:
+            raise AssertionError(name)
+"""
+
+
+def test_scores_given_for_a_mask_say_how_to_make_one():
+    """As users have it, without the checks of types that tests add."""
+    done = subprocess.run([sys.executable, "-c", MISTAKEN], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("localizer", UNITS, ids=named)
 @pytest.mark.parametrize("fact", [1, 6])
 def test_the_localizer_finds_exactly_the_planted_neuron(localizer, toy, fact):
@@ -396,7 +459,7 @@ def test_discovery_finds_exactly_the_planted_answer(toy):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA; runs with `pytest -m gpu` where there is one")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_laws_of_an_edit_hold_on_cuda(dtype):
+def test_the_invariants_of_an_edit_hold_on_cuda(dtype):
     model = load_model((random_hf("gpt_neox"), None), device="cuda", dtype=dtype)
     prompts = known(model, token_prompts(facts=8))
     before = parameters_of(model)
