@@ -67,6 +67,15 @@ class TestHierarchical:
         assert 0.88 <= covered(draw, 0.7) <= 0.99
         assert covered(draw, 0.0) < 0.6
 
+    @pytest.mark.parametrize("worlds, share", [(3, 0.76), (5, 0.87), (10, 0.91)])
+    def test_few_worlds_cover_less(self, worlds, share):
+        """As often as the docstring says."""
+
+        def draw(rng, seed):
+            return hierarchical_interval(rng.normal(0, 1, (worlds, 1)) + rng.normal(0, 0.5, (worlds, 5)), seed, 200)
+
+        assert covered(draw, 0.0) == pytest.approx(share, abs=0.07)
+
     def test_seeds_of_few_worlds_do_not_stand_in_for_worlds(self):
         """Ten seeds in each of four worlds: taken as 40 runs they say far more than four worlds can."""
 

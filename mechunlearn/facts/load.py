@@ -100,8 +100,7 @@ def world_facts(folder: Path, relation: str, seed: int = 0) -> FactDataset:
 @lru_cache(maxsize=2)
 def _world(file: Path, changed: int) -> dict[str, Any]:
     """A world's file, read once as long as it does not change."""
-    world: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return world
+    return dict(json.loads(file.read_text(encoding="utf-8")))
 
 
 @lru_cache(maxsize=32)

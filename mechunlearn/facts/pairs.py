@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 
 from transformers import PreTrainedTokenizerBase
 
@@ -58,7 +58,7 @@ class Row:
             other: The other subject's tokens, as many as this one's.
         """
         changed, i, length = list(self.ids), 0, len(self.subject)
-        while i <= self.prompt_length - length:
+        while other and i <= self.prompt_length - length:
             found = tuple(changed[i : i + length]) == self.subject
             if found:
                 changed[i : i + length] = other
@@ -83,77 +83,58 @@ def paired(
     Raises:
         MechunlearnError: If a subject is not in its prompt, an answer is empty, or an answer and its foil are the same tokens.
     """
-    words = _Words(tokenizer, queries)
-    encoded = tokenizer([query.prompt for query in queries], return_offsets_mapping=True)
-    rows = []
-    for query, prompt, offsets in zip(queries, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        answer = words.ids(query, query.answer)
-        if not answer:
-            raise MechunlearnError(f"The answer of '{query.prompt}' is empty. Expected at least one token.")
-        span = _find(query, offsets) if query.subject else None
-        rows.append(Row(query, (*prompt, *answer[:-1]), len(prompt), answer, span))
-    others = _Others(rows, words, said or (lambda i, j: queries[j].answer), random.Random(seed))
-    return [others.paired(i, len(tokenizer)) for i in range(len(rows))]
-
-
-class _Words:
-    """The tokens of answers as they stand after a prompt: with a space unless the prompt ends in one."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, queries: Sequence[Query]) -> None:
-        self.tokenizer = tokenizer
-        every = (
-            (query, text) for query in queries for text in (query.answer, query.foil, query.target, *query.options)
-        )
-        texts = list(dict.fromkeys(self._after(query, text) for query, text in every))
-        self.known = dict(zip(texts, map(tuple, tokenizer(texts, add_special_tokens=False)["input_ids"])))
-
-    def ids(self, query: Query, text: str) -> Ids:
-        """The tokens of a text behind this query's prompt; none for an empty one."""
-        shown = self._after(query, text)
-        if shown not in self.known:
-            self.known[shown] = tuple(self.tokenizer(shown, add_special_tokens=False)["input_ids"])
-        return self.known[shown] if text.strip() else ()
-
-    def _after(self, query: Query, text: str) -> str:
-        return text if query.prompt.endswith((" ", "\n")) else " " + text.lstrip()
+    others = _Others(queries, tokenizer, said or (lambda i, j: queries[j].answer), random.Random(seed))
+    return [others.paired(i, len(tokenizer)) for i in range(len(queries))]
 
 
 class _Others:
     """What a row can be paired with: the subjects of other rows, by their length in tokens."""
 
-    def __init__(self, rows: Sequence[Row], words: _Words, said: Callable[[int, int], str], rng: random.Random) -> None:
-        self.rows, self.words, self.said, self.rng = rows, words, said, rng
-        self.answers = {row.answer for row in rows}
-        self.everyone = rng.sample(range(len(rows)), len(rows))
+    def __init__(
+        self,
+        queries: Sequence[Query],
+        tokenizer: PreTrainedTokenizerBase,
+        said: Callable[[int, int], str],
+        rng: random.Random,
+    ) -> None:
+        self.said, self.rng = said, rng
+        self.tokens = cache(lambda text: tuple(tokenizer(text, add_special_tokens=False)["input_ids"]))
+        encoded = tokenizer([query.prompt for query in queries], return_offsets_mapping=True)
+        self.rows = []
+        for query, prompt, offsets in zip(queries, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            answer = self._ids(query, query.answer)
+            if not answer:
+                raise MechunlearnError(f"The answer of '{query.prompt}' is empty. Expected at least one token.")
+            span = _find(query, offsets) if query.subject else None
+            self.rows.append(Row(query, (*prompt, *answer[:-1]), len(prompt), answer, span))
+        self.answers = {row.answer for row in self.rows}
+        self.everyone = rng.sample(range(len(queries)), len(queries))
         self.by_length: dict[int, list[int]] = {}
         for i in self.everyone:
-            self.by_length.setdefault(len(rows[i].subject), []).append(i)
+            self.by_length.setdefault(len(self.rows[i].subject), []).append(i)
 
     def paired(self, i: int, vocabulary: int) -> Row:
         """The row with everything that depends on other rows."""
         row = self.rows[i]
-        query, given = row.query, self.words.ids(row.query, row.query.foil)
-        if _same_start(row.answer, given):
+        query, given = row.query, self._ids(row.query, row.query.foil)
+        if given and not self._differs(i, query.foil):
             raise MechunlearnError(
                 f"Answer '{query.answer}' and foil '{query.foil}' of '{query.prompt}' are the same tokens "
                 "(or one begins with the other): give a foil that differs."
             )
         wanted = given if given in self.answers else ()
         partner = self._another(i, self.by_length[len(row.subject)], wanted) if row.span else None
+        random_tokens = tuple(self.rng.randrange(vocabulary) for _ in row.subject) if partner is None else ()
         foil = query.foil or self._foil(i, partner)
         query = replace(query, foil=foil, target=query.target or foil)
-        subject = self.rows[partner].subject if partner is not None else ()
-        at_random = row.span is not None and partner is None
-        if at_random:
-            subject = tuple(self.rng.randrange(vocabulary) for _ in row.subject)
         return replace(
             row,
             query=query,
-            foil=self.words.ids(query, foil),
-            target=self.words.ids(query, query.target),
-            options=tuple(self.words.ids(query, option) for option in query.options),
-            corrupt=row.with_subject(subject) if row.span else row.ids,
-            at_random=at_random,
+            foil=self._ids(query, foil),
+            target=self._ids(query, query.target),
+            options=tuple(self._ids(query, option) for option in query.options),
+            corrupt=row.with_subject(random_tokens if partner is None else self.rows[partner].subject),
+            at_random=bool(random_tokens),
         )
 
     def _foil(self, i: int, partner: int | None) -> str:
@@ -162,20 +143,19 @@ class _Others:
             partner = self._another(i, self.everyone)
         if partner is not None:
             return self.said(i, partner)
-        row = self.rows[i]
-        others = [text for text in row.query.options if self._differs(i, text)]
+        others = [text for text in self.rows[i].query.options if self._differs(i, text)]
         return self.rng.choice(others) if others else ""
 
     def _another(self, i: int, among: Sequence[int], foil: Ids = ()) -> int | None:
         """A row about another subject, whose answer is the foil if there is such a row, else any but the truth."""
-        best, count = None, len(among)
+        row, best, count = self.rows[i], None, len(among)
         first = self.rng.randrange(count)
         for k in range(first, first + count):
             j = among[k % count]
-            if j == i or (self.rows[i].span and self.rows[j].query.subject == self.rows[i].query.subject):
+            if j == i or (row.span and self.rows[j].query.subject == row.query.subject):
                 continue
             text = self.said(i, j)
-            if foil and self.words.ids(self.rows[i].query, text) == foil:
+            if foil and self._ids(row.query, text) == foil:
                 return j
             if best is None and self._differs(i, text):
                 best = j
@@ -184,13 +164,14 @@ class _Others:
         return best
 
     def _differs(self, i: int, text: str) -> bool:
-        ids = self.words.ids(self.rows[i].query, text)
-        return bool(ids) and not _same_start(self.rows[i].answer, ids)
+        """Whether a text can be told from the answer: neither begins with the other."""
+        answer, ids = self.rows[i].answer, self._ids(self.rows[i].query, text)
+        return bool(ids) and answer[: len(ids)] != ids[: len(answer)]
 
-
-def _same_start(a: Ids, b: Ids) -> bool:
-    """Whether two answers are the same tokens, or one begins with the other."""
-    return bool(a and b) and a[: len(b)] == b[: len(a)]
+    def _ids(self, query: Query, text: str) -> Ids:
+        """The tokens of a text behind this query's prompt, with a space between unless the prompt ends in one."""
+        shown = text if query.prompt.endswith((" ", "\n")) else " " + text.lstrip()
+        return self.tokens(shown) if text.strip() else ()
 
 
 def _find(query: Query, offsets: Sequence[tuple[int, int]]) -> tuple[int, int]:

@@ -96,9 +96,8 @@ class FactDataset:
     def prompts(self, model: HookedModel, format: str = "statement", seed: int = 0) -> "Prompts":
         """Tokenize the facts in one format, each with a corrupt partner of its relation (see `Prompts.from_text`).
 
-        A fact without this format is left out. The foil of a yes/no question is the opposite word, and its partner one whose
-        answer makes that word true. The foil of a multiple choice is the letter of another answer that it shows, its
-        partner one with that answer.
+        A fact without this format is left out. The foil of a yes/no question is the opposite word, that of a multiple choice
+        the letter of another answer that it shows; the partner is a fact of which that is true.
 
         Args:
             model: Its tokenizer is used.

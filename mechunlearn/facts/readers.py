@@ -160,8 +160,7 @@ def _from_datasets(name: str) -> pd.DataFrame:
 
     hub = {"counterfact": "NeelNanda/counterfact-tracing", "zsre": "zjunlp/KnowEdit"}.get(name, name)
     try:
-        frame: pd.DataFrame = datasets.load_dataset(hub, split="train").to_pandas()
-        return frame
+        return pd.DataFrame(datasets.load_dataset(hub, split="train").to_pandas())
     except Exception as error:  # whatever the library raises, the user asked for a name that gives no data
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise MechunlearnError(
