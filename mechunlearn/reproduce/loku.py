@@ -262,7 +262,7 @@ def measured(folder: Path, cell: Cell) -> dict:
         if cell.method in LOSSES:
             masked_gradient(model, mask, forget, retain, **LOSSES[cell.method], **shared)
         else:
-            init = cell.method.removeprefix("LoRA ")
+            init: Any = cell.method.removeprefix("LoRA ")
             fisher = None if init in ("pissa", "random") else _fisher(folder, cell.world, cell.forget, cell.task)
             fisher_lora(model, mask, forget, retain, init=init, rank=RANK, fisher=fisher, **shared)
     except MechunlearnError as error:
