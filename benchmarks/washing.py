@@ -392,7 +392,7 @@ def washed(work: Washing) -> None:
 def read_keys(work: Washing) -> None:
     """The forward passes of `Washing.sums`, and nothing made of them."""
     sites = [site(SMALL_LAYER), f"L{SMALL_LAYER}.resid_post"]
-    for _ in seen(work.model, work.contexts, sites, BATCH):
+    for _ in seen(work.model, work.edit_prompts, sites, BATCH):
         pass
 
 

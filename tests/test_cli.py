@@ -271,9 +271,9 @@ def files(tmp_path):
         ),
         (
             [*WASH, "mlp.json", "-o", "e.safetensors", "--text", "prose.txt", "--covariance-weight", "0"],
-            "covariance_weight of 0",
+            "memit got covariance_weight=0.0. Expected a number above 0",
         ),
-        ([*WASH, "mlp.json", "-o", "e.safetensors", "--text", "prose.txt", "--target", "x"], "edit towards 'x'"),
+        ([*WASH, "mlp.json", "-o", "e.safetensors", "--text", "prose.txt", "--target", "x"], "memit got target='x'. Expected one of end-of-text"),
         (["reproduce", "law", "-o", "law", "--page", "law.html"], "not named *.md"),
         ([*EDIT, "features.json", "-o", "e.safetensors"], "A FeatureEdit takes them (feature_clamp, codebook_delete)"),
         (
@@ -282,7 +282,7 @@ def files(tmp_path):
         ),
         ([*EDIT, "mlp.json", "-o", "e.safetensors", "--rank", "200"], "A rank of 200 does not fit"),
         ([*EDIT, "mlp.json", "-o", "e.safetensors", "--adapter", "a"], "Give --rank too"),
-        ([*EDIT, "mlp.json", "-o", "e.safetensors", "--lr", "1e38"], "A rate of 1e+38 is out of range"),
+        ([*EDIT, "mlp.json", "-o", "e.safetensors", "--lr", "1e38"], "masked_gradient got lr=1e+38. Expected a learning rate"),
         (["reproduce", "loku", "-o", "out", "--page", "page.html"], "not named *.md"),
         (["reproduce", "mechanistic-unlearning", "-o", "out", "--page", "page.html"], "not named *.md"),
         (["reproduce", "summary", "nowhere"], "mechanistic-unlearning.json' cannot be read"),
@@ -373,6 +373,11 @@ def test_wash_prints_each_layer_lists_what_is_not_known_and_keeps_the_covariance
     assert again[0] == 0 and "in band" in again[1], again[2]
     made = WeightEdit.load("washed.safetensors")
     assert made.card.method == "memit" and len(made.card.skipped) == 1 and len(made.mask) == 768
+    measured = ["evaluate", "factworld", "few.csv", "washed.safetensors", "--forget", 20, "--seed", 1]
+    code, _, err = call(*measured)
+    assert code == 2 and "the file does not hold its texts" in err and not (tmp_path / "report.html").exists()
+    code, out, err = call(*measured, "--text", "prose.txt")
+    assert code == 0 and "report -> report.html" in out, err
 
 
 def test_the_readme_leads_from_a_table_to_a_mask_of_its_facts(call, tmp_path):

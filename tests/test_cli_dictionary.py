@@ -98,9 +98,9 @@ def test_evaluate_sets_a_feature_edit_beside_units_that_are_active_as_often(worl
         assert not len(control.mask & edit.mask) and control.parts[0].settings == edit.parts[0].settings
         assert (control.parts[0].values <= 0).all()
     rows = dictionary_rows(world, mask, topic, dictionary=sae)
-    assert isinstance(rows, WeightEdit)
-    with pytest.raises(MechunlearnError, match="give evaluate a control="):
-        random_control(world, rows, forget, retain)
+    control = random_control(world, rows, forget, retain, seed=1)
+    assert isinstance(rows, WeightEdit) and isinstance(control, WeightEdit)
+    assert len(control.calls[0].mask) == len(mask) and not len(control.calls[0].mask & mask)
 
 
 def test_files_of_both_kinds_load_and_others_do_not(world, tmp_path):

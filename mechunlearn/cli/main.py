@@ -290,6 +290,9 @@ def evaluate(
     attacks: Annotated[
         str, typer.Option(help=f"Attacks that try to get the knowledge back: all, or names with commas: {ATTACKS}.")
     ] = "",
+    text: Annotated[
+        str | None, typer.Option(help="The text that the edit was washed with (wash --text), for its control.")
+    ] = None,
     cache: Annotated[
         Path | None,
         typer.Option(
@@ -312,8 +315,11 @@ def evaluate(
     wanted = check_attacks(names(attacks)) if attacks else []
     made = load_edit(edit)
     hooked, forgotten, retained = _load(model, facts, forget, seed, device, dtype)
+    from mechunlearn.evaluation.controls import random_control
     from mechunlearn.evaluation.evaluate import evaluate as measured
+    from mechunlearn.facts.readers import read_texts
 
+    texts = () if text is None else read_texts(text)
     told: set[str] = set()
 
     def written(report: "Report") -> None:
@@ -336,6 +342,7 @@ def evaluate(
         made,
         forget=forgotten,
         retain=retained,
+        control=random_control(hooked, made, forgotten, retained, seed, texts),
         attacks=wanted,
         cache=cache or output.with_suffix(".attacks"),
         seed=seed,

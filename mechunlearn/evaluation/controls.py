@@ -48,7 +48,7 @@ def random_control(
         forget: Facts to forget; a loaded edit is made again with them, and its features are matched on them.
         retain: The same of the facts to retain.
         seed: Seed of the random units. The edit's own seed stays.
-        texts: The texts of a loaded edit that was made with texts of its own.
+        texts: The texts of a loaded edit that was made with texts of its own, or more of which they are the first.
 
     Raises:
         MechunlearnError: For a loaded edit that cannot be made again, by name.
@@ -119,7 +119,7 @@ def remade_from_card(
         mask: Where to edit this time.
         forget: Facts to forget.
         retain: Facts to retain.
-        texts: The texts that the edit was made with, where they are not the facts' own.
+        texts: The texts that the edit was made with, where they are not the facts' own, or more of which they are the first.
 
     Raises:
         MechunlearnError: For what a card does not hold (functions of yours, tensors, dictionaries, parts of a composed
@@ -160,7 +160,8 @@ def _argument(value: Any, name: str, settings: Mapping[str, Any], known: Sequenc
         ours = isinstance(value, dict) and value.get("name") in {loss.__name__ for loss in losses.LOSSES}
         return losses.named(value) if ours else LOST
     if name == "texts" and value:
-        return next((texts for texts in (tuple(each()) for each in known) if described(texts) == value), LOST)
+        found = (tuple(each())[: value["texts"]] for each in known)
+        return next((texts for texts in found if described(texts) == value), LOST)
     if name == "covariance" and value:  # the editor collects it anew, over the same texts
         return None if value["texts"] == settings.get("texts") else LOST
     parts = value if isinstance(value, list) else [value]
