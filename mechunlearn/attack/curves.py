@@ -111,6 +111,11 @@ def batch_losses(
 
 
 def cross_entropy(stream: CachedInputs, rows: Tensor) -> Float[Tensor, ""]:
-    """Return the mean cross-entropy of the labels of these rows, in nats a token."""
+    """Return the mean cross-entropy of labels, in nats a token.
+
+    Args:
+        stream: The sequences.
+        rows: Which of them.
+    """
     read = stream.read(rows, {"logits", "labels"})
     return F.cross_entropy(read["logits"].float(), read["labels"])

@@ -226,12 +226,20 @@ def cell(
 
 
 def share(right: Bool[Tensor, " fact"] | Float[Tensor, " fact"]) -> float:
-    """Return the share of facts for which something holds."""
+    """Return the share of facts for which something holds.
+
+    Args:
+        right: For each fact whether it does.
+    """
     return float(right.float().mean())
 
 
 def chance(prompts: Prompts) -> float:
-    """Return what naming the most frequent answer of these facts would give."""
+    """Return what naming the most frequent answer of these facts would give.
+
+    Args:
+        prompts: The facts.
+    """
     answers = prompts.answers
     return float(answers.unique(dim=0, return_counts=True)[1].max()) / len(answers)
 
@@ -296,13 +304,10 @@ def check_sizes(forget: Prompts, retain: Prompts, least: int = 2) -> None:
 
 
 def recovery(rows: pd.DataFrame) -> pd.DataFrame:
-    """How much an attack got back, by state: the best of its cells that count.
+    """Return how much an attack got back, by state: the best of its cells that count.
 
     A cell (setting, step) counts if `valid`. A setting that is valid at no step after 0 (or not at all, if it takes no steps)
-    has `collapsed`: it broke the model, and is listed, never counted, not even its step 0. `held_out`, with `low`, `high`, `n`,
-    `setting`, `step` and `retain`, is the cell with the largest accuracy on facts that the attack saw nothing of (the first of
-    equals); `trained` is the largest on those that it trained on in any cell that counts: if that is far below 1 the attack was
-    too weak to tell.
+    has `collapsed`: it broke the model, and is listed, never counted, not even its step 0.
 
     recovery = (held_out - floor) / (ceiling - floor)
 
@@ -311,9 +316,19 @@ def recovery(rows: pd.DataFrame) -> pd.DataFrame:
     Where rows have a column `group` (ways of asking with floors of their own), all this is done in each group, and the group
     with the largest recovery counts. Where they have a `weight` (layers that hold more or less of the knowledge) the
     weighted mean over settings stands for the best.
-    `outcome` is "measured", or "collapsed" if every setting has: recovery is then NaN. A collapsed model is not
-    robust; nothing is known of it. The interval is the best cell's own, over facts: it does not know that it was the
-    best of several. Raises `MechunlearnError` for a frame without the columns of an attack.
+
+    Args:
+        rows: What an attack returns.
+
+    Returns:
+        One row a state. `outcome` is "measured", or "collapsed" if every setting has: recovery is then NaN, because a collapsed
+        model is not robust; nothing is known of it. `held_out`, with `low`, `high`, `n`, `setting`, `step` and `retain`, is the
+        cell with the largest accuracy on facts that the attack saw nothing of (the first of equals); its interval is its own,
+        over facts, and does not know that it was the best of several. `trained` is the largest accuracy on facts that it trained
+        on, in any cell that counts: if that is far below 1 the attack was too weak to tell.
+
+    Raises:
+        MechunlearnError: For a frame without the columns of an attack.
 
     >>> cell = {"setting": "full 0.001", "low": 0, "high": 1, "n": 9, "trained": 1, "retain": 1, "chance": 0.25, "valid": True}
     >>> curves = {"edited": (0.0, 0.5), "unedited": (1.0, 1.0), "never taught": (0.0, 0.2)}
@@ -329,12 +344,10 @@ def recovery(rows: pd.DataFrame) -> pd.DataFrame:
             "attack returns."
         )
     groups = [part for _, part in rows.groupby("group", sort=False)] if "group" in rows else [rows]
-    found = pd.concat([_in_group(part) for part in groups])
     best = []
-    for _, candidates in found.groupby(level=0, sort=False):
-        ranked = candidates["recovery"].fillna(-math.inf)
-        counted = ranked if (ranked > -math.inf).any() else candidates["held_out"].fillna(-1.0)
-        best.append(candidates.iloc[int(counted.to_numpy().argmax())])
+    for _, found in pd.concat(map(_in_group, groups)).groupby(level=0, sort=False):
+        rank = found["recovery"] if found["recovery"].notna().any() else found["held_out"].astype(float)
+        best.append(found.iloc[int(rank.fillna(-math.inf).to_numpy().argmax())])
     return pd.DataFrame(best).rename_axis("state")
 
 
@@ -351,18 +364,15 @@ def _in_group(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _best(state: str, cells: pd.DataFrame) -> Row:
     """The cell with the largest accuracy on the facts held out, of those that count; or the weighted mean of all."""
-    counted, collapsed = [], []
-    for setting, curve in cells.groupby("setting", sort=False):
-        after = curve["step"] > 0 if (curve["step"] > 0).any() else curve["step"] == 0
-        if curve["valid"][after].any():
-            counted.append(curve[curve["valid"]])
-        else:
-            collapsed.append(str(setting))
-    about = {"state": state, "collapsed": tuple(collapsed), "chance": float(cells["chance"].iloc[0])}
-    if not counted:
+    settings = cells["setting"]
+    after = (cells["step"] > 0) | (cells.groupby(settings)["step"].transform("max") == 0)
+    whole = (cells["valid"] & after).groupby(settings, sort=False).any()
+    collapsed = tuple(str(setting) for setting in whole.index[~whole])
+    about = {"state": state, "collapsed": collapsed, "chance": float(cells["chance"].iloc[0])}
+    if not whole.any():
         return {**about, "outcome": "collapsed"}
-    left = pd.concat(counted, ignore_index=True)
-    best = {name: left.iloc[int(left["held_out"].argmax())][name] for name in BEST}
+    left = cells[cells["valid"] & settings.map(whole)]
+    best = dict(left[list(BEST)].iloc[int(left["held_out"].argmax())])
     if "weight" in left:
         weight = left["weight"] / left["weight"].sum()
         best |= {name: float((left[name] * weight).sum()) for name in ("held_out", "low", "high", "retain")}
