@@ -344,14 +344,9 @@ def evaluate(
         for row in report.outcomes().to_dict("records"):
             if row["attack"] not in told:
                 told.add(row["attack"])
-                came = (
-                    ""
-                    if row["outcome"] == "failed"
-                    else f", recovery {row['recovery']}, truth {row['truth came back']}"
-                )
-                console.print(
-                    f"{row['attack']}: {row['outcome']}{came}{'; ' * bool(row['note'])}{row['note']}", highlight=False
-                )
+                back = f", recovery {row['recovery']}, truth {row['truth came back']}" * (row["outcome"] != "failed")
+                note = f"; {row['note']}" if row["note"] else ""
+                console.print(f"{row['attack']}: {row['outcome']}{back}{note}", highlight=False)
 
     console.print("control edit, then every format", *(["; attacks: " + ", ".join(wanted)] if wanted else []), sep="")
     report = measured(
@@ -455,6 +450,7 @@ def compare(
     check_grid(**grid)
     hooked, forgotten, _ = _load(model, facts, forget, 0, device, dtype)
     grid |= {"forget": forget, "steps": steps, "attack": attack, "progress": True}
+    assert forgotten.facts is not None and forgotten.facts.source is not None
     made = compared(hooked, forgotten.facts.source, folder=output, **grid)
     _print_arms(made.summary(short=True))
     console.print("± is half of the 95 % bootstrap interval over seeds, all of one model; how to read it: table.md")
@@ -474,9 +470,8 @@ def _run(
     made = edit_prompts(hooked, forgotten, retained, attacks=attacks, cache=cache, **said)
     written = made.save(hooked, output)
     if attacks:
-        console.print(
-            made.report.outcomes()[["attack", "outcome", "recovery", "truth came back"]].to_string(index=False)
-        )
+        columns = ["attack", "outcome", "recovery", "truth came back"]
+        console.print(made.report.outcomes()[columns].to_string(index=False))
     _print(made.report)
     for name, path in written.items():
         console.print(f"{name:<10} {path}")
