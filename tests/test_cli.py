@@ -273,7 +273,10 @@ def files(tmp_path):
             [*WASH, "mlp.json", "-o", "e.safetensors", "--text", "prose.txt", "--covariance-weight", "0"],
             "memit got covariance_weight=0.0. Expected a number above 0",
         ),
-        ([*WASH, "mlp.json", "-o", "e.safetensors", "--text", "prose.txt", "--target", "x"], "memit got target='x'. Expected one of end-of-text"),
+        (
+            [*WASH, "mlp.json", "-o", "e.safetensors", "--text", "prose.txt", "--target", "x"],
+            "memit got target='x'. Expected one of end-of-text",
+        ),
         (["reproduce", "law", "-o", "law", "--page", "law.html"], "not named *.md"),
         ([*EDIT, "features.json", "-o", "e.safetensors"], "A FeatureEdit takes them (feature_clamp, codebook_delete)"),
         (
@@ -282,7 +285,10 @@ def files(tmp_path):
         ),
         ([*EDIT, "mlp.json", "-o", "e.safetensors", "--rank", "200"], "A rank of 200 does not fit"),
         ([*EDIT, "mlp.json", "-o", "e.safetensors", "--adapter", "a"], "Give --rank too"),
-        ([*EDIT, "mlp.json", "-o", "e.safetensors", "--lr", "1e38"], "masked_gradient got lr=1e+38. Expected a learning rate"),
+        (
+            [*EDIT, "mlp.json", "-o", "e.safetensors", "--lr", "1e38"],
+            "masked_gradient got lr=1e+38. Expected a learning rate",
+        ),
         (["reproduce", "loku", "-o", "out", "--page", "page.html"], "not named *.md"),
         (["reproduce", "mechanistic-unlearning", "-o", "out", "--page", "page.html"], "not named *.md"),
         (["reproduce", "summary", "nowhere"], "mechanistic-unlearning.json' cannot be read"),

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from mechunlearn import ComponentMask, Localization, MechunlearnError
+from mechunlearn.explore.pages import static_view
 from mechunlearn.explore.state import ACTIONS, FIRST, GIVEN, MAPS, Workbench, localizers
-from mechunlearn.explore.widget import Explorer, explore, static_view
+from mechunlearn.explore.widget import Explorer, explore
 from mechunlearn.localize import activation_patching, attribution_patching, direct_logit_attribution, fact_lookup
 from mechunlearn.metrics.answers import answer_logprob, logit_diff
 from mechunlearn.model.hooked import load_model

@@ -327,14 +327,9 @@ def evaluate(
         for row in report.outcomes().to_dict("records"):
             if row["attack"] not in told:
                 told.add(row["attack"])
-                came = (
-                    ""
-                    if row["outcome"] == "failed"
-                    else f", recovery {row['recovery']}, truth {row['truth_came_back']}"
-                )
-                console.print(
-                    f"{row['attack']}: {row['outcome']}{came}{'; ' * bool(row['note'])}{row['note']}", highlight=False
-                )
+                back = f", recovery {row['recovery']}, truth {row['truth_came_back']}" * (row["outcome"] != "failed")
+                note = f"; {row['note']}" if row["note"] else ""
+                console.print(f"{row['attack']}: {row['outcome']}{back}{note}", highlight=False)
 
     console.print("control edit, then every format", *(["; attacks: " + ", ".join(wanted)] if wanted else []), sep="")
     report = measured(

@@ -7,14 +7,11 @@ import secrets
 import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-
-import jinja2
 
 from mechunlearn.errors import MechunlearnError
+from mechunlearn.explore.pages import served_page
 from mechunlearn.explore.state import Workbench
 
-STATIC = Path(__file__).parent / "static"
 LOOPBACK, PORT = "127.0.0.1", 8765
 MESSAGE = 1 << 16  # bytes
 
@@ -77,13 +74,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._refuse()
         with self.server.turn:
             view = self.server.bench.view()
-        page = _PAGE.render(
-            style=(STATIC / "explorer.css").read_text(encoding="utf-8"),
-            script=(STATIC / "explorer.js").read_text(encoding="utf-8").replace("export default", "const explorer ="),
-            view=view,
-            key=self.server.key,
-        )
-        return self._send(page.encode(), "text/html; charset=utf-8")
+        return self._send(served_page(view, self.server.key).encode(), "text/html; charset=utf-8")
 
     def do_POST(self) -> None:
         given = self.headers.get("X-Explorer-Key", "")
@@ -136,34 +127,3 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-_PAGE = jinja2.Environment(autoescape=True).from_string("""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>mechunlearn explorer</title><link rel="icon" href="data:,">
-<style>:root { color-scheme: light dark; } body { margin: 1rem auto; padding: 0 .8rem; max-width: 84rem; font-family: system-ui, sans-serif; }
-h1 { font-size: 1.2rem; margin: .2rem 0 .8rem; }
-{{ style|safe }}</style></head>
-<body><h1>Where does the model keep these facts?</h1><main id="explorer"></main>
-<script type="module">
-{{ script|safe }}
-const listeners = [];
-const state = { view: {{ view|tojson }} };
-const show = (view) => { state.view = view; listeners.forEach((draw) => draw()); };
-const model = {
-  get: (name) => state[name],
-  on: (event, draw) => listeners.push(draw),
-  send: async (message) => {
-    let answer;
-    try {
-      answer = await fetch("/act", { method: "POST", headers: { "X-Explorer-Key": {{ key|tojson }} }, body: JSON.stringify(message) });
-    } catch {
-      show({ ...state.view, error: "The program that serves this page has ended. Start mechunlearn explore again." });
-      return;
-    }
-    show(answer.ok ? await answer.json() : { ...state.view, error: await answer.text() });
-  },
-};
-explorer.render({ model, el: document.getElementById("explorer") });
-</script></body></html>
-""")

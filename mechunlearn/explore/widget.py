@@ -1,16 +1,15 @@
 """Looking around: facts in a model, component by component, or the features and codes of a dictionary."""
 
-import base64
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, overload
 
 import anywidget
-import jinja2
 import traitlets
 
 from mechunlearn.artifacts.localization import Localization
 from mechunlearn.artifacts.mask import ComponentMask
+from mechunlearn.explore.pages import STATIC, static_view
 from mechunlearn.explore.state import Workbench
 from mechunlearn.facts.prompts import FactDataset, Prompts
 from mechunlearn.features.dashboard import Exploration, explore_dictionary
@@ -18,9 +17,6 @@ from mechunlearn.features.dictionaries import Dictionary
 from mechunlearn.features.firing import Texts
 from mechunlearn.features.places import Model
 from mechunlearn.model.hooked import HookedModel
-
-STATIC = Path(__file__).parent / "static"
-UP, DOWN = "#0072b2", "#d55e00"  # as in the plots
 
 
 class Explorer(anywidget.AnyWidget):
@@ -182,56 +178,3 @@ def explore(
     if isinstance(what, Prompts):
         return Explorer(Workbench(model, what, found, mask))
     return explore_dictionary(model, what, texts if texts is not None else (), units, **shown)
-
-
-def static_view(view: dict[str, Any]) -> str:
-    """Write the map as a picture, its numbers as a table, and the mask in words, for where no script runs.
-
-    Args:
-        view: What `Workbench.view` gives.
-    """
-    picture = base64.b64encode(_PICTURE.render(view=view, shade=_shade(view["heat"]["values"])).encode()).decode()
-    return _STATIC.render(view=view, picture=picture)
-
-
-def _shade(values: list[list[float | None]]) -> Callable[[float | None], tuple[str, str]]:
-    """Colour and opacity of a cell, as the script shades it."""
-    most = max((abs(value) for row in values for value in row if value is not None), default=0.0) or 1.0
-
-    def shaded(value: float | None) -> tuple[str, str]:
-        return (UP if (value or 0) > 0 else DOWN, f"{0.08 + 0.82 * abs(value) / most:.3f}" if value else "0")
-
-    return shaded
-
-
-_JINJA = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-_PICTURE = _JINJA.from_string("""\
-{% set heat, across, down = view.heat, 46, 30 %}
-{% set left = 16 + 8 * heat.rows|map('length')|max %}
-{% set width, height = left + across * heat.columns|length + 10, down * heat.rows|length + 46 %}
-<svg xmlns="http://www.w3.org/2000/svg" width="{{ width }}" height="{{ height }}" viewBox="0 0 {{ width }} {{ height }}"
- font-family="system-ui, sans-serif" font-size="13" fill="#777777">
-{% for name in heat.rows %}{% set y = down * loop.index0 + 4 %}{% set i = loop.index0 %}
-<text x="{{ left - 10 }}" y="{{ y + 18 }}" text-anchor="end">{{ name }}</text>
-{% for value in heat['values'][i] %}{% set x = left + across * loop.index0 %}{% set colour, opacity = shade(value) %}
-<rect x="{{ x }}" y="{{ y }}" width="{{ across - 3 }}" height="{{ down - 3 }}" rx="3" fill="{{ colour }}" fill-opacity="{{ opacity }}" stroke="#808080" stroke-opacity=".3"/>
-{% set part = heat.selected[i][loop.index0] %}
-{% if part > 0 %}<text x="{{ x + across / 2 - 1.5 }}" y="{{ y + 18 }}" text-anchor="middle">{{ '●' if part == 1 else '◐' }}</text>{% endif %}
-{% endfor %}
-{% endfor %}
-{% for name in heat.columns %}
-<text x="{{ left + across * loop.index0 + across / 2 - 1.5 }}" y="{{ height - 26 }}" text-anchor="middle">{{ name }}</text>
-{% endfor %}
-<text x="{{ left + across * heat.columns|length / 2 }}" y="{{ height - 6 }}" text-anchor="middle">layer</text>
-</svg>
-""")
-_STATIC = _JINJA.from_string("""\
-<p><b>{{ view.method.replace('_', ' ') }}</b>, {{ view.metric.replace('_', ' ') ~ ', ' if view['uses metric'] }}{{ 'all %d facts' % view.facts|length if view.fact is none else 'one fact' }}: {{ view.heat.what }}; blue above zero, orange below. Run it in Jupyter to click through it.</p>
-<img alt="{{ view.heat.rows|length }} x {{ view.heat.columns|length }} map: {{ view.heat.what }}" src="data:image/svg+xml;base64,{{ picture }}">
-<p>Mask: {{ view.mask.units }} units, {{ '%.2f'|format(100 * view.mask.share) }} % of the editable weights{{ ' (● all, ◐ some of it)' if view.mask.units }}.</p>
-<details><summary>The numbers</summary>
-<table><thead><tr><th></th>{% for name in view.heat.columns %}<th>L{{ name }}</th>{% endfor %}</tr></thead>
-{% for name in view.heat.rows %}{% set i = loop.index0 %}
-<tr><th>{{ name }}</th>{% for value in view.heat['values'][i] %}<td>{{ '' if value is none else '%+.2f'|format(value) }}</td>{% endfor %}</tr>
-{% endfor %}</table></details>
-""")

@@ -1,11 +1,9 @@
 """Attribution patching: every unit's effect from two forward passes and one backward pass."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import partial
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from mechunlearn.artifacts.localization import Localization
@@ -14,9 +12,9 @@ from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.metrics.answers import Metric, logit_diff, per_fact, positions_read
 from mechunlearn.model.component import SCORED
-from mechunlearn.model.hooked import HookedModel, frozen
-from mechunlearn.model.taps import tapped
-from mechunlearn.patching.corruption import check_finite, unchanged
+from mechunlearn.model.hooked import HookedModel
+from mechunlearn.patching.corruption import unchanged
+from mechunlearn.patching.gradients import differentiated
 from mechunlearn.patching.relevance import relevance_rules
 from mechunlearn.patching.scores import from_effects, localizer
 from mechunlearn.patching.sweep import Effects, check_kinds, effects, rows_of
@@ -112,21 +110,24 @@ def _batch_effects(
     decoder, at = model.decoder, positions_read(metric, prompts).to(model.device)
     other = decoder.record(prompts.corrupt, at, sites, keys=False)
     start = decoder.record(prompts.tokens, at[:, :1], keys=False).resid[0] if ig_steps else None
-    points = [None] if start is None else [torch.lerp(other.resid[0], start, k / ig_steps) for k in range(ig_steps)]
-    total: list[Tensor] = []
+    starts = [None] if start is None else [torch.lerp(other.resid[0], start, k / ig_steps) for k in range(ig_steps)]
+    total: dict[str, Tensor] = {}
     clean: dict[str, Tensor] = {}
     value = torch.zeros(())
-    for point in points:
-        value, seen, gradients = _differentiated(model, prompts, sites, metric, at, point, rule)
-        clean = clean or seen
-        total = [a + b for a, b in zip(total, gradients, strict=True)] if total else list(gradients)
+    for embeddings in starts:
+        points: dict[str, Tensor] = {}
+        taps = [tap for site in sites for tap in decoder.taps(site, partial(_kept, points, site))]
+        rules = relevance_rules(decoder) if rule == "relp" else None
+        value, _, gradients = differentiated(model, prompts, metric, embeddings, taps, points, rules)
+        clean = clean or {site: x.detach() for site, x in points.items()}
+        total = {site: gradient + total.get(site, 0) for site, gradient in gradients.items()}
     if ig_steps:
         run = decoder.record(prompts.tokens, at, sites, keys=False)
         clean, value = run.kept, per_fact(metric, run.logits, prompts)[0]
     where, names = rows_of(prompts, by, width)
     by_site = {}
-    for site, gradient in zip(sites, total, strict=True):
-        effect = (other.kept[site] - clean[site]) * gradient / len(points)
+    for site in sites:
+        effect = (other.kept[site] - clean[site]) * total[site] / len(starts)
         unit = effect.sum(-1) if effect.ndim == 4 else effect
         unit = unit if "." in site.split(".", 1)[1] else unit.sum(-1, keepdim=True)
         by_site[site] = torch.einsum("rfp,fpu->ruf", where.to(unit), unit).float().cpu()
@@ -134,30 +135,9 @@ def _batch_effects(
     return Effects(by_site, names, value.detach().float().cpu(), corrupt.float().cpu())
 
 
-def _differentiated(
-    model: HookedModel, prompts: Prompts, sites: list[str], metric: Metric, at: Tensor, start: Tensor | None, rule: str
-) -> tuple[Float[Tensor, " fact"], dict[str, Tensor], tuple[Tensor, ...]]:
-    """The metric, the activations and their gradients, from these embeddings (the prompts' own, if None)."""
-    points: dict[str, Tensor] = {}
-
-    def leaf(x: Tensor) -> Tensor:
-        return (x.detach() if start is None else start).clone().requires_grad_()
-
-    def keep(site: str, x: Tensor) -> Tensor:
-        points[site] = x.view_as(x)
-        return points[site]
-
-    taps = [(model.decoder.blocks[0], "in", leaf), model.decoder.reading(at)]
-    taps += [tap for site in sites for tap in model.decoder.taps(site, partial(keep, site))]
-    rules = relevance_rules(model.decoder) if rule == "relp" else nullcontext()
-    with torch.enable_grad(), frozen(model.hf), rules, tapped(taps):
-        logits = model.hf(input_ids=prompts.tokens.to(model.device), use_cache=False).logits
-        value = per_fact(metric, logits, prompts)[0]
-        gradients = torch.autograd.grad(
-            value.sum(), [points[site] for site in sites], allow_unused=True, materialize_grads=True
-        )
-    check_finite(model, value.detach(), prompts.tokens, metric)
-    return value.detach(), {site: x.detach() for site, x in points.items()}, gradients
+def _kept(points: dict[str, Tensor], site: str, x: Tensor) -> Tensor:
+    points[site] = x.view_as(x)
+    return points[site]
 
 
 def _verified(

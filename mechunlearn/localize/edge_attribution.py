@@ -12,11 +12,11 @@ from mechunlearn.artifacts.edges import edges, readers, writers
 from mechunlearn.core.batches import in_batches
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import Prompts
-from mechunlearn.metrics.answers import Metric, logit_diff, per_fact, positions_read
+from mechunlearn.metrics.answers import Metric, logit_diff
 from mechunlearn.model.decoder import Run
-from mechunlearn.model.hooked import HookedModel, frozen
-from mechunlearn.model.taps import tapped
-from mechunlearn.patching.corruption import check_finite, check_prompts
+from mechunlearn.model.hooked import HookedModel
+from mechunlearn.model.taps import Tap
+from mechunlearn.patching.corruption import check_prompts
 from mechunlearn.patching.edges import (
     ATTENTION,
     attention_gradients,
@@ -27,6 +27,7 @@ from mechunlearn.patching.edges import (
     writer_sites,
     written,
 )
+from mechunlearn.patching.gradients import differentiated
 from mechunlearn.patching.scores import circuit, localizer
 
 BYTES = {"cpu": 256 * 2**20, "cuda": 4 * 2**30}
@@ -142,7 +143,6 @@ class _Batch:
     def __init__(self, model: HookedModel, prompts: Prompts, metric: Metric) -> None:
         self.model, self.decoder, self.layout = model, model.decoder, model.layout
         self.prompts, self.metric = prompts, metric
-        self.at = positions_read(metric, prompts).to(model.device)
         self.nowhere = torch.zeros(len(prompts), 1, dtype=torch.long, device=model.device)
         self.sites = writer_sites(model.layout)
 
@@ -186,40 +186,22 @@ class _Batch:
         points: dict[str, Tensor] = {}
         inputs: dict[str, Tensor] = {}
         kept: dict[str, Tensor] = {}
-
-        def leaf(x: Tensor) -> Tensor:
-            inputs["start"] = x.detach() if start is None else start
-            return inputs["start"].clone().requires_grad_()
-
-        def branch(name: str, x: Tensor) -> Tensor:
-            points[name] = x.view_as(x)
-            return points[name]
-
-        def note(into: dict[str, Tensor], name: str, x: Tensor) -> None:
-            into[name] = x.detach()
-
-        taps = [(self.decoder.blocks[0], "in", leaf), self.decoder.reading(self.at)]
-        for layer in range(self.layout.signature.layers):
-            taps.append((self.decoder.blocks[layer], "in", partial(note, inputs, f"{layer} attention")))
+        taps: list[Tap] = []
+        layers = range(self.layout.signature.layers)
+        for layer in layers:
+            taps.append((self.decoder.blocks[layer], "in", partial(_note, inputs, f"{layer} attention")))
             if not self.layout.parallel:
-                taps.append((self.decoder.part(layer, "mlp_norm"), "in", partial(note, inputs, f"{layer} mlp")))
-            taps.append((self.decoder.part(layer, "mlp"), "in", partial(branch, f"{layer} mlp")))
+                taps.append((self.decoder.part(layer, "mlp_norm"), "in", partial(_note, inputs, f"{layer} mlp")))
+            taps.append((self.decoder.part(layer, "mlp"), "in", partial(_branch, points, f"{layer} mlp")))
             for name in {self.layout.module_name(layer, kind) for kind in ATTENTION}:
                 taps.append((self.model.hf.get_submodule(name), "out", partial(points.__setitem__, name)))
-        taps.append((self.decoder.final_norm, "in", partial(branch, "logits")))
-        taps += [tap for site in sites for tap in self.decoder.taps(site, partial(note, kept, site))]
-        with torch.enable_grad(), frozen(self.model.hf), tapped(taps):
-            logits = self.model.hf(input_ids=self.prompts.tokens.to(self.model.device), use_cache=False).logits
-            value = per_fact(self.metric, logits, self.prompts)
-            gradients = torch.autograd.grad(value.sum(), list(points.values()))
-        check_finite(self.model, value.detach(), self.prompts.tokens, self.metric)
-        found = {
-            name: (inputs.get(name.replace("mlp", "attention") if self.layout.parallel else name, gradient), gradient)
-            for name, gradient in zip(points, gradients, strict=True)
-        }
-        for layer in range(self.layout.signature.layers):
-            found[f"{layer} attention"] = (inputs[f"{layer} attention"], inputs[f"{layer} attention"])
-        return Run([inputs["start"]], [], [], logits.detach(), kept), found
+        taps.append((self.decoder.final_norm, "in", partial(_branch, points, "logits")))
+        taps += [tap for site in sites for tap in self.decoder.taps(site, partial(_note, kept, site))]
+        _, logits, gradients = differentiated(self.model, self.prompts, self.metric, start, taps, points)
+        read = {f"{layer} mlp": inputs[f"{layer} {'attention' if self.layout.parallel else 'mlp'}"] for layer in layers}
+        found = {name: (read.get(name, gradient), gradient) for name, gradient in gradients.items()}
+        found |= {name: (x, x) for name, x in inputs.items() if name.endswith("attention")}
+        return Run([inputs["0 attention"]], [], [], logits, kept), found
 
     @torch.no_grad()
     def _by_reader(self, points: dict[str, tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
@@ -233,6 +215,15 @@ class _Batch:
             x, gradient = (t.flatten(0, 1) for t in points[f"{layer} mlp"])
             yield mlp_gradient(self.decoder, layer, x, gradient)[None]
         yield points["logits"][1].flatten(0, 1)[None]
+
+
+def _note(into: dict[str, Tensor], name: str, x: Tensor) -> None:
+    into[name] = x.detach()
+
+
+def _branch(into: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
+    into[name] = x.view_as(x)
+    return into[name]
 
 
 def _product(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.model.decoder import Decoder, Run
 from mechunlearn.model.layout import Layout
+from mechunlearn.patching.sweep import Patch
 
 ATTENTION = ("attn.q", "attn.k", "attn.v")
 
@@ -205,18 +206,15 @@ def mlp_gradient(
 
 
 @dataclass(frozen=True)
-class EdgePatch:
-    """Cells in which one reader alone reads a change of one writer; the interface of `sweep.Patch`.
+class EdgePatch(Patch):
+    """Cells in which one reader alone reads a change of one writer.
+
+    A reader of `attn.q`, `attn.k` or `attn.v` is a head; `mlp_in` is an MLP, `resid_pre` behind the last layer the logits.
 
     The reader's input is that of the base run plus `change[writers[i]]`. The logits read the change on top of the run at
     hand, unless they are `held` too.
 
     Attributes:
-        layer: The reader's layer.
-        kind: What it reads: `attn.q`, `attn.k`, `attn.v`, `mlp_in`, or `resid_pre` for the logits.
-        cells: The cells.
-        where: Positions, one row a choice of them.
-        rows: By cell, the row of `where`.
         decoder: The model.
         read: The residual stream that the reader reads in the base run.
         change: What writers add in the other run minus what they add in the base run.
@@ -225,11 +223,6 @@ class EdgePatch:
         held: Whether the logits too read the base run plus the change.
     """
 
-    layer: int
-    kind: str
-    cells: Int[Tensor, " cell"]
-    where: Tensor
-    rows: Int[Tensor, " cell"]
     decoder: Decoder
     read: Float[Tensor, "fact pos d_model"]
     change: Float[Tensor, "writer fact pos d_model"]

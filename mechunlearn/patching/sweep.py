@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -37,8 +36,8 @@ from mechunlearn.patching.corruption import (
 TOKENS = 8192
 
 
-@runtime_checkable
-class Patch(Protocol):
+@dataclass(frozen=True)
+class Patch:
     """A change of one site in some cells of a sweep.
 
     Attributes:
@@ -49,16 +48,12 @@ class Patch(Protocol):
         rows: By cell, the row of `where` whose positions change.
     """
 
-    @property
-    def layer(self) -> int: ...
-    @property
-    def kind(self) -> str: ...
-    @property
-    def cells(self) -> Int[Tensor, " cell"]: ...
-    @property
-    def where(self) -> Bool[Tensor, "row fact pos"]: ...
-    @property
-    def rows(self) -> Int[Tensor, " cell"]: ...
+    layer: int
+    kind: str
+    cells: Int[Tensor, " cell"]
+    where: Bool[Tensor, "row fact pos"]
+    rows: Int[Tensor, " cell"]
+
     def applied(self, seen: Tensor, chosen: Tensor, start: int) -> Tensor:
         """Return the new activations of some cells.
 
@@ -67,32 +62,22 @@ class Patch(Protocol):
             chosen: Indices of the cells in this patch.
             start: The position at which `seen` begins.
         """
-        ...
+        raise NotImplementedError
 
 
 Entry = tuple[Patch, Tensor, Tensor]  # a patch, indices of cells in it, their rows in a chunk
 
 
 @dataclass(frozen=True)
-class UnitPatch:
+class UnitPatch(Patch):
     """What some cells of a sweep take from another run at one site.
 
     Attributes:
-        layer: The layer of the site.
-        kind: The kind of the site.
-        cells: The cells that it changes.
-        where: Positions, one row a choice of them.
-        rows: By cell, the row of `where`.
         source: The activations to take, for all cells or one entry a cell.
         units: Units, one row a choice of them; None for all.
         blocks: By cell, the row of `units`.
     """
 
-    layer: int
-    kind: str
-    cells: Int[Tensor, " cell"]
-    where: Bool[Tensor, "row fact pos"]
-    rows: Int[Tensor, " cell"]
     source: Float[Tensor, "#cell fact pos *unit"]
     units: Bool[Tensor, "block unit"] | None = None
     blocks: Int[Tensor, " cell"] | None = None
