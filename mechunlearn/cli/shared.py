@@ -27,7 +27,7 @@ def open_model(model: str, device: str = "cpu", dtype: str | None = None) -> "Ho
     import torch
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()
     from mechunlearn.model.hooked import load_model
 
     try:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.metrics.answers import Metric, per_fact, positions_read
-from mechunlearn.model.decoder import Tap, tapped
 from mechunlearn.model.hooked import HookedModel, frozen
+from mechunlearn.model.taps import Tap, tapped
 from mechunlearn.patching.corruption import check_finite
 
 
