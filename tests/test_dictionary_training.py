@@ -108,16 +108,18 @@ def test_the_linear_maps_begin_as_a_rotation_and_its_negative_and_back():
 
 
 def test_restarting_dead_codes_leaves_fewer_dead(seed):
-    _, h = sparse_sums(1000, 16, 24, 3, seed)
-    h = h * torch.exp(
-        2 * torch.randn(1000, 1, generator=torch.Generator().manual_seed(seed))
-    )  # k-means sees norms, not angles
-    dead = {}
-    for restart in (20, None):
-        made = Codebook(16, 256, 8, hook_name="L0.resid_post", linear=0)
-        fit_codebook(made, h, steps=100, restart=restart, generator=torch.Generator().manual_seed(seed))
-        dead[restart] = float((made.encode(h).sum(0) == 0).float().mean())
-    assert dead[None] > 0.1 and dead[20] < 0.6 * dead[None], dead
+    """Of six seeds without restarting .06 to .18 of the codes were dead, and .22 to .52 of these with it."""
+    dead: dict[int | None, list[float]] = {20: [], None: []}
+    for each in range(seed, seed + 3):
+        _, h = sparse_sums(1000, 16, 24, 3, each)
+        h = h * torch.exp(
+            2 * torch.randn(1000, 1, generator=torch.Generator().manual_seed(each))
+        )  # k-means sees norms, not angles
+        for restart, found in dead.items():
+            made = Codebook(16, 256, 8, hook_name="L0.resid_post", linear=0)
+            fit_codebook(made, h, steps=100, restart=restart, generator=torch.Generator().manual_seed(each))
+            found.append(float((made.encode(h).sum(0) == 0).float().mean()))
+    assert np.median(dead[None]) > 0.05 and np.median(np.divide(dead[20], dead[None])) < 0.6, dead
 
 
 def test_fewer_tokens_than_codes_are_enough():

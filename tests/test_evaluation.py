@@ -101,20 +101,31 @@ def test_the_verdict_carries_the_figures(report):
     assert f"{edited:.1%}" in report.verdict() and "same subjects' city" in report.verdict()
 
 
-@pytest.mark.parametrize("loss", [losses.log_one_minus_p, losses.gradient_ascent])
+@pytest.mark.parametrize(("loss", "steps"), [(losses.log_one_minus_p, 20), (losses.gradient_ascent, 40)])
 @pytest.mark.training
-def test_unlearning_losses_remove_the_truth_and_the_retain_term_keeps_the_rest(loss, world, sport, found, seed):
+def test_unlearning_losses_remove_the_truth_and_the_retain_term_keeps_the_rest(loss, steps, world, sport, found, seed):
+    """The probability of forgotten truths over that of retained ones, with the retain term, was .06 to .24 and .27 to .81
+    on five seeds; without it both fell below .02.
+    """
     forget, retain = sport
-    before = measure(world, forget)["probability"].mean()
-    kept = []
+    left, kept = [], []
     for weight in (0, 1):
         made = masked_gradient(
-            world, found.above(0), forget, retain, loss=loss, steps=20, batch_size=16, retain_weight=weight, seed=seed
+            world,
+            found.above(0),
+            forget,
+            retain,
+            loss=loss,
+            steps=steps,
+            batch_size=16,
+            retain_weight=weight,
+            seed=seed,
         )
         with made.applied(world):
-            assert measure(world, forget)["probability"].mean() < 0.8 * before
+            left.append(float(measure(world, forget)["probability"].mean()))
             kept.append(float(measure(world, retain)["probability"].mean()))
-    assert kept[1] > kept[0], "without the retain term more is lost"
+    assert left[0] < 0.1 and left[1] < 0.9 * kept[1], "the truth is removed"
+    assert kept[1] > kept[0] + 0.3, "without the retain term more is lost"
 
 
 def test_the_summary_prints_its_numbers_in_full(report):
