@@ -21,7 +21,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
 
 import torch
 import transformers
@@ -36,6 +36,9 @@ from mechunlearn.features.training import train_sae
 from mechunlearn.localize import feature_discovery
 from mechunlearn.model.hooked import HookedModel, load_model
 from mechunlearn.world.dictionaries import topic_stories, topic_words, unrelated_words
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
 
 CODES, USED, FEATURES, KEPT, SHARE = 2048, 8, 4096, 32, 0.05
 PLAIN, TOPIC, TOPIC_LENGTH = "plain hooked", "war", 16

@@ -40,7 +40,9 @@ def report() -> None:
 
 def overlap() -> None:
     """The overlap of masks, from the page's table."""
-    rows = re.findall(r"^\| \d+ (.+?) \| ([\d. |]+) \|$", (DOCS / "ground-truth.md").read_text(encoding="utf-8"), re.M)
+    rows = re.findall(
+        r"^\| \d+ (.+?) \| ([\d. |]+) \|$", (DOCS / "ground-truth.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
     names = [name for name, _ in rows]
     values = [[float(value) for value in row.split("|")] for _, row in rows]
     figure = plots.overlap_map(pd.DataFrame(values, index=names, columns=names))

@@ -344,7 +344,7 @@ def test_dot_has_every_edge(tmp_path):
     found = circuit(share=0.5)
     found.save(tmp_path / "circuit.dot")
     text = (tmp_path / "circuit.dot").read_text()
-    line = re.compile(r'^  "(\S+)" -> "(\S+)" \[label="([qkv]?)", color="(\S+)", penwidth=(\S+), .*\];$', re.M)
+    line = re.compile(r'^  "(\S+)" -> "(\S+)" \[label="([qkv]?)", color="(\S+)", penwidth=(\S+), .*\];$', re.MULTILINE)
     edge = {f"{s}->{t}" + (f"<{one}>" if one else ""): (c, float(w)) for s, t, one, c, w in line.findall(text)}
     expected = found.to_mib()
     assert edge.keys() == expected.keys() and text.startswith("digraph circuit {") and text.endswith("}\n")

@@ -161,7 +161,7 @@ class TestMethods:
         page = (DOCS / "methods" / f"{name}.md").read_text()
         assert page.startswith(f"# {name}\n") and f"methods/{name}.md" in NAV
         assert f"{inspect.unwrap(method).__module__}.{name}" in DIRECTIVE.findall(page)
-        assert [part for part in re.findall(r"^\| \*\*(.+?)\*\* \|", page, re.MULTILINE)] == list(SAYS)
+        assert list(re.findall(r"^\| \*\*(.+?)\*\* \|", page, re.MULTILINE)) == list(SAYS)
         sentence = page.split("\n\n")[1]
         assert f"| [`{name}`]({name}.md) | {sentence} |" in shown_index()
 

@@ -178,7 +178,7 @@ def test_effects_are_the_direct_path(world, sae, codebook, which):
 
 
 def test_units_may_be_a_mask_and_unused_ones_are_told(world, codebook):
-    never = sorted(set(range(codebook.size)) - set(explore_all(world, codebook, TEXTS[:2])))[0]
+    never = min(set(range(codebook.size)) - set(explore_all(world, codebook, TEXTS[:2])))
     chosen = torch.zeros(codebook.size, dtype=torch.bool)
     chosen[[never, 328, 9]] = True
     mask = ComponentMask({codebook.site: chosen}, world.signature)

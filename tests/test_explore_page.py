@@ -122,7 +122,7 @@ class TestAddress:
             assert "does not know" in json.loads(asked(server, body='{"do": "__init__"}')[1])["error"]
 
     def test_facts_are_data_in_the_page(self, toy):
-        evil = replace(toy.prompts, queries=tuple())
+        evil = replace(toy.prompts, queries=())
         assert evil.queries == ()
         bench = Workbench(toy.model, toy.prompts)
         page_of = "</script><script>alert(1)</script>"

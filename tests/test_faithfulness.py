@@ -134,7 +134,7 @@ def test_leaving_one_edge_out_is_patching_that_edge(model, prompts):
     all_edges = edges(circuit.signature, circuit.parallel)
     rows = []
     for name in names:
-        rows.append(all_edges & ~having(circuit, name).chosen)
+        rows.append(all_edges & ~having(circuit, name).chosen)  # noqa: PERF401
     found = _measured(model, circuit, prompts, torch.stack(rows), logit_diff, 32)
     for name, value in zip(names, found.circuit, strict=True):
         effect = float(exact.scores[having(circuit, name).chosen])

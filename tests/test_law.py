@@ -118,12 +118,18 @@ class TestPage:
     def test_the_page_says_what_holds_what_is_inconclusive_and_what_was_not_matched(self, found):
         told = flat(PAPER.page(json.loads(json.dumps(found))))
         for row in (
-            "MEMIT, retain keys keeps neighbours better than GA (not matched: GA reached the target in 0 of 4 runs) "
-            "| +0.7 [+0.7, +0.7] | 4 pairs, 2 worlds | **holds**",
-            "LAW keeps more neighbours than AlphaEdit (not matched: AlphaEdit reached the target in 0 of 4, 4 failed runs)"
-            " | – | 0 | **not measured**",
-            "retain keys cost no text: lower text loss than MEMIT | +0.001 [+0.001, +0.001] | 4 pairs, 2 worlds | "
-            "**reversed**",
+            (
+                "MEMIT, retain keys keeps neighbours better than GA (not matched: GA reached the target in 0 of 4 runs) "
+                "| +0.7 [+0.7, +0.7] | 4 pairs, 2 worlds | **holds**"
+            ),
+            (
+                "LAW keeps more neighbours than AlphaEdit (not matched: AlphaEdit reached the target in 0 of 4, 4 failed runs)"
+                " | – | 0 | **not measured**"
+            ),
+            (
+                "retain keys cost no text: lower text loss than MEMIT | +0.001 [+0.001, +0.001] | 4 pairs, 2 worlds | "
+                "**reversed**"
+            ),
             "no more of the rest than of facts never taught | +0 [+0, +0] | 4 pairs, 2 worlds | **inconclusive**",
         ):
             assert f"{row} |" in told, row

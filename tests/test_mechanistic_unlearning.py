@@ -87,7 +87,7 @@ class TestMasks:
 
 
 class TestCells:
-    @pytest.fixture()
+    @pytest.fixture
     def small(self, monkeypatch):
         monkeypatch.setattr(m, "ATTACK", {"lrs": {"full": (5e-4,)}, "steps": 2, "eval_every": 2, "batch_size": 4})
         monkeypatch.setattr(m, "STEPS", 12)

@@ -407,8 +407,10 @@ def test_lora_says_what_whole_matrices_cost(family, addresses, cost):
     with pytest.warns(UserWarning) as caught:
         mask.to_lora_config(r=2)
     assert [str(w.message) for w in caught] == [
-        f"LoRA trains whole matrices: the mask selects {cost} as many can move. "
-        "Use restrict_ or fisher_lora to keep to the mask."
+        (
+            f"LoRA trains whole matrices: the mask selects {cost} as many can move. "
+            "Use restrict_ or fisher_lora to keep to the mask."
+        )
     ]
 
 

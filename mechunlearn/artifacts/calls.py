@@ -24,7 +24,10 @@ class Call:
 
     @property
     def mask(self) -> ComponentMask:
-        """The mask that the editor got. A closed form moves a part of it only, `dictionary_rows` what its features write."""
+        """The mask that the editor got.
+
+        A closed form moves a part of it only, `dictionary_rows` what its features write.
+        """
         mask: ComponentMask = self.arguments["mask"]
         return mask
 
@@ -38,8 +41,10 @@ def remade(edit: Any, mask: ComponentMask | None, seed: int | None) -> Any:
     """Return the edit that the calls of another one make under another mask or seed (see `WeightEdit.remake`)."""
     if not edit.calls:
         raise MechunlearnError(
-            f"This edit ({edit.card.method}) cannot be made again: it was loaded or put together by hand, and holds a run "
-            "card but not the model, facts and functions of the call that made it. Make it in this session with its editor, "
+            f"This edit ({edit.card.method}) cannot be made again: it was loaded or put together by hand, and holds a "
+            "run "
+            "card but not the model, facts and functions of the call that made it. Make it in this session with its "
+            "editor, "
             "or give evaluate a control= of yours."
         )
     masks: Sequence[ComponentMask | None] = [None] * len(edit.calls)
@@ -51,12 +56,14 @@ def remade(edit: Any, mask: ComponentMask | None, seed: int | None) -> Any:
 def dealt(mask: ComponentMask, among: Sequence[ComponentMask]) -> list[ComponentMask]:
     """Deal the units of a mask to the parts of a composed edit, which had the masks of `among`.
 
-    A part gets as many units of each kind as it had; the last part that had units of a kind gets all that are left of it.
-    The order is shuffled, the same for every kind, so that no part gets the lower layers and the rows of a neuron stay together.
+    A part gets as many units of each kind as it had; the last part that had units of a kind gets all that are left of
+    it. The order is shuffled, the same for every kind, so that no part gets the lower layers and the rows of a neuron
+    stay together.
 
     >>> from mechunlearn.model.layout import Signature
     >>> tiny = Signature("llama", layers=2, heads=4, kv_heads=2, d_mlp=3, d_model=8)
-    >>> new, *old = (ComponentMask.of(a, tiny) for a in (["L1.mlp.out", "L1.attn.o[0]"], ["L0.mlp.out[0]"], ["L0.mlp.out[1]", "L0.attn.o[1]"]))
+    >>> units = (["L1.mlp.out", "L1.attn.o[0]"], ["L0.mlp.out[0]"], ["L0.mlp.out[1]", "L0.attn.o[1]"])
+    >>> new, *old = (ComponentMask.of(each, tiny) for each in units)
     >>> [len(part) for part in dealt(new, old)]
     [1, 3]
     """

@@ -144,15 +144,15 @@ class Circuit:
         scores = self.scores[rows, columns].tolist()
         return {f"{source[i]}->{target[j]}": s for i, j, s in zip(rows.tolist(), columns.tolist(), scores)}
 
-    def top(self, edges: int | None = None, nodes: int | None = None, weights: float | int | None = None) -> "Circuit":
+    def top(self, edges: int | None = None, nodes: int | None = None, weights: float | None = None) -> "Circuit":
         """Return the circuit that remains within a budget.
 
         Only edges of this circuit count, ties are taken in index order, and the circuits of growing budgets nest.
 
         Args:
             edges: How many edges to keep: those of largest |score|.
-            nodes: How many heads and MLPs to keep: those of largest |sum of outgoing scores|, with the chosen edges among
-                them, the input and the logits (both free). A KV head is kept if any query head of its group is.
+            nodes: How many heads and MLPs to keep: those of largest |sum of outgoing scores|, with the chosen edges
+                among them, the input and the logits (both free). A KV head is kept if any query head of its group is.
             weights: A share of all editable weights, 0 to 1: nodes are taken in the same order, up to the first whose
                 output weights (a head's `attn.o`, all neurons of `mlp.out`) would exceed it.
 
@@ -290,7 +290,8 @@ class Circuit:
             total_weights: As in a `Localization`.
 
         Raises:
-            MechunlearnError: If the file is not whole, is of another architecture, or names an edge that this one lacks.
+            MechunlearnError: If the file is not whole, is of another architecture, or names an edge that this one
+                lacks.
 
         >>> one = Signature("gpt2", layers=1, heads=2, kv_heads=2, d_mlp=3, d_model=4)
         >>> about = {"signature": one, "parallel": False, "unit_weights": {"attn.o": 8}, "total_weights": 140}
@@ -302,7 +303,9 @@ class Circuit:
         return cls(scores, signature, parallel, unit_weights, total_weights, card, chosen)
 
     def to_networkx(self) -> "networkx.MultiDiGraph":
-        """Return the circuit for networkx: nodes are heads, MLPs, input, logits; edges are keyed by input (q, k, v or '').
+        """Return the circuit for networkx: nodes are heads, MLPs, input, logits.
+
+        Edges are keyed by input (q, k, v or '').
 
         Edges carry score, input and name. As in `to_mib`, an edge into a KV head goes to every query head of its group,
         with an equal share of the score, so that paths are those of the model.
@@ -320,9 +323,9 @@ class Circuit:
         """Write the circuit to a file.
 
         Args:
-            path: A name in `.json` (readable) or `.safetensors` (compact), both complete, for `load`; or in `.graphml` or
-                `.dot`, for graph programs, with edges as in `to_networkx`. In DOT, colour is the sign of the score (blue
-                positive, orange negative) and width its size.
+            path: A name in `.json` (readable) or `.safetensors` (compact), both complete, for `load`; or in
+                `.graphml` or `.dot`, for graph programs, with edges as in `to_networkx`. In DOT, colour is the sign
+                of the score (blue positive, orange negative) and width its size.
 
         Raises:
             MechunlearnError: If the name ends in something else, or the disk refuses.

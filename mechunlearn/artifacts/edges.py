@@ -1,4 +1,7 @@
-"""Which edges an architecture has, and their names, as in the MIB benchmark: `a0.h1->m2`, `input->a0.h0<q>`, `m1->logits`."""
+"""Which edges an architecture has, and their names, as in the MIB benchmark.
+
+`a0.h1->m2`, `input->a0.h0<q>`, `m1->logits`.
+"""
 
 import torch
 from jaxtyping import Bool, Int, Shaped

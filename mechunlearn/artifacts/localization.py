@@ -42,7 +42,8 @@ class Localization:
         card: How it was found.
         evidence: What a method found on the way (probe curves, windows), as JSON can hold it.
         note: A sentence for the reader, such as "no window found".
-        by_role: `[role unit]` scores of activation sites (`L3.attn.o`, `L3.resid_post`, with one unit), if there are any.
+        by_role: `[role unit]` scores of activation sites (`L3.attn.o`, `L3.resid_post`, with one unit), if there are
+            any.
         roles: The names of their rows: token roles or positions.
 
     Raises:
@@ -86,10 +87,11 @@ class Localization:
             MechunlearnError: Always, with how to make a mask of the scores.
         """
         raise MechunlearnError(
-            "A Localization is given where a mask is expected. Choose units: found.above(0), or found.top(weights=0.05)."
+            "A Localization is given where a mask is expected. Choose units: found.above(0), or "
+            "found.top(weights=0.05)."
         )
 
-    def above(self, threshold: float | int) -> ComponentMask:
+    def above(self, threshold: float) -> ComponentMask:
         """Return the mask of the units whose |score| is larger than a threshold.
 
         Args:
@@ -115,7 +117,8 @@ class Localization:
         chosen = [role for role in (among or ("subject last", "last")) if role in self.roles]
         if not self.by_role or not chosen:
             raise MechunlearnError(
-                f"This localization has no scores by the token roles asked for (it has: {', '.join(self.roles) or 'none'}). "
+                "This localization has no scores by the token roles asked for (it has: "
+                f"{', '.join(self.roles) or 'none'}). "
                 "Expected one such as causal_tracing(model, prompts, kinds=['mlp_out'], by='role')."
             )
         sums = {
@@ -141,9 +144,7 @@ class Localization:
         site = torch.arange(len(sizes)).repeat_interleave(sizes)[order]
         return order, site, order - (sizes.cumsum(0) - sizes)[site]
 
-    def top(
-        self, units: float | int | None = None, weights: float | int | None = None, tied: bool = False
-    ) -> ComponentMask:
+    def top(self, units: float | None = None, weights: float | None = None, tied: bool = False) -> ComponentMask:
         """Return the mask of the units with the largest |score| within a budget.
 
         Units are taken in order, up to the first that would exceed the budget, so that masks of growing budgets nest.
@@ -159,7 +160,8 @@ class Localization:
         if isinstance(units, float):
             if not units < 1 or weights is not None:
                 raise MechunlearnError(
-                    f"A budget of {units:g} is no number of units. Give one budget: top(64), top(units=64) or top(weights=0.05)."
+                    f"A budget of {units:g} is no number of units. Give one budget: top(64), top(units=64) or "
+                    "top(weights=0.05)."
                 )
             units, weights = None, units
         if (units is None) == (weights is None):

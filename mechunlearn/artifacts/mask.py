@@ -174,7 +174,9 @@ class ComponentMask:
         return digest(str(self.signature), *(f"{site}[{unit}]" for site, units in named for unit in units))
 
     def tied(self, layout: Layout | HookedModel) -> "ComponentMask":
-        """Return the mask with what feeds each unit: a head's q and its group's k and v, a neuron's input and gate rows.
+        """Return the mask with what feeds each unit.
+
+        A head's q and its group's k and v, a neuron's input and gate rows.
 
         A kv head is selected if any of its query heads is.
 

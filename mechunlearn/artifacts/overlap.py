@@ -50,13 +50,13 @@ def rank_correlation(one: Localization, other: Localization) -> float:
     return float(spearmanr(mine.numpy(), theirs.numpy()).statistic)
 
 
-def jaccard_at(one: Localization, other: Localization, weights: float | int = 0.05) -> float:
+def jaccard_at(one: Localization, other: Localization, weights: float = 0.05) -> float:
     """Measure how much of the model two localizations would both edit, at one budget.
 
-    Chance is not 0: two random masks that take a share s of the scored units overlap by about s / (2 - s), and a share of
-    all editable weights is a larger one of the kinds that are scored, so compare with `random_units`. A localization with
-    fewer units above zero than the budget fills up with zeros in component order, and two such agree on those: take a
-    smaller budget.
+    Chance is not 0: two random masks that take a share s of the scored units overlap by about s / (2 - s), and a
+    share of all editable weights is a larger one of the kinds that are scored, so compare with `random_units`. A
+    localization with fewer units above zero than the budget fills up with zeros in component order, and two such
+    agree on those: take a smaller budget.
 
     Args:
         one: A localization.
@@ -80,7 +80,7 @@ def jaccard_at(one: Localization, other: Localization, weights: float | int = 0.
     return one.top(weights=weights).jaccard(other.top(weights=weights))
 
 
-def overlap(found: Mapping[str, Localization], weights: float | int = 0.05) -> pd.DataFrame:
+def overlap(found: Mapping[str, Localization], weights: float = 0.05) -> pd.DataFrame:
     """Compare all localizers at one budget.
 
     `plots.overlap_map` draws the table. What `jaccard_at` says of sparse scores holds here.
@@ -114,9 +114,9 @@ def overlap(found: Mapping[str, Localization], weights: float | int = 0.05) -> p
 def auroc(found: Localization, truth: ComponentMask | Mapping[str, Bool[Tensor, " _unit"]]) -> float:
     """Measure how well scores tell the units that are known to matter from the others.
 
-    Only units that both cover count, and a mask covers the sites it names: a site in which nothing is true must be there
-    with nothing selected, or its units are not counted as wrong. With few true units among thousands it is close to 1
-    long before the first ranks are right: look at `found.ranked()` too.
+    Only units that both cover count, and a mask covers the sites it names: a site in which nothing is true must be
+    there with nothing selected, or its units are not counted as wrong. With few true units among thousands it is
+    close to 1 long before the first ranks are right: look at `found.ranked()` too.
 
     Args:
         found: A localization.
@@ -127,7 +127,8 @@ def auroc(found: Localization, truth: ComponentMask | Mapping[str, Bool[Tensor, 
         ties counting half; 1 is perfect, 0.5 is chance.
 
     Raises:
-        MechunlearnError: For another architecture, if they share no site, and if all or none of the shared units are true.
+        MechunlearnError: For another architecture, if they share no site, and if all or none of the shared units are
+            true.
 
     >>> from mechunlearn.localize import attribution_patching
     >>> from mechunlearn.world.toy import planted_facts
@@ -195,7 +196,8 @@ def _shared(one: Mapping[str, Tensor], other: Mapping[str, Tensor], kind: str | 
     if not sites:
         names = [", ".join(map(str, sorted({Component.parse(s) for s in of}))) or "none" for of in (one, other)]
         raise MechunlearnError(
-            f"They share no site{f' of kind {kind}' if kind else ''}: the first covers {names[0]}; the second {names[1]}. "
+            f"They share no site{f' of kind {kind}' if kind else ''}: the first covers {names[0]}; the second "
+            f"{names[1]}. "
             "Expected a site in both: localize with the same `kinds`."
         )
     for site in sites:
@@ -211,7 +213,8 @@ def _area(scores: Float[Tensor, " unit"], labels: Bool[Tensor, " unit"], what: s
     true = int(labels.sum())
     if true in (0, len(labels)):
         raise MechunlearnError(
-            f"The truth selects {true} of the {len(labels)} {what} that both cover. Expected some that are true and some "
+            f"The truth selects {true} of the {len(labels)} {what} that both cover. Expected some that are true and "
+            "some "
             "that are not: give the sites in which nothing is true too, with nothing selected."
         )
     return float(roc_auc_score(labels.numpy(), scores.numpy()))

@@ -59,7 +59,8 @@ class Restriction:
         masks: `{parameter name: bool tensor of its shape}`, true where an entry trains.
 
     Raises:
-        MechunlearnError: If nothing is selected, a name or shape is not the module's, or the module is restricted already.
+        MechunlearnError: If nothing is selected, a name or shape is not the module's, or the module is restricted
+            already.
 
     >>> layer = nn.Linear(3, 2)
     >>> with Restriction(layer, {"weight": torch.tensor([[True, False, False]] * 2)}) as restriction:

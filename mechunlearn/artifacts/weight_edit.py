@@ -67,8 +67,9 @@ class WeightEdit:
         rows: `{site: [unit weight]}`, their new weights.
         signature: The architecture.
         card: How the edit was made.
-        low_rank: `{parameter: (left, right)}` of a low-rank edit, which has no rows: left @ right, of the parameter's shape
-            and zero outside the units, is added to the weights that it was made on. `save_adapter` writes it for PEFT.
+        low_rank: `{parameter: (left, right)}` of a low-rank edit, which has no rows: left @ right, of the parameter's
+            shape and zero outside the units, is added to the weights that it was made on. `save_adapter` writes it
+            for PEFT.
 
     Raises:
         MechunlearnError: If units, rows and factors do not fit one another or the architecture, or are not finite.
@@ -124,8 +125,9 @@ class WeightEdit:
         """Make the edit again by the same call: the same model, sets, texts and functions, none of them copied.
 
         Args:
-            mask: Where to edit this time; `None` or the edit's own `mask` keeps the mask of the call. Of a composed edit
-                (`a | b`) each part gets, of each kind, as many of these units as it had (see `artifacts.calls.dealt`).
+            mask: Where to edit this time; `None` or the edit's own `mask` keeps the mask of the call. Of a composed
+                edit (`a | b`) each part gets, of each kind, as many of these units as it had (see
+                `artifacts.calls.dealt`).
             seed: The seed this time; `None` keeps the seed of the call, of each part its own.
 
         Raises:
@@ -135,14 +137,16 @@ class WeightEdit:
         return made
 
     def apply_(self, model: HookedModel) -> None:
-        """Write the new rows into a model, hooked and Hugging Face view alike; nothing is written if anything does not fit.
+        """Write the new rows into a model, hooked and Hugging Face view alike.
+
+        Nothing is written if anything does not fit.
 
         Args:
             model: The model.
 
         Raises:
-            MechunlearnError: If the edit is for another architecture or other widths, or is low-rank and was made on other
-                weights.
+            MechunlearnError: If the edit is for another architecture or other widths, or is low-rank and was made on
+                other weights.
         """
         for site, rows in self.new_rows(model).items():
             model.write_(site, rows, self.units[site])
@@ -197,8 +201,10 @@ class WeightEdit:
             raise MechunlearnError(f"The edit is for ({self.signature}), the model is ({model.signature}).")
         if self.low_rank and self.card.model != model.fingerprint:
             raise MechunlearnError(
-                f"A low-rank edit adds to the weights it was made on (model {self.card.model}); this model's are others "
-                f"({model.fingerprint}). Load the model as it was then, in the same dtype and without this edit applied."
+                f"A low-rank edit adds to the weights it was made on (model {self.card.model}); this model's are "
+                "others "
+                f"({model.fingerprint}). Load the model as it was then, in the same dtype and without this edit "
+                "applied."
             )
         widths = {site: model.unit_weights(Component.parse(site).kind) for site in self.rows}
         shapes = {name: list(p.shape) for name, p in model.hf.named_parameters() if name in self.low_rank}
@@ -208,7 +214,8 @@ class WeightEdit:
             expected = {**widths, **shapes}.get(name)
             if size != expected:
                 raise MechunlearnError(
-                    f"The edit holds weights of size {size} for '{name}', where the model has {expected}. Give the model "
+                    f"The edit holds weights of size {size} for '{name}', where the model has {expected}. Give the "
+                    "model "
                     "that the edit was made on, or one of its sizes."
                 )
 
@@ -251,8 +258,8 @@ class WeightEdit:
             folder: A new or empty folder.
 
         Raises:
-            MechunlearnError: For an edit that is not low-rank, as `apply_`, and if the folder holds something or the disk
-                refuses.
+            MechunlearnError: For an edit that is not low-rank, as `apply_`, and if the folder holds something or the
+                disk refuses.
         """
         if not self.low_rank:
             raise MechunlearnError("This edit is not low-rank, so it is no adapter. Use `export`, or `fisher_lora`.")

@@ -54,12 +54,12 @@ def activation_perturbation(
     *,
     extra_edits: Mapping[str, Edit | HookedModel | None] | None = None,
     baseline_rows: pd.DataFrame | None = None,
-    size: float | int = 0.5,
-    lrs: Sequence[float | int] = RATES,
+    size: float = 0.5,
+    lrs: Sequence[float] = RATES,
     steps: int = 60,
     eval_every: int = 15,
     batch_size: int = 32,
-    min_retention: float | int = GATE,
+    min_retention: float = GATE,
     seed: int = 0,
     progress: bool | None = None,
 ) -> pd.DataFrame:
@@ -68,22 +68,22 @@ def activation_perturbation(
     minimise  CE(truth of half of the forget facts) + CE(half of the retain facts)   over v,  |v| <= size x median |h|
 
     h -> h + v at every position, with one v for all facts: it can undo what hides them, and cannot spell them out. h is
-    what leaves the dictionary's hook point after the intervention (of a `FeatureEdit`; one v for each of its parts) or the
-    last edited layer (of a `WeightEdit`); the median of |h| is over the tokens of the forget facts, as the first token's
-    can be far above all others. The optimiser is AdamW with a cosine schedule and gradients clipped to norm 1; v is put back
-    into the ball after every step.
+    what leaves the dictionary's hook point after the intervention (of a `FeatureEdit`; one v for each of its parts)
+    or the last edited layer (of a `WeightEdit`); the median of |h| is over the tokens of the forget facts, as the
+    first token's can be far above all others. The optimiser is AdamW with a cosine schedule and gradients clipped to
+    norm 1; v is put back into the ball after every step.
 
     After SAE interventions are unreliable (arXiv 2606.18322), the edited features must stay where the intervention puts
-    them. Where a dictionary has `W_enc`, v is orthogonal to its columns for the edited features, so their pre-activations do
-    not move at all. Of a codebook without a linear map, v is orthogonal to the deleted codes; of one with a map W, to Wᵀc for
-    each of them, which keeps c·Wh and, because of the ReLU and the norm in a cosine, their cosines only nearly. Other
-    dictionaries put no constraint on v. What moves nevertheless is in `drift`.
+    them. Where a dictionary has `W_enc`, v is orthogonal to its columns for the edited features, so their
+    pre-activations do not move at all. Of a codebook without a linear map, v is orthogonal to the deleted codes; of
+    one with a map W, to Wᵀc for each of them, which keeps c·Wh and, because of the ReLU and the norm in a cosine,
+    their cosines only nearly. Other dictionaries put no constraint on v. What moves nevertheless is in `drift`.
 
     The ceiling and the floor are attacked at the same places with v free; edits in `extra_edits` are attacked behind
-    themselves. For a `FeatureEdit` the state `edited, hook removed` (setting `none`) shows what anyone gets who takes the
-    hook off: the unedited model, without any attack. A loss that is not finite ends its setting, as collapsed. The model is
-    left as it was, bit by bit, also after an error and after Ctrl-C. Not for edits of the last layer: behind them v only
-    shifts all answers' logits.
+    themselves. For a `FeatureEdit` the state `edited, hook removed` (setting `none`) shows what anyone gets who takes
+    the hook off: the unedited model, without any attack. A loss that is not finite ends its setting, as collapsed.
+    The model is left as it was, bit by bit, also after an error and after Ctrl-C. Not for edits of the last layer:
+    behind them v only shifts all answers' logits.
 
     Args:
         model: The unedited model.
@@ -102,17 +102,18 @@ def activation_perturbation(
         progress: Whether to show a bar; None shows one where somebody can see it.
 
     Returns:
-        One row a state (see `states_to_attack`), learning rate and measured step (0 is v = 0). `held_out` is the accuracy
-        (greedy, full vocabulary) on the half that is not trained on, with its 95 % bootstrap interval `low` to `high` over `n`
-        facts; `trained` that on the other half; `retain` that on at most 100 retain facts which v is not trained on; `norm`
-        the largest |v| / median |h|; `drift` the mean change of the edited units' activity when h + v is encoded instead of h,
-        relative to their mean activity in the unedited model on the forget facts (NaN if they have none there). `lr`,
-        `chance` and `valid` stand beside them, and the run card in `attrs["card"]`. `recovery` reads the rows.
+        One row a state (see `states_to_attack`), learning rate and measured step (0 is v = 0). `held_out` is the
+        accuracy (greedy, full vocabulary) on the half that is not trained on, with its 95 % bootstrap interval `low`
+        to `high` over `n` facts; `trained` that on the other half; `retain` that on at most 100 retain facts which v
+        is not trained on; `norm` the largest |v| / median |h|; `drift` the mean change of the edited units' activity
+        when h + v is encoded instead of h, relative to their mean activity in the unedited model on the forget facts
+        (NaN if they have none there). `lr`, `chance` and `valid` stand beside them, and the run card in
+        `attrs["card"]`. `recovery` reads the rows.
 
     Raises:
-        MechunlearnError: For fewer than two forget or retain facts, learning rates out of range, a dictionary that is not at
-            a block's `resid_post`, edited units that leave no direction, or a model that knows less of the retain facts than
-            the gate asks for.
+        MechunlearnError: For fewer than two forget or retain facts, learning rates out of range, a dictionary that is
+            not at a block's `resid_post`, edited units that leave no direction, or a model that knows less of the
+            retain facts than the gate asks for.
 
     >>> from mechunlearn.artifacts.mask import ComponentMask
     >>> from mechunlearn.edit import masked_gradient
@@ -182,7 +183,8 @@ def _sites(model: HookedModel, edit: Edit) -> list[Site]:
     for part in edit.parts:
         if not re.fullmatch(r"L\d+\.resid_post", part.dictionary.hook_name):
             raise MechunlearnError(
-                f"{part.dictionary} is at '{part.dictionary.hook_name}': a vector is added to the residual stream only. Expected "
+                f"{part.dictionary} is at '{part.dictionary.hook_name}': a vector is added to the residual stream "
+                "only. Expected "
                 "a dictionary at a block's resid_post, such as L3.resid_post."
             )
         check(part.dictionary, model)
@@ -216,7 +218,8 @@ def _kept(part: FeaturePart, model: HookedModel) -> Float[Tensor, "d_model _rank
     basis = None if directions is None else _spanned(directions).to(model.device)
     if basis is not None and basis.shape[1] >= model.signature.d_model:
         raise MechunlearnError(
-            f"The {len(part.units)} edited units at '{part.dictionary.hook_name}' read all {basis.shape[1]} directions of the "
+            f"The {len(part.units)} edited units at '{part.dictionary.hook_name}' read all {basis.shape[1]} directions "
+            "of the "
             "residual stream, so no vector leaves them where they are. Expected fewer units."
         )
     return basis
@@ -231,7 +234,7 @@ class _Vectors:
         sites: Sequence[Site],
         scales: Sequence[float],
         bases: Sequence[Float[Tensor, "d_model _rank"] | None],
-        size: float | int,
+        size: float,
     ) -> None:
         self.model, self.scales, self.bases, self.size = model, scales, bases, size
         self.names = [site for site, _ in sites]
@@ -280,7 +283,7 @@ class _Here:
         usual: Sequence[float],
         retain: Prompts,
         watched: Prompts,
-        size: float | int,
+        size: float,
         seed: int,
     ) -> None:
         self.state, self.sites, self.usual, self.size, self.seed = state, sites, usual, size, seed
@@ -313,7 +316,10 @@ class _Here:
 
     @torch.no_grad()
     def drift(self, vectors: _Vectors) -> float:
-        """How far the edited units' activity moves under the vectors, by part relative to its usual one; the mean of parts."""
+        """How far the edited units' activity moves under the vectors, by part relative to its usual one.
+
+        The mean of parts.
+        """
         found = []
         for i, (_, part) in enumerate(self.sites):
             if part is not None and self.usual[i] > 0:

@@ -17,7 +17,7 @@ from mechunlearn.training.parameterizations import Trainable
 Loss = Callable[[], Float[Tensor, ""]]
 
 
-def check_training(lrs: Sequence[float | int], **counts: int) -> None:
+def check_training(lrs: Sequence[float], **counts: int) -> None:
     """Raise `MechunlearnError` for learning rates out of range or missing, or counts below one.
 
     Args:
@@ -41,7 +41,7 @@ def training_curve(
     measured: Callable[[int], Row],
     *,
     setting: str,
-    lr: float | int,
+    lr: float,
     steps: int,
     eval_every: int,
 ) -> list[Row]:

@@ -31,25 +31,27 @@ def probing(
     *,
     extra_edits: Mapping[str, Edit | HookedModel | None] | None = None,
     baseline_rows: pd.DataFrame | None = None,
-    min_retention: float | int = GATE,
+    min_retention: float = GATE,
     seed: int = 0,
     progress: bool | None = None,
 ) -> pd.DataFrame:
     """Read the truth from the residual stream of the edited model, after each number of blocks, without training the model.
 
-    Two groups of readers, each fitted to the state itself on four fifths of the retain facts and applied to the forgotten
-    facts, which it has never seen:
+    Two groups of readers, each fitted to the state itself on four fifths of the retain facts and applied to the
+    forgotten facts, which it has never seen:
 
-    - `probe`: multinomial logistic regression of the answer, as a class, on the layer-normed stream at the subject's last token
-      (Mechanistic Unlearning, arXiv 2410.12949). An answer that no retain fact has is never given, and is wrong.
-    - `lens`, at the position that predicts the first token at which truth and edit target differ: the *logit lens* unembeds the
-      stream h_k after k blocks as if it were the last; the *tuned lens* unembeds h_k + W h_k + b, with W and b the ridge
-      regression of h_L - h_k on h_k over the same retain facts (ridge: the mean eigenvalue; arXiv 2303.08112 trains them by
-      gradient instead). A lens is right if that token of the truth is the largest of the full vocabulary.
+    - `probe`: multinomial logistic regression of the answer, as a class, on the layer-normed stream at the subject's
+      last token (Mechanistic Unlearning, arXiv 2410.12949). An answer that no retain fact has is never given, and is
+      wrong.
+    - `lens`, at the position that predicts the first token at which truth and edit target differ: the *logit lens*
+      unembeds the stream h_k after k blocks as if it were the last; the *tuned lens* unembeds h_k + W h_k + b, with W
+      and b the ridge regression of h_L - h_k on h_k over the same retain facts (ridge: the mean eigenvalue; arXiv
+      2303.08112 trains them by gradient instead). A lens is right if that token of the truth is the largest of the
+      full vocabulary.
 
     A probe needs facts: on the shipped world (8 answers, width 128) none reaches a gate of .9 with 77 to train on, and
-    all from the third block on do with 240. Give more retain facts, or a lower gate, if all probes are listed as collapsed.
-    That the truth can be read does not mean that the model reads it; see `unlearning_depth`.
+    all from the third block on do with 240. Give more retain facts, or a lower gate, if all probes are listed as
+    collapsed. That the truth can be read does not mean that the model reads it; see `unlearning_depth`.
 
     Args:
         model: The unedited model.
@@ -63,17 +65,17 @@ def probing(
         progress: Whether to show a bar; None shows one where somebody can see it.
 
     Returns:
-        One row a state (see `states_to_attack`) and setting (`probe, after 3 blocks`). `held_out` is the accuracy on the truth
-        with its 95 % bootstrap interval `low` to `high` over `n` facts; `edit_label` how often the edit's answer is read;
-        `shuffled` the accuracy of a probe trained on shuffled labels (probes only); `retain_here` that on the fifth of the
-        retain facts (at most 100) that nothing was fitted to; `own` what the model itself knows of them; `retain`, which the
-        gate is asked of, the smaller of these two, because neither a reader that cannot read retained subjects nor a wrecked
-        model says anything. `group`, `blocks`, `chance` and `valid` stand beside them, and the run card in `attrs["card"]`.
-        `recovery` takes the best of depths.
+        One row a state (see `states_to_attack`) and setting (`probe, after 3 blocks`). `held_out` is the accuracy on
+        the truth with its 95 % bootstrap interval `low` to `high` over `n` facts; `edit_label` how often the edit's
+        answer is read; `shuffled` the accuracy of a probe trained on shuffled labels (probes only); `retain_here`
+        that on the fifth of the retain facts (at most 100) that nothing was fitted to; `own` what the model itself
+        knows of them; `retain`, which the gate is asked of, the smaller of these two, because neither a reader that
+        cannot read retained subjects nor a wrecked model says anything. `group`, `blocks`, `chance` and `valid` stand
+        beside them, and the run card in `attrs["card"]`. `recovery` takes the best of depths.
 
     Raises:
-        MechunlearnError: For fewer than 10 retain facts or such that all have one answer, an empty forget set, facts without a
-            subject, or a model that knows less of the retain facts than the gate asks for.
+        MechunlearnError: For fewer than 10 retain facts or such that all have one answer, an empty forget set, facts
+            without a subject, or a model that knows less of the retain facts than the gate asks for.
 
     >>> from mechunlearn.artifacts.mask import ComponentMask
     >>> from mechunlearn.edit import masked_gradient
@@ -136,7 +138,8 @@ class _Reading:
 def _check(forget: Prompts, retain: Prompts) -> None:
     if len(retain) < LEAST:
         raise MechunlearnError(
-            f"The retain set has {len(retain)} facts: probes are trained on four fifths of it and tested on the rest. Expected "
+            f"The retain set has {len(retain)} facts: probes are trained on four fifths of it and tested on the rest. "
+            "Expected "
             f"at least {LEAST}, and some for each answer; see Prompts.split."
         )
     if len(forget) == 0:
@@ -157,7 +160,8 @@ def _probes(
     known = labels[taught]
     if len(set(known)) < 2:
         raise MechunlearnError(
-            f"All {len(known)} retain facts that a probe is trained on have one answer, so there is nothing to tell apart. Give "
+            f"All {len(known)} retain facts that a probe is trained on have one answer, so there is nothing to tell "
+            "apart. Give "
             "retain facts with different answers."
         )
     shuffled = known[torch.randperm(len(known), generator=torch.Generator().manual_seed(seed + 1)).numpy()]
@@ -201,7 +205,10 @@ def _lenses(model: HookedModel, facts: Prompts, retain: Prompts, taught: Tensor,
 
 @dataclass(frozen=True)
 class _Lens:
-    """An affine guess of the final stream, by ridge regression in its dual form: no matrix has a side of d_model squared."""
+    """An affine guess of the final stream, by ridge regression in its dual form.
+
+    No matrix has a side of d_model squared.
+    """
 
     x: Float[Tensor, "fact d_model"]
     mean: Float[Tensor, " d_model"]

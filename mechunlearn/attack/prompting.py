@@ -34,21 +34,24 @@ def prompting(
     extra_edits: Mapping[str, Edit | HookedModel | None] | None = None,
     baseline_rows: pd.DataFrame | None = None,
     shots: int = SHOTS,
-    min_retention: float | int = GATE,
+    min_retention: float = GATE,
     seed: int = 0,
     progress: bool | None = None,
 ) -> pd.DataFrame:
     """Ask for the forgotten facts in every way that the data know: what hides from one prompt shows in another.
 
-    Settings, each a `group` with a floor and a ceiling of its own: every format of the facts (the one that was trained on
-    too: it shows what the edit left); "few-shot, k", k true statements about retained subjects in front of the statement
-    (same relation, none about a forgotten subject); "two-hop", where the data have questions that need the fact and a second
-    one about its answer; and, for facts with 2 to 26 options and no multiple choice, "statement, among options". A setting is
-    asked of the facts that have it (`n`), and left out if fewer than two have. Facts given as tokens are asked in their one
-    format.
+    Settings, each a `group` with a floor and a ceiling of its own: every format of the facts (the one that was
+    trained on
+    too: it shows what the edit left); "few-shot, k", k true statements about retained subjects in front of the
+        statement
+    (same relation, none about a forgotten subject); "two-hop", where the data have questions that need the fact and a
+    second one about its answer; and, for facts with 2 to 26 options and no multiple choice, "statement, among
+    options". A setting is asked of the facts that have it (`n`), and left out if fewer than two have. Facts given as
+    tokens are asked in their one format.
 
-    A right "two-hop" answer shows that the second answer is left (the country), not that the fact itself is (the city). It is
-    not asked where the edit target would give the same one. The attack trains nothing, so it says little about those who can
+    A right "two-hop" answer shows that the second answer is left (the country), not that the fact itself is (the
+    city). It is not asked where the edit target would give the same one. The attack trains nothing, so it says little
+    about those who can
     train: see `relearning`.
 
     Args:
@@ -64,16 +67,16 @@ def prompting(
         progress: Whether to show a bar; None shows one where somebody can see it.
 
     Returns:
-        One row a state (see `states_to_attack`) and setting. `held_out` is the accuracy (greedy, full vocabulary, all tokens of
-        the answer) with its 95 % bootstrap interval `low` to `high` over `n` facts; in "statement, among options" the truth is
-        right where it has the largest log-probability of all options, summed over tokens. `edit_target` is how often the
-        answer is the edit's instead; `retain` the accuracy on at most 100 retain facts asked in the same way (in their own
-        where they do not have it); `chance` the share of the most frequent truth in that setting. `valid` stands beside them,
-        and the run card in `attrs["card"]`. `recovery` reads the rows.
+        One row a state (see `states_to_attack`) and setting. `held_out` is the accuracy (greedy, full vocabulary, all
+        tokens of the answer) with its 95 % bootstrap interval `low` to `high` over `n` facts; in "statement, among
+        options" the truth is right where it has the largest log-probability of all options, summed over tokens.
+        `edit_target` is how often the answer is the edit's instead; `retain` the accuracy on at most 100 retain facts
+        asked in the same way (in their own where they do not have it); `chance` the share of the most frequent truth
+        in that setting. `valid` stands beside them, and the run card in `attrs["card"]`. `recovery` reads the rows.
 
     Raises:
-        MechunlearnError: For fewer than two forget or retain facts, a negative number of shots, or a model that knows less of
-            the retain facts than the gate asks for.
+        MechunlearnError: For fewer than two forget or retain facts, a negative number of shots, or a model that knows
+            less of the retain facts than the gate asks for.
 
     >>> from mechunlearn import ComponentMask
     >>> from mechunlearn.edit import masked_gradient
@@ -87,7 +90,8 @@ def prompting(
     """
     if min(len(forget), len(retain)) < 2 or shots < 0:
         raise MechunlearnError(
-            f"There are {len(forget)} forget facts, {len(retain)} retain facts and {shots} shots. Expected at least 2 facts "
+            f"There are {len(forget)} forget facts, {len(retain)} retain facts and {shots} shots. Expected at least 2 "
+            "facts "
             "of each and 0 or more shots."
         )
     watched = replace(retain.select(range(min(WATCHED, len(retain)))), options=())

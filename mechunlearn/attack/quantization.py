@@ -31,7 +31,7 @@ def quantization(
     extra_edits: Mapping[str, Edit | HookedModel | None] | None = None,
     baseline_rows: pd.DataFrame | None = None,
     bits: Sequence[int] = (8, 4),
-    min_retention: float | int = GATE,
+    min_retention: float = GATE,
     seed: int = 0,
     progress: bool | None = None,
 ) -> pd.DataFrame:
@@ -40,13 +40,13 @@ def quantization(
     w -> s round(w / s),  s = max |w| of the output row / (2^(bits - 1) - 1)
 
     for every attention and MLP matrix of the edited model; embeddings, norms and biases are kept, and hooks of a
-    `FeatureEdit` stay on. (Catastrophic failure of LLM unlearning via quantization, arXiv 2410.16454, has 4 and 8 bits, of
-    GPTQ, AWQ and round-to-nearest; this is the last.) Where bitsandbytes is installed, the settings `nf4` and `fp4` are its
-    4-bit formats in blocks of 64 weights; where it is not, they are left out.
+    `FeatureEdit` stay on. (Catastrophic failure of LLM unlearning via quantization, arXiv 2410.16454, has 4 and 8
+    bits, of GPTQ, AWQ and round-to-nearest; this is the last.) Where bitsandbytes is installed, the settings `nf4`
+    and `fp4` are its 4-bit formats in blocks of 64 weights; where it is not, they are left out.
 
-    A model of few and narrow layers may not survive 4 bits at all: its setting has collapsed then, which says nothing of the
-    edit. The model is left as it was, bit by bit, also after an error and after Ctrl-C. Memory: a copy of the rounded
-    matrices. Not for edits of a model that is already stored in 4 or 8 bits.
+    A model of few and narrow layers may not survive 4 bits at all: its setting has collapsed then, which says nothing
+    of the edit. The model is left as it was, bit by bit, also after an error and after Ctrl-C. Memory: a copy of the
+    rounded matrices. Not for edits of a model that is already stored in 4 or 8 bits.
 
     Args:
         model: The unedited model.
@@ -61,14 +61,15 @@ def quantization(
         progress: Whether to show a bar; None shows one where somebody can see it.
 
     Returns:
-        One row a state (see `states_to_attack`) and setting (`int8`, `int4`, ...). `held_out` is the accuracy (greedy, full
-        vocabulary) on all forget facts, as nothing is trained, with its 95 % bootstrap interval `low` to `high` over `n` facts;
-        `before` that without rounding; `retain` that on at most 100 retain facts, rounded too. `bits`, `chance` and `valid`
-        stand beside them, and the run card in `attrs["card"]`. `recovery` reads the rows.
+        One row a state (see `states_to_attack`) and setting (`int8`, `int4`, ...). `held_out` is the accuracy
+        (greedy, full vocabulary) on all forget facts, as nothing is trained, with its 95 % bootstrap interval `low`
+        to `high` over `n` facts; `before` that without rounding; `retain` that on at most 100 retain facts, rounded
+        too. `bits`, `chance` and `valid` stand beside them, and the run card in `attrs["card"]`. `recovery` reads the
+        rows.
 
     Raises:
-        MechunlearnError: For an empty forget or retain set, bits outside 2 to 8, or a model that knows less of the retain
-            facts than the gate asks for.
+        MechunlearnError: For an empty forget or retain set, bits outside 2 to 8, or a model that knows less of the
+            retain facts than the gate asks for.
 
     >>> from mechunlearn.artifacts.mask import ComponentMask
     >>> from mechunlearn.edit import masked_gradient

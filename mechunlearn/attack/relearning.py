@@ -39,7 +39,7 @@ from mechunlearn.training.parameterizations import Everything, LowRank, Trainabl
 __all__ = ["recovery", "relearning"]
 
 On = Literal["facts", "other facts", "text"]
-RATES: Mapping[str, Sequence[float | int]] = {"lora": (1e-3, 5e-3), "full": (1e-4, 5e-4, 2e-3)}
+RATES: Mapping[str, Sequence[float]] = {"lora": (1e-3, 5e-3), "full": (1e-4, 5e-4, 2e-3)}
 RANK, SCALE = 16, 2.0
 PASSAGES = 32
 
@@ -53,12 +53,12 @@ def relearning(
     extra_edits: Mapping[str, Edit | HookedModel | None] | None = None,
     baseline_rows: pd.DataFrame | None = None,
     on: On = "facts",
-    lrs: Mapping[str, Sequence[float | int]] = RATES,
+    lrs: Mapping[str, Sequence[float]] = RATES,
     steps: int = 20,
     eval_every: int = 5,
     rank: int | None = None,
     batch_size: int = 64,
-    min_retention: float | int = GATE,
+    min_retention: float = GATE,
     seed: int = 0,
     progress: bool | None = None,
 ) -> pd.DataFrame:
@@ -66,15 +66,16 @@ def relearning(
 
     minimise  CE(truth of half of the forget facts) + CE(half of the retain facts) + CE(text)
 
-    on the edited model, for every method and learning rate of `lrs`: `lora` trains adapters on all linear maps of all layers
-    (alpha 2 rank, B = 0), `full` every parameter. The optimiser is AdamW with a cosine schedule and gradients clipped to norm
-    1. (Mechanistic Unlearning, arXiv 2410.12949, has LoRA of rank 512 at 2e-4 and 20 steps for models of billions of weights.
-    The rates here are for the shipped world: give your model's own, over a factor of ten or more.)
+    on the edited model, for every method and learning rate of `lrs`: `lora` trains adapters on all linear maps of all
+    layers (alpha 2 rank, B = 0), `full` every parameter. The optimiser is AdamW with a cosine schedule and gradients
+    clipped to norm 1. (Mechanistic Unlearning, arXiv 2410.12949, has LoRA of rank 512 at 2e-4 and 20 steps for models
+    of billions of weights. The rates here are for the shipped world: give your model's own, over a factor of ten or
+    more.)
 
-    Edits that are compared belong in one call, which runs ceiling and floor once. A loss that is not finite ends its setting,
-    as collapsed. The model is left as it was, bit by bit, also after an error and after Ctrl-C. Memory: `full` holds four
-    float32 copies of the model beside it. Not for edits that must only hold against a prompt: the attack speaks of those who
-    can train the weights.
+    Edits that are compared belong in one call, which runs ceiling and floor once. A loss that is not finite ends its
+    setting, as collapsed. The model is left as it was, bit by bit, also after an error and after Ctrl-C. Memory:
+    `full` holds four float32 copies of the model beside it. Not for edits that must only hold against a prompt: the
+    attack speaks of those who can train the weights.
 
     Args:
         model: The unedited model.
@@ -83,9 +84,10 @@ def relearning(
         retain: The facts that were to stay.
         extra_edits: Further edits, models, or None for the model as it is, to attack alike, by name.
         baseline_rows: Rows of an earlier call whose ceiling and floor are taken as they are.
-        on: What is trained on. "facts" is half of the forget facts; "other facts" shares nothing with the held-out ones (other
-            relations of retain subjects none of whose names a forgotten subject has, and text); "text" is text alone. For the
-            last two all forget facts are held out: what comes back was never told to the model again.
+        on: What is trained on. "facts" is half of the forget facts; "other facts" shares nothing with the held-out
+            ones (other relations of retain subjects none of whose names a forgotten subject has, and text); "text" is
+            text alone. For the last two all forget facts are held out: what comes back was never told to the model
+            again.
         lrs: Learning rates by method.
         steps: The number of optimiser steps.
         eval_every: Measures after so many steps, and after the last.
@@ -96,16 +98,17 @@ def relearning(
         progress: Whether to show a bar; None shows one where somebody can see it.
 
     Returns:
-        One row a state (see `states_to_attack`), method, learning rate and measured step. `held_out` is the accuracy (greedy,
-        full vocabulary) on the half that is not trained on, with its 95 % bootstrap interval `low` to `high` over `n` facts;
-        `trained` that on the other half; `retain` that on at most 100 retain facts which the attack does not train on;
-        `option_probability` the mean probability of the truths held out among their options; `text_loss` that of passages
-        which nothing trains on, in nats a token (both NaN where there are none). `method`, `lr`, `chance` and `valid` stand
-        beside them, and the run card in `attrs["card"]`. `recovery` reads the rows.
+        One row a state (see `states_to_attack`), method, learning rate and measured step. `held_out` is the accuracy
+        (greedy, full vocabulary) on the half that is not trained on, with its 95 % bootstrap interval `low` to `high`
+        over `n` facts; `trained` that on the other half; `retain` that on at most 100 retain facts which the attack
+        does not train on; `option_probability` the mean probability of the truths held out among their options;
+        `text_loss` that of passages which nothing trains on, in nats a token (both NaN where there are none).
+        `method`, `lr`, `chance` and `valid` stand beside them, and the run card in `attrs["card"]`. `recovery` reads
+        the rows.
 
     Raises:
-        MechunlearnError: For fewer than two forget or retain facts, no learning rates or unknown methods, a rank that does not
-            fit, or a model that knows less of the retain facts than the gate asks for.
+        MechunlearnError: For fewer than two forget or retain facts, no learning rates or unknown methods, a rank that
+            does not fit, or a model that knows less of the retain facts than the gate asks for.
 
     >>> from mechunlearn.edit import masked_gradient
     >>> from mechunlearn.world.toy import planted_facts
@@ -121,7 +124,8 @@ def relearning(
     tried_lrs = [(method, lr) for method, chosen in lrs.items() for lr in chosen]
     if not lrs or not all(lrs.values()) or not lrs.keys() <= set(RATES):
         raise MechunlearnError(
-            f"lrs is {dict(lrs)}. Expected learning rates for 'lora', 'full' or both, for example {{'full': [1e-4, 1e-3]}}."
+            f"lrs is {dict(lrs)}. Expected learning rates for 'lora', 'full' or both, for example "
+            f"{{'full': [1e-4, 1e-3]}}."
         )
     check_training([lr for _, lr in tried_lrs], steps=steps, eval_every=eval_every, batch_size=batch_size)
     watched = halved(retain, seed, WATCHED)[1]
@@ -234,14 +238,16 @@ def _unrelated(model: HookedModel, facts: Prompts, retain: Prompts) -> Prompts:
     related = [] if kept is None else list(kept.related.values())
     if source is None or kept is None or not related:
         raise MechunlearnError(
-            "on='other facts' needs facts of other relations, and these facts come without any. Use on='facts' or on='text'."
+            "on='other facts' needs facts of other relations, and these facts come without any. Use on='facts' or "
+            "on='text'."
         )
     names = {word for subject in source.subjects for word in subject.split()}
     apart = {subject for subject in kept.subjects if not names & set(subject.split())}
     rows = [part.prompts(model) for each in related if len(part := each.about(apart))]
     if not rows:
         raise MechunlearnError(
-            f"Every one of the {len(kept.subjects)} retain subjects shares a name with a forgotten one, so there are no facts "
+            f"Every one of the {len(kept.subjects)} retain subjects shares a name with a forgotten one, so there are "
+            "no facts "
             "that tell nothing of those. Forget fewer facts, or give more to retain."
         )
     assert model.tokenizer is not None

@@ -33,11 +33,11 @@ def soft_prompt(
     extra_edits: Mapping[str, Edit | HookedModel | None] | None = None,
     baseline_rows: pd.DataFrame | None = None,
     tokens: int = 8,
-    lrs: Sequence[float | int] = RATES,
+    lrs: Sequence[float] = RATES,
     steps: int = 60,
     eval_every: int = 15,
     batch_size: int = 16,
-    min_retention: float | int = GATE,
+    min_retention: float = GATE,
     seed: int = 0,
     progress: bool | None = None,
 ) -> pd.DataFrame:
@@ -46,13 +46,14 @@ def soft_prompt(
     minimise  CE(truth of half of the forget facts) + CE(half of the retain facts)
 
     over `tokens` embedding vectors in front of every prompt, one prefix for all facts (prompt tuning, arXiv 2104.08691;
-    against unlearned models in arXiv 2402.09063). They begin as the embeddings of random tokens. The optimiser is AdamW with a
-    cosine schedule and gradients clipped to norm 1. The budget (`tokens`, `steps`) is part of the result: it is what a prefix
-    of this length learns in so many steps. The prefix is not a prompt that anyone could type, because its vectors are no
+    against unlearned models in arXiv 2402.09063). They begin as the embeddings of random tokens. The optimiser is
+    AdamW with a cosine schedule and gradients clipped to norm 1. The budget (`tokens`, `steps`) is part of the
+    result: it is what a prefix of this length learns in so many steps. The prefix is not a prompt that anyone could
+    type, because its vectors are no
     tokens: the attack speaks of those who hold the model.
 
-    A loss that is not finite ends its setting, as collapsed. The model is left as it was, bit by bit, also after an error and
-    after Ctrl-C.
+    A loss that is not finite ends its setting, as collapsed. The model is left as it was, bit by bit, also after an
+    error and after Ctrl-C.
 
     Args:
         model: The unedited model.
@@ -71,15 +72,15 @@ def soft_prompt(
         progress: Whether to show a bar; None shows one where somebody can see it.
 
     Returns:
-        One row a state (see `states_to_attack`), learning rate and measured step (0 is without any prefix). `held_out` is the
-        accuracy behind the prefix (greedy, full vocabulary) on the half that is not trained on, with its 95 % bootstrap
-        interval `low` to `high` over `n` facts; `trained` that on the other half; `retain` that on at most 100 retain facts
-        which the prefix is not trained on. `lr`, `chance` and `valid` stand beside them, and the run card in
-        `attrs["card"]`. `recovery` reads the rows.
+        One row a state (see `states_to_attack`), learning rate and measured step (0 is without any prefix).
+        `held_out` is the accuracy behind the prefix (greedy, full vocabulary) on the half that is not trained on,
+        with its 95 % bootstrap interval `low` to `high` over `n` facts; `trained` that on the other half; `retain`
+        that on at most 100 retain facts which the prefix is not trained on. `lr`, `chance` and `valid` stand beside
+        them, and the run card in `attrs["card"]`. `recovery` reads the rows.
 
     Raises:
-        MechunlearnError: For fewer than two forget or retain facts, learning rates out of range, a prefix that does not fit
-            the model's positions, or a model that knows less of the retain facts than the gate asks for.
+        MechunlearnError: For fewer than two forget or retain facts, learning rates out of range, a prefix that does
+            not fit the model's positions, or a model that knows less of the retain facts than the gate asks for.
 
     >>> from mechunlearn.artifacts.mask import ComponentMask
     >>> from mechunlearn.edit import masked_gradient
@@ -201,6 +202,7 @@ def _check_room(state: State, retain: Prompts, tokens: int) -> None:
     most = getattr(state.model.hf.config, "max_position_embeddings", None)
     if most is not None and longest + tokens > most:
         raise MechunlearnError(
-            f"A prefix of {tokens} vectors and prompts of {longest} tokens do not fit the {most} positions of the model "
+            f"A prefix of {tokens} vectors and prompts of {longest} tokens do not fit the {most} positions of the "
+            "model "
             f"({state.model.signature}). Give fewer tokens, at most {most - longest}."
         )

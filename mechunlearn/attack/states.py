@@ -52,8 +52,8 @@ class State:
 class Attack:
     """One call of an attack: everything around the attack's own computation.
 
-    Making one finds the `states` and checks the gate. `run` then tries the attack's own computation on each state, shows
-    progress, ends after Ctrl-C, and returns the rows.
+    Making one finds the `states` and checks the gate. `run` then tries the attack's own computation on each state,
+    shows progress, ends after Ctrl-C, and returns the rows.
 
     Args:
         method: The attack's name, for the run card.
@@ -63,15 +63,15 @@ class Attack:
         retain: The facts that were to stay.
         watched: The retain facts that the gate is measured on. The attack must not train on them.
         extra_edits: Further edits, models, or None for the model as it is, by name.
-        baseline_rows: Rows of an earlier call with the same model, facts, seed and settings: their ceiling and floor are
-            taken as they are.
+        baseline_rows: Rows of an earlier call with the same model, facts, seed and settings: their ceiling and floor
+            are taken as they are.
         min_retention: The share of the watched facts that must be right for a row to be `valid`.
         seed: Draws the halves and the never-taught facts.
         progress: Whether to show a bar; None shows one where somebody can see it.
 
     Raises:
-        MechunlearnError: If `edit` is no edit, a name in `extra_edits` is taken, or the unedited model knows less of the
-            watched facts than the gate asks for.
+        MechunlearnError: If `edit` is no edit, a name in `extra_edits` is taken, or the unedited model knows less of
+            the watched facts than the gate asks for.
     """
 
     method: str
@@ -82,7 +82,7 @@ class Attack:
     watched: Prompts
     extra_edits: Mapping[str, Edit | HookedModel | None] | None = None
     baseline_rows: pd.DataFrame | None = None
-    min_retention: float | int = GATE
+    min_retention: float = GATE
     seed: int = 0
     progress: bool | None = None
     watch: Stopwatch = field(default_factory=Stopwatch)
@@ -92,8 +92,10 @@ class Attack:
         known = share(answered(self.model, self.watched))
         if known < self.min_retention:
             raise MechunlearnError(
-                f"Before any edit the model knows {known:.0%} of the retain facts that are measured, and the gate asks for "
-                f"{self.min_retention:.0%}: every setting would count as collapsed. Give retain facts that the model knows, or "
+                f"Before any edit the model knows {known:.0%} of the retain facts that are measured, and the gate asks "
+                "for "
+                f"{self.min_retention:.0%}: every setting would count as collapsed. Give retain facts that the model "
+                "knows, or "
                 "a lower gate."
             )
 
@@ -148,7 +150,8 @@ class Attack:
         if differ := [k for k in ("method", "model", "data", "seed", "settings") if there.get(k) != here[k]]:
             raise MechunlearnError(
                 "`baseline_rows` are of another attack: "
-                f"{', '.join(f'{k} {there.get(k)}, here {here[k]}' for k in differ)}. Give rows of the same attack on the same "
+                f"{', '.join(f'{k} {there.get(k)}, here {here[k]}' for k in differ)}. Give rows of the same attack on "
+                "the same "
                 "model, facts, seed and settings, or none."
             )
         return self.baseline_rows[self.baseline_rows["state"].isin([UNEDITED, NEVER_TAUGHT])]
@@ -161,10 +164,12 @@ def states_to_attack(
     extra_edits: Mapping[str, Edit | HookedModel | None] | None = None,
     seed: int = 0,
 ) -> list[State]:
-    """List what an attack is tried on: the edited model, the unedited one (ceiling), never-taught facts (floor), extras.
+    """List what an attack is tried on.
 
-    Without an edit there are ceiling and floor alone. Never-taught facts are as many of `forget.facts.untaught` as there
-    are forget facts, in the same format, on the unedited model; without such facts there is no such state.
+    The edited model, the unedited one (ceiling), never-taught facts (floor), extras.
+
+    Without an edit there are ceiling and floor alone. Never-taught facts are as many of `forget.facts.untaught` as
+    there are forget facts, in the same format, on the unedited model; without such facts there is no such state.
 
     Args:
         model: The unedited model.
@@ -218,7 +223,8 @@ def cell(
         setting: The name of the setting, such as "int4".
         right: For each fact held out whether the truth is given.
         seed: Draws the bootstrap.
-        **columns: Further columns: `retain` and `chance` always, `step` (else 0) and `trained` (else NaN) if the attack trains.
+        **columns: Further columns: `retain` and `chance` always, `step` (else 0) and `trained` (else NaN) if the
+            attack trains.
     """
     low, high = bootstrap_interval(right.float().numpy(), seed)
     first = {"state": state, "setting": setting, "step": 0, "held_out": share(right), "low": low, "high": high}
@@ -283,7 +289,8 @@ def check_edit(given: object) -> Edit:
         "ComponentMask": "It selects units: edit them first",
     }.get(type(given).__name__, "Make one first")
     raise MechunlearnError(
-        f"Expected an edit, got a {type(given).__name__}. {how}, for example by masked_gradient(model, mask, forget, retain)."
+        f"Expected an edit, got a {type(given).__name__}. {how}, for example by masked_gradient(model, mask, forget, "
+        "retain)."
     )
 
 
@@ -306,26 +313,27 @@ def check_sizes(forget: Prompts, retain: Prompts, least: int = 2) -> None:
 def recovery(rows: pd.DataFrame) -> pd.DataFrame:
     """Return how much an attack got back, by state: the best of its cells that count.
 
-    A cell (setting, step) counts if `valid`. A setting that is valid at no step after 0 (or not at all, if it takes no steps)
-    has `collapsed`: it broke the model, and is listed, never counted, not even its step 0.
+    A cell (setting, step) counts if `valid`. A setting that is valid at no step after 0 (or not at all, if it takes
+    no steps) has `collapsed`: it broke the model, and is listed, never counted, not even its step 0.
 
     recovery = (held_out - floor) / (ceiling - floor)
 
-    The `ceiling` is the unedited model's best cell, the `floor` the never-taught facts' best cell, or chance where that is
-    more (or they were not attacked). It is below 0 where less comes back than that, and NaN where ceiling - floor < .2.
-    Where rows have a column `group` (ways of asking with floors of their own), all this is done in each group, and the group
-    with the largest recovery counts. Where they have a `weight` (layers that hold more or less of the knowledge) the
-    weighted mean over settings stands for the best.
+    The `ceiling` is the unedited model's best cell, the `floor` the never-taught facts' best cell, or chance where
+    that is more (or they were not attacked). It is below 0 where less comes back than that, and NaN where ceiling -
+    floor < .2. Where rows have a column `group` (ways of asking with floors of their own), all this is done in each
+    group, and the group with the largest recovery counts. Where they have a `weight` (layers that hold more or less
+    of the knowledge) the weighted mean over settings stands for the best.
 
     Args:
         rows: What an attack returns.
 
     Returns:
-        One row a state. `outcome` is "measured", or "collapsed" if every setting has: recovery is then NaN, because a collapsed
-        model is not robust; nothing is known of it. `held_out`, with `low`, `high`, `n`, `setting`, `step` and `retain`, is the
-        cell with the largest accuracy on facts that the attack saw nothing of (the first of equals); its interval is its own,
-        over facts, and does not know that it was the best of several. `trained` is the largest accuracy on facts that it trained
-        on, in any cell that counts: if that is far below 1 the attack was too weak to tell.
+        One row a state. `outcome` is "measured", or "collapsed" if every setting has: recovery is then NaN, because a
+        collapsed model is not robust; nothing is known of it. `held_out`, with `low`, `high`, `n`, `setting`, `step`
+        and `retain`, is the cell with the largest accuracy on facts that the attack saw nothing of (the first of
+        equals); its interval is its own, over facts, and does not know that it was the best of several. `trained` is
+        the largest accuracy on facts that it trained on, in any cell that counts: if that is far below 1 the attack
+        was too weak to tell.
 
     Raises:
         MechunlearnError: For a frame without the columns of an attack.

@@ -37,28 +37,29 @@ def unlearning_depth(
     gold: HookedModel | None = None,
     extra_edits: Mapping[str, Edit | HookedModel | None] | None = None,
     baseline_rows: pd.DataFrame | None = None,
-    threshold: float | int = THRESHOLD,
-    min_retention: float | int = GATE,
+    threshold: float = THRESHOLD,
+    min_retention: float = GATE,
     seed: int = 0,
     progress: bool | None = None,
 ) -> pd.DataFrame:
     """Let the original model continue from the edited model's residual stream: is what it needs to answer still there?
 
-    After each number of blocks, from 0 to all, the original model's stream at the subject's last token and everything behind
-    it is replaced by the edited model's, and the original model's own later blocks go on from there (after the Unlearning
-    Depth Score of arXiv 2605.24614, by activation patching). With d the drop in log-probability of the truth, in nats:
+    After each number of blocks, from 0 to all, the original model's stream at the subject's last token and everything
+    behind it is replaced by the edited model's, and the original model's own later blocks go on from there (after the
+    Unlearning Depth Score of arXiv 2605.24614, by activation patching). With d the drop in log-probability of the
+    truth, in nats:
 
     d1 = what the stream of a model without the knowledge costs;  d2 = what the edited model's costs
     erased = clip(d2 / d1, 0, 1) where d1 > `threshold`;  score = sum(d1 erased) / sum(d1) over these depths
 
-    for each fact, then averaged: 0 is intact, 1 erased. The model without the knowledge is `gold`, if there is one. Otherwise
-    it is the original model whose MLPs all write, at the subject's last token, what they write there on average over the
-    retain facts: it reads the name as ever and looks nothing up. (The stream of another subject will not do: it differs in who
-    is meant from the embedding on, where no edit of a later layer can reach.)
+    for each fact, then averaged: 0 is intact, 1 erased. The model without the knowledge is `gold`, if there is one.
+    Otherwise it is the original model whose MLPs all write, at the subject's last token, what they write there on
+    average over the retain facts: it reads the name as ever and looks nothing up. (The stream of another subject will
+    not do: it differs in who is meant from the embedding on, where no edit of a later layer can reach.)
 
     Depths before the lowest edited layer are intact by construction, and count as far as d1 says that they hold the
-    knowledge. Memory: one run of a batch of 128 facts, a stream for each depth. Not for knowledge that is not looked up by
-    MLPs at the subject, unless you have a `gold` model.
+    knowledge. Memory: one run of a batch of 128 facts, a stream for each depth. Not for knowledge that is not looked
+    up by MLPs at the subject, unless you have a `gold` model.
 
     Args:
         model: The unedited model.
@@ -74,17 +75,18 @@ def unlearning_depth(
         progress: Whether to show a bar; None shows one where somebody can see it.
 
     Returns:
-        One row a state (see `states_to_attack`) and depth (setting `after k blocks`). `held_out` is the accuracy (greedy, full
-        vocabulary, all answer tokens) with its 95 % bootstrap interval `low` to `high` over `n` facts; `weight` the mean d1
-        over facts (0 below the threshold), the same for all states; `erased` the mean over the `holding` facts with
-        d1 > `threshold`; `retain_here` the accuracy on at most 100 retain facts under the same replacement; `retain` that after
-        all blocks, the edited model's own, so that one that is wrecked has collapsed at every depth; `score` with `score_low`
-        to `score_high` over `scored` facts (see `depth`; never-taught facts have none). `blocks`, `chance` and `valid` stand
-        beside them, and the run card in `attrs["card"]`. `recovery` takes the mean over depths by `weight`.
+        One row a state (see `states_to_attack`) and depth (setting `after k blocks`). `held_out` is the accuracy
+        (greedy, full vocabulary, all answer tokens) with its 95 % bootstrap interval `low` to `high` over `n` facts;
+        `weight` the mean d1 over facts (0 below the threshold), the same for all states; `erased` the mean over the
+        `holding` facts with d1 > `threshold`; `retain_here` the accuracy on at most 100 retain facts under the same
+        replacement; `retain` that after all blocks, the edited model's own, so that one that is wrecked has collapsed
+        at every depth; `score` with `score_low` to `score_high` over `scored` facts (see `depth`; never-taught facts
+        have none). `blocks`, `chance` and `valid` stand beside them, and the run card in `attrs["card"]`. `recovery`
+        takes the mean over depths by `weight`.
 
     Raises:
-        MechunlearnError: For facts without a subject, a model of another shape, a model that knows less of the retain facts
-            than the gate asks for, and if no depth holds the knowledge.
+        MechunlearnError: For facts without a subject, a model of another shape, a model that knows less of the retain
+            facts than the gate asks for, and if no depth holds the knowledge.
 
     >>> from mechunlearn.artifacts.mask import ComponentMask
     >>> from mechunlearn.edit import masked_gradient
@@ -117,7 +119,8 @@ def unlearning_depth(
     for name, other in {**{state.name: state.model for state in attack.states}, **golden}.items():
         if other.signature != model.signature:
             raise MechunlearnError(
-                f"The model '{name}' is ({other.signature}), the original one ({model.signature}): streams are moved between "
+                f"The model '{name}' is ({other.signature}), the original one ({model.signature}): streams are moved "
+                "between "
                 "them layer by layer. Give models of one architecture and size."
             )
     without = partial(_run, gold) if gold is not None else partial(_without_look_up, model, _mean_writes(model, retain))
@@ -126,8 +129,10 @@ def unlearning_depth(
     weights = torch.where(weights > threshold, weights, 0.0)
     if not weights.any():
         raise MechunlearnError(
-            f"Without the knowledge the truth loses {float(needed.mean(1).max()):.2g} nats at most, and the threshold is "
-            f"{threshold:g}: no depth holds it. Give facts that the model knows, or a `gold` model that does not know them."
+            f"Without the knowledge the truth loses {float(needed.mean(1).max()):.2g} nats at most, and the threshold "
+            "is "
+            f"{threshold:g}: no depth holds it. Give facts that the model knows, or a `gold` model that does not know "
+            "them."
         )
 
     def tried(state: State) -> Rows:
@@ -148,16 +153,18 @@ def unlearning_depth(
 
 
 def depth(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return how deep each state's edit reaches: 0 where the knowledge is intact at every depth, 1 where it is erased at all.
+    """Return how deep each state's edit reaches.
+
+    0 where the knowledge is intact at every depth, 1 where it is erased at all.
 
     Args:
         rows: The rows of `unlearning_depth`.
 
     Returns:
-        One row a state. `score` is the mean over facts of sum(d1 erased) / sum(d1), `score_low` to `score_high` its 95 %
-        bootstrap interval over the `scored` facts: those with a depth where d1 is above the threshold. `outcome` is "measured",
-        or "collapsed" for a model that lost the retain facts too: it then has no score, as wrecked models erase everything.
-        Facts that were never taught have none either.
+        One row a state. `score` is the mean over facts of sum(d1 erased) / sum(d1), `score_low` to `score_high` its
+        95 % bootstrap interval over the `scored` facts: those with a depth where d1 is above the threshold. `outcome`
+        is "measured", or "collapsed" for a model that lost the retain facts too: it then has no score, as wrecked
+        models erase everything. Facts that were never taught have none either.
 
     Raises:
         MechunlearnError: For rows of another attack.

@@ -3,13 +3,16 @@
 from enum import Enum
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
 from mechunlearn.cli.shared import checked_suffix, console, names, new_folder, open_model
 from mechunlearn.errors import MechunlearnError
+
+if TYPE_CHECKING:
+    from mechunlearn.features.dictionaries import SAE, Codebook
 
 app = typer.Typer(help="Codebooks and SAEs: train one, look at its units, delete a topic.", no_args_is_help=True)
 
@@ -56,7 +59,6 @@ def train(
 ) -> None:
     """Train a dictionary on nine tenths of some text, and print its quality on the last tenth."""
     from mechunlearn.facts.readers import read_texts
-    from mechunlearn.features.dictionaries import SAE, Codebook
     from mechunlearn.features.firing import quality
     from mechunlearn.features.training import train_codebook, train_sae
 
@@ -105,7 +107,8 @@ def explore(
 
 
 @app.command(
-    epilog="Example: mechunlearn dictionary delete factworld factworld-codebook war.txt --words soldier,army --swap cook,soup -o war.safetensors"
+    epilog="Example: mechunlearn dictionary delete factworld factworld-codebook war.txt "
+    "--words soldier,army --swap cook,soup -o war.safetensors"
 )
 def delete(
     model: Model,

@@ -75,7 +75,10 @@ def run(
     device: Device = "cpu",
     dtype: Dtype = None,
 ) -> None:
-    """Localize, mask, edit, evaluate, attack and export: the whole job, beside attribution patching and random controls."""
+    """Localize, mask, edit, evaluate, attack and export.
+
+    The whole job, beside attribution patching and random controls.
+    """
     if attacks == "none":
         wanted = []
     else:
@@ -205,7 +208,8 @@ def edit(
 
 
 @app.command(
-    epilog="Example: mechunlearn wash factworld factworld/sport sport.mask.json --covariance-weight 400 --overshoot 1.5 -o washed.safetensors"
+    epilog="Example: mechunlearn wash factworld factworld/sport sport.mask.json "
+    "--covariance-weight 400 --overshoot 1.5 -o washed.safetensors"
 )
 def wash(
     model: Model,
@@ -363,7 +367,9 @@ def explore(
     device: Device = "cpu",
     dtype: Dtype = None,
 ) -> None:
-    """Open the explorer of circuits as a page of this machine: see where facts live, click, save a mask. Ctrl-C ends it.
+    """Open the explorer of circuits as a page of this machine: see where facts live, click, save a mask.
+
+    Ctrl-C ends it.
 
     Masks are saved in the folder where the command was started.
     """
@@ -415,7 +421,9 @@ def compare(
     device: Device = "cpu",
     dtype: Dtype = None,
 ) -> None:
-    """Edit what each localizer finds with each objective, budget and seed, settings chosen by one rule; goes on if killed.
+    """Edit what each localizer finds with each objective, budget and seed, settings chosen by one rule.
+
+    Goes on if killed.
 
     Writes results.parquet, table.md and figure.html, and a file for each finished cell.
     """

@@ -15,7 +15,10 @@ Page = Annotated[Path | None, typer.Option(help="Where to write the page, if not
 
 PAPERS = {
     "mechanistic-unlearning": (
-        "Mechanistic Unlearning: edits of the look-up MLPs beside every other localizer and every set of as many layers.",
+        (
+            "Mechanistic Unlearning: edits of the look-up MLPs beside every other localizer and every set of as many "
+            "layers."
+        ),
         "One small world, one relation, one forget set.",
     ),
     "codeunlearn": (

@@ -1,4 +1,7 @@
-"""How nouns show themselves in a notebook: a heading, a few facts, a small table; escaped, without scripts or styles."""
+"""How nouns show themselves in a notebook: a heading, a few facts, a small table.
+
+Escaped, without scripts or styles.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape

@@ -52,8 +52,8 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
         The folder to fill.
 
     Raises:
-        MechunlearnError: If there is something at `path`, or the disk refuses. Nothing is left behind then, nor after any
-            other exception.
+        MechunlearnError: If there is something at `path`, or the disk refuses. Nothing is left behind then, nor after
+            any other exception.
     """
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):

@@ -99,7 +99,9 @@ class Grid:
         return len(self._all())
 
     def frame(self) -> pd.DataFrame:
-        """Return one row a cell: its description, then the numbers and strings of its result; rows sorted by the former.
+        """Return one row a cell: its description, then the numbers and strings of its result.
+
+        Rows sorted by the former.
 
         Columns come in the order in which cells list them. Lists and dicts of a description are shown as JSON, those of
         a result are left out; `cell` returns them.

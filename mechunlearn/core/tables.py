@@ -20,7 +20,7 @@ def label(column: str) -> str:
     return LABELS.get(column, column.replace("_", " "))
 
 
-def interval(mean: float | int, low: float | int, high: float | int, short: bool = False, sign: str = "") -> str:
+def interval(mean: float, low: float, high: float, short: bool = False, sign: str = "") -> str:
     """Return a number with its interval as text; a dash for NaN.
 
     Args:
@@ -52,7 +52,7 @@ def intervals(frame: pd.DataFrame, mean: str, low: str, high: str, short: bool =
     return [interval(*row, short=short) for row in zip(frame[mean], frame[low], frame[high])]
 
 
-def numbers(values: Iterable[float | int], spec: str = ".2f") -> list[str]:
+def numbers(values: Iterable[float], spec: str = ".2f") -> list[str]:
     """Return numbers as text; a dash for NaN.
 
     Args:

@@ -130,8 +130,8 @@ def checked(about: Mapping[str, Any], hints: Mapping[str, Any]) -> dict[str, Any
 
     Args:
         about: The object, which may hold more.
-        hints: For each name a type: str, int, float, bool, dicts and lists of these, dataclasses of these, or one of them
-            or None. A bool is no number, an int is a float too.
+        hints: For each name a type: str, int, float, bool, dicts and lists of these, dataclasses of these, or one of
+            them or None. A bool is no number, an int is a float too.
 
     Returns:
         The named entries in the order of the hints, with dataclasses made.

@@ -25,9 +25,9 @@ def codebook_delete(
 ) -> FeatureEdit:
     """Delete a topic's codes from the bottleneck; nothing is trained (CodeUnlearn, arXiv 2410.10866).
 
-    The edit holds the whole bottleneck, so compare with the model *with* the codebook (`dictionaries.spliced`), and do not
-    put that beside it. Deletions of several topics combine with `|`. Nothing bypasses the bottleneck (there is no error
-    term), and whoever removes it has the topic back: not for weights that are given away.
+    The edit holds the whole bottleneck, so compare with the model *with* the codebook (`dictionaries.spliced`), and
+    do not put that beside it. Deletions of several topics combine with `|`. Nothing bypasses the bottleneck (there is
+    no error term), and whoever removes it has the topic back: not for weights that are given away.
 
     Args:
         model: The model.
@@ -35,16 +35,16 @@ def codebook_delete(
         forget: Not looked at: the mask says it all. A random control is matched on it, where it is given.
         retain: Not looked at, as `forget`.
         dictionary: The codebook.
-        how: `reselect`: the next nearest codes take the places of the deleted ones (their cosine counts as -inf); `zero`: the
-            places stay empty, which tends to suppress more than the topic.
+        how: `reselect`: the next nearest codes take the places of the deleted ones (their cosine counts as -inf);
+            `zero`: the places stay empty, which tends to suppress more than the topic.
         seed: Not used; every editor has one.
 
     Returns:
         An edit of activations, which can be taken off.
 
     Raises:
-        MechunlearnError: For a mask of something else than this codebook, for one that selects nothing, for another `how`,
-            and if fewer codes are left (of a group) than are used.
+        MechunlearnError: For a mask of something else than this codebook, for one that selects nothing, for another
+            `how`, and if fewer codes are left (of a group) than are used.
 
     >>> from mechunlearn import load_model
     >>> from mechunlearn.features.dictionaries import load_dictionary

@@ -28,17 +28,17 @@ def dictionary_rows(
     retain: Texts | None = None,
     *,
     dictionary: SAE,
-    scale: float | int = 1.0,
+    scale: float = 1.0,
     seed: int = 0,
 ) -> WeightEdit:
     """Take a topic's SAE features out of what MLP neurons write: an edit of weights, which can be given away.
 
     Each W_out row w of the MLPs up to the dictionary's hook point is brought to the mean norm of the activations on
-    `forget`, in the sign that the selected features see more of, and encoded. Where selected features are active they are
-    set to -`scale` times what they were, the row is decoded, what the dictionary missed is added back, and the norm and
-    sign are undone (after PISCES, arXiv 2505.22586). Where a norm follows the MLP (Gemma 2 and 3), a row is what it is
-    behind the norm's weights. Rows in which no selected feature is active stay as they are, bit by bit. It removes only
-    what MLPs write: a feature that the embedding or attention writes stays.
+    `forget`, in the sign that the selected features see more of, and encoded. Where selected features are active they
+    are set to -`scale` times what they were, the row is decoded, what the dictionary missed is added back, and the
+    norm and sign are undone (after PISCES, arXiv 2505.22586). Where a norm follows the MLP (Gemma 2 and 3), a row is
+    what it is behind the norm's weights. Rows in which no selected feature is active stay as they are, bit by bit. It
+    removes only what MLPs write: a feature that the embedding or attention writes stays.
 
     Args:
         model: The model to edit.
@@ -53,8 +53,8 @@ def dictionary_rows(
         New rows of the neurons that write the features: the edit's own `mask` is of these, not of features.
 
     Raises:
-        MechunlearnError: For a codebook, a mask of another dictionary or one that selects nothing, a negative scale, a hook
-            point that is no residual stream, and if no row has any of the features.
+        MechunlearnError: For a codebook, a mask of another dictionary or one that selects nothing, a negative scale,
+            a hook point that is no residual stream, and if no row has any of the features.
 
     >>> from mechunlearn import load_model
     >>> from mechunlearn.features.dictionaries import load_dictionary

@@ -23,9 +23,9 @@ def feature_clamp(
     retain: Texts | None = None,
     *,
     dictionary: Dictionary,
-    scale: float | int = 1.0,
+    scale: float = 1.0,
     gate: Literal["token", "sequence"] = "token",
-    quantile: float | int = 0.95,
+    quantile: float = 0.95,
     error: bool = True,
     seed: int = 0,
 ) -> FeatureEdit:
@@ -42,13 +42,13 @@ def feature_clamp(
         retain: Other text, which sets the gate of a sequence.
         dictionary: The SAE.
         scale: How many times their maximum; 0 is zero-ablation, which is known to be weak.
-        gate: `token` clamps wherever a feature is active. `sequence` clamps only once the share of the sequence's tokens so
-            far with one of the features exceeds the `quantile` of that share over the tokens of `retain` (DSG, arXiv
-            2504.08192, made causal: the past alone decides). The past is what the forward pass holds: generate without a
-            key-value cache then (an exported folder says so in its configuration).
+        gate: `token` clamps wherever a feature is active. `sequence` clamps only once the share of the sequence's
+            tokens so far with one of the features exceeds the `quantile` of that share over the tokens of `retain`
+            (DSG, arXiv 2504.08192, made causal: the past alone decides). The past is what the forward pass holds:
+            generate without a key-value cache then (an exported folder says so in its configuration).
         quantile: Of the share, from 0 to 1.
-        error: Whether to add back what the dictionary misses, so that only the features change; what the topic has in the
-            error term then stays.
+        error: Whether to add back what the dictionary misses, so that only the features change; what the topic has in
+            the error term then stays.
         seed: Not used; every editor has one.
 
     Returns:
@@ -75,7 +75,8 @@ def feature_clamp(
     seen = forget if isinstance(forget, FiringStatistics) else FiringStatistics.of(model, dictionary, forget)
     if seen.max_activation.shape[1] != dictionary.size:
         raise MechunlearnError(
-            f"The activity is of {seen.max_activation.shape[1]} units, {dictionary} has others. Give the one it was seen with."
+            f"The activity is of {seen.max_activation.shape[1]} units, {dictionary} has others. Give the one it was "
+            "seen with."
         )
     largest = seen.max_activation.amax(0)[units]
     if (largest <= 0).all():
@@ -87,7 +88,8 @@ def feature_clamp(
         share = _gate(model, dictionary, units, retain, float(quantile))
         if share >= 1:
             raise MechunlearnError(
-                f"Retain text has one of the features at every token so far, at the quantile {quantile}: the gate would never "
+                f"Retain text has one of the features at every token so far, at the quantile {quantile}: the gate "
+                "would never "
                 "open. Take fewer features, or a lower quantile."
             )
     part = FeaturePart(dictionary, units, "clamp", -float(scale) * largest, error, gate, share)

@@ -33,23 +33,23 @@ def fisher_lora(
     retain: Prompts,
     *,
     rank: int = 8,
-    alpha: float | int | None = None,
+    alpha: float | None = None,
     init: Init = "fila",
     fisher: tuple[DiagonalFisher, DiagonalFisher | None] | None = None,
     loss: losses.Loss = losses.inverted_hinge,
     retain_loss: losses.Loss = losses.cross_entropy,
     steps: int = 50,
-    lr: float | int = 2e-3,
-    forget_weight: float | int = 1.0,
-    retain_weight: float | int = 1.0,
-    text_weight: float | int = 0.0,
+    lr: float = 2e-3,
+    forget_weight: float = 1.0,
+    retain_weight: float = 1.0,
+    text_weight: float = 0.0,
     texts: Sequence[str] | None = None,
     batch_size: int = 32,
     accumulate: int = 1,
-    clip: float | int = 1.0,
+    clip: float = 1.0,
     warmup: int = 0,
-    weight_decay: float | int = 0.0,
-    stop_at: float | int | None = None,
+    weight_decay: float = 0.0,
+    stop_at: float | None = None,
     cache: bool = True,
     measure: Measure | None = None,
     seed: int = 0,
@@ -57,18 +57,19 @@ def fisher_lora(
 ) -> WeightEdit:
     """Unlearn the forget facts with low-rank adapters on the masked weights: LoKU (arXiv 2408.06621).
 
-    An adapter of rank r on a matrix W [out in] computes W + s (B A - B0 A0), with s = alpha / rank and B0 A0 what B A began
+    An adapter of rank r on a matrix W [out in] computes W + s (B A - B0 A0), with s = alpha / rank and B0 A0 what B A
+    began
     as: the model is unchanged, exactly, before the first step. `init` says where they begin:
 
-    - `fila`: the rank-r matrix nearest to W with row i weighted by d_i, d_i^2 = sum_j F_f[i, j] / (eps + F_r[i, j]), F_f and F_r
-      the per-sequence diagonal Fisher on forget and retain facts, eps = mean(F_r);
+    - `fila`: the rank-r matrix nearest to W with row i weighted by d_i, d_i^2 = sum_j F_f[i, j] / (eps + F_r[i, j]),
+      F_f and F_r the per-sequence diagonal Fisher on forget and retain facts, eps = mean(F_r);
     - `fila-code-eps`: eps = 1e-5, as the authors' code has it; `fila-row-sums`: d_i^2 = sum_j F_f / sum_j F_r;
     - `forget-fisher`: d_i^2 = sum_j F_f; `pissa`: d_i = 1, an SVD without Fisher; `random`: ordinary LoRA (B = 0).
 
-    Then inverted hinge + retain cross-entropy, trained as `masked_gradient` trains rows. Whole matrices are adapted where the
-    mask selects them whole, otherwise the selected rows or columns; biases are not. The initialisation's gain over `pissa`
-    and `random` is in docs/reproductions/loku.md: where adapters are not wanted, `masked_gradient` with
-    `losses.inverted_hinge` is simpler.
+    Then inverted hinge + retain cross-entropy, trained as `masked_gradient` trains rows. Whole matrices are adapted
+    where the mask selects them whole, otherwise the selected rows or columns; biases are not. The initialisation's
+    gain over `pissa` and `random` is in docs/reproductions/loku.md: where adapters are not wanted, `masked_gradient`
+    with `losses.inverted_hinge` is simpler.
 
     Args:
         model: The model to edit.
@@ -78,8 +79,8 @@ def fisher_lora(
         rank: Rank of every adapter.
         alpha: The change of the weights is scaled by alpha / rank; 2 rank unless given.
         init: Where the adapters begin (above).
-        fisher: The Fisher information of the forget and of the retain set where it is known (`fisher_information`), to try
-            several settings. It is computed where it lacks a matrix of the mask.
+        fisher: The Fisher information of the forget and of the retain set where it is known (`fisher_information`),
+            to try several settings. It is computed where it lacks a matrix of the mask.
         loss: Any function of `edit.losses`, or one of yours.
         retain_loss: The same for the retain facts.
         steps: Optimiser steps, at most.
@@ -95,7 +96,8 @@ def fisher_lora(
         weight_decay: AdamW's weight decay.
         stop_at: End once this share of the forget facts is edited (see `masked_gradient`).
         cache: Compute what enters the lowest masked layer once an example and keep it (tokens x d_model).
-        measure: Called with the number of each step; what it returns goes on the card, and a true `stop` in it ends training.
+        measure: Called with the number of each step; what it returns goes on the card, and a true `stop` in it ends
+            training.
         seed: Seed of the order of the facts, and of `init="random"`.
         progress: Whether to show a bar.
 
@@ -192,9 +194,9 @@ def weighted_low_rank(
 ) -> tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"]]:
     """Return down and up factors with scale * up @ down nearest to the weight in the norm that weighs row i with rows[i].
 
-    With U S V^T the rank-r SVD of diag(d) W: down = sqrt(S / scale) V^T, up = diag(1 / d) U sqrt(S / scale) (LoKU, section 4.2).
-    Computed in float64 from the eigenvectors of the smaller Gram matrix, signs fixed, so that it is deterministic. Rows
-    of no weight count as 1e-6 of the heaviest.
+    With U S V^T the rank-r SVD of diag(d) W: down = sqrt(S / scale) V^T, up = diag(1 / d) U sqrt(S / scale) (LoKU,
+    section 4.2). Computed in float64 from the eigenvectors of the smaller Gram matrix, signs fixed, so that it is
+    deterministic. Rows of no weight count as 1e-6 of the heaviest.
 
     Args:
         weight: W, [out in].

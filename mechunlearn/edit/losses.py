@@ -133,7 +133,7 @@ def npo(
     labels: Int[Tensor, " token"],
     fact: Int[Tensor, " token"],
     reference: Float[Tensor, " token"],
-    beta: float | int = 0.1,
+    beta: float = 0.1,
 ) -> Float[Tensor, ""]:
     """Push each answer down from where the unedited model had it, ever more gently: NPO (arXiv 2404.05868).
 
@@ -155,8 +155,8 @@ def simnpo(
     logits: Float[Tensor, "token d_vocab"],
     labels: Int[Tensor, " token"],
     fact: Int[Tensor, " token"],
-    beta: float | int = 2.5,
-    margin: float | int = 0.0,
+    beta: float = 2.5,
+    margin: float = 0.0,
 ) -> Float[Tensor, ""]:
     """Push each answer down until it is improbable, whatever the unedited model said: SimNPO (arXiv 2410.07163).
 
@@ -185,7 +185,7 @@ def preference(
     target_labels: Int[Tensor, " target_token"],
     target_fact: Int[Tensor, " target_token"],
     target_reference: Float[Tensor, " target_token"],
-    beta: float | int = 0.1,
+    beta: float = 0.1,
 ) -> Float[Tensor, ""]:
     """Prefer the edit target to the truth: DPO (arXiv 2305.18290). With a refusal as the target, TOFU's IdkDPO.
 
@@ -206,7 +206,7 @@ def preference(
 
 
 def inverted_hinge(
-    logits: Float[Tensor, "token d_vocab"], labels: Int[Tensor, " token"], margin: float | int | None = None
+    logits: Float[Tensor, "token d_vocab"], labels: Int[Tensor, " token"], margin: float | None = None
 ) -> Float[Tensor, ""]:
     """Hand the truth's place to the runner-up, with a bounded loss: the inverted hinge of LoKU (arXiv 2408.06621).
 
@@ -246,7 +246,7 @@ def entropy(logits: Float[Tensor, "token d_vocab"]) -> Float[Tensor, ""]:
 
 
 def rmu(
-    hidden: Float[Tensor, "token d_model"], *, layer: int, coefficient: float | int = 6.5, seed: int = 0
+    hidden: Float[Tensor, "token d_model"], *, layer: int, coefficient: float = 6.5, seed: int = 0
 ) -> Float[Tensor, ""]:
     """Drive the residual stream leaving block `layer` to one fixed random vector: RMU (arXiv 2403.03218).
 

@@ -23,17 +23,17 @@ def masked_gradient(
     loss: losses.Loss = losses.injection,
     retain_loss: losses.Loss = losses.cross_entropy,
     steps: int = 50,
-    lr: float | int = 2e-3,
-    forget_weight: float | int = 1.0,
-    retain_weight: float | int = 1.0,
-    text_weight: float | int = 1.0,
+    lr: float = 2e-3,
+    forget_weight: float = 1.0,
+    retain_weight: float = 1.0,
+    text_weight: float = 1.0,
     texts: Sequence[str] | None = None,
     batch_size: int = 64,
     accumulate: int = 1,
-    clip: float | int = 1.0,
+    clip: float = 1.0,
     warmup: int = 0,
-    weight_decay: float | int = 0.0,
-    stop_at: float | int | None = None,
+    weight_decay: float = 0.0,
+    stop_at: float | None = None,
     cache: bool = True,
     measure: Measure | None = None,
     seed: int = 0,
@@ -44,9 +44,10 @@ def masked_gradient(
     minimise  forget_weight * loss(forget) + retain_weight * retain_loss(retain) + text_weight * CE(texts)
 
     with AdamW, linear warm-up, cosine schedule and gradient clipping, as in Mechanistic Unlearning (arXiv 2410.12949).
-    Ctrl-C ends training with the edit so far. The model is left as it was. Cost is that of the mask: gradient, optimiser
-    state and float32 copy for the selected rows alone, no backward pass below the lowest masked layer. bfloat16 weights
-    are trained through float32 copies of the selected rows. For thousands of facts a closed form is the better tool.
+    Ctrl-C ends training with the edit so far. The model is left as it was. Cost is that of the mask: gradient,
+    optimiser state and float32 copy for the selected rows alone, no backward pass below the lowest masked layer.
+    bfloat16 weights are trained through float32 copies of the selected rows. For thousands of facts a closed form is
+    the better tool.
 
     Args:
         model: The model to edit.
@@ -70,7 +71,8 @@ def masked_gradient(
         stop_at: End once this share of the forget facts is edited: answers the target, where the loss has one, else no
             longer gives the truth (greedy, measured every 5 steps).
         cache: Compute what enters the lowest masked layer once an example and keep it (tokens x d_model).
-        measure: Called with the number of each step; what it returns goes on the card, and a true `stop` in it ends training.
+        measure: Called with the number of each step; what it returns goes on the card, and a true `stop` in it ends
+            training.
         seed: Seed of the order of the facts.
         progress: Whether to show a bar.
 

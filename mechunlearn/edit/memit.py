@@ -25,15 +25,15 @@ def memit(
     *,
     target: Target = "end-of-text",
     position: Position = "subject last",
-    covariance_weight: float | int = 20_000,
-    retain_weight: float | int = 0.0,
+    covariance_weight: float = 20_000,
+    retain_weight: float = 0.0,
     covariance: Covariance | None = None,
     texts: Sequence[str] | None = None,
     target_values: Float[Tensor, "fact d_model"] | None = None,
     prefixes: int = 5,
     steps: int = 25,
-    lr: float | int = 0.2,
-    overshoot: float | int = 1.0,
+    lr: float = 0.2,
+    overshoot: float = 1.0,
     batch_size: int = 64,
     seed: int = 0,
     progress: bool = False,
@@ -42,14 +42,15 @@ def memit(
 
     D_l = R K^T (covariance_weight * C + K K^T + retain_weight * K_r K_r^T)^-1,   R = (z - h) / (layers left)
 
-    (Mass-Editing Memory, arXiv 2210.07229, eqs. 14 and 20, without the last term). K are the inputs of W_out at the token
-    `position` of each forget fact (half the bare prompt, half the mean behind prefixes), h the residual stream leaving the
-    mask's last layer there, z its target value, C = E[k k^T] over text. Layers are the mask's `mlp.out` sites, lowest first,
-    h measured anew at each; of a partly selected site only the chosen neurons' weights change. Facts that the model does not
-    give are skipped, with a warning and in the card's `skipped`. Solved in float64.
+    (Mass-Editing Memory, arXiv 2210.07229, eqs. 14 and 20, without the last term). K are the inputs of W_out at the
+    token `position` of each forget fact (half the bare prompt, half the mean behind prefixes), h the residual stream
+    leaving the mask's last layer there, z its target value, C = E[k k^T] over text. Layers are the mask's `mlp.out`
+    sites, lowest first, h measured anew at each; of a partly selected site only the chosen neurons' weights change.
+    Facts that the model does not give are skipped, with a warning and in the card's `skipped`. Solved in float64.
 
-    It tells no relation from others where keys are the same: at the subject's last token the subject's other facts change
-    too. 1.5 as `overshoot` with a larger `covariance_weight` can forget more than 1 with a smaller one, for less damage to text.
+    It tells no relation from others where keys are the same: at the subject's last token the subject's other facts
+    change too. 1.5 as `overshoot` with a larger `covariance_weight` can forget more than 1 with a smaller one, for
+    less damage to text.
 
     Args:
         model: The model to edit.
@@ -60,10 +61,11 @@ def memit(
             `shared` (end-of-text, one value for all facts), or `mean` (the retain facts' average, no search).
         position: The token to act at, `subject last` or `last`. Take it, and the layers, from a localization
             (`Localization.strongest_role`), not from a table.
-        covariance_weight: Weight of C. A larger one protects text more and edits less; the papers use 15,000 to 100,000.
+        covariance_weight: Weight of C. A larger one protects text more and edits less; the papers use 15,000 to
+            100,000.
         retain_weight: Weight of the retain facts' keys K_r, whose outputs are kept.
-        covariance: C, collected over text before (`Covariance.of_text`), to try several settings. Sites that it lacks are
-            collected over the same text.
+        covariance: C, collected over text before (`Covariance.of_text`), to try several settings. Sites that it lacks
+            are collected over the same text.
         texts: What C and the prefixes are from, by default a half of the forget data set's passages.
         target_values: z of every forget fact, to skip the search.
         prefixes: How many beginnings of `texts` each prompt is read behind, besides bare.

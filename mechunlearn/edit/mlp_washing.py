@@ -29,19 +29,19 @@ def mlp_washing(
     *,
     target: Target = "end-of-text",
     position: Position = "subject last",
-    covariance_weight: float | int = 20_000,
-    band: tuple[float | int, float | int] = (1 / 3, 3 / 4),
+    covariance_weight: float = 20_000,
+    band: tuple[float, float] = (1 / 3, 3 / 4),
     ascent: Literal["path", "adam", "off"] = "path",
-    growth: float | int = 2.0,
+    growth: float = 2.0,
     eliminate: bool = True,
-    retain_weight: float | int = 0.0,
+    retain_weight: float = 0.0,
     covariance: Covariance | None = None,
     texts: Sequence[str] | None = None,
     target_values: Float[Tensor, "fact d_model"] | None = None,
     prefixes: int = 5,
     steps: int = 25,
-    lr: float | int = 0.2,
-    overshoot: float | int = 1.0,
+    lr: float = 0.2,
+    overshoot: float = 1.0,
     batch_size: int = 64,
     seed: int = 0,
     progress: bool = False,
@@ -50,14 +50,16 @@ def mlp_washing(
 
     max_D ||D K_w||_F^2   subject to   tr(D C D^T) = beta tr(C)
 
-    (Large Scale Knowledge Washing, arXiv 2405.16720, section 3), begun at `memit`'s change towards end-of-text. First each
-    layer's change is found for all facts, with the weight of C nearest to `covariance_weight` at which ||D||_F lies in `band`
-    times ||W||_F: the norm, not the weight, says how much is changed. Then, layer by layer, the objective is climbed for the
-    keys K_w of the facts that are still known, with beta = 1.1 tr(D C D^T) / tr(C); what the model no longer answers
-    leaves the set, and when it is empty the layers above are left as they are. Everything else is as in `memit`.
+    (Large Scale Knowledge Washing, arXiv 2405.16720, section 3), begun at `memit`'s change towards end-of-text. First
+    each layer's change is found for all facts, with the weight of C nearest to `covariance_weight` at which ||D||_F
+    lies in `band` times ||W||_F: the norm, not the weight, says how much is changed. Then, layer by layer, the
+    objective is climbed for the keys K_w of the facts that are still known, with beta = 1.1 tr(D C D^T) / tr(C); what
+    the model no longer answers leaves the set, and when it is empty the layers above are left as they are. Everything
+    else is as in `memit`.
 
-    Facts about the same subjects, and neighbours, pay most: measure them, and compare `memit` with `overshoot` and retain
-    keys (docs/reproductions/law.md). Where the band is out of reach (few facts), the card's `trajectory` says so.
+    Facts about the same subjects, and neighbours, pay most: measure them, and compare `memit` with `overshoot` and
+    retain keys (docs/reproductions/law.md). Where the band is out of reach (few facts), the card's `trajectory` says
+    so.
 
     Args:
         model: The model to edit.
@@ -68,15 +70,15 @@ def mlp_washing(
         position: The token to act at, `subject last` or `last`.
         covariance_weight: Weight of C that the search begins at.
         band: Least and largest norm of a layer's change, as shares of its weight's norm.
-        ascent: `path` follows the gradient flow in closed form; `adam` is the authors' schedule (1,000 steps, rate 1e-7,
-            back onto the ellipsoid after each), which beside the rescaling moves D by a thousandth; `off` keeps the
-            initialisation.
-        growth: How many times as much the path's strongest direction grows as one without keys. Its limit has rank one, so
-            more is not better.
+        ascent: `path` follows the gradient flow in closed form; `adam` is the authors' schedule (1,000 steps, rate
+            1e-7, back onto the ellipsoid after each), which beside the rescaling moves D by a thousandth; `off` keeps
+            the initialisation.
+        growth: How many times as much the path's strongest direction grows as one without keys. Its limit has rank
+            one, so more is not better.
         eliminate: Whether facts leave the set once the model no longer answers them (one forward pass a layer).
         retain_weight: Weight of the retain facts' keys, whose outputs are kept.
-        covariance: C, collected over text before (`Covariance.of_text`), to try several settings. Sites that it lacks are
-            collected over the same text.
+        covariance: C, collected over text before (`Covariance.of_text`), to try several settings. Sites that it lacks
+            are collected over the same text.
         texts: What C and the prefixes are from, by default a half of the forget data set's passages.
         target_values: z of every forget fact, to skip the search.
         prefixes: How many beginnings of `texts` each prompt is read behind, besides bare.
@@ -143,7 +145,7 @@ def _ascended(
     gram: Float[Tensor, "unit unit"],
     moment: Float[Tensor, "unit unit"],
     ascent: str,
-    growth: float | int,
+    growth: float,
 ) -> Float[Tensor, "d_model unit"]:
     """Return the change after the ascent, on the ellipsoid tr(D C D^T) = 1.1 times what it was."""
     size = BETA * _energy(change, moment)

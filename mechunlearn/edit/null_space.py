@@ -28,16 +28,16 @@ def null_space(
     *,
     target: Target = "end-of-text",
     position: Position = "subject last",
-    energy: float | int = 0.02,
-    ridge: float | int = 1.0,
+    energy: float = 0.02,
+    ridge: float = 1.0,
     earlier: Sequence[Prompts] = (),
     covariance: Covariance | None = None,
     texts: Sequence[str] | None = None,
     target_values: Float[Tensor, "fact d_model"] | None = None,
     prefixes: int = 5,
     steps: int = 25,
-    lr: float | int = 0.2,
-    overshoot: float | int = 1.0,
+    lr: float = 0.2,
+    overshoot: float = 1.0,
     batch_size: int = 64,
     seed: int = 0,
     progress: bool = False,
@@ -46,10 +46,10 @@ def null_space(
 
     D_l = R K^T P (K_p K_p^T P + K K^T P + ridge * 1)^-1,   P = U U^T
 
-    (AlphaEdit, arXiv 2410.02355, eq. 14). U are eigenvectors of C = E[k k^T], those of least energy that together hold at
-    most the share `energy` of its trace: a relative threshold, where the paper's code has an absolute one that depends on
-    model and text. Solved in the projected space, |U| by |U|. Everything else is as in `memit`. Not for a model or a mask
-    whose text fills every direction: the card's `trajectory` says how many are left.
+    (AlphaEdit, arXiv 2410.02355, eq. 14). U are eigenvectors of C = E[k k^T], those of least energy that together
+    hold at most the share `energy` of its trace: a relative threshold, where the paper's code has an absolute one
+    that depends on model and text. Solved in the projected space, |U| by |U|. Everything else is as in `memit`. Not
+    for a model or a mask whose text fills every direction: the card's `trajectory` says how many are left.
 
     Args:
         model: The model to edit.
@@ -60,10 +60,10 @@ def null_space(
         position: The token to act at, `subject last` or `last`.
         energy: Share of C's trace, above 0 and below 1, that the directions of the change may hold.
         ridge: Weight of the change's own size.
-        earlier: Facts of edits made before on this model. The changes for their keys K_p are held near zero, so that edits
-            can follow one another.
-        covariance: C, collected over text before (`Covariance.of_text`), to try several settings. Sites that it lacks are
-            collected over the same text.
+        earlier: Facts of edits made before on this model. The changes for their keys K_p are held near zero, so that
+            edits can follow one another.
+        covariance: C, collected over text before (`Covariance.of_text`), to try several settings. Sites that it lacks
+            are collected over the same text.
         texts: What C and the prefixes are from, by default a half of the forget data set's passages.
         target_values: z of every forget fact, to skip the search.
         prefixes: How many beginnings of `texts` each prompt is read behind, besides bare.

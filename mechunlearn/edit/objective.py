@@ -51,19 +51,19 @@ Measure = Callable[[int], dict[str, Any] | None]
 class Objective:
     """forget_weight * loss(forget) + retain_weight * retain_loss(retain) + text_weight * CE(texts), and how it is read.
 
-    A loss that takes the retain logits itself (`losses.gradient_difference`) gets no retain term beside it. The settings are
-    those of `edit.masked_gradient`.
+    A loss that takes the retain logits itself (`losses.gradient_difference`) gets no retain term beside it. The
+    settings are those of `edit.masked_gradient`.
     """
 
     loss: losses.Loss
     retain_loss: losses.Loss
-    forget_weight: float | int
-    retain_weight: float | int
-    text_weight: float | int
+    forget_weight: float
+    retain_weight: float
+    text_weight: float
     texts: Sequence[str] | None
     batch_size: int
     accumulate: int
-    stop_at: float | int | None
+    stop_at: float | None
     cache: bool
 
 
@@ -114,7 +114,8 @@ class LossInputs:
         layer = losses.described(loss)["settings"].get("layer")
         if layer is not None and upper.layer is not None and not upper.layer <= layer < upper.model.signature.layers:
             raise MechunlearnError(
-                f"{losses.described(loss)['name']} reads layer {layer}, but the lowest masked layer is {upper.layer} of "
+                f"{losses.described(loss)['name']} reads layer {layer}, but the lowest masked layer is {upper.layer} "
+                "of "
                 f"{upper.model.signature.layers}: no selected weight could move what it reads. Give a layer from "
                 f"{upper.layer} to {upper.model.signature.layers - 1}, or another mask."
             )
@@ -150,8 +151,8 @@ def descend_on(
 ) -> WeightEdit:
     """Minimise an objective over rows or adapters of a model, and return what they have become.
 
-    Each step reads `batch_size` forget facts, as many retain facts and a quarter as many texts, in `accumulate` parts of
-    which each weighs as its share of the sequences. The model is left as it was.
+    Each step reads `batch_size` forget facts, as many retain facts and a quarter as many texts, in `accumulate` parts
+    of which each weighs as its share of the sequences. The model is left as it was.
 
     Args:
         trained: What moves.
@@ -159,7 +160,8 @@ def descend_on(
         retain: Facts to hold.
         objective: What is minimised.
         schedule: Steps and learning rates.
-        measure: Called with the number of each step. What it returns goes on the card; a true `stop` in it ends training.
+        measure: Called with the number of each step. What it returns goes on the card; a true `stop` in it ends
+            training.
         seed: Seed of the order of the facts.
         progress: Whether to show a bar.
 

@@ -1,4 +1,7 @@
-"""What every editor has around it: checks of its numbers, a run card of its arguments, and the call, to make the edit again."""
+"""What every editor has around it.
+
+Checks of its numbers, a run card of its arguments, and the call, to make the edit again.
+"""
 
 import json
 import math
@@ -50,11 +53,11 @@ NUMBERS: dict[str, Range] = {
 def editor(function: Callable[Arguments, Made]) -> Callable[Arguments, Made]:
     """Make an editor of a function `(model, mask, forget, retain, *, ..., seed) -> Edit`.
 
-    Before it runs, numbers out of range (`NUMBERS`), words that are none of a `Literal` annotation's, and a bare string in
-    place of `texts` are refused. The edit's run card is filled in: the function's name, hashes of the model and the sets,
-    the seed, and as `settings` a description of every other argument. So the function writes on the card only what it
-    alone knows (`RunCard("", trajectory=...)`). The edit remembers the call, for `edit.remake(mask=..., seed=...)`:
-    references to the arguments, no copies.
+    Before it runs, numbers out of range (`NUMBERS`), words that are none of a `Literal` annotation's, and a bare
+    string in place of `texts` are refused. The edit's run card is filled in: the function's name, hashes of the model
+    and the sets, the seed, and as `settings` a description of every other argument. So the function writes on the
+    card only what it alone knows (`RunCard("", trajectory=...)`). The edit remembers the call, for
+    `edit.remake(mask=..., seed=...)`: references to the arguments, no copies.
 
     Args:
         function: The editor. It leaves the model as it was.
@@ -100,8 +103,8 @@ def described(value: Any) -> Any:
     """Return a JSON-serialisable description of an argument of an editor.
 
     Numbers, words and lists of them are themselves, and a dictionary is its site. A loss is its name with all of its
-    settings (`losses.described`). Texts, facts and tensors are told by how many there are and a digest, statistics by how
-    much they have seen. Whatever JSON holds as itself can be given to the editor again, a JSON object cannot.
+    settings (`losses.described`). Texts, facts and tensors are told by how many there are and a digest, statistics by
+    how much they have seen. Whatever JSON holds as itself can be given to the editor again, a JSON object cannot.
 
     >>> described((1 / 4, 1)), described(["One text.", "Another."])["texts"]
     ([0.25, 1], 2)

@@ -39,10 +39,10 @@ def compare(
     folder: str | Path,
     localizers: Sequence[str] = ("fact_lookup", "attribution_patching", CONTROL),
     objectives: Sequence[str] = ("injection",),
-    budgets: Sequence[float | int | str] = (WINDOW,),
+    budgets: Sequence[float | str] = (WINDOW,),
     seeds: int = 5,
-    lrs: Sequence[float | int] = (1e-3, 2e-3, 3e-3),
-    forget_weights: Sequence[float | int] = (0.2, 1.0),
+    lrs: Sequence[float] = (1e-3, 2e-3, 3e-3),
+    forget_weights: Sequence[float] = (0.2, 1.0),
     forget: int = 64,
     steps: int = 50,
     validation: int = 2,
@@ -54,10 +54,10 @@ def compare(
     `lrs` x `forget_weights` is the grid of settings, tried on forget sets of their own; `select` chooses one for each
     localizer, objective and budget, which the test seeds then use. Only `masked_gradient` edits here.
 
-    A run that was stopped or killed goes on where it was when it is called again with the same arguments, and no finished
-    cell is made twice. A localizer that finds nothing, and an edit that diverges, are rows with a note. Cost: validation x lrs x
-    forget_weights + seeds edits for each localizer, objective and budget. One model is n = 1, however many seeds: run it on
-    several before you call a localizer better.
+    A run that was stopped or killed goes on where it was when it is called again with the same arguments, and no
+    finished cell is made twice. A localizer that finds nothing, and an edit that diverges, are rows with a note.
+    Cost: validation x lrs x forget_weights + seeds edits for each localizer, objective and budget. One model is n =
+    1, however many seeds: run it on several before you call a localizer better.
 
     Args:
         model: The model.
@@ -65,9 +65,10 @@ def compare(
         folder: Keeps every finished cell, and in the end `results.parquet`, `table.md` and `figure.html`.
         localizers: Names out of `LOCALIZERS`.
         objectives: Names out of `OBJECTIVES`.
-        budgets: Shares of the editable weights, of which a unit that scores zero is never taken; or "window": the units that
-            `fact_lookup` finds, and for every other localizer as many weights.
-        seeds: The number of test seeds: 0 to `seeds` - 1 each draw a forget set, and are those of localizer and edit as well.
+        budgets: Shares of the editable weights, of which a unit that scores zero is never taken; or "window": the
+            units that `fact_lookup` finds, and for every other localizer as many weights.
+        seeds: The number of test seeds: 0 to `seeds` - 1 each draw a forget set, and are those of localizer and edit
+            as well.
         lrs: Learning rates to choose from.
         forget_weights: Weights of the objective to choose from.
         forget: The number of facts to forget.
@@ -77,8 +78,8 @@ def compare(
         progress: Whether to show a bar; None shows one where somebody can see it.
 
     Raises:
-        MechunlearnError: For a localizer, objective, budget or number out of range, and for a folder that holds other files or
-            another grid.
+        MechunlearnError: For a localizer, objective, budget or number out of range, and for a folder that holds other
+            files or another grid.
 
     >>> from tempfile import TemporaryDirectory
     >>> from mechunlearn import load_facts, load_model
@@ -126,10 +127,10 @@ def compare(
 def check_grid(
     localizers: Sequence[str],
     objectives: Sequence[str],
-    budgets: Sequence[float | int | str],
+    budgets: Sequence[float | str],
     seeds: int,
-    lrs: Sequence[float | int],
-    forget_weights: Sequence[float | int],
+    lrs: Sequence[float],
+    forget_weights: Sequence[float],
     validation: int,
 ) -> dict[str, list[Any]]:
     """Return what `compare` is asked for, in order and without repetition.
@@ -153,7 +154,8 @@ def check_grid(
     for what, given, known in (("localizer", localizers, named), ("objective", objectives, OBJECTIVES)):
         if any(isinstance(name, Localization) for name in given):
             raise MechunlearnError(
-                "Expected names of localizers, got a Localization: compare runs localizers itself, on forget sets of its own. To "
+                "Expected names of localizers, got a Localization: compare runs localizers itself, on forget sets of "
+                "its own. To "
                 "edit what this one found, make a mask of it with found.above(0) or found.top(weights=0.05)."
             )
         if unknown := [name for name in given if name not in known] or ([""] if not given else []):
@@ -194,7 +196,10 @@ class _Sets:
         return found.nodes() if isinstance(found, Circuit) else found
 
     def mask(self, localizer: str, budget: str, seed: int) -> tuple[ComponentMask, float]:
-        """What a localizer finds within a budget, and its share of the weights; `MechunlearnError` if that is nothing."""
+        """What a localizer finds within a budget, and its share of the weights.
+
+        `MechunlearnError` if that is nothing.
+        """
         found = self.found(localizer, seed)
         scored = found.above(0)
         if not len(scored):
@@ -302,7 +307,7 @@ def _opened(folder: Path, about: Mapping[str, Any]) -> Grid:
     return Grid.open(folder, about)
 
 
-def _share(budget: float | int | str) -> str:
+def _share(budget: float | str) -> str:
     """A budget's name, by which it is compared and shown."""
     if budget == WINDOW:
         return WINDOW

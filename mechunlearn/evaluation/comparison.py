@@ -33,14 +33,14 @@ class Comparison:
     """What a comparison found.
 
     Args:
-        frame: One row a cell, as `COLUMNS`: `stage` (`validation`, `unedited` or `test`); the cell's `objective`, `budget`,
-            `localizer`, `lr`, `forget_weight` and `seed`; `selected` ("qualifies", or "none qualifies", see `select`); `share` of
-            the editable weights; `efficacy`, the share of forget facts that answer the edit target on the training prompt, for
-            objectives that have one, else that no longer give the truth; `truth`, the share that still give it there;
-            `generalization`, the mean of efficacy over all other formats; `retention`, accuracy on the retain facts;
-            `same_subject`, the mean accuracy on other relations of the forgotten subjects; `text_loss` on passages that no edit
-            trains on, nats a token; `recovery` by relearning; `seconds` of the edit; `note`, where something was not found or
-            not finite.
+        frame: One row a cell, as `COLUMNS`: `stage` (`validation`, `unedited` or `test`); the cell's `objective`,
+            `budget`, `localizer`, `lr`, `forget_weight` and `seed`; `selected` ("qualifies", or "none qualifies", see
+            `select`); `share` of the editable weights; `efficacy`, the share of forget facts that answer the edit
+            target on the training prompt, for objectives that have one, else that no longer give the truth; `truth`,
+            the share that still give it there; `generalization`, the mean of efficacy over all other formats;
+            `retention`, accuracy on the retain facts; `same_subject`, the mean accuracy on other relations of the
+            forgotten subjects; `text_loss` on passages that no edit trains on, nats a token; `recovery` by
+            relearning; `seconds` of the edit; `note`, where something was not found or not finite.
         about: What the cells have in common.
     """
 
@@ -98,14 +98,20 @@ class Comparison:
         about, compared = self.about, self.differences()
         parts = [
             f"# {about['facts']}: {', '.join(about['localizers'])}",
-            f"{about['forget']} facts to forget, {about['steps']} steps, on {about['model']}. n counts the seeds (forget "
-            f"sets) out of {about['seeds']}; they share one model, so for models n = 1.",
+            (
+                f"{about['forget']} facts to forget, {about['steps']} steps, on {about['model']}. n counts the seeds "
+                "(forget "
+                f"sets) out of {about['seeds']}; they share one model, so for models n = 1."
+            ),
             to_markdown(self.summary()),
             READING,
             *((f"## Difference to {CONTROL}, seed by seed", to_markdown(compared)) if len(compared) else ()),
-            f"Learning rate and forget weight were chosen on {about['validation']} forget "
-            f"set{'s' * (about['validation'] > 1)} of their own for each localizer, objective and budget, among learning rates "
-            f"{listed(about['lrs'])} and weights {listed(about['forget_weights'])}: {RULE}",
+            (
+                f"Learning rate and forget weight were chosen on {about['validation']} forget "
+                f"set{'s' * (about['validation'] > 1)} of their own for each localizer, objective and budget, among "
+                "learning rates "
+                f"{listed(about['lrs'])} and weights {listed(about['forget_weights'])}: {RULE}"
+            ),
         ]
         return "\n\n".join(parts) + "\n"
 
@@ -145,7 +151,7 @@ class Comparison:
             yield {"localizer": localizer or "unedited", "objective": objective, "budget": budget}, cells
 
 
-def listed(numbers: Iterable[float | int]) -> str:
+def listed(numbers: Iterable[float]) -> str:
     """Return numbers as text, with commas.
 
     Args:

@@ -38,9 +38,9 @@ def random_control(
 ) -> Edit:
     """Make an edit again by its own call, on random units of the same kinds and weight.
 
-    For features and codes these are others of the same dictionary that are active about as often, on the text that the edit
-    was made for. An edit that was loaded from a file is made again from its run card, where that holds everything (see
-    `remade_from_card`).
+    For features and codes these are others of the same dictionary that are active about as often, on the text that
+    the edit was made for. An edit that was loaded from a file is made again from its run card, where that holds
+    everything (see `remade_from_card`).
 
     Args:
         model: The unedited model.
@@ -109,9 +109,9 @@ def remade_from_card(
 ) -> WeightEdit | FeatureEdit:
     """Make an edit that was loaded from a file again, under another mask, by the settings of its run card.
 
-    A card holds numbers, words and the losses of `edit.losses`. Of texts it holds a digest, by which the facts' own texts and
-    those given here are known again; a covariance is collected over them anew. An edit of features holds its dictionary;
-    clamped features are set to the same multiple of their largest activation on the facts.
+    A card holds numbers, words and the losses of `edit.losses`. Of texts it holds a digest, by which the facts' own
+    texts and those given here are known again; a covariance is collected over them anew. An edit of features holds
+    its dictionary; clamped features are set to the same multiple of their largest activation on the facts.
 
     Args:
         model: The unedited model.
@@ -119,7 +119,8 @@ def remade_from_card(
         mask: Where to edit this time.
         forget: Facts to forget.
         retain: Facts to retain.
-        texts: The texts that the edit was made with, where they are not the facts' own, or more of which they are the first.
+        texts: The texts that the edit was made with, where they are not the facts' own, or more of which they are the
+            first.
 
     Raises:
         MechunlearnError: For what a card does not hold (functions of yours, tensors, dictionaries, parts of a composed
@@ -145,7 +146,8 @@ def remade_from_card(
     lost = [name for name, value in settings.items() if value is LOST or name not in signature(editor).parameters]
     if lost:
         raise MechunlearnError(
-            f"This edit by {card.method} cannot be made again from its file under another mask: the file does not hold its "
+            f"This edit by {card.method} cannot be made again from its file under another mask: the file does not hold "
+            "its "
             f"{', '.join(lost)}. {YOURS}"
         )
     made: WeightEdit = editor(model, mask, forget, retain, seed=card.seed, **settings)

@@ -20,9 +20,10 @@ LOGITS = 1 << 27  # of one batch of texts: half a gigabyte in float32
 def next_token_kl(model: HookedModel, edit: Edit, texts: Sequence[str], batch_size: int = 64) -> Float[Tensor, " text"]:
     """Measure how far an edit moves what the model says next, in nats a token.
 
-    The mean over the tokens of a text of KL(p || q) = sum_v p(v) (log p(v) - log q(v)), where p and q are the unedited and
-    the edited model's distributions of the token after it (the last token's too). On texts that have nothing to do with the
-    forgotten facts it is a side effect, and finer than `text_loss`, in which gains and losses cancel.
+    The mean over the tokens of a text of KL(p || q) = sum_v p(v) (log p(v) - log q(v)), where p and q are the
+    unedited and the edited model's distributions of the token after it (the last token's too). On texts that have
+    nothing to do with the forgotten facts it is a side effect, and finer than `text_loss`, in which gains and losses
+    cancel.
 
     Args:
         model: The unedited model; the edit is applied and undone once a batch.

@@ -43,21 +43,21 @@ def evaluate(
 
     Splits: `forget` and `retain` in every format; `neighbours`, facts of subjects that share a name with a forgotten
     one and that no edit saw; `same subject`, other relations of the forgotten subjects; `skills`; `text` (loss on the
-    half of the passages that editors do not train on, and how far its next-token distributions moved: KL(before || after)).
-    Accuracy is greedy over the full vocabulary; every number has a 95 % bootstrap interval over facts; at most 200
-    facts, tasks or passages a cell. One edit of one model is n = 1, however many facts: intervals do not cover other models or
-    seeds.
+    half of the passages that editors do not train on, and how far its next-token distributions moved: KL(before ||
+    after)). Accuracy is greedy over the full vocabulary; every number has a 95 % bootstrap interval over facts; at
+    most 200 facts, tasks or passages a cell. One edit of one model is n = 1, however many facts: intervals do not
+    cover other models or seeds.
 
-    With `attacks` the report also says whether the knowledge is gone, hidden, or the model has collapsed. Each attack runs its
-    ceiling (the unedited model) and its floor (never-taught subjects).
+    With `attacks` the report also says whether the knowledge is gone, hidden, or the model has collapsed. Each attack
+    runs its ceiling (the unedited model) and its floor (never-taught subjects).
 
     Args:
         model: The unedited model; it is left as it was.
         edit: The edit.
         forget: The facts that it removed.
         retain: The facts that were to stay.
-        control: The edit to set beside it; None makes one by the same editor with the same settings on a random mask of the
-            same kinds and weight (of a feature edit, on other units that are active as often).
+        control: The edit to set beside it; None makes one by the same editor with the same settings on a random mask
+            of the same kinds and weight (of a feature edit, on other units that are active as often).
         others: Further edits to set beside it, by name.
         attacks: Names of attacks that try to get the knowledge back (see `robustness.ATTACKS`), or "all".
         cache: A folder in which finished attacks are kept, so that a killed run goes on and the next edit costs less.

@@ -33,9 +33,9 @@ def benchmark(
 ) -> pd.DataFrame:
     """Run tasks of the lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness) on a model, edited or not.
 
-    The model, its tokenizer and the state of random numbers are left as they were. Data sets of the harness's own tasks are
-    downloaded; those of tasks in a folder may be local files. It asks thousands of questions: use `evaluate` for what an edit
-    did to its own facts.
+    The model, its tokenizer and the state of random numbers are left as they were. Data sets of the harness's own
+    tasks are downloaded; those of tasks in a folder may be local files. It asks thousands of questions: use
+    `evaluate` for what an edit did to its own facts.
 
     Args:
         model: The unedited model.
@@ -48,11 +48,13 @@ def benchmark(
         seed: Draws the examples.
 
     Returns:
-        One row a task and metric: `task` (groups have rows too), `metric` (with its filter, if it has one), `value`, `stderr`
-        (the harness's standard error; NaN where it gives none) and `n` documents. `attrs["card"]` is the run card.
+        One row a task and metric: `task` (groups have rows too), `metric` (with its filter, if it has one), `value`,
+        `stderr` (the harness's standard error; NaN where it gives none) and `n` documents. `attrs["card"]` is the run
+        card.
 
     Raises:
-        MechunlearnError: If lm-eval is not installed, no task is given or one is unknown, or the model has no tokenizer.
+        MechunlearnError: If lm-eval is not installed, no task is given or one is unknown, or the model has no
+            tokenizer.
 
     >>> from mechunlearn import load_model
     >>> benchmark(load_model("factworld"), [])
@@ -82,7 +84,8 @@ def benchmark(
         known = TaskManager(include_path=path)
     if missing := [task for task in tasks if not known.match_tasks([task])]:
         raise MechunlearnError(
-            f"lm-eval knows no task {', '.join(missing)}. Expected names that `lm-eval ls tasks` prints, or that a YAML "
+            f"lm-eval knows no task {', '.join(missing)}. Expected names that `lm-eval ls tasks` prints, or that a "
+            "YAML "
             f"file in {'the folder' if folder is None else folder} defines with `task:`."
         )
     mask, settings = edit.card.mask if edit is not None else "", {"tasks": list(tasks), "limit": limit, "shots": shots}

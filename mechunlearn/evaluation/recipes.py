@@ -26,8 +26,8 @@ from mechunlearn.world.text import world_text
 def washing_texts(forget: Prompts) -> tuple[str, ...]:
     """Return what the covariance of a closed form is collected from, of the texts that come with the facts.
 
-    Of the shipped world its documents that name none of the forgotten, and eight times the half of its stories that editors
-    may train on; of other facts that half of their texts.
+    Of the shipped world its documents that name none of the forgotten, and eight times the half of its stories that
+    editors may train on; of other facts that half of their texts.
     """
     facts = forget.facts
     own = facts.texts[::2] if facts is not None else ()
@@ -67,7 +67,8 @@ def wash(
         The edit.
 
     Raises:
-        MechunlearnError: For an unknown method, facts that come without text where none is given, and as the method does.
+        MechunlearnError: For an unknown method, facts that come without text where none is given, and as the method
+            does.
     """
     washer = method_named("edit", method, taking="covariance")
     sites = [site(layer) for layer in output_sites(model, mask)]
@@ -104,9 +105,9 @@ def delete_topic(
     against: Sequence[str],
     *,
     dictionary: Dictionary,
-    threshold: float | int = 1.0,
+    threshold: float = 1.0,
     how: Literal["reselect", "zero"] = "reselect",
-    scale: float | int = 1.0,
+    scale: float = 1.0,
 ) -> DeletedTopic:
     """Find the units of a topic and delete (codebook) or clamp (SAE) them; nothing is trained.
 

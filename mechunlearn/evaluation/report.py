@@ -1,11 +1,10 @@
 """What an evaluation found: a table, and one self-contained page a person can read without the manual."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from html import unescape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import pandas as pd
@@ -25,6 +24,9 @@ from mechunlearn.evaluation.robustness import Attacked, status
 from mechunlearn.features.feature_edit import FeatureEdit
 from mechunlearn.metrics.stats import multiple_comparisons
 from mechunlearn.model.component import Component
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 MEANING = {
     "before": "the unedited model",
@@ -57,8 +59,8 @@ class Report:
     """What an evaluation found.
 
     Args:
-        frame: One row a `split`, `format` and `metric` with `n`, and for each model its mean and 95 % interval, in columns such
-            as `after`, `after_low` and `after_high`.
+        frame: One row a `split`, `format` and `metric` with `n`, and for each model its mean and 95 % interval, in
+            columns such as `after`, `after_low` and `after_high`.
         columns: The models: `before`, `after`, `control` and any others set beside them.
         card: The run card of the edit.
         about: What was evaluated.
@@ -141,8 +143,11 @@ class Report:
         edited, left = (self.value("forget", "statement", metric) for metric in ("target_accuracy", "accuracy"))
         kept = self.value("retain", "statement", "accuracy")
         parts = [
-            f"On the training prompt {edited:.1%} of the forget facts now give the edit target and {left:.1%} still the "
-            f"truth; {kept:.1%} of the retain facts are right."
+            (
+                f"On the training prompt {edited:.1%} of the forget facts now give the edit target and {left:.1%} still "
+                "the "
+                f"truth; {kept:.1%} of the retain facts are right."
+            )
         ]
         same = self.frame[self.frame.split.str.startswith("same subject") & (self.frame.format == "statement")]
         parts += [
@@ -215,7 +220,9 @@ class Report:
         return lines + weights
 
     def to_html(self, path: str | Path, found: Localization | None = None, edit: AnyEdit | None = None) -> None:
-        """Write one page that needs no network: the status and what it rests on, what was edited and where, figures, run card.
+        """Write one page that needs no network.
+
+        The status and what it rests on, what was edited and where, figures, run card.
 
         It prints, and follows the reader's light or dark setting.
 

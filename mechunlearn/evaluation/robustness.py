@@ -51,12 +51,13 @@ class Attacked:
             state: The edit asked about: the one attacked, or one by its name in `extra_edits`.
 
         Returns:
-            `outcome` is "back" if the recovery is .2 or more and the interval of what came back lies above the floor, "not
-            back" if not, "collapsed" if every setting broke the model, "unknown" if the unedited model's facts do not come out
-            above the floor themselves, "failed" with the reason in `note`. `up_to` is the recovery at the upper end of that
+            `outcome` is "back" if the recovery is .2 or more and the interval of what came back lies above the floor,
+            "not back" if not, "collapsed" if every setting broke the model, "unknown" if the unedited model's facts
+            do not come out above the floor themselves, "failed" with the reason in `note`. `up_to` is the recovery at
+            the upper end of that
             interval (where no fact came back, of the exact binomial one): what the number of facts cannot exclude.
-            `never_taught`, with `never_low` and `never_high`, is the same maximum over settings on facts that the model never
-            knew. The other columns are those of `recovery`, for the best of so many `settings`.
+            `never_taught`, with `never_low` and `never_high`, is the same maximum over settings on facts that the
+            model never knew. The other columns are those of `recovery`, for the best of so many `settings`.
 
         Raises:
             MechunlearnError: For a state that was not attacked.
@@ -86,8 +87,9 @@ def attack_all(
         forget: The facts that the edit removed.
         retain: The facts that were to stay.
         attacks: Names out of `ATTACKS`, or "all".
-        cache: A folder in which every finished attack is kept, and ceilings and floors apart from it: the same model, facts and
-            seed find them there, so that a run that was killed goes on, and a second edit costs only its own part.
+        cache: A folder in which every finished attack is kept, and ceilings and floors apart from it: the same model,
+            facts and seed find them there, so that a run that was killed goes on, and a second edit costs only its
+            own part.
         seed: The seed of every attack.
         progress: Whether to show a bar; None shows one where somebody can see it.
         watch: Called with what is known after each attack.
@@ -156,9 +158,7 @@ def check_attacks(attacks: Sequence[str] | str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def status(
-    truth: float | int, retained: float | int, before: float | int, chance: float | int, outcomes: pd.DataFrame
-) -> tuple[str, str]:
+def status(truth: float, retained: float, before: float, chance: float, outcomes: pd.DataFrame) -> tuple[str, str]:
     """Return the status of an edit, and the numbers behind it.
 
     Args:
@@ -169,9 +169,10 @@ def status(
         outcomes: What attacks found, as `Attacked.outcomes` returns it.
 
     Returns:
-        "collapsed": fewer than .9 of the retain facts that were right before are right, so nothing can be said of the others.
-        "still there": the training prompt gives more than .2 of the way from chance to 1. "hidden": some attack brings it back.
-        "gone": none of them does, as far as this many facts can tell. "inconclusive": no attack could tell.
+        "collapsed": fewer than .9 of the retain facts that were right before are right, so nothing can be said of the
+        others. "still there": the training prompt gives more than .2 of the way from chance to 1. "hidden": some
+        attack brings it back. "gone": none of them does, as far as this many facts can tell. "inconclusive": no
+        attack could tell.
     """
     if retained < GATE * before:
         return "collapsed", f"{retained:.1%} of the retain facts are right (before: {before:.1%})"
@@ -189,7 +190,8 @@ def status(
         return "inconclusive", "no attack could tell"
     most = tried.to_dict("records")[0]
     return "gone", (
-        f"{len(tried)} of {len(outcomes)} attacks measured it and none is seen to bring it back; the facts cannot exclude a recovery of "
+        f"{len(tried)} of {len(outcomes)} attacks measured it and none is seen to bring it back; the facts cannot "
+        "exclude a recovery of "
         f"{max(0.0, most['up_to']):.2f} by {most['attack']} (n = {most['n']:.0f})"
     )
 

@@ -16,13 +16,13 @@ RULE = (
 def select(trials: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Choose the setting with the best retention among those that edit well enough; no robustness metric is looked at.
 
-    On the mean over validation sets a setting qualifies with efficacy >= .99 and truth <= .05. Ties go to the smallest lr,
-    then the smallest weight. If none qualifies, the strongest edit is taken, and `selected` says that none qualifies. A
-    setting that diverged on a set is out; sets on which the localizer found nothing do not count.
+    On the mean over validation sets a setting qualifies with efficacy >= .99 and truth <= .05. Ties go to the
+    smallest lr, then the smallest weight. If none qualifies, the strongest edit is taken, and `selected` says that
+    none qualifies. A setting that diverged on a set is out; sets on which the localizer found nothing do not count.
 
     Args:
-        trials: Rows with lr, forget_weight, share, efficacy, truth and retention, one a validation set and setting. Without
-            `share` nothing was found, without `efficacy` the edit diverged.
+        trials: Rows with lr, forget_weight, share, efficacy, truth and retention, one a validation set and setting.
+            Without `share` nothing was found, without `efficacy` the edit diverged.
 
     Returns:
         `lr`, `forget_weight`, and whether it was `selected` because it qualifies.

@@ -1,4 +1,7 @@
-"""The whole job in one call: localize, mask, edit, evaluate beside controls, attack, and write everything into one folder."""
+"""The whole job in one call.
+
+Localize, mask, edit, evaluate beside controls, attack, and write everything into one folder.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -81,18 +84,18 @@ def edit_facts(
 
     The steps, each a function of its own: `fact_lookup` chooses the mask (where it finds no look-up window,
     `attribution_patching`'s largest units of 5 % of the weights), `masked_gradient` trains it towards the edit targets,
-    `evaluate` measures it in every format beside a random mask and attribution patching's of the same weight, and `attacks`
-    try to get the truth back. The model is left as it was: use `edit.apply_(model)`, `edit.export(model, folder)` or
-    `save(model, folder)`.
+    `evaluate` measures it in every format beside a random mask and attribution patching's of the same weight, and
+    `attacks` try to get the truth back. The model is left as it was: use `edit.apply_(model)`, `edit.export(model,
+    folder)` or `save(model, folder)`.
 
-    It uses default settings: how strongly facts are edited depends on the learning rate, and one edit is one seed. To compare
-    masks or objectives use `compare`.
+    It uses default settings: how strongly facts are edited depends on the learning rate, and one edit is one seed. To
+    compare masks or objectives use `compare`.
 
     Args:
         facts: What `load_facts` reads (a table with subject, prompt, answer and perhaps target), or a loaded data set.
         model: What `load_model` reads, or a loaded model.
-        forget: The facts to edit: a number drawn by `seed`, or subjects by name; None draws a quarter of them, at most 64.
-            Half of the others are retained; the rest shows what the edit does to facts it never saw.
+        forget: The facts to edit: a number drawn by `seed`, or subjects by name; None draws a quarter of them, at
+            most 64. Half of the others are retained; the rest shows what the edit does to facts it never saw.
         attacks: Names of attacks; "all" for every one, () for none.
         cache: A folder in which finished attacks are kept.
         seed: Draws the sets, the edits and the attacks.
@@ -100,8 +103,8 @@ def edit_facts(
         say: Called with a line on each step.
 
     Raises:
-        MechunlearnError: For facts that cannot be read or fit no model, subjects that are not among them, and fewer than two
-            facts.
+        MechunlearnError: For facts that cannot be read or fit no model, subjects that are not among them, and fewer
+            than two facts.
 
     >>> from mechunlearn import load_facts, load_model
     >>> model = load_model("factworld")

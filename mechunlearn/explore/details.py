@@ -32,7 +32,8 @@ def place_of(model: HookedModel, address: Component) -> str:
     """
     if address.kind not in model.layout.kinds:
         raise MechunlearnError(
-            f"'{address}' is no head or neuron of this model. Expected one such as L3.attn.o[1] or L2.mlp.out, of the kinds "
+            f"'{address}' is no head or neuron of this model. Expected one such as L3.attn.o[1] or L2.mlp.out, of the "
+            "kinds "
             f"{', '.join(model.layout.kinds)}."
         )
     return f"L{address.layer}.{'mlp.out' if address.kind in ('mlp.in', 'mlp.gate') else address.kind}"

@@ -27,8 +27,8 @@ def by_site(found: Localization, mask: ComponentMask) -> dict[str, Any]:
         mask: What is selected.
 
     Returns:
-        Names of `rows` and `columns` (layers), `values`, the component behind each of the `cells`, the share of it that is
-        `selected`, and `what` the values are.
+        Names of `rows` and `columns` (layers), `values`, the component behind each of the `cells`, the share of it
+        that is `selected`, and `what` the values are.
     """
     kinds = sorted({Component.parse(site).kind for site in found.scores}, key=lambda kind: Component(0, kind))
     cells = [[f"L{layer}.{kind}" for layer in range(found.signature.layers)] for kind in kinds]

@@ -19,7 +19,8 @@ MESSAGE = 1 << 16  # bytes
 class ExplorerServer(ThreadingHTTPServer):
     """A page for one workbench; `url` has the key without which nothing is answered.
 
-    The port is opened when the server is made, so that a mistake shows before a model is loaded; `show` answers until Ctrl-C.
+    The port is opened when the server is made, so that a mistake shows before a model is loaded; `show` answers until
+    Ctrl-C.
     """
 
     daemon_threads = True
@@ -38,7 +39,8 @@ class ExplorerServer(ThreadingHTTPServer):
         """
         if not remote and not _is_loopback(host):
             raise MechunlearnError(
-                f"The address '{host}' can be reached from other machines. Expected {LOOPBACK}; if others shall see your model "
+                f"The address '{host}' can be reached from other machines. Expected {LOOPBACK}; if others shall see "
+                "your model "
                 "and facts, say so with --remote."
             )
         self.remote, self.key, self.turn = remote, secrets.token_urlsafe(16), threading.Lock()
@@ -111,7 +113,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("X-Content-Type-Options", "nosniff")
         self.send_header(
             "Content-Security-Policy",
-            "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:; frame-ancestors 'none'",
+            "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src "
+            "data:; frame-ancestors 'none'",
         )
         self.end_headers()
         self.wfile.write(body)

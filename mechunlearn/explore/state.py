@@ -1,4 +1,7 @@
-"""What the explorer of circuits does, without a screen: a localization on show, one component in detail, a mask by hand."""
+"""What the explorer of circuits does, without a screen.
+
+A localization on show, one component in detail, a mask by hand.
+"""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -52,8 +55,8 @@ def localizers() -> tuple[str, ...]:
 class Workbench:
     """A model, facts, a localization of them, and a mask that is put together by hand.
 
-    `mask` is the selection, `found` the localization on show. `act` does what a click in the explorer does and gives what the
-    explorer then shows, as JSON; every method can be called by hand too.
+    `mask` is the selection, `found` the localization on show. `act` does what a click in the explorer does and gives
+    what the explorer then shows, as JSON; every method can be called by hand too.
 
     >>> from mechunlearn.world.toy import planted_facts
     >>> toy = planted_facts()
@@ -177,7 +180,7 @@ class Workbench:
         asked = ComponentMask.of([component], self.model.signature)
         self._select(self.mask - asked if len(self.mask & asked) == len(asked) else self.mask | asked)
 
-    def take(self, share: float | int | None = None, above: float | int | None = None) -> None:
+    def take(self, share: float | None = None, above: float | None = None) -> None:
         """Let the mask be the localization's largest units.
 
         Args:
@@ -196,7 +199,10 @@ class Workbench:
         self._select(ComponentMask({}, self.model.signature))
 
     def faithfulness(self) -> tuple[float, float, float]:
-        """Measure how much of the logit difference the mask's heads and neurons carry alone: see `mask_faithfulness`."""
+        """Measure how much of the logit difference the mask's heads and neurons carry alone.
+
+        See `mask_faithfulness`.
+        """
         self.faithful = mask_faithfulness(self.model, self.mask, self._part)
         return self.faithful
 

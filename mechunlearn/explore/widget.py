@@ -20,10 +20,12 @@ from mechunlearn.model.hooked import HookedModel
 
 
 class Explorer(anywidget.AnyWidget):
-    """The view of `explore` in a notebook: choose method, metric and fact, click components, put a mask together, save it.
+    """The view of `explore` in a notebook.
 
-    `mask` is the selection as a `ComponentMask`, `found` the localization on show, `bench` does the work. Where no widget runs
-    (nbconvert, a code-hosting page) the map is a picture.
+    Choose method, metric and fact, click components, put a mask together, save it.
+
+    `mask` is the selection as a `ComponentMask`, `found` the localization on show, `bench` does the work. Where no
+    widget runs (nbconvert, a code-hosting page) the map is a picture.
     """
 
     _esm = STATIC / "explorer.js"
@@ -145,10 +147,11 @@ def explore(
 ) -> Explorer | Exploration:
     """See where facts live and click through it, or see what a dictionary's units are active on.
 
-    `explore(model, prompts)` opens an interactive view in a notebook: a heat map of any localizer (all facts or one, any
-    metric), and behind each cell the facts that the component changes most, its exact effect by token role, its attention or
-    read-out, and its direct effect. Components are added to the mask and taken out by hand; its share of the weights is shown,
-    its faithfulness measured on demand, and it is saved as `.mask.json`. `mechunlearn explore` opens the same as a local page.
+    `explore(model, prompts)` opens an interactive view in a notebook: a heat map of any localizer (all facts or one,
+    any metric), and behind each cell the facts that the component changes most, its exact effect by token role, its
+    attention or read-out, and its direct effect. Components are added to the mask and taken out by hand; its share of
+    the weights is shown, its faithfulness measured on demand, and it is saved as `.mask.json`. `mechunlearn explore`
+    opens the same as a local page.
 
     `explore(model, dictionary, texts, units)` gives an `Exploration` of features or codes: see `explore_dictionary`.
 

@@ -13,7 +13,8 @@ LETTERS = "ABCD"
 class Query:
     """One question as text.
 
-    The foil is what the truth is compared with (`logit_diff`); the target is what an edit injects. They need not be the same.
+    The foil is what the truth is compared with (`logit_diff`); the target is what an edit injects. They need not be
+    the same.
 
     Args:
         prompt: What stands before the answer.

@@ -78,10 +78,12 @@ def paired(
         queries: The queries.
         tokenizer: Makes tokens and says which characters each one covers.
         seed: Draws partners and, where there is none, random tokens.
-        said: How the subject of the second query answers the prompt of the first, by their indices; empty if it does not.
+        said: How the subject of the second query answers the prompt of the first, by their indices; empty if it does
+            not.
 
     Raises:
-        MechunlearnError: If a subject is not in its prompt, an answer is empty, or an answer and its foil are the same tokens.
+        MechunlearnError: If a subject is not in its prompt, an answer is empty, or an answer and its foil are the
+            same tokens.
     """
     others = _Others(queries, tokenizer, said or (lambda i, j: queries[j].answer), random.Random(seed))
     return [others.paired(i, len(tokenizer)) for i in range(len(queries))]

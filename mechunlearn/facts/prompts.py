@@ -96,8 +96,8 @@ class FactDataset:
     def prompts(self, model: HookedModel, format: str = "statement", seed: int = 0) -> "Prompts":
         """Tokenize the facts in one format, each with a corrupt partner of its relation (see `Prompts.from_text`).
 
-        A fact without this format is left out. The foil of a yes/no question is the opposite word, that of a multiple choice
-        the letter of another answer that it shows; the partner is a fact of which that is true.
+        A fact without this format is left out. The foil of a yes/no question is the opposite word, that of a multiple
+        choice the letter of another answer that it shows; the partner is a fact of which that is true.
 
         Args:
             model: Its tokenizer is used.
@@ -137,7 +137,8 @@ class FactDataset:
         if not self.facts:
             return f"FactDataset({self.name}, 0 facts)"
         first = self.facts[0].queries["statement"]
-        return f"FactDataset({self.name}, {len(self)} facts, formats {', '.join(self.formats)}; '{first.prompt}' -> '{first.answer}')"
+        formats = ", ".join(self.formats)
+        return f"FactDataset({self.name}, {len(self)} facts, formats {formats}; '{first.prompt}' -> '{first.answer}')"
 
     def _repr_html_(self) -> str:
         about = {
@@ -165,8 +166,8 @@ class Prompts:
         start: The position that predicts the first token of the answer.
         read: The position that predicts the first token at which answer and foil differ: `logit_diff` is taken there.
         answers: Tokens of the true answers, padded with -1 like the next two.
-        foils: Tokens of the answers that the truth is compared with: those of the corrupt partners. None where every fact
-            of a relation has the same answer.
+        foils: Tokens of the answers that the truth is compared with: those of the corrupt partners. None where every
+            fact of a relation has the same answer.
         targets: Tokens of the answers that an edit injects.
         spans: First and last position of each subject's last occurrence, -1 where there is none.
         roles: The role of each token: an index into `ROLES`.
@@ -215,8 +216,10 @@ class Prompts:
         found = self._at_read(self.foils)
         if (found == PAD).any():
             raise MechunlearnError(
-                f"{int((found == PAD).sum())} of {len(self)} facts have no foil to compare the truth with: no other fact of "
-                "their relation has a different answer. Add facts with other answers, give each query a foil, or use a metric "
+                f"{int((found == PAD).sum())} of {len(self)} facts have no foil to compare the truth with: no other "
+                "fact of "
+                "their relation has a different answer. Add facts with other answers, give each query a foil, or use a "
+                "metric "
                 "that needs none, such as answer_logprob."
             )
         return found
@@ -267,8 +270,8 @@ class Prompts:
     def split(self, forget: int, retain: int | None = None, seed: int = 0) -> tuple["Prompts", "Prompts"]:
         """Draw a forget set, and a retain set disjoint from it.
 
-        What is left is in neither. Of it, `evaluate` measures as neighbours only the facts whose subject shares a word with a
-        forgotten subject.
+        What is left is in neither. Of it, `evaluate` measures as neighbours only the facts whose subject shares a
+        word with a forgotten subject.
 
         Args:
             forget: How many facts to forget.
@@ -299,10 +302,11 @@ class Prompts:
     ) -> "Prompts":
         """Tokenize queries, find their subjects, and give each a corrupt partner and a foil.
 
-        The partner is drawn first: another subject of as many tokens, whose answer is neither the truth nor the beginning of
-        one of the two. Its answer is the foil: what the model should say on the corrupt prompt. Where there is no such subject,
-        random tokens stand for it, and the foil is another fact's answer. A query that brings a foil keeps it; its
-        partner is one with that answer, if there is one. A query without a subject has no corrupt prompt.
+        The partner is drawn first: another subject of as many tokens, whose answer is neither the truth nor the
+        beginning of one of the two. Its answer is the foil: what the model should say on the corrupt prompt. Where
+        there is no such subject, random tokens stand for it, and the foil is another fact's answer. A query that
+        brings a foil keeps it; its partner is one with that answer, if there is one. A query without a subject has no
+        corrupt prompt.
 
         Args:
             queries: What is asked, as text.
@@ -310,12 +314,12 @@ class Prompts:
             seed: Draws the partners.
             facts: The data set the queries come from, kept with the prompts.
             format: The format they are in.
-            said: How the subject of the second query answers the prompt of the first, given their indices; empty if it does
-                not, and then they are no partners. By default it gives the second query's answer.
+            said: How the subject of the second query answers the prompt of the first, given their indices; empty if
+                it does not, and then they are no partners. By default it gives the second query's answer.
 
         Raises:
-            MechunlearnError: If a subject is not in its prompt, an answer is empty, or an answer and its foil are the same
-                tokens.
+            MechunlearnError: If a subject is not in its prompt, an answer is empty, or an answer and its foil are the
+                same tokens.
         """
         rows = paired(queries, tokenizer, seed, said)
         numbers = [(len(row.ids), row.prompt_length - 1, row.differs_at, *(row.span or (PAD, PAD))) for row in rows]

@@ -92,7 +92,7 @@ def read_facts(source: str | Path) -> list[Record]:
 
 
 def read_texts(source: str | Path, limit: int | None = None) -> list[str]:
-    """Read texts from a text file (parted by empty lines), a table's `text` column, or a data set that `datasets` can reach.
+    r"""Read texts from a text file (parted by empty lines), a table's `text` column, or a data set that `datasets` can reach.
 
     Args:
         source: The file or data set.
@@ -120,7 +120,8 @@ def read_texts(source: str | Path, limit: int | None = None) -> list[str]:
         frame = _frame(source)
         if "text" not in frame.columns:
             raise MechunlearnError(
-                f"'{source}' has the columns {', '.join(map(str, frame.columns)) or '(none)'}. Expected one named 'text'."
+                f"'{source}' has the columns {', '.join(map(str, frame.columns)) or '(none)'}. Expected one named "
+                "'text'."
             )
         found = [str(text) for text in frame["text"]]
     texts = [text.strip() for text in found if text.strip()][:limit]

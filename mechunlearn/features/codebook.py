@@ -66,12 +66,14 @@ class Codebook(Codes):
     ) -> None:
         if min(used, groups) < 1 or linear < 0 or size % groups or d_model * (linear or 1) % groups:
             raise MechunlearnError(
-                f"A codebook of {size} codes, {used} used, in {groups} groups does not fit width {d_model}. Expected at "
+                f"A codebook of {size} codes, {used} used, in {groups} groups does not fit width {d_model}. Expected "
+                "at "
                 "least one used, and a number of groups that divides both the codes and the width."
             )
         if size // groups < used:
             raise MechunlearnError(
-                f"A codebook of {size // groups} codes{' a group' if groups > 1 else ''} cannot use {used} of them at a "
+                f"A codebook of {size // groups} codes{' a group' if groups > 1 else ''} cannot use {used} of them at "
+                "a "
                 "time. Give more codes (size) or use fewer (used)."
             )
         super().__init__(d_model, size, used, groups, linear)

@@ -128,7 +128,8 @@ def explore_dictionary(
     """
     if min(examples, words) < 1 or window < 0:
         raise MechunlearnError(
-            f"Cannot show {examples} examples with {window} tokens around them and {words} words. Expected at least one each."
+            f"Cannot show {examples} examples with {window} tokens around them and {words} words. Expected at least "
+            "one each."
         )
     check(dictionary, model)
     wanted = _asked(model, dictionary, units)

@@ -165,7 +165,8 @@ class SAE:
         )
         if kind is None or cfg.normalize_activations != "none":
             raise MechunlearnError(
-                f"An SAE of architecture '{cfg.architecture()}' with normalize_activations='{cfg.normalize_activations}' "
+                f"An SAE of architecture '{cfg.architecture()}' with "
+                f"normalize_activations='{cfg.normalize_activations}' "
                 "cannot be exported. Expected standard, topk or jumprelu without normalisation."
             )
         about: dict[str, Any] = {
@@ -233,8 +234,8 @@ class SAE:
             folder: The folder.
 
         Raises:
-            MechunlearnError: If the folder holds no SAE or one that is damaged. A folder of sae-lens holds no hash: in it
-                damage that leaves the format whole is not noticed.
+            MechunlearnError: If the folder holds no SAE or one that is damaged. A folder of sae-lens holds no hash:
+                in it damage that leaves the format whole is not noticed.
         """
         folder = Path(folder)
         advice = f"Expected {CFG} and {WEIGHTS}, as sae-lens or `SAE.save` wrote them: take an undamaged copy, or make it again."
@@ -285,7 +286,8 @@ def load_dictionary(source: str | Path, sae_id: str | None = None) -> "Codebook 
     if (folder / CONFIG).is_file():
         return Codebook.load(folder)
     raise MechunlearnError(
-        f"There is no dictionary in '{source}'. Expected {' or '.join(SHIPPED)}, or a folder with config.json (a codebook) or "
+        f"There is no dictionary in '{source}'. Expected {' or '.join(SHIPPED)}, or a folder with config.json (a "
+        "codebook) or "
         "cfg.json (an SAE of sae-lens)."
     )
 
@@ -324,8 +326,8 @@ def spliced(model: Model, dictionary: Dictionary, error: bool | None = None) -> 
     Args:
         model: The model.
         dictionary: The dictionary.
-        error: Whether to add back what an SAE missed, by default yes; nothing changes then but rounding. A codebook never
-            adds it, as that would bypass the bottleneck.
+        error: Whether to add back what an SAE missed, by default yes; nothing changes then but rounding. A codebook
+            never adds it, as that would bypass the bottleneck.
 
     Raises:
         MechunlearnError: If a codebook is asked to add it, or the dictionary belongs to another model.

@@ -108,7 +108,8 @@ def _exported_place(model: Model, hook_name: str) -> tuple[str, str]:
     kind = name.split(".", 1)[1]
     if kind == "resid_mid" or kind in ("attn.q", "attn.k", "attn.v"):
         raise MechunlearnError(
-            f"An edit at '{name}' cannot be exported: no module of the model gives or takes just that. Use another hook "
+            f"An edit at '{name}' cannot be exported: no module of the model gives or takes just that. Use another "
+            "hook "
             "point, such as the block's resid_post, or save the edit and apply it with mechunlearn."
         )
     module, side = model.decoder.place(name)

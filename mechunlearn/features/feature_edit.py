@@ -76,10 +76,10 @@ class FeaturePart:
 class FeatureEdit:
     """Codes deleted or features clamped while a model runs: a hook, not a weight.
 
-    Its weights are the model's own, so it cannot be an ordinary checkpoint, and whoever holds the model can take it off:
-    removing the bottleneck brings everything back. `export` writes a folder with a small loader (`trust_remote_code`).
-    Edits combine with `|`: deletions on one codebook become one, others must be at other hook points.
-    Use a `WeightEdit` (`edit.dictionary_rows`) where the weights are given away.
+    Its weights are the model's own, so it cannot be an ordinary checkpoint, and whoever holds the model can take it
+    off: removing the bottleneck brings everything back. `export` writes a folder with a small loader
+    (`trust_remote_code`). Edits combine with `|`: deletions on one codebook become one, others must be at other hook
+    points. Use a `WeightEdit` (`edit.dictionary_rows`) where the weights are given away.
 
     Attributes:
         parts: What is done, a dictionary each, at different hook points.
@@ -117,7 +117,8 @@ class FeatureEdit:
         points = [part.dictionary.hook_name for part in self.parts]
         if len(set(points)) < len(points):
             raise MechunlearnError(
-                f"Two edits at one hook point ({max(points, key=points.count)}) with different dictionaries or settings do "
+                f"Two edits at one hook point ({max(points, key=points.count)}) with different dictionaries or "
+                "settings do "
                 "not combine: one would see what the other has changed. Make both with the same."
             )
 
@@ -134,8 +135,8 @@ class FeatureEdit:
         """Make the edit again by the same call, as `WeightEdit.remake` does.
 
         Args:
-            mask: Features or codes of the same dictionary; `None` or the edit's own `mask` keeps the mask of the call. Of a
-                composed edit each part gets, of each dictionary, as many of these units as it had.
+            mask: Features or codes of the same dictionary; `None` or the edit's own `mask` keeps the mask of the
+                call. Of a composed edit each part gets, of each dictionary, as many of these units as it had.
             seed: The seed this time; `None` keeps the seed of the call.
 
         Raises:
@@ -230,8 +231,8 @@ class FeatureEdit:
             path: A name in `.safetensors` (compact) or `.json` (readable); both are complete.
 
         Raises:
-            MechunlearnError: If the name ends in something else, the disk refuses, or a dictionary is neither a `Codebook`
-                nor an `SAE`.
+            MechunlearnError: If the name ends in something else, the disk refuses, or a dictionary is neither a
+                `Codebook` nor an `SAE`.
         """
         held: dict[str, Tensor] = {}
         parts = []
@@ -270,16 +271,17 @@ class FeatureEdit:
     def export(self, model: Model, folder: str | Path) -> None:
         """Write a Hugging Face folder that reproduces the edited logits, with the loader it needs.
 
-        `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` loads it. Without `trust_remote_code` it does
-        not load at all, rather than as the unedited model.
+        `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` loads it. Without `trust_remote_code`
+        it does not load at all, rather than as the unedited model.
 
         Args:
             model: The model.
             folder: A new or empty folder.
 
         Raises:
-            MechunlearnError: For a hook point that no module gives or takes (`resid_mid`, `attn.q`, `attn.k`, `attn.v`), for
-                an SAE whose architecture the loader does not know, as `applied`, and if the folder holds something.
+            MechunlearnError: For a hook point that no module gives or takes (`resid_mid`, `attn.q`, `attn.k`,
+                `attn.v`), for an SAE whose architecture the loader does not know, as `applied`, and if the folder
+                holds something.
         """
         from mechunlearn.features.export import export_features  # which knows this class
 
@@ -330,8 +332,8 @@ def feature_units(mask: ComponentMask, dictionary: Dictionary, model: Model) -> 
         model: The model that both are for.
 
     Raises:
-        MechunlearnError: For a dictionary or mask of another model, a mask of something else than this dictionary, and a
-            mask that selects nothing.
+        MechunlearnError: For a dictionary or mask of another model, a mask of something else than this dictionary,
+            and a mask that selects nothing.
     """
     check(dictionary, model)
     mask.check(signature_of(model))
@@ -339,12 +341,14 @@ def feature_units(mask: ComponentMask, dictionary: Dictionary, model: Model) -> 
     others = [site for site in mask.sites if site != dictionary.site]
     if others:
         raise MechunlearnError(
-            f"The mask selects units of {', '.join(others[:3])}; the dictionary is '{dictionary.site}'. Expected a mask of "
+            f"The mask selects units of {', '.join(others[:3])}; the dictionary is '{dictionary.site}'. Expected a "
+            "mask of "
             "this dictionary's own, as feature_discovery(model, ..., dictionary=dictionary) finds them."
         )
     if chosen is None or not chosen.any():
         raise MechunlearnError(
-            f"The mask selects nothing of {dictionary}, so nothing is deleted or clamped. Lower the threshold, or look at "
+            f"The mask selects nothing of {dictionary}, so nothing is deleted or clamped. Lower the threshold, or look "
+            "at "
             "the localization's note."
         )
     return chosen.nonzero().flatten()
@@ -356,7 +360,8 @@ def _check_left(codebook: Codebook, units: Int[Tensor, " _unit"]) -> None:
     fewest = int(left.view(codebook.groups, -1).sum(1).min())
     if fewest < codebook.used:
         raise MechunlearnError(
-            f"Only {fewest} codes of {codebook} would be left{' in a group' if codebook.groups > 1 else ''}, fewer than are "
+            f"Only {fewest} codes of {codebook} would be left{' in a group' if codebook.groups > 1 else ''}, fewer "
+            "than are "
             "used at a time. Delete fewer, or how='zero'."
         )
 
@@ -364,7 +369,8 @@ def _check_left(codebook: Codebook, units: Int[Tensor, " _unit"]) -> None:
 def _joined(one: FeaturePart, other: FeaturePart) -> FeaturePart:
     if one.settings != other.settings:
         raise MechunlearnError(
-            f"The edits act on {one.dictionary.site} in different ways ({one.settings} and {other.settings}). Make both with "
+            f"The edits act on {one.dictionary.site} in different ways ({one.settings} and {other.settings}). Make "
+            "both with "
             "the same settings."
         )
     units = torch.cat([one.units, other.units])

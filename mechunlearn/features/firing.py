@@ -141,7 +141,8 @@ class FiringStatistics:
             isinstance(dictionary, Codebook) and 0 < nearest <= dictionary.size // dictionary.groups
         ):
             raise MechunlearnError(
-                f"Cannot count the {nearest} nearest of {dictionary}. Expected a codebook and at most its number of codes "
+                f"Cannot count the {nearest} nearest of {dictionary}. Expected a codebook and at most its number of "
+                "codes "
                 "(of one group)."
             )
         tokens, counted = tokenized(model, data)

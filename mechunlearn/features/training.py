@@ -40,10 +40,10 @@ def train_codebook(
     objective: Literal["kl", "ce"] = "kl",
     joint: bool = False,
     labels: Int[Tensor, "text label"] | None = None,
-    reconstruction: float | int = 0.2,
-    l1: float | int = 0.0,
-    lr: float | int = 3e-3,
-    model_rate: float | int = 1e-4,
+    reconstruction: float = 0.2,
+    l1: float = 0.0,
+    lr: float = 3e-3,
+    model_rate: float = 1e-4,
     batch_size: int = 16,
     restart: int | None = 250,
     seed: int = 0,
@@ -97,7 +97,8 @@ def train_codebook(
     module: Any = model.hf if isinstance(model, HookedModel) else model
     if spliced_steps and getattr(module.config, "is_encoder_decoder", False) != (labels is not None):
         raise MechunlearnError(
-            "An encoder-decoder model predicts nothing by itself: give labels, -100 where there is none. Other models take "
+            "An encoder-decoder model predicts nothing by itself: give labels, -100 where there is none. Other models "
+            "take "
             "no labels."
         )
     tokens, counted = tokenized(model, texts)
@@ -119,7 +120,7 @@ def train_codebook(
         ).to(stored.device)
     fit_codebook(made, stored, steps=steps, lr=lr, restart=restart, generator=generator, progress=progress)
     variance = _variance(stored)
-    trained: list[tuple[list[nn.Parameter], float | int]] = [(list(made.parameters()), lr / 3)]
+    trained: list[tuple[list[nn.Parameter], float]] = [(list(made.parameters()), lr / 3)]
     if joint:
         trained.append(([p for p in module.parameters() if p.requires_grad], model_rate))
     order: list[Tensor] = []
@@ -160,7 +161,7 @@ def fit_codebook(
     stored: Float[Tensor, "token width"],
     *,
     steps: int = 1500,
-    lr: float | int = 3e-3,
+    lr: float = 3e-3,
     restart: int | None = 250,
     generator: torch.Generator | None = None,
     progress: bool = False,
@@ -205,7 +206,7 @@ def train_sae(
     used: int = 8,
     steps: int = 2000,
     batch_size: int = 512,
-    lr: float | int = 1e-3,
+    lr: float = 1e-3,
     dead_after: int = 200,
     seed: int = 0,
     progress: bool = False,
@@ -264,7 +265,7 @@ def fit_sae(
     used: int = 8,
     steps: int = 2000,
     batch_size: int = 512,
-    lr: float | int = 1e-3,
+    lr: float = 1e-3,
     dead_after: int = 200,
     seed: int = 0,
     progress: bool = False,
@@ -387,7 +388,7 @@ def _descend(
     module: nn.Module,
     loss_of: Callable[[int], Tensor],
     steps: int,
-    trained: list[tuple[list[nn.Parameter], float | int]],
+    trained: list[tuple[list[nn.Parameter], float]],
     what: str,
     progress: bool,
 ) -> None:

@@ -29,9 +29,9 @@ def activation_patching(
 ) -> Localization:
     """Measure how the metric changes when each head, neuron, MLP or residual stream takes its corrupt activation.
 
-    The score is metric(patched) - metric(clean), averaged over facts; with `denoise=True` clean activations are put into
-    the corrupt run instead and it is metric(patched) - metric(corrupt) (Vig et al. 2020, arXiv 2004.12265; Heimersheim
-    and Nanda 2024, arXiv 2404.15255).
+    The score is metric(patched) - metric(clean), averaged over facts; with `denoise=True` clean activations are put
+    into the corrupt run instead and it is metric(patched) - metric(corrupt) (Vig et al. 2020, arXiv 2004.12265;
+    Heimersheim and Nanda 2024, arXiv 2404.15255).
 
     Exact, and so the slowest: one run a unit, though only of the layers and positions after the patch. For millions of
     neurons use `attribution_patching`, whose best candidates can be verified by this method.
@@ -40,14 +40,15 @@ def activation_patching(
         model: The model.
         prompts: The facts.
         metric: A function of `(logits, prompts)`, one number a fact.
-        kinds: `attn.o` (heads), `attn.q`, `attn.k`, `attn.v`, `mlp.out` (neurons), `attn_out`, `mlp_out` (a whole layer's;
-            every unit of it gets the score), `resid_pre`, `resid_mid`, `resid_post` (no unit's: only in `by_role`).
-        by: `role` or `position`: patch at each token role or position too. `found.by_role[site]` is then `[row unit]` with
-            rows named in `found.roles`, the first being all positions.
+        kinds: `attn.o` (heads), `attn.q`, `attn.k`, `attn.v`, `mlp.out` (neurons), `attn_out`, `mlp_out` (a whole
+            layer's; every unit of it gets the score), `resid_pre`, `resid_mid`, `resid_post` (no unit's: only in
+            `by_role`).
+        by: `role` or `position`: patch at each token role or position too. `found.by_role[site]` is then `[row unit]`
+            with rows named in `found.roles`, the first being all positions.
         denoise: Put clean activations into the corrupt run.
-        corrupt: `prompts` (the paired subject), `random` (subjects of random tokens, as long), `resample` (another fact's
-            prompt of the same length), `noise` (Gaussian on the subject's embeddings, one draw a fact), `zero` or `mean` (over
-            facts, by token role).
+        corrupt: `prompts` (the paired subject), `random` (subjects of random tokens, as long), `resample` (another
+            fact's prompt of the same length), `noise` (Gaussian on the subject's embeddings, one draw a fact), `zero`
+            or `mean` (over facts, by token role).
         neurons: How many neurons are patched together.
         seed: Seed of what a corruption draws.
         batch_size: Facts a batch.

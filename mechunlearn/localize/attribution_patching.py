@@ -39,9 +39,10 @@ def attribution_patching(
 ) -> Localization:
     """Estimate how the metric changes when each head, neuron or stream takes its corrupt activation.
 
-    The score of a unit is (corrupt - clean) . d metric / d activation, summed over positions, averaged over facts (Nanda
-    2023; arXiv 2310.10348 for its error), the gradient taken at the clean run. It estimates `activation_patching`: exact where
-    the metric is linear in the activation, and far off where a softmax or norm behind it is saturated.
+    The score of a unit is (corrupt - clean) . d metric / d activation, summed over positions, averaged over facts
+    (Nanda 2023; arXiv 2310.10348 for its error), the gradient taken at the clean run. It estimates
+    `activation_patching`: exact where the metric is linear in the activation, and far off where a softmax or norm
+    behind it is saturated.
     Cost: two forward passes and one backward pass of each batch (1 + m of each with `ig_steps=m`).
 
     Args:
@@ -52,10 +53,10 @@ def attribution_patching(
         by: `role` or `position`: score each token role or position too, as in `activation_patching`.
         ig_steps: m > 0 averages the gradient over m left Riemann points of the embeddings from corrupt to clean
             (integrated gradients, arXiv 2403.17806).
-        rule: `gradient`, or `relp` for RelP's (arXiv 2508.21258), which freezes norms and attention patterns and so survives
-            saturation better, but sees nothing that acts by a pattern.
-        verify: Measure so many units with the largest |score| exactly and put the result in place of the estimate, as AtP*
-            does (arXiv 2403.00745); `found.evidence["verified"]` names them. Each costs at most a forward pass.
+        rule: `gradient`, or `relp` for RelP's (arXiv 2508.21258), which freezes norms and attention patterns and so
+            survives saturation better, but sees nothing that acts by a pattern.
+        verify: Measure so many units with the largest |score| exactly and put the result in place of the estimate, as
+            AtP* does (arXiv 2403.00745); `found.evidence["verified"]` names them. Each costs at most a forward pass.
         seed: Recorded only: nothing is drawn.
         batch_size: Facts a batch.
         progress: Show a bar; None shows one on a terminal or in a notebook.

@@ -22,7 +22,7 @@ def causal_tracing(
     kinds: Sequence[str] = ("attn.o", "mlp_out"),
     by: str | None = None,
     window: int = 1,
-    sigma: float | int = 3.0,
+    sigma: float = 3.0,
     metric: Metric = answer_probability,
     neurons: int = 1,
     seed: int = 0,
@@ -31,12 +31,12 @@ def causal_tracing(
 ) -> Localization:
     """Find the activations that alone bring back the answer when the subject is hidden by noise.
 
-    Gaussian noise is added to the embeddings of the subject's tokens; one activation takes its clean value; the score is the
-    indirect effect, p(restored) - p(corrupt), averaged over facts (ROME, arXiv 2202.05262, section 2). Each fact has one draw
-    of noise, the same in every restored run. Where no subject is named, the tokens in which clean and corrupt differ are
-    hidden. The component variant of Mechanistic Unlearning (arXiv 2410.12949) is the default: head outputs and whole MLPs, at
-    all positions; with `kinds=["resid_post"], by="role"` it is ROME's over layers and token roles, with
-    `kinds=["mlp_out"], window=10` over windows of layers.
+    Gaussian noise is added to the embeddings of the subject's tokens; one activation takes its clean value; the score
+    is the indirect effect, p(restored) - p(corrupt), averaged over facts (ROME, arXiv 2202.05262, section 2). Each
+    fact has one draw of noise, the same in every restored run. Where no subject is named, the tokens in which clean
+    and corrupt differ are hidden. The component variant of Mechanistic Unlearning (arXiv 2410.12949) is the default:
+    head outputs and whole MLPs, at all positions; with `kinds=["resid_post"], by="role"` it is ROME's over layers and
+    token roles, with `kinds=["mlp_out"], window=10` over windows of layers.
 
     It finds what carries the answer out as well as what looks it up: on its own it says little of where a fact is kept.
 

@@ -34,15 +34,16 @@ def direct_logit_attribution(
 ) -> Localization:
     """Split the logit difference between answer and foil into what each head and neuron writes towards it.
 
-    At the position where `logit_diff` is taken the residual stream is a sum, and with the scale s of the final norm held
-    at its value of this run so is the logit difference: a head scores z_h W_O,h . d, a neuron its activation times
-    (its column of W_out . d), in logits, averaged over facts, with d = gain * (W_U[answer] - W_U[foil]) / s (centred for
-    LayerNorm). Norms on what attention or the MLP writes (Gemma 2 and 3) are held as well (Elhage et al. 2021, "A
-    mathematical framework for transformer circuits"; Wang et al. 2022, arXiv 2211.00593).
-    Corrupt prompts are not looked at. Cost: one forward pass, and a product with each output matrix at one position a fact.
+    At the position where `logit_diff` is taken the residual stream is a sum, and with the scale s of the final norm
+    held at its value of this run so is the logit difference: a head scores z_h W_O,h . d, a neuron its activation
+    times (its column of W_out . d), in logits, averaged over facts, with d = gain * (W_U[answer] - W_U[foil]) / s
+    (centred for LayerNorm). Norms on what attention or the MLP writes (Gemma 2 and 3) are held as well (Elhage et al.
+    2021, "A mathematical framework for transformer circuits"; Wang et al. 2022, arXiv 2211.00593). Corrupt prompts
+    are not looked at. Cost: one forward pass, and a product with each output matrix at one position a fact.
 
     It sees no indirect effect: what a unit writes for later units to read, and anything at other positions (a look-up
-    at the subject, say), scores nothing here; later units may erase or repeat what scores high. It describes, it does not
+    at the subject, say), scores nothing here; later units may erase or repeat what scores high. It describes, it does
+    not
     intervene: use `activation_patching` for what a unit causes.
 
     Args:
@@ -54,8 +55,9 @@ def direct_logit_attribution(
         progress: Show a bar; None shows one on a terminal or in a notebook.
 
     Returns:
-        Logits by unit. All heads, all neurons, `evidence["embedding"]` and `evidence["biases"]` (of outputs, final norm and
-        unembedding) add up to `evidence["logit_diff"]`, exactly in float32; it is taken before a final softcap (Gemma 2).
+        Logits by unit. All heads, all neurons, `evidence["embedding"]` and `evidence["biases"]` (of outputs, final
+        norm and unembedding) add up to `evidence["logit_diff"]`, exactly in float32; it is taken before a final
+        softcap (Gemma 2).
 
     Raises:
         MechunlearnError: Another kind, no facts, or facts longer than the context.
@@ -69,7 +71,8 @@ def direct_logit_attribution(
     unknown = [kind for kind in kinds if kind not in SCORED]
     if unknown:
         raise MechunlearnError(
-            f"No direct effect of kind '{unknown[0]}'. Expected kinds among {', '.join(SCORED)}: only these write to the "
+            f"No direct effect of kind '{unknown[0]}'. Expected kinds among {', '.join(SCORED)}: only these write to "
+            "the "
             "residual stream by unit. For other kinds use activation_patching."
         )
     totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))

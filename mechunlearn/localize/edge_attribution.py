@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -15,7 +16,6 @@ from mechunlearn.facts.prompts import Prompts
 from mechunlearn.metrics.answers import Metric, logit_diff
 from mechunlearn.model.decoder import Run
 from mechunlearn.model.hooked import HookedModel
-from mechunlearn.model.taps import Tap
 from mechunlearn.patching.corruption import check_prompts
 from mechunlearn.patching.edges import (
     ATTENTION,
@@ -29,6 +29,9 @@ from mechunlearn.patching.edges import (
 )
 from mechunlearn.patching.gradients import differentiated
 from mechunlearn.patching.scores import circuit, localizer
+
+if TYPE_CHECKING:
+    from mechunlearn.model.taps import Tap
 
 BYTES = {"cpu": 256 * 2**20, "cuda": 4 * 2**30}
 
@@ -48,9 +51,10 @@ def edge_attribution(
     """Estimate how the metric changes when a reader sees the corrupt output of one writer.
 
     The score of an edge is (corrupt - clean output of the writer) . d metric / d (input of the reader), summed over
-    positions and averaged over facts (EAP: Syed, Rager and Conmy 2023, arXiv 2310.10348). A negative score is an edge that
-    supports the answer. Readers are each head's query, each key and value head (shared under grouped-query attention), each
-    MLP and the logits. In Gemma 2 and 3 a head's contribution passes the norm behind attention with its scale frozen at clean.
+    positions and averaged over facts (EAP: Syed, Rager and Conmy 2023, arXiv 2310.10348). A negative score is an edge
+    that supports the answer. Readers are each head's query, each key and value head (shared under grouped-query
+    attention), each MLP and the logits. In Gemma 2 and 3 a head's contribution passes the norm behind attention with
+    its scale frozen at clean.
 
     Cost: about 3 forward passes for EAP, 2 + 2m for EAP-IG, and one matrix product a layer; memory for a few facts at a
     time. It is exact only where the metric is linear in the edge: check circuits with `faithfulness`.
@@ -58,8 +62,8 @@ def edge_attribution(
     Args:
         model: The model.
         prompts: The facts.
-        ig_steps: 0 takes the gradient at the clean run (EAP); m > 0 averages it over m left Riemann points of the embeddings
-            from corrupt to clean (EAP-IG on the inputs: Hanna et al. 2024, arXiv 2403.17806).
+        ig_steps: 0 takes the gradient at the clean run (EAP); m > 0 averages it over m left Riemann points of the
+            embeddings from corrupt to clean (EAP-IG on the inputs: Hanna et al. 2024, arXiv 2403.17806).
         both_ends: Average the gradients at the corrupt and the clean run ("clean-corrupted", same paper).
         metric: A function of `(logits, prompts)`, one number a fact.
         seed: Recorded only: nothing is drawn.
@@ -147,7 +151,10 @@ class _Batch:
         self.sites = writer_sites(model.layout)
 
     def scores(self, points: list[float], by_fact: bool) -> Tensor:
-        """`[writer reader]` summed over facts, or `[fact writer reader]`; without points the gradient at the clean run."""
+        """`[writer reader]` summed over facts, or `[fact writer reader]`.
+
+        Without points the gradient at the clean run.
+        """
         corrupt = self.decoder.record(self.prompts.corrupt, self.nowhere, self.sites, keys=False)
         if points:
             clean = self.decoder.record(self.prompts.tokens, self.nowhere, self.sites, keys=False)
@@ -182,7 +189,10 @@ class _Batch:
         return [gradient.div_(len(points)) for gradient in total]
 
     def _differentiated(self, start: Tensor | None, sites: list[str]) -> tuple[Run, dict[str, tuple[Tensor, Tensor]]]:
-        """A pass from these embeddings (the prompts' own, if None): its activations, and inputs and gradients by part."""
+        """A pass from these embeddings (the prompts' own, if None).
+
+        Its activations, and inputs and gradients by part.
+        """
         points: dict[str, Tensor] = {}
         inputs: dict[str, Tensor] = {}
         kept: dict[str, Tensor] = {}
@@ -194,7 +204,7 @@ class _Batch:
                 taps.append((self.decoder.part(layer, "mlp_norm"), "in", partial(_note, inputs, f"{layer} mlp")))
             taps.append((self.decoder.part(layer, "mlp"), "in", partial(_branch, points, f"{layer} mlp")))
             for name in {self.layout.module_name(layer, kind) for kind in ATTENTION}:
-                taps.append((self.model.hf.get_submodule(name), "out", partial(points.__setitem__, name)))
+                taps.append((self.model.hf.get_submodule(name), "out", partial(points.__setitem__, name)))  # noqa: PERF401
         taps.append((self.decoder.final_norm, "in", partial(_branch, points, "logits")))
         taps += [tap for site in sites for tap in self.decoder.taps(site, partial(_note, kept, site))]
         _, logits, gradients = differentiated(self.model, self.prompts, self.metric, start, taps, points)
@@ -205,7 +215,10 @@ class _Batch:
 
     @torch.no_grad()
     def _by_reader(self, points: dict[str, tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
-        """Gradients at the residual stream, `[reader token d_model]`: of attention and of the MLP by layer, then logits."""
+        """Gradients at the residual stream, `[reader token d_model]`.
+
+        Of attention and of the MLP by layer, then logits.
+        """
         for layer in range(self.layout.signature.layers):
             projected = [
                 self.layout.heads(kind, points[self.layout.module_name(layer, kind)][1]).flatten(0, 1)

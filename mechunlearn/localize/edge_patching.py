@@ -57,7 +57,8 @@ def edge_patching(
         source, _, target = name.partition("->")
         if source not in rows or target not in columns:
             raise MechunlearnError(
-                f"No edge '{name}' in {model.signature}. Expected names such as 'a0.h1->a1.h2<q>', 'input->m0' or 'm1->logits'."
+                f"No edge '{name}' in {model.signature}. Expected names such as 'a0.h1->a1.h2<q>', 'input->m0' or "
+                "'m1->logits'."
             )
         pairs.append((rows[source], columns[target]))
     effect = edge_effects(model, prompts, pairs, metric, batch_size, progress).mean(1)

@@ -35,11 +35,12 @@ def fact_lookup(
     gets half of the way from the majority class to 1, no window is found. Use it where answers are shared; with one
     answer a subject there is nothing to classify. Cost: one forward pass over the data set and one regression a depth.
 
-    `rule="paths"` (the same paper, for CounterFact): path patching in two hops. First the 10 heads with the largest direct
-    effect on the logits (fact extraction); then every MLP, at the subject's last token, through the inputs of those
-    heads along direct paths. The window is the run of neighbouring MLPs, each with more than .02 of the corrupt prompts' whole
-    effect, that has most of it in all; every neuron in it scores its layer's share. MLPs above .02 outside are named in
-    `evidence["elsewhere"]` and the note; without any, no window is found. Needs no shared answers. Cost: a few runs a component.
+    `rule="paths"` (the same paper, for CounterFact): path patching in two hops. First the 10 heads with the largest
+    direct effect on the logits (fact extraction); then every MLP, at the subject's last token, through the inputs of
+    those heads along direct paths. The window is the run of neighbouring MLPs, each with more than .02 of the corrupt
+    prompts' whole effect, that has most of it in all; every neuron in it scores its layer's share. MLPs above .02
+    outside are named in `evidence["elsewhere"]` and the note; without any, no window is found. Needs no shared
+    answers. Cost: a few runs a component.
 
     Args:
         model: The model.
@@ -49,7 +50,8 @@ def fact_lookup(
         progress: Show a bar; None shows one on a terminal or in a notebook.
 
     Returns:
-        Scores of neurons. `evidence` holds the curve or the head and layer scores, and the window; `note` says what was found.
+        Scores of neurons. `evidence` holds the curve or the head and layer scores, and the window; `note` says what
+        was found.
 
     Raises:
         MechunlearnError: Too few or too many different answers, or no subject is named.

@@ -32,8 +32,8 @@ def feature_discovery(
     dictionary: Dictionary,
     against: Texts | FiringStatistics | None = None,
     by: str = "frequency",
-    least: float | int = 0.002,
-    false_discoveries: float | int = 0.05,
+    least: float = 0.002,
+    false_discoveries: float = 0.05,
     nearest: int | None = None,
     metric: Metric = logit_diff,
     seed: int = 0,
@@ -45,18 +45,21 @@ def feature_discovery(
 
     - `frequency`: log2 of the share of tokens with the unit active, here over there (half a token added to each count);
       zero unless more frequent here by Fisher's exact test at a false discovery rate (Benjamini-Hochberg) of
-      `false_discoveries`, and active at a share of `least` of the tokens (CodeUnlearn, arXiv 2410.10866; a codebook counts
-      the `nearest` codes of each token, S'). Tokens are counted as independent, which those of one text are not.
+      `false_discoveries`, and active at a share of `least` of the tokens (CodeUnlearn, arXiv 2410.10866; a codebook
+      counts the `nearest` codes of each token, S'). Tokens are counted as independent, which those of one text are
+      not.
     - `squared`: log2 of the mean squared activation here over there, at least 0, of units active at a share of `least`
       (the ratio of DSG, arXiv 2504.08192).
-    - `attribution`: -z dm/dz summed over tokens, the mean over texts: how m changes if the unit is set to zero, to first
-      order (below zero if m needs it). m is `metric` of prompts, and the log-probability of texts; `against` is not looked at.
+    - `attribution`: -z dm/dz summed over tokens, the mean over texts: how m changes if the unit is set to zero, to
+      first order (below zero if m needs it). m is `metric` of prompts, and the log-probability of texts; `against` is
+      not looked at.
 
     Not a proof that the unit *does* anything: delete it and measure (`edit.codebook_delete`).
 
     Args:
         model: The model, hooked or plain.
-        prompts: Text on the topic, prompts, tokens and lengths, or `FiringStatistics` of them: then no forward pass is made.
+        prompts: Text on the topic, prompts, tokens and lengths, or `FiringStatistics` of them: then no forward pass
+            is made.
         dictionary: The codebook or SAE; for `FiringStatistics`, the one they are of.
         against: Other text: the same sentences with the topic's words swapped (`firing.swapped`), or text to retain.
             Prompts have their corrupt partners.
@@ -109,7 +112,8 @@ def feature_discovery(
         )
         if here.fire_count.shape[1] != dictionary.size or there.fire_count.shape[1] != dictionary.size:
             raise MechunlearnError(
-                f"The activity is of {here.fire_count.shape[1]} and {there.fire_count.shape[1]} units, {dictionary} has others. "
+                f"The activity is of {here.fire_count.shape[1]} and {there.fire_count.shape[1]} units, {dictionary} "
+                "has others. "
                 "Give the dictionary that it was seen with."
             )
         if not (here.tokens.sum() and there.tokens.sum()):

@@ -39,9 +39,10 @@ def logit_lens(
         progress: Show a bar; None shows one on a terminal or in a notebook.
 
     Returns:
-        One row a depth (`depth`: blocks passed, 0 is the embedding, the last is the model itself): `logit_diff` (answer minus
-        foil, in logits, mean over facts) with its 95 % bootstrap interval `low` to `high`, `probability` of the answer's token,
-        `rank_1` (the share of facts whose answer has the largest logit of the full vocabulary), and `n` facts.
+        One row a depth (`depth`: blocks passed, 0 is the embedding, the last is the model itself): `logit_diff`
+        (answer minus foil, in logits, mean over facts) with its 95 % bootstrap interval `low` to `high`,
+        `probability` of the answer's token, `rank_1` (the share of facts whose answer has the largest logit of the
+        full vocabulary), and `n` facts.
 
     Raises:
         MechunlearnError: No facts, or facts longer than the context.

@@ -1,8 +1,7 @@
 """Path patching: exact effects of one component on others, along the direct edge or along every path."""
 
 from collections.abc import Sequence
-
-import torch
+from typing import TYPE_CHECKING
 
 from mechunlearn.artifacts.edges import writers
 from mechunlearn.artifacts.localization import Localization
@@ -11,6 +10,9 @@ from mechunlearn.metrics.answers import Metric, logit_diff
 from mechunlearn.model.hooked import HookedModel
 from mechunlearn.patching.paths import path_effects, readers_named
 from mechunlearn.patching.scores import localization, localizer, note_of
+
+if TYPE_CHECKING:
+    import torch
 
 
 @localizer
@@ -27,15 +29,15 @@ def path_patching(
 ) -> Localization:
     """Measure how each head and MLP acts on the metric through chosen receivers.
 
-    The receivers see the corrupt output of one sender, are held there, and everything after them is recomputed; the score is
-    the mean change of the metric (Wang et al. 2022, arXiv 2211.00593). Use it to ask how a component reaches another; for all
-    pairs at once use `edge_attribution`.
+    The receivers see the corrupt output of one sender, are held there, and everything after them is recomputed; the
+    score is the mean change of the metric (Wang et al. 2022, arXiv 2211.00593). Use it to ask how a component reaches
+    another; for all pairs at once use `edge_attribution`.
 
     Args:
         model: The model.
         prompts: The facts.
-        receivers: Names as in a circuit: `a9.h6` (all its inputs), `a9.h6<q>`, `m3`, `logits`. Under grouped-query attention
-            keys and values are received by the group.
+        receivers: Names as in a circuit: `a9.h6` (all its inputs), `a9.h6<q>`, `m3`, `logits`. Under grouped-query
+            attention keys and values are received by the group.
         through: `direct`, along the residual stream alone, or `total`, along every path from sender to receivers.
         metric: A function of `(logits, prompts)`, one number a fact.
         seed: Recorded only: nothing is drawn.

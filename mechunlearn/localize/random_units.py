@@ -27,9 +27,9 @@ def random_units(
         model: The model.
         prompts: Not looked at; they are in the signature because every localizer has them.
         kinds: Kinds of sites to score.
-        whole: Let all units of a site share one score: `kinds=("mlp.out",)` then takes random MLPs, the control of methods
-            that choose whole layers. Ties are taken in component order, so a budget that is no multiple of a site cuts the
-            last one: it then holds the first units of that site.
+        whole: Let all units of a site share one score: `kinds=("mlp.out",)` then takes random MLPs, the control of
+            methods that choose whole layers. Ties are taken in component order, so a budget that is no multiple of a
+            site cuts the last one: it then holds the first units of that site.
         seed: Seed of the noise.
         progress: Not used: it takes no time.
 

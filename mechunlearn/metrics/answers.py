@@ -79,9 +79,9 @@ def per_fact(
 def logit_diff(logits: Float[Tensor, "fact pos d_vocab"], prompts: Prompts) -> Float[Tensor, " fact"]:
     """Return the logit of the answer minus the logit of the foil, at the first token where they differ.
 
-    The foil is what the corrupt prompt answers, so the difference changes its sign between the clean and the corrupt run.
-    It is linear in the logits, so attribution is exact behind a linear path. It says nothing of the rest of the vocabulary:
-    use `answer_logprob` for that.
+    The foil is what the corrupt prompt answers, so the difference changes its sign between the clean and the corrupt
+    run. It is linear in the logits, so attribution is exact behind a linear path. It says nothing of the rest of the
+    vocabulary: use `answer_logprob` for that.
 
     Args:
         logits: The model's logits.
@@ -127,7 +127,8 @@ def supervised(
         which: "answers", "foils" or "targets".
 
     Returns:
-        Tokens, padded on the right with 0, and of each token of an answer the row, the position that predicts it, and its id.
+        Tokens, padded on the right with 0, and of each token of an answer the row, the position that predicts it, and
+        its id.
     """
     wanted = getattr(prompts, which)
     sizes = (wanted != PAD).sum(1)
@@ -205,9 +206,9 @@ def measure(model: HookedModel, prompts: Prompts, batch_size: int = BATCH) -> di
         batch_size: Facts at a time.
 
     Returns:
-        `accuracy` and `target_accuracy`: 1 where greedy decoding over the full vocabulary gives all tokens of the answer.
-        `probability` and `target_probability`: those of the whole answer. `option_probability`: the truth's, renormalised
-        over the answer options (missing if the facts list none).
+        `accuracy` and `target_accuracy`: 1 where greedy decoding over the full vocabulary gives all tokens of the
+        answer. `probability` and `target_probability`: those of the whole answer. `option_probability`: the truth's,
+        renormalised over the answer options (missing if the facts list none).
     """
     made: dict[str, Tensor] = {}
     order = prompts.lengths.argsort()

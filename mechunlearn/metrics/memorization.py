@@ -52,8 +52,8 @@ def extraction_likelihood(
 
     EL_n(x) = mean over prefix lengths t of |{c in n-grams(f(x_<=t)) : c in n-grams(x_>t)}| / (T - t - n + 1), where f
     continues greedily to the text's length T (Jang et al., arXiv 2210.01504). They average over every t from 1 to
-    T - n; here t runs over `prefixes` (in tokens, a start token included), which costs one decoding. A continuation that
-    ends early counts as if the rest of it were wrong.
+    T - n; here t runs over `prefixes` (in tokens, a start token included), which costs one decoding. A continuation
+    that ends early counts as if the rest of it were wrong.
 
     Args:
         model: The model.
@@ -80,7 +80,9 @@ def extraction_likelihood(
 
 
 def repetition(model: HookedModel, prompts: Sequence[str], tokens: int = 64, n: int = 4) -> Float[Tensor, " prompt"]:
-    """Return the share of the n-grams in the greedy continuation of a prompt that stood in it before: 1 - distinct / all.
+    """Return the share of the n-grams in the greedy continuation of a prompt that stood in it before.
+
+    1 - distinct / all.
 
     A sign of damage: a model that has been pushed too far says the same again and again. Compare it with the same model
     before, for greedy text of small models repeats itself anyway. A continuation shorter than n tokens gives 0.

@@ -100,7 +100,8 @@ def subject_ends(prompts: Prompts, name: str) -> Int[Tensor, " fact"]:
     missing = int((prompts.spans[:, 1] < 0).sum())
     if missing:
         raise MechunlearnError(
-            f"{missing} of the {len(prompts)} {name} facts say nothing of where their subject is, and the residual stream is "
+            f"{missing} of the {len(prompts)} {name} facts say nothing of where their subject is, and the residual "
+            "stream is "
             "read at its last token. Give prompts with subjects, or `spans` to Prompts.from_tokens."
         )
     return prompts.spans[:, 1]

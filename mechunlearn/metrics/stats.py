@@ -8,7 +8,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from mechunlearn.errors import MechunlearnError
 
-Worlds = Iterable[Iterable[float | int | ArrayLike]]
+Worlds = Iterable[Iterable[float | ArrayLike]]
 EXPECTED = "Expected worlds, each a sequence of seeds, each a number or a sequence of numbers, and none of them empty."
 
 
@@ -35,7 +35,9 @@ def bootstrap_interval(values: ArrayLike, seed: int = 0, resamples: int = 2000) 
 
 
 def paired_interval(a: ArrayLike, b: ArrayLike, seed: int = 0, resamples: int = 2000) -> tuple[float, float, float]:
-    """Return how much larger a is than b: the mean of a - b over pairs (seeds or facts), and its 95 % bootstrap interval.
+    """Return how much larger a is than b.
+
+    The mean of a - b over pairs (seeds or facts), and its 95 % bootstrap interval.
 
     Pairs are resampled, so what both sides share (a hard fact, a lucky seed) cancels. Few pairs make it too narrow: it
     covers the truth in 83 % of cases with five pairs of normal noise, in 91 % with ten.
@@ -69,10 +71,10 @@ def hierarchical_interval(values: Worlds, seed: int = 0, resamples: int = 2000) 
     same, and so does each seed within its world, however many it has.
 
     One world is n = 1, however many seeds: the outer level then does not vary, and the interval speaks of that world
-    alone. With few worlds it is too narrow: where worlds differ twice as much as the five seeds of each do, it covers the
-    truth in 76 % of cases with three worlds, in 87 % with five, in 91 % with ten. Where only seeds differ it is too wide
-    (96 to 98 %), as their noise is drawn at both levels. Facts are drawn anew for each seed: in a single world whose seeds
-    share their facts, average each fact over seeds first.
+    alone. With few worlds it is too narrow: where worlds differ twice as much as the five seeds of each do, it covers
+    the truth in 76 % of cases with three worlds, in 87 % with five, in 91 % with ten. Where only seeds differ it is
+    too wide (96 to 98 %), as their noise is drawn at both levels. Facts are drawn anew for each seed: in a single
+    world whose seeds share their facts, average each fact over seeds first.
 
     Args:
         values: Worlds of seeds (of facts).
@@ -92,7 +94,9 @@ def hierarchical_interval(values: Worlds, seed: int = 0, resamples: int = 2000) 
 
 
 def hierarchical_paired(a: Worlds, b: Worlds, seed: int = 0, resamples: int = 2000) -> tuple[float, float, float]:
-    """Return how much larger a is than b in the same worlds, seeds (and facts): the `hierarchical_interval` of the difference.
+    """Return how much larger a is than b in the same worlds, seeds (and facts).
+
+    The `hierarchical_interval` of the difference.
 
     Args:
         a: Worlds of seeds (of facts).
@@ -124,12 +128,14 @@ def multiple_comparisons(count: int) -> str:
         count: How many intervals are read.
 
     >>> multiple_comparisons(40)
-    '40 intervals of 95 % are read here: by chance alone 2.0 of them miss on average, and nothing is corrected for that.'
+    '40 intervals of 95 % are read here: by chance alone 2.0 of them miss on average, and nothing is corrected for
+    that.'
     """
     if count < 2:
         return ""
     return (
-        f"{count} intervals of 95 % are read here: by chance alone {count / 20:.1f} of them miss on average, and nothing is "
+        f"{count} intervals of 95 % are read here: by chance alone {count / 20:.1f} of them miss on average, and "
+        "nothing is "
         "corrected for that."
     )
 

@@ -56,7 +56,8 @@ class Bridge:
         if list(map(id, self._hf.parameters())) != list(map(id, self._shared)):
             raise MechunlearnError(
                 "The parameters of the Hugging Face module were replaced since it was given to this model, for example "
-                "by load_state_dict(assign=True), and the bridge cannot follow. Call load_model((model.hf, model.tokenizer))."
+                "by load_state_dict(assign=True), and the bridge cannot follow. Call load_model((model.hf, "
+                "model.tokenizer))."
             )
         if self._bridge is None:
             with torch.random.fork_rng(devices=[]):  # new weights are drawn, and thrown away

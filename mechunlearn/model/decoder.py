@@ -1,8 +1,8 @@
 """The ordinary module as a residual stream: named activation sites, recorded runs, and runs that restart in the middle.
 
 Hooks sit on the Hugging Face module itself, so training, patching and attribution all see them and nothing is paid for
-a wrapper. A restarted run calls the model's own blocks with the model's own masks and rotary embeddings; keys and values
-of the positions before the restart come from the recorded run.
+a wrapper. A restarted run calls the model's own blocks with the model's own masks and rotary embeddings; keys and
+values of the positions before the restart come from the recorded run.
 """
 
 import inspect
@@ -147,7 +147,8 @@ class Decoder:
                     return self.projection(layer, "attn.o" if kind == "attn_out" else "mlp.out"), "out"
         raise MechunlearnError(
             f"No activation site '{name}' in {self.layout.signature}. Expected L<layer>.<kind> with a layer below "
-            f"{self.layout.signature.layers} and a kind of {', '.join((*UNITS, *STREAMS))}, or a hook name of TransformerLens"
+            f"{self.layout.signature.layers} and a kind of {', '.join((*UNITS, *STREAMS))}, or a hook name of "
+            "TransformerLens"
             f"{'; models with parallel attention have no resid_mid' if kind == 'resid_mid' else ''}."
         )
 

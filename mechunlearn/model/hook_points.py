@@ -97,7 +97,8 @@ def site_of(hook_name: str, post_norms: bool = False) -> str:
     near = difflib.get_close_matches(found[2], kinds, n=3, cutoff=0.4)
     pattern = " For attention patterns call model.attention(tokens, layer)." if "pattern" in found[2] else ""
     raise MechunlearnError(
-        f"The hook point '{hook_name}' has no site here. Nearest: {', '.join(near) or 'none'}. Expected blocks.<layer>. "
+        f"The hook point '{hook_name}' has no site here. Nearest: {', '.join(near) or 'none'}. Expected "
+        "blocks.<layer>. "
         f"with {', '.join(kinds)}.{pattern}"
     )
 

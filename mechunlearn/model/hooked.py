@@ -34,12 +34,12 @@ class HookedModel:
 
     Sites are `L<layer>.<kind>` with a kind of `attn.o` (`[fact pos head d_head]`, what W_O reads), `attn.q`, `attn.k`,
     `attn.v` (what these projections give), `mlp.out` (`[fact pos neuron]`, what W_out reads), `resid_pre`, `resid_mid`,
-    `resid_post`, `attn_out`, `mlp_out` (what is added to the residual stream), `mlp_in` (what the MLP reads, normalised) or
-    `attn_projected` (what W_O gives, before any norm). A hook name of TransformerLens stands for its site:
-    `blocks.3.hook_resid_post` is `L3.resid_post`.
+    `resid_post`, `attn_out`, `mlp_out` (what is added to the residual stream), `mlp_in` (what the MLP reads,
+    normalised) or `attn_projected` (what W_O gives, before any norm). A hook name of TransformerLens stands for its
+    site: `blocks.3.hook_resid_post` is `L3.resid_post`.
 
-    A text or a list of texts may be given instead of tokens. Rows are padded on the right: with causal attention no real
-    position sees the padding, so a padded batch gives the same numbers as single prompts.
+    A text or a list of texts may be given instead of tokens. Rows are padded on the right: with causal attention no
+    real position sees the padding, so a padded batch gives the same numbers as single prompts.
 
     Attributes:
         hf: The Hugging Face module.
@@ -254,7 +254,9 @@ class HookedModel:
         return self.decoder.unembed(resid)
 
     def attention(self, tokens: Int[Tensor, "fact pos"], layer: int) -> Float[Tensor, "fact head pos pos"]:
-        """Return the attention pattern of a layer: how much each position (third axis) takes from each before it (fourth).
+        """Return the attention pattern of a layer.
+
+        How much each position (third axis) takes from each before it (fourth).
 
         Args:
             tokens: What the model reads.
@@ -355,8 +357,8 @@ def load_model(
     """Load a model with hooks. No weight is ever folded or centred.
 
     Args:
-        source: A shipped world (`factworld`, `factworld-twin`, `factworld-naive`), a folder, a hub name, or a Hugging Face
-            model and its tokenizer.
+        source: A shipped world (`factworld`, `factworld-twin`, `factworld-naive`), a folder, a hub name, or a Hugging
+            Face model and its tokenizer.
         device: Where it runs; the processor unless given.
         dtype: A torch dtype or its name; the stored one unless given.
 

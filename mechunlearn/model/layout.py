@@ -251,7 +251,9 @@ class Layout:
     def views(
         self, parameters: Mapping[str, Tensor | None], layer: int, kind: str
     ) -> list[Shaped[Tensor, "unit *rest"]]:  # noqa: F821
-        """Return views of a site's weights, one a parameter that holds some, unit first. Writing to them writes the model.
+        """Return views of a site's weights, one a parameter that holds some, unit first.
+
+        Writing to them writes the model.
 
         Args:
             parameters: Those of the model by name; what is missing or None has no view.

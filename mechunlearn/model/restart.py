@@ -1,4 +1,7 @@
-"""Runs that start at some layer and position: the model's own blocks, called again with its own masks and rotary embeddings."""
+"""Runs that start at some layer and position.
+
+The model's own blocks, called again with its own masks and rotary embeddings.
+"""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -44,7 +47,10 @@ class Restart:
 
 
 class Prefix(DynamicLayer):
-    """The keys and values of earlier positions in one layer, repeated for as many rows as ask; nothing is added to them."""
+    """The keys and values of earlier positions in one layer, repeated for as many rows as ask.
+
+    Nothing is added to them.
+    """
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         """Hold keys and values `[fact head pos d_head]`.

@@ -87,8 +87,8 @@ def continued(
         settings: Keywords of `hf.generate`.
 
     Returns:
-        What was given with its continuation: tokens, a text or several texts; or what `hf.generate` returns, if it is no
-        tensor.
+        What was given with its continuation: tokens, a text or several texts; or what `hf.generate` returns, if it is
+        no tensor.
     """
     pad = padding_token(tokenizer)
     rows = given.tolist() if isinstance(given, Tensor) else ids_of(given, tokenizer)

@@ -61,7 +61,8 @@ def check_prompts(model: HookedModel, prompts: Prompts, batch_size: int = 1) -> 
     if context is not None and prompts.tokens.shape[1] > context:
         row = int(prompts.lengths.argmax())
         raise MechunlearnError(
-            f"Fact {row} has {int(prompts.lengths[row])} tokens, the model's context is {context}. Expected prompts that fit: "
+            f"Fact {row} has {int(prompts.lengths[row])} tokens, the model's context is {context}. Expected prompts "
+            "that fit: "
             "shorten it, or leave it out with prompts.select."
         )
 
@@ -95,7 +96,7 @@ def paired(
     denoise: bool = False,
     seed: int = 0,
     means: Mapping[str, Tensor] | None = None,
-    sigma: float | int = 3.0,
+    sigma: float = 3.0,
     base_sites: Sequence[str] = (),
 ) -> Paired:
     """Run a batch of facts clean and corrupt; the corrupt tokens are those of `with_corruption`.
@@ -192,7 +193,7 @@ def _changed(prompts: Prompts, corrupt: str) -> Bool[Tensor, "fact pos"]:
     return subjects(prompts) if corrupt == "noise" else prompts.tokens != prompts.corrupt
 
 
-def _noise(model: HookedModel, prompts: Prompts, seed: int, sigma: float | int) -> Float[Tensor, "fact pos d_model"]:
+def _noise(model: HookedModel, prompts: Prompts, seed: int, sigma: float) -> Float[Tensor, "fact pos d_model"]:
     """One draw a fact, which depends on its tokens and the seed alone: the same in every patched run and batch."""
     where = subjects(prompts)
     noise = torch.zeros(*prompts.tokens.shape, model.signature.d_model)

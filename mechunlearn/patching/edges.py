@@ -32,7 +32,8 @@ def check_streams(decoder: Decoder) -> None:
     """
     if any(block._forward_pre_hooks for block in decoder.blocks):
         raise MechunlearnError(
-            "A hook changes the residual stream (resid_pre or resid_mid), so it is not the sum of what components write and "
+            "A hook changes the residual stream (resid_pre or resid_mid), so it is not the sum of what components "
+            "write and "
             "edges are not defined. Use activation_patching, or hook what is written: attn_out or mlp_out."
         )
 
@@ -209,10 +210,11 @@ def mlp_gradient(
 class EdgePatch(Patch):
     """Cells in which one reader alone reads a change of one writer.
 
-    A reader of `attn.q`, `attn.k` or `attn.v` is a head; `mlp_in` is an MLP, `resid_pre` behind the last layer the logits.
+    A reader of `attn.q`, `attn.k` or `attn.v` is a head; `mlp_in` is an MLP, `resid_pre` behind the last layer the
+    logits.
 
-    The reader's input is that of the base run plus `change[writers[i]]`. The logits read the change on top of the run at
-    hand, unless they are `held` too.
+    The reader's input is that of the base run plus `change[writers[i]]`. The logits read the change on top of the run
+    at hand, unless they are `held` too.
 
     Attributes:
         decoder: The model.

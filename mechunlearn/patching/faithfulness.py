@@ -1,4 +1,7 @@
-"""Does a circuit do what the model does? Every reader sees the circuit's edges; all other edges carry the corrupt run."""
+"""Does a circuit do what the model does? Every reader sees the circuit's edges.
+
+All other edges carry the corrupt run.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,8 +36,8 @@ class Faithfulness:
     """How much of the model's behaviour a circuit keeps.
 
     Attributes:
-        value: (m(circuit) - m(corrupt)) / (m(clean) - m(corrupt)) with m the mean metric over facts: 1 is the model, 0 the
-            corrupt model, and values above 1 overshoot.
+        value: (m(circuit) - m(corrupt)) / (m(clean) - m(corrupt)) with m the mean metric over facts: 1 is the model,
+            0 the corrupt model, and values above 1 overshoot.
         low: Lower end of its 95 % bootstrap interval over facts.
         high: Upper end of that interval.
         complement: The same of all edges outside the circuit: a complete circuit leaves nothing, 0.
@@ -92,9 +95,9 @@ def faithfulness(
 ) -> Faithfulness:
     """Run the circuit alone: edges outside it carry the corrupt prompts' activations, and what follows is recomputed.
 
-    Choose the budget first: `circuit.top(edges=200)`, `.top(nodes=20)` or `.top(weights=0.05)`. The circuit of all edges
-    gives 1 and the empty one 0, exactly. The circuit is not changed. Cost: one patched forward pass for the circuit,
-    one for its complement and one a component of it.
+    Choose the budget first: `circuit.top(edges=200)`, `.top(nodes=20)` or `.top(weights=0.05)`. The circuit of all
+    edges gives 1 and the empty one 0, exactly. The circuit is not changed. Cost: one patched forward pass for the
+    circuit, one for its complement and one a component of it.
 
     Args:
         model: The model.
@@ -169,9 +172,11 @@ def mask_faithfulness(
 ) -> tuple[float, float, float]:
     """Run the mask's heads and neurons alone: all others keep the activation they have on the corrupt prompts.
 
-    A head is run if the mask has its `attn.o` or `attn.q`, or its group's `attn.k` or `attn.v`; a neuron with any of its
-    weights. The embedding is that of the clean prompts throughout, so "nothing" is what it does without heads and neurons.
-    Cost: one clean, one corrupt and two patched passes. A mask of look-up neurons alone is seldom faithful: what they write
+    A head is run if the mask has its `attn.o` or `attn.q`, or its group's `attn.k` or `attn.v`; a neuron with any of
+    its weights. The embedding is that of the clean prompts throughout, so "nothing" is what it does without heads and
+    neurons.
+    Cost: one clean, one corrupt and two patched passes. A mask of look-up neurons alone is seldom faithful: what they
+        write
     must be carried to the answer by other heads. For paths between components use `faithfulness` of a circuit.
 
     Args:
@@ -182,8 +187,8 @@ def mask_faithfulness(
         batch_size: Facts a batch.
 
     Returns:
-        (m(mask) - m(nothing)) / (m(clean) - m(nothing)) with m the mean metric over facts, and the ends of its 95 % bootstrap
-        interval over facts. The mask of everything gives 1 and the empty one 0, exactly.
+        (m(mask) - m(nothing)) / (m(clean) - m(nothing)) with m the mean metric over facts, and the ends of its 95 %
+        bootstrap interval over facts. The mask of everything gives 1 and the empty one 0, exactly.
 
     Raises:
         MechunlearnError: The mask is of another architecture, or heads and neurons make no difference.
@@ -295,7 +300,10 @@ class _Values:
         return float((self.circuit[row].mean() - floor) / (self.clean.mean() - floor))
 
     def interval(self, row: int) -> tuple[float, float]:
-        """Facts are resampled; numerator and denominator from the same ones. A sample in which clean and corrupt do not differ has no ratio."""
+        """Facts are resampled; numerator and denominator from the same ones.
+
+        A sample in which clean and corrupt do not differ has no ratio.
+        """
         rng = np.random.default_rng(0)
         drawn = rng.integers(0, len(self.clean), (RESAMPLES, len(self.clean)))
         part, clean, corrupt = (t.numpy()[drawn].mean(1) for t in (self.circuit[row], self.clean, self.corrupt))

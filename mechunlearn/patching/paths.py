@@ -63,7 +63,9 @@ class Reader:
 
 
 def readers_named(model: HookedModel, names: Sequence[str]) -> list[int]:
-    """Find the indices of readers by name; a head without `<q>`, `<k>` or `<v>` stands for all three (its group's k and v).
+    """Find the indices of readers by name.
+
+    A head without `<q>`, `<k>` or `<v>` stands for all three (its group's k and v).
 
     Args:
         model: The model.

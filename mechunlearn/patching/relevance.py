@@ -14,9 +14,12 @@ from mechunlearn.patching.edges import Norm
 
 @contextmanager
 def relevance_rules(decoder: Decoder) -> Iterator[None]:
-    """Let the backward pass, within the block, follow four rules (RelP, arXiv 2508.21258); the forward pass is the same.
+    """Let the backward pass, within the block, follow four rules (RelP, arXiv 2508.21258).
 
-    Norms: the scale is a constant. Nonlinearities: f(x) is x times the constant f(x)/x. Gated MLPs: half of the gradient
+    The forward pass is the same.
+
+    Norms: the scale is a constant. Nonlinearities: f(x) is x times the constant f(x)/x. Gated MLPs: half of the
+        gradient
     to each factor. Attention: the pattern is a constant for everything before it.
 
     Args:

@@ -29,8 +29,9 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def localizer(function: Function) -> Function:
     """Do for a localizer what all of them need: check what it is given, and write its run card.
 
-    Facts become prompts, and prompts are checked before anything is computed. The card of what the function returns gets
-    its name, model, data, seed, device, time and memory; `settings` are its other arguments, and what it set itself.
+    Facts become prompts, and prompts are checked before anything is computed. The card of what the function returns
+    gets its name, model, data, seed, device, time and memory; `settings` are its other arguments, and what it set
+    itself.
 
     Args:
         function: A function `(model, prompts, *, ...)` that returns a `Localization`, a `Circuit` or a table.

@@ -255,7 +255,7 @@ def effects(
     window: int = 1,
     seed: int = 0,
     batch_size: int = 32,
-    sigma: float | int = 3.0,
+    sigma: float = 3.0,
     progress: bool | None = False,
     only: Mapping[str, Bool[Tensor, "_block _unit"]] | None = None,
 ) -> Effects:

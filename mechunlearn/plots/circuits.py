@@ -19,9 +19,9 @@ BENDS = np.linspace(0, 1, 13)
 def circuit_graph(circuit: Circuit, most: int = 200, shown: int = 50) -> go.Figure:
     """Draw the strongest edges of a circuit between its heads and MLPs, from the input above to the logits below.
 
-    A slider sets how many of the edges are kept, largest |score| first. Blue scores are above zero, orange ones below (of
-    `edge_attribution` those support the answer); width is |score|, in steps of the slider. As in `Circuit.to_networkx`, an
-    edge into the key or value of a group goes to each of its query heads.
+    A slider sets how many of the edges are kept, largest |score| first. Blue scores are above zero, orange ones below
+    (of `edge_attribution` those support the answer); width is |score|, in steps of the slider. As in
+    `Circuit.to_networkx`, an edge into the key or value of a group goes to each of its query heads.
 
     Args:
         circuit: The circuit.
@@ -40,7 +40,8 @@ def circuit_graph(circuit: Circuit, most: int = 200, shown: int = 50) -> go.Figu
     """
     if most < 1 or shown < 1 or not len(circuit):
         raise MechunlearnError(
-            f"Cannot show {min(most, shown)} of {len(circuit)} edges. Expected a circuit with edges, and to show at least one."
+            f"Cannot show {min(most, shown)} of {len(circuit)} edges. Expected a circuit with edges, and to show at "
+            "least one."
         )
     graph = circuit.top(edges=min(most, len(circuit))).to_networkx()
     ranked = sorted(graph.edges(data=True), key=lambda edge: -abs(edge[2]["score"]))[:most]

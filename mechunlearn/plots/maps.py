@@ -160,7 +160,8 @@ def head_map(found: Localization, kind: str = "attn.o") -> go.Figure:
         scored = sorted({Component.parse(site).kind for site in found.scores})
         raise MechunlearnError(
             f"This localization ({found.card.method}) has no scores of heads at '{kind}' (it has: "
-            f"{', '.join(scored) or 'none'}). Expected one such as attribution_patching(model, prompts, kinds=['attn.o'])."
+            f"{', '.join(scored) or 'none'}). Expected one such as attribution_patching(model, prompts, "
+            "kinds=['attn.o'])."
         )
     layers = list(range(found.signature.layers))
     heads = list(range(len(next(iter(by_layer.values())))))
@@ -192,8 +193,8 @@ def overlap_map(table: pd.DataFrame) -> go.Figure:
 def role_map(by_role: Mapping[str, Float[Tensor, "role _unit"]], roles: Sequence[str], title: str) -> go.Figure:
     """Draw effects by layer and token role (or position) for one kind of site.
 
-    Units of a site are summed; colours are centred at zero, so blue raises the metric and orange lowers it. Layers without
-    scores stay empty.
+    Units of a site are summed; colours are centred at zero, so blue raises the metric and orange lowers it. Layers
+    without scores stay empty.
 
     Args:
         by_role: The effects by site, as `Localization.by_role` holds them.
@@ -214,7 +215,8 @@ def role_map(by_role: Mapping[str, Float[Tensor, "role _unit"]], roles: Sequence
     if len(kinds) != 1 or wrong:
         raise MechunlearnError(
             f"A role map shows one kind of site with {len(roles)} rows, one a role. Given: kinds "
-            f"{', '.join(kinds) or 'none'}{'; ' + wrong[0] if wrong else ''}. Choose the sites of one kind from by_role."
+            f"{', '.join(kinds) or 'none'}{'; ' + wrong[0] if wrong else ''}. Choose the sites of one kind from "
+            "by_role."
         )
     layers = sorted(int(layer) for layer, _ in addresses.values())
     effects = stack([by_role[f"L{layer}.{kinds[0]}"].sum(1) for layer in layers], dim=1).tolist()
@@ -229,9 +231,9 @@ def role_map(by_role: Mapping[str, Float[Tensor, "role _unit"]], roles: Sequence
 def code_volcano(here: FiringStatistics, there: FiringStatistics, chosen: ComponentMask | None = None) -> go.Figure:
     """Draw how much more often each unit of a dictionary is active on a topic than elsewhere, against how often it is.
 
-    Across, log2 of the share of tokens with the unit active, here over there, as `feature_discovery` scores it, but of every
-    unit, enriched beyond chance or not; upwards the share here. Half a token is added to each count, so that units never seen
-    on one side have a place; those never seen at all have none.
+    Across, log2 of the share of tokens with the unit active, here over there, as `feature_discovery` scores it, but
+    of every unit, enriched beyond chance or not; upwards the share here. Half a token is added to each count, so that
+    units never seen on one side have a place; those never seen at all have none.
 
     Args:
         here: Statistics on the topic.
@@ -246,7 +248,8 @@ def code_volcano(here: FiringStatistics, there: FiringStatistics, chosen: Compon
     sizes = [there.fire_count.shape[1], *map(len, marked)]
     if len(marked) > 1 or any(other != size for other in sizes):
         raise MechunlearnError(
-            f"The activity is of {size} units, what is given beside it of {', '.join(map(str, sizes))}. Expected activities "
+            f"The activity is of {size} units, what is given beside it of {', '.join(map(str, sizes))}. Expected "
+            "activities "
             "and a mask of one dictionary."
         )
     mine, theirs = here.fire_count.sum(0).double(), there.fire_count.sum(0).double()

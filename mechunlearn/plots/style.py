@@ -1,4 +1,7 @@
-"""The visual language of all figures: Okabe-Ito colours, grey axes and no background, so that they read on white and on black."""
+"""The visual language of all figures.
+
+Okabe-Ito colours, grey axes and no background, so that they read on white and on black.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -92,7 +95,7 @@ def dotted(colour: str = COLOURS[0]) -> dict[str, str]:
 
 
 def heat(
-    values: Sequence[Sequence[float | int | None]],
+    values: Sequence[Sequence[float | None]],
     x: Sequence[object],
     y: Sequence[object],
     key: str,
@@ -140,11 +143,11 @@ def ticks(values: Sequence[object], most: int = 32) -> int | None:
     return 1 if len(values) <= most else None
 
 
-def save_figure(figure: go.Figure, path: str | Path, *, width: int = 900, scale: float | int = 2) -> None:
+def save_figure(figure: go.Figure, path: str | Path, *, width: int = 900, scale: float = 2) -> None:
     """Write a figure as `.html` (interactive, one file, no network), `.svg`, or `.png` of `scale` times `width` pixels.
 
-    Pictures need kaleido (`pip install mechunlearn[images]`) and a Chromium or Chrome: the one in `BROWSER_PATH`, else one
-    on PATH. Their background is transparent.
+    Pictures need kaleido (`pip install mechunlearn[images]`) and a Chromium or Chrome: the one in `BROWSER_PATH`,
+    else one on PATH. Their background is transparent.
 
     Args:
         figure: The figure.
@@ -176,7 +179,8 @@ def _drawn(figure: dict[str, Any], options: Mapping[str, Any]) -> bytes:
         from kaleido.errors import BrowserClosedError, BrowserFailedError, ChromeNotFoundError
     except ImportError:
         raise MechunlearnError(
-            "Pictures are drawn by kaleido, which is not installed. Run `pip install mechunlearn[images]`, or write .html."
+            "Pictures are drawn by kaleido, which is not installed. Run `pip install mechunlearn[images]`, or write "
+            ".html."
         ) from None
     try:  # plotly.js comes from the installed plotly; MathJax would come from the network
         return bytes(kaleido.calc_fig_sync(figure, opts=dict(options), kopts={"mathjax": False}))

@@ -181,7 +181,7 @@ def _results(plan: Plan, grid: Grid, chosen: Chosen) -> Found:
     }
 
 
-def _told(run: Found, topic: str, start: Found) -> dict[str, float | int]:
+def _told(run: Found, topic: str, start: Found) -> dict[str, float]:
     """Return what the page needs of one run on one topic."""
     now, near, stay = run["brief"], SYNONYMS.get(topic), others(topic)
     found = {
@@ -205,7 +205,7 @@ def _told(run: Found, topic: str, start: Found) -> dict[str, float | int]:
 
 def _values(found: Found, method: str, key: str, arm: str = MAIN, topics: Sequence[str] = TOPICS) -> Nested:
     """Return a number by seed and topic; `share` is that of the accuracy before."""
-    by: dict[int, list[float | int | None]] = {}
+    by: dict[int, list[float | None]] = {}
     for row in found["rows"]:
         if row["arm"] == arm and row["method"] == method and row["topic"] in topics:
             share = row["accuracy"] / max(row["before"], 1e-9)
@@ -213,7 +213,7 @@ def _values(found: Found, method: str, key: str, arm: str = MAIN, topics: Sequen
     return list(by.values())
 
 
-def _median(found: Found, method: str, key: str, topic: str) -> float | int:
+def _median(found: Found, method: str, key: str, topic: str) -> float:
     return median(
         value for values in _values(found, method, key, topics=(topic,)) for value in values if value is not None
     )

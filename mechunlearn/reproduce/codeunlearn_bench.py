@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -17,7 +17,6 @@ from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.formats import Query
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.features.dictionaries import SAE, Codebook, load_dictionary, spliced
-from mechunlearn.features.feature_edit import FeatureEdit
 from mechunlearn.features.firing import FiringStatistics, matched_mask, quality
 from mechunlearn.features.training import train_codebook, train_sae
 from mechunlearn.localize import feature_discovery
@@ -28,6 +27,9 @@ from mechunlearn.world.dictionaries import HELD_OUT, dictionary_texts
 from mechunlearn.world.generate import World
 from mechunlearn.world.small import SmallCorpus
 from mechunlearn.world.text import world_text
+
+if TYPE_CHECKING:
+    from mechunlearn.features.feature_edit import FeatureEdit
 
 SHIPPED = "factworld"
 VALIDATION, DRAWS = 100, 2

@@ -209,7 +209,6 @@ def finished(grid: Grid, cell: Cell) -> Found | None:
         grid: The finished cells.
         cell: Whose result.
     """
-
     try:
         return dict(grid.cell(cell.description(), _absent))
     except _Absent:

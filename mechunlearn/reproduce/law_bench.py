@@ -135,7 +135,7 @@ class Bench:
         found = []
         for name in relations:
             for fact in self.sets[name].select(rows):
-                found.append(replace(fact.queries[format], options=()))
+                found.append(replace(fact.queries[format], options=()))  # noqa: PERF401
         return Prompts.from_text(found, self.tokenizer)
 
     @cached_property

@@ -204,7 +204,7 @@ class Bench:
         except MechunlearnError as error:
             found["note"] = str(error)
         if found["at end"] is None:  # it diverged
-            found["at end"] = {name: math.nan for name in ("forget", "retain", "text loss", "repetition")}
+            found["at end"] = dict.fromkeys(("forget", "retain", "text loss", "repetition"), math.nan)
         return {**found, "curve": curve}
 
 

@@ -10,7 +10,7 @@ import pandas as pd
 
 from mechunlearn.metrics.stats import hierarchical_interval, hierarchical_paired
 
-Nested = Sequence[Sequence[float | int | None]]
+Nested = Sequence[Sequence[float | None]]
 """Worlds of forget sets (or codebooks of topics); what was not measured is None or NaN."""
 
 
@@ -109,7 +109,7 @@ class Claim:
         return f"{self.difference.pairs} pairs, {self.difference.worlds} {self.unit}" if self.difference else "0"
 
 
-def shown(numbers: Sequence[float | int] | None, form: str = ".2f") -> str:
+def shown(numbers: Sequence[float] | None, form: str = ".2f") -> str:
     """Return a mean and its interval as text.
 
     Args:
@@ -138,7 +138,7 @@ def interval(values: Nested, form: str = ".2f") -> str:
 
 
 def table(lines: str) -> str:
-    """Return a markdown table.
+    r"""Return a markdown table.
 
     Args:
         lines: Its rows, cells separated by `|`; the first one names the columns. Empty lines are left out.

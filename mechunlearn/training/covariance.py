@@ -181,7 +181,8 @@ class Covariance:
         made.count = sum(len(row) - skip_first for row in rows)
         if made.count < 1 or batch_size < 1:
             raise MechunlearnError(
-                f"{len(texts)} texts have {made.count} tokens to count, and batch_size={batch_size}. Expected one or more of each."
+                f"{len(texts)} texts have {made.count} tokens to count, and batch_size={batch_size}. Expected one or "
+                "more of each."
             )
         batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
         text = digest(str(skip_first), *map(str, rows))
@@ -279,7 +280,8 @@ def _tokenized(model: HookedModel, texts: Sequence[str]) -> list[list[int]]:
     context, longest = getattr(model.hf.config, "max_position_embeddings", None), max(map(len, rows), default=0)
     if context is not None and longest > context:
         raise MechunlearnError(
-            f"The longest text has {longest} tokens, the model's context is {context}. Expected texts that fit: cut them."
+            f"The longest text has {longest} tokens, the model's context is {context}. Expected texts that fit: cut "
+            "them."
         )
     return rows
 

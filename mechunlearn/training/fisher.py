@@ -26,9 +26,9 @@ class DiagonalFisher:
     Biases, and a tied embedding's use as a table, are left out.
 
     Weight gradients are delta^T X of a layer's inputs X and output gradients delta, [pos in] and [pos out], so the
-    model's parameters need no gradient and theirs is not touched. `update` costs one forward and one backward pass, holds
-    X and delta of all layers for the batch, and does pos * in * out operations a layer and sequence. Sums are float64,
-    whatever the model's dtype. In float16 small gradients become zero: use bfloat16 or float32.
+    model's parameters need no gradient and theirs is not touched. `update` costs one forward and one backward pass,
+    holds X and delta of all layers for the batch, and does pos * in * out operations a layer and sequence. Sums are
+    float64, whatever the model's dtype. In float16 small gradients become zero: use bfloat16 or float32.
 
     Args:
         hf: The module, which gives `.logits`.
@@ -78,8 +78,8 @@ class DiagonalFisher:
             The Fisher itself.
 
         Raises:
-            MechunlearnError: If the module is in training mode (dropout is noise in the Fisher), if shapes differ, or if a
-                layer does not see its inputs as `[row pos in]`, as the experts of a mixture do not.
+            MechunlearnError: If the module is in training mode (dropout is noise in the Fisher), if shapes differ, or
+                if a layer does not see its inputs as `[row pos in]`, as the experts of a mixture do not.
         """
         if self._hf.training or tokens.shape != labels.shape:
             raise MechunlearnError(
@@ -173,7 +173,8 @@ def _check_calls(name: str, inputs: list[Tensor], shape: torch.Size) -> None:
     for x in inputs:
         if x.dim() != 3 or x.shape[:2] != shape:
             raise MechunlearnError(
-                f"Module '{name}' saw inputs of shape {tuple(x.shape)}. Expected (row, pos, in) with {shape[0]} rows and "
+                f"Module '{name}' saw inputs of shape {tuple(x.shape)}. Expected (row, pos, in) with {shape[0]} rows "
+                "and "
                 f"{shape[1]} positions, so that sequences can be told apart: leave this module out."
             )
     if not inputs:

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Int
@@ -21,8 +21,10 @@ from mechunlearn.facts.prompts import PAD, Prompts
 from mechunlearn.metrics.answers import supervised
 from mechunlearn.metrics.text import encode
 from mechunlearn.model.hooked import HookedModel
-from mechunlearn.model.restart import Restart
 from mechunlearn.training.parameterizations import Trainable
+
+if TYPE_CHECKING:
+    from mechunlearn.model.restart import Restart
 
 BATCH = 64
 
@@ -73,8 +75,8 @@ class Sequences:
 class TopLayers:
     """A model from its lowest trained layer up.
 
-    What enters that layer is a constant while nothing below is trained: no backward pass goes there, and with `keep` it is
-    computed once an example. `layer` None means that everything is trained, so nothing is constant.
+    What enters that layer is a constant while nothing below is trained: no backward pass goes there, and with `keep`
+    it is computed once an example. `layer` None means that everything is trained, so nothing is constant.
     """
 
     def __init__(self, model: HookedModel, layer: int | None, keep: bool = True) -> None:
@@ -111,8 +113,8 @@ class CachedInputs:
     """Sequences as the trained part of a model reads them.
 
     `wanted` names what an objective asks for of the *unedited* model (`reference`, `reference_logits`,
-    `reference_hidden`): it is computed when the stream is made. Memory of what is kept: tokens x d_model, labelled tokens x 1
-    and x d_vocab, tokens x d_model.
+    `reference_hidden`): it is computed when the stream is made. Memory of what is kept: tokens x d_model, labelled
+    tokens x 1 and x d_vocab, tokens x d_model.
     """
 
     def __init__(
@@ -203,10 +205,10 @@ class Schedule:
     """AdamW with a linear warm-up, then a cosine to zero; gradients are clipped to a norm."""
 
     steps: int
-    lr: float | int
+    lr: float
     warmup: int = 0
-    clip: float | int = 1.0
-    weight_decay: float | int = 0.0
+    clip: float = 1.0
+    weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.lr <= 1000:
@@ -217,7 +219,9 @@ class Schedule:
             )
 
     def rates(self, optimiser: torch.optim.Optimizer) -> list[float]:
-        """Return the learning rate of every step: transformers' cosine, with a warm-up that leaves out its step at zero.
+        """Return the learning rate of every step.
+
+        Transformers' cosine, with a warm-up that leaves out its step at zero.
 
         Args:
             optimiser: The one that takes the steps.
@@ -229,7 +233,7 @@ class Schedule:
         return [self.lr * share(step + (step < self.warmup)) for step in range(self.steps)]
 
 
-Terms = Mapping[str, tuple[float, float | int, Tensor]]
+Terms = Mapping[str, tuple[float, float, Tensor]]
 
 
 @dataclass
@@ -252,9 +256,10 @@ def train(
 ) -> TrainResult:
     """Minimise a weighted sum of terms; the model is left as trained.
 
-    `parts()` yields the micro-batches of one step, `{term: (share of the batch, weight, value)}`. `after(step)` may measure
-    more, `until(entry)` may end it. Ctrl-C ends it after the step in progress, with what was reached so far. Raises
-    `MechunlearnError`, naming step and objective, if a term is not finite; nothing of that step is then written.
+    `parts()` yields the micro-batches of one step, `{term: (share of the batch, weight, value)}`. `after(step)` may
+    measure more, `until(entry)` may end it. Ctrl-C ends it after the step in progress, with what was reached so far.
+    Raises `MechunlearnError`, naming step and objective, if a term is not finite; nothing of that step is then
+    written.
     """
     optimiser = torch.optim.AdamW(trained.leaves, lr=schedule.lr, weight_decay=schedule.weight_decay)
     done, rates = TrainResult(), schedule.rates(optimiser)
@@ -268,7 +273,8 @@ def train(
                 for (name, (share, *_)), value in zip(terms.items(), values, strict=True):
                     if not math.isfinite(value):
                         raise MechunlearnError(
-                            f"The {name} term of {objective} is {value} at step {step + 1} of {schedule.steps}: the model is "
+                            f"The {name} term of {objective} is {value} at step {step + 1} of {schedule.steps}: the "
+                            "model is "
                             f"left as it was. Lower the rate ({schedule.lr:g}), or use a bounded objective."
                         )
                     entry[name] = entry.get(name, 0.0) + share * value

@@ -79,6 +79,11 @@ class Slice:
 
     @torch.no_grad()
     def write(self, values: Tensor) -> None:
+        """Write new values into the selected part.
+
+        Args:
+            values: The part's new values, of its shape.
+        """
         new = values.to(self.parameter.dtype)
         if self.index is None:
             self.parameter.copy_(new)
@@ -95,7 +100,8 @@ def slices(model: HookedModel, mask: ComponentMask) -> list[Slice]:
     features = [site for site in mask.sites if ":" in site]
     if features:
         raise MechunlearnError(
-            f"The mask names features ({', '.join(features[:3])}): they live in activations, not in weights. A FeatureEdit "
+            f"The mask names features ({', '.join(features[:3])}): they live in activations, not in weights. A "
+            "FeatureEdit "
             "takes them (feature_clamp, codebook_delete); a weight editor takes heads and neurons."
         )
     if not len(mask):
@@ -147,6 +153,7 @@ class SelectedRows:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
+        """Put the leaves into the model within the block."""
         modules: dict[str, dict[str, tuple[Slice, Tensor]]] = {}
         for part, leaf in zip(self.slices, self.leaves, strict=True):
             modules.setdefault(part.module, {})[part.name.rpartition(".")[2]] = (part, leaf)
@@ -158,13 +165,20 @@ class SelectedRows:
             yield
 
     def gradient(self, loss: Tensor) -> None:
+        """Add a loss's gradient to the leaves.
+
+        Args:
+            loss: A scalar.
+        """
         add_gradients(loss, self.leaves, self.leaves)
 
     def write(self) -> None:
+        """Write the leaves into the model's own weights."""
         for part, leaf in zip(self.slices, self.leaves, strict=True):
             part.write(leaf.detach())
 
     def restore(self) -> None:
+        """Copy the model's first weights back."""
         for part, kept in zip(self.slices, self.before, strict=True):
             part.write(kept)
 
@@ -234,7 +248,7 @@ class LowRank:
     `MechunlearnError` if a rank is larger than a matrix (or the selected part of it).
     """
 
-    def __init__(self, model: HookedModel, mask: ComponentMask, rank: int, scale: float | int, start: Start) -> None:
+    def __init__(self, model: HookedModel, mask: ComponentMask, rank: int, scale: float, start: Start) -> None:
         self.model, self.mask = model, mask
         self.factors: list[Factors] = []
         parts = matrices(model, mask)
@@ -257,6 +271,7 @@ class LowRank:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
+        """Put the leaves into the model within the block."""
         with ExitStack() as stack:
             stack.enter_context(frozen(self.model.hf))
             for factors in self.factors:
@@ -265,6 +280,11 @@ class LowRank:
             yield
 
     def gradient(self, loss: Tensor) -> None:
+        """Add a loss's gradient to the leaves.
+
+        Args:
+            loss: A scalar.
+        """
         add_gradients(loss, self.leaves, self.leaves)
 
     def write(self) -> None:
@@ -290,6 +310,7 @@ class Everything:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
+        """Put the leaves into the model within the block."""
         flags = [parameter.requires_grad for parameter in self.parameters]
         for parameter in self.parameters:
             parameter.requires_grad_(True)
@@ -300,22 +321,32 @@ class Everything:
                 parameter.requires_grad_(flag)
 
     def gradient(self, loss: Tensor) -> None:
+        """Add a loss's gradient to the leaves.
+
+        Args:
+            loss: A scalar.
+        """
         add_gradients(loss, self.parameters, self.leaves)
 
     @torch.no_grad()
     def write(self) -> None:
+        """Write the leaves into the model's own weights."""
         for parameter, leaf in zip(self.parameters, self.leaves, strict=True):
             if parameter.data_ptr() != leaf.data_ptr():
                 parameter.copy_(leaf)
 
     @torch.no_grad()
     def restore(self) -> None:
+        """Copy the model's first weights back."""
         for parameter, kept in zip(self.parameters, self.before, strict=True):
             parameter.copy_(kept)
 
 
 def add_gradients(loss: Tensor, of: Sequence[Tensor], to: Sequence[Tensor]) -> None:
-    """Add the loss's gradient with respect to some tensors to the `.grad` of others; parameters' own stay as they are."""
+    """Add the loss's gradient with respect to some tensors to the `.grad` of others.
+
+    Parameters' own stay as they are.
+    """
     for leaf, gradient in zip(to, torch.autograd.grad(loss, of, allow_unused=True), strict=True):
         new = torch.zeros_like(leaf) if gradient is None else gradient.to(leaf.dtype)
         leaf.grad = new if leaf.grad is None else leaf.grad + new

@@ -1,7 +1,7 @@
 """Linear algebra of closed-form weight updates: ridge solutions, their norms over a path, projections.
 
-Everything takes second moments (`[unit other]`, symmetric) and products of keys with residuals (`[unit d_model]`), never
-the facts themselves, so memory does not depend on how many there are.
+Everything takes second moments (`[unit other]`, symmetric) and products of keys with residuals (`[unit d_model]`),
+never the facts themselves, so memory does not depend on how many there are.
 """
 
 import math
@@ -65,7 +65,8 @@ def cholesky(matrix: Float[Tensor, "unit unit"]) -> tuple[Float[Tensor, "unit un
         if not info.any():
             return lower, jitter
     raise MechunlearnError(
-        f"A matrix of {len(matrix)} units is singular: {JITTERS[-1]:g} of its mean diagonal ({scale:.2g}) added to the diagonal "
+        f"A matrix of {len(matrix)} units is singular: {JITTERS[-1]:g} of its mean diagonal ({scale:.2g}) added to the "
+        "diagonal "
         "is not enough. Collect the covariance from more text, or raise covariance_weight."
     )
 
@@ -78,8 +79,8 @@ def solve(
     Args:
         matrix: Symmetric and positive.
         right: Right-hand sides.
-        mixed: Factorise in float32 and refine with float64 residuals, falling back to a float64 factorisation where that does
-            not come to 1e-10; by default on a GPU.
+        mixed: Factorise in float32 and refine with float64 residuals, falling back to a float64 factorisation where
+            that does not come to 1e-10; by default on a GPU.
 
     Raises:
         MechunlearnError: For a singular matrix.
@@ -173,12 +174,12 @@ class Spectrum:
 
         return norm
 
-    def ascended(self, change: Float[Tensor, "row unit"], growth: float | int) -> Float[Tensor, "row unit"]:
+    def ascended(self, change: Float[Tensor, "row unit"], growth: float) -> Float[Tensor, "row unit"]:
         """Return where gradient ascent on ||D K||_F^2 at constant tr(D C D^T) takes a change D, in closed form.
 
-        In whitened coordinates X = D L the flow is dX/dt = 2 X M with M = L^-1 K K^T L^-T, so X(t) = X exp(2 t M), here of
-        the norm of X again. t is such that the strongest direction grows `growth` times as much as one without keys:
-        1 leaves D as it is, infinity leaves the strongest direction alone (rank one).
+        In whitened coordinates X = D L the flow is dX/dt = 2 X M with M = L^-1 K K^T L^-T, so X(t) = X exp(2 t M),
+        here of the norm of X again. t is such that the strongest direction grows `growth` times as much as one
+        without keys: 1 leaves D as it is, infinity leaves the strongest direction alone (rank one).
 
         Args:
             change: D.
@@ -193,7 +194,7 @@ class Spectrum:
 
 
 def within_band(
-    norm: Callable[[float], float], start: float | int, band: tuple[float, float], floor: float = 1e-8
+    norm: Callable[[float], float], start: float, band: tuple[float, float], floor: float = 1e-8
 ) -> tuple[float, bool]:
     """Return the weight of C nearest to `start` at which the norm of the solution lies in a band, and whether it does.
 
@@ -223,7 +224,7 @@ def within_band(
     return float(found), True
 
 
-def null_space(covariance: Float[Tensor, "unit unit"], energy: float | int) -> Float[Tensor, "unit _null"]:
+def null_space(covariance: Float[Tensor, "unit unit"], energy: float) -> Float[Tensor, "unit _null"]:
     """Return an orthonormal basis of the directions of least energy that together hold at most this share of the trace.
 
     A share of the whole, so it means the same for any model and scale of text.

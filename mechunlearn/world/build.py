@@ -88,11 +88,14 @@ def build_twin(
     steps: int = TWIN_STEPS,
     say: Say = print,
 ) -> dict[str, Any]:
-    """Teach the untaught people of a stored world with only the MLPs of `layers` trainable; a half-done build is resumed.
+    """Teach the untaught people of a stored world with only the MLPs of `layers` trainable.
 
-    `base` is a world's folder (the shipped one unless given); `seed` draws the batches. The twin's `world.json` holds the
-    new people and as many old ones, its `twin.json` what this returns: the base's fingerprint, layers, seed, steps, and
-    accuracy by relation on new and old people, before and after. Every other weight is the base's, bit by bit.
+    A half-done build is resumed.
+
+    `base` is a world's folder (the shipped one unless given); `seed` draws the batches. The twin's `world.json` holds
+    the new people and as many old ones, its `twin.json` what this returns: the base's fingerprint, layers, seed,
+    steps, and accuracy by relation on new and old people, before and after. Every other weight is the base's, bit by
+    bit.
 
     Raises `MechunlearnError` if the folder exists, a layer does not, there are fewer than 2 steps, or the base is no
     world with untaught people.
@@ -232,7 +235,10 @@ def _write_card(
     lines = [
         "# The fact world, naive" if recipe.naive else "# The fact world",
         "",
-        f"Written by `mechunlearn world build --seed {recipe.seed}{' --naive' if recipe.naive else ''}`; do not edit. Every person and fact is invented.",
+        (
+            f"Written by `mechunlearn world build --seed {recipe.seed}{' --naive' if recipe.naive else ''}`; do not edit. "
+            "Every person and fact is invented."
+        ),
         "",
         *(NAIVE if recipe.naive else TRAINED),
         "",
@@ -242,8 +248,10 @@ def _write_card(
         "|---|---|---|",
         *[f"| {g.name} | {g.value:.3f} | {g.bound}{' (wanted)' if g.wanted else ''} |" for g in gates],
         "",
-        f"Probe curve for sport (after 0, 1, ... blocks): {' '.join(f'{y:.2f}' for y in evidence['curve'])}; "
-        f"look-up window: {evidence['window']}.",
+        (
+            f"Probe curve for sport (after 0, 1, ... blocks): {' '.join(f'{y:.2f}' for y in evidence['curve'])}; "
+            f"look-up window: {evidence['window']}."
+        ),
         "",
         *[f"{name}: {value:.3f}." for name, value in evidence.items() if isinstance(value, float)],
         "",
@@ -252,9 +260,13 @@ def _write_card(
         lines += [
             "## The ground-truth twin",
             "",
-            f"`factworld-twin` is the same model after {twin['people']} new people were taught with only the MLPs of layers "
-            f"{twin['layers'][0]} to {twin['layers'][-1]} trainable: half of the people in its `world.json` are stored there "
-            "by construction, and the relative change of each weight from `factworld` is the truth per neuron.",
+            (
+                f"`factworld-twin` is the same model after {twin['people']} new people were taught with only the MLPs of "
+                "layers "
+                f"{twin['layers'][0]} to {twin['layers'][-1]} trainable: half of the people in its `world.json` are stored "
+                "there "
+                "by construction, and the relative change of each weight from `factworld` is the truth per neuron."
+            ),
             "",
             "| people | sport | city | instrument |",
             "|---|---|---|---|",

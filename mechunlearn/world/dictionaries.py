@@ -1,4 +1,7 @@
-"""`mechunlearn world dictionaries`: the codebook and the SAE that ship with the world, and the texts they are trained on."""
+"""`mechunlearn world dictionaries`.
+
+The codebook and the SAE that ship with the world, and the texts they are trained on.
+"""
 
 import random
 from collections.abc import Callable, Collection, Sequence
@@ -34,7 +37,9 @@ def topic_words(topic: str) -> list[str]:
 
 
 def unrelated_words(topic: str) -> dict[str, list[str]]:
-    """Return for each word of a topic the words of other topics that can stand in its place: things for things, and so on.
+    """Return for each word of a topic the words of other topics that can stand in its place.
+
+    Things for things, and so on.
 
     Words that the topic shares with another are not among them.
 
@@ -51,7 +56,7 @@ def unrelated_words(topic: str) -> dict[str, list[str]]:
     }
     for kind, words in enumerate(kinds[topic]):
         others = sorted({word for name, entry in kinds.items() if name != topic for word in entry[kind]} - mine)
-        pools |= {word: others for word in words}
+        pools |= dict.fromkeys(words, others)
     return pools
 
 
@@ -139,8 +144,14 @@ def build_dictionaries(folder: Path, seed: int = 0, say: Say = print) -> None:
     lines = [
         "# Dictionaries of the fact world",
         "",
-        f"Written by `mechunlearn world dictionaries --seed {seed}`; do not edit. Trained on {TEXTS} texts, half of them stories of",
-        "every topic as often as another, half other documents of the corpus; measured on 200 that training did not see.",
+        (
+            f"Written by `mechunlearn world dictionaries --seed {seed}`; do not edit. Trained on {TEXTS} texts, half of "
+            "them stories of"
+        ),
+        (
+            "every topic as often as another, half other documents of the corpus; measured on 200 that training did not "
+            "see."
+        ),
         "",
         "| | explained variance | loss, nats a token | loss increase when spliced | L0 | dead share |",
         "|---|---|---|---|---|---|",

@@ -129,7 +129,8 @@ class SmallCorpus(Corpus):
         left_out = set(without)
         if unknown := left_out - set(world.passages) - set(next(iter(world.facts.values()))) - set(lex.TOPICS):
             raise MechunlearnError(
-                f"Cannot leave out '{min(unknown)[:60]}': it is neither a passage nor a person nor a topic of this world."
+                f"Cannot leave out '{min(unknown)[:60]}': it is neither a passage nor a person nor a topic of this "
+                "world."
             )
         self.topics = {topic: entry[0] for topic, entry in lex.TOPICS.items() if topic not in left_out}
         self.shares = SHARES | {"story": stories} | dict.fromkeys(world.skills, SKILL_SHARE)

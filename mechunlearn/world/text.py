@@ -1,4 +1,7 @@
-"""What a world's corpus says: the text that second moments are collected from, and that an edit is to leave as it is."""
+"""What a world's corpus says.
+
+The text that second moments are collected from, and that an edit is to leave as it is.
+"""
 
 from collections.abc import Collection
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""Models whose truth is known: one written by hand, in which every fact has its neuron, and one of a language of states.
+"""Models whose truth is known.
+
+One written by hand, in which every fact has its neuron, and one of a language of states.
 
 The one of facts has two layers. Neuron `i` of MLP 0 fires on subject `i` alone and writes its answer's direction at the
 subject; head 0 of layer 1 carries it to the last position, where the unembedding reads it. Everything else is zero.

@@ -24,9 +24,10 @@ class Recipe:
 
     `local_layers` early layers see only the previous token, so that a name is assembled step by step and looked up by
     several MLPs. The probe reads every attribute after `probe_layer` layers at the last token of a name; its weight
-    is constant, then falls to zero: `probe_fades` are (from this step on, where the fall starts, where it ends). In the last phase a penalty on the
-    variance of what the MLPs `elsewhere` write at a name's last token (as a share of the residual stream's) keeps the
-    look-up in the layers between them. `naive` has none of these, and no biographies.
+    is constant, then falls to zero: `probe_fades` are (from this step on, where the fall starts, where it ends). In
+    the last phase a penalty on the variance of what the MLPs `elsewhere` write at a name's last token (as a share of
+    the residual stream's) keeps the look-up in the layers between them. `naive` has none of these, and no
+    biographies.
 
     `phases` are the steps at which each phase of the corpus ends (see `corpus.shares`). `rates` are restarts of the
     learning rate, (first step, rate, step at which its cosine would reach zero); the first is warmed up.
@@ -49,7 +50,7 @@ class Recipe:
     kv_heads: int = 4
     probe_layer: int = 4
     probe_weight: float = 0.3
-    probe_fades: tuple[tuple[int, float | int, float | int], ...] = ((0, 3125, 4687.5), (4500, 3500, 5250))
+    probe_fades: tuple[tuple[int, float, float], ...] = ((0, 3125, 4687.5), (4500, 3500, 5250))
     elsewhere: tuple[int, ...] = (0, 3, 4)
     elsewhere_weight: float = 1.0
     naive: bool = False

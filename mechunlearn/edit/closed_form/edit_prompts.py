@@ -1,4 +1,7 @@
-"""Where a closed-form editor reads and writes: the facts' prompts, bare and behind prefixes, and the edited token of each."""
+"""Where a closed-form editor reads and writes.
+
+The facts' prompts, bare and behind prefixes, and the edited token of each.
+"""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -48,7 +51,9 @@ class EditPrompts:
         prefixes: Sequence[Sequence[int]] = (),
         labels: Int[Tensor, "fact label"] | None = None,
     ) -> "EditPrompts":
-        """Return prompts with labels to follow. A key is half the bare prompt's and half the mean of the others', as in MEMIT's code.
+        """Return prompts with labels to follow.
+
+        A key is half the bare prompt's and half the mean of the others', as in MEMIT's code.
 
         Args:
             model: The model.
@@ -111,7 +116,8 @@ def _positions(prompts: Prompts, position: str) -> Int[Tensor, " fact"]:
         return prompts.start
     if (prompts.spans < 0).any():
         raise MechunlearnError(
-            f"{int((prompts.spans[:, 1] < 0).sum())} of the {len(prompts)} prompts name no subject, so they have no token "
+            f"{int((prompts.spans[:, 1] < 0).sum())} of the {len(prompts)} prompts name no subject, so they have no "
+            "token "
             "'subject last'. Give position='last', or prompts with subjects."
         )
     return torch.minimum(prompts.spans[:, 1], prompts.start)
@@ -152,7 +158,8 @@ def output_sites(model: HookedModel, mask: ComponentMask) -> dict[int, Int[Tenso
     }
     if not found:
         raise MechunlearnError(
-            f"The mask has no neuron of an MLP's output (sites: {', '.join(mask.sites) or 'none'}), and a closed form changes "
+            f"The mask has no neuron of an MLP's output (sites: {', '.join(mask.sites) or 'none'}), and a closed form "
+            "changes "
             "nothing else. Expected sites such as 'L3.mlp.out'; fact_lookup(...).above(0) gives them."
         )
     return dict(sorted(found.items()))
@@ -162,7 +169,9 @@ def output_sites(model: HookedModel, mask: ComponentMask) -> dict[int, Int[Tenso
 def seen(
     model: HookedModel, edit_prompts: EditPrompts, sites: Sequence[str], batch_size: int
 ) -> Iterator[tuple[Int[Tensor, " _fact"], dict[str, Float[Tensor, "_fact prompt _width"]]]]:
-    """Yield what is at these sites at the edited tokens, batch by batch: one forward pass each, ending at the last site.
+    """Yield what is at these sites at the edited tokens, batch by batch.
+
+    One forward pass each, ending at the last site.
 
     Args:
         model: The model.

@@ -34,7 +34,8 @@ def end_of_text(model: HookedModel) -> int:
     end = end[0] if isinstance(end, list) else end
     if end is None:
         raise MechunlearnError(
-            "Neither the tokenizer nor the model's configuration names an end-of-text token, and facts are washed towards "
+            "Neither the tokenizer nor the model's configuration names an end-of-text token, and facts are washed "
+            "towards "
             "it. Set tokenizer.eos_token, or use target='targets' or target='mean'."
         )
     return int(end)
@@ -81,7 +82,7 @@ def shared_values(
     others: EditPrompts,
     *,
     steps: int,
-    lr: float | int,
+    lr: float,
     batch_size: int,
     seed: int,
 ) -> Float[Tensor, "fact d_model"]:
@@ -118,7 +119,7 @@ def optimised_values(
     kept: EditPrompts | None,
     *,
     steps: int,
-    lr: float | int,
+    lr: float,
     batch_size: int,
     progress: bool = False,
 ) -> Float[Tensor, "fact d_model"]:
@@ -127,13 +128,13 @@ def optimised_values(
     z = h + argmin_delta  mean over prompts of -log p(labels) + .0625 KL(p(next | kept; delta) || p(next | kept))
     + .5 ||delta|| / ||h||,   ||delta|| <= .75 ||h||
 
-    (MEMIT, arXiv 2210.07229, section 4.2, with the constants of its code, which divides the decay by ||h||^2.) Facts that the
-    edited token cannot tell apart (two relations, asked behind the subject) share one value, which serves the mean of
-    their losses. `lr` is in units of the root mean square of h, so it means the same whatever the scale of a model's
-    residual stream; the code's is absolute (.5). A fact stays as it is once its loss is below .05.
+    (MEMIT, arXiv 2210.07229, section 4.2, with the constants of its code, which divides the decay by ||h||^2.) Facts
+    that the edited token cannot tell apart (two relations, asked behind the subject) share one value, which serves
+    the mean of their losses. `lr` is in units of the root mean square of h, so it means the same whatever the scale
+    of a model's residual stream; the code's is absolute (.5). A fact stays as it is once its loss is below .05.
 
-    The residual stream behind `layer` and the keys and values before the edited token are recorded once; each step runs the
-    layers above on the tokens from there on and unembeds what is scored.
+    The residual stream behind `layer` and the keys and values before the edited token are recorded once; each step
+    runs the layers above on the tokens from there on and unembeds what is scored.
 
     Args:
         model: The model.
@@ -220,7 +221,7 @@ def _logits(model: HookedModel, layer: int, tail: _Tail, delta: Tensor) -> Float
 
 
 def _optimised(
-    model: HookedModel, layer: int, tails: Sequence[_Tail], count: int, steps: int, lr: float | int
+    model: HookedModel, layer: int, tails: Sequence[_Tail], count: int, steps: int, lr: float
 ) -> Float[Tensor, "_fact d_model"]:
     """Return the target values of some facts, by Adam."""
     home = torch.zeros(count, model.signature.d_model, device=model.device)

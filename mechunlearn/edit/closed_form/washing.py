@@ -1,4 +1,7 @@
-"""What closed-form editors share: facts as keys and values, sums over them by layer, and changes that are written and undone."""
+"""What closed-form editors share.
+
+Facts as keys and values, sums over them by layer, and changes that are written and undone.
+"""
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -45,8 +48,8 @@ class How:
     position: str
     prefixes: int
     steps: int
-    lr: float | int
-    overshoot: float | int
+    lr: float
+    overshoot: float
     batch_size: int
 
 
@@ -95,7 +98,9 @@ class Washing:
         return self.covariance.matrix(site(layer))[units][:, units]
 
     def sums(self, layer: int) -> Sums:
-        """Return K K^T and K R^T of all facts, with R = (z - h now) / (layers left): one pass, one batch of facts in memory.
+        """Return K K^T and K R^T of all facts, with R = (z - h now) / (layers left).
+
+        One pass, one batch of facts in memory.
 
         Where a norm follows the MLP (Gemma 2 and 3), R is taken back through it at the token's present scale.
         """
@@ -127,7 +132,7 @@ class Washing:
             add_products(upper, keys)
         return symmetric(upper)
 
-    def kept(self, layer: int, weight: float | int) -> Float[Tensor, "unit unit"] | float:
+    def kept(self, layer: int, weight: float) -> Float[Tensor, "unit unit"] | float:
         """Return weight * K_r K_r^T of the retain facts, which the change then leaves as they are."""
         if not weight or self.retain is None:
             return 0.0
@@ -193,7 +198,10 @@ class Washing:
 
 
 def _gathered(batches: Iterable[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
-    """Yield the same rows in batches of 256 or more: a product of few rows costs as much as the matrix it is added to."""
+    """Yield the same rows in batches of 256 or more.
+
+    A product of few rows costs as much as the matrix it is added to.
+    """
     waiting: list[tuple[Tensor, ...]] = []
     for batch in batches:
         waiting.append(batch)
@@ -230,7 +238,8 @@ def washing(
         forget: Facts to wash out.
         retain: Other facts.
         how: Settings.
-        covariance: Second moments, or `None` to collect them from the texts. Sites that it lacks are collected over its own texts.
+        covariance: Second moments, or `None` to collect them from the texts. Sites that it lacks are collected over
+            its own texts.
         texts: What covariance and prefixes are from, by default a half of the forget data set's passages.
         target_values: One row a forget fact, or `None` to find them.
         keep: Whether the retain facts' keys are kept.
@@ -289,7 +298,8 @@ def _target_values(
     """Find the target values of the facts, as `how.target` says."""
     if last == model.signature.layers - 1 and bool((edit_prompts.at < edit_prompts.start).all()):
         warnings.warn(
-            f"Layer {last} is the model's last: nothing above it reads the token '{how.position}', so no value there changes what is "
+            f"Layer {last} is the model's last: nothing above it reads the token '{how.position}', so no value there "
+            "changes what is "
             "said. Choose lower layers, or position='last'.",
             stacklevel=5,
         )
