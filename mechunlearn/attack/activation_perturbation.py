@@ -26,7 +26,7 @@ from mechunlearn.attack.states import (
     check_edit,
     check_sizes,
     halved,
-    share,
+    mean,
 )
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import Prompts
@@ -137,19 +137,8 @@ def activation_perturbation(
         )
     places = _sites(model, edit)
     kept, watched = halved(retain, seed, WATCHED)
-    attack = Attack(
-        "activation_perturbation",
-        model,
-        edit,
-        forget,
-        retain,
-        watched,
-        extra_edits,
-        baseline_rows,
-        min_retention,
-        seed,
-        progress,
-    )
+    given = model, edit, forget, retain, watched, extra_edits, baseline_rows, min_retention, seed, progress
+    attack = Attack("activation_perturbation", *given)
     free: list[Site] = [(site, None) for site, _ in places]
     sites = {s.name: free if s.edit is None else _sites(s.model, s.edit) for s in attack.states}
 
@@ -159,11 +148,10 @@ def activation_perturbation(
             here = _Here(state, sites[state.name], usual, kept, watched, size, seed)
             start = here.measured(here.vectors(), 0)
             for lr in lrs:
-                vectors = here.vectors()
-                losses, now = batch_losses(here.counts(batch_size), here.loss, seed), partial(here.measured, vectors)
-                yield training_curve(
-                    vectors, losses, start, now, setting=f"lr {lr:g}", lr=lr, steps=steps, eval_every=eval_every
-                )
+                vectors, streams = here.vectors(), {name: here.streams[name] for name in ("truth", "retain")}
+                losses = batch_losses(streams, dict.fromkeys(streams, batch_size), cross_entropy, seed)
+                now, about = partial(here.measured, vectors), {"steps": steps, "eval_every": eval_every}
+                yield training_curve(vectors, losses, start, now, setting=f"lr {lr:g}", lr=lr, **about)
         if state.name == EDITED and isinstance(edit, FeatureEdit):
             yield [_removed(state, watched, seed)]
 
@@ -300,17 +288,10 @@ class _Here:
         """Vectors of length zero at the sites."""
         return _Vectors(self.state.model, self.sites, self.scales, self.bases, self.size)
 
-    def counts(self, batch_size: int) -> dict[str, tuple[int, int]]:
-        """How many rows there are to train on, and in a batch."""
-        return {name: (len(self.streams[name]), batch_size) for name in ("truth", "retain")}
-
-    def loss(self, name: str, rows: Tensor) -> Float[Tensor, ""]:
-        return cross_entropy(self.streams[name], rows)
-
     def measured(self, vectors: _Vectors, step: int) -> Row:
         """What the model knows with the vectors as they are."""
         right, known, spared = (self.streams[name].right() for name in ("held_out", "truth", "watched"))
-        more = {"trained": share(known), "retain": share(spared), "chance": self.chance}
+        more = {"trained": mean(known), "retain": mean(spared), "chance": self.chance}
         moved = {"norm": max(vectors.norms()), "drift": self.drift(vectors)}
         return cell(self.state.name, "", right, self.seed, step=step, **more, **moved)
 
@@ -356,4 +337,4 @@ def _removed(state: State, watched: Prompts, seed: int) -> Row:
     """The model that is left when the hook of a feature edit is taken off."""
     held_out = halved(state.facts, seed)[1]
     right, spared = answered(state.model, held_out), answered(state.model, watched)
-    return cell(REMOVED, "none", right, seed, retain=share(spared), chance=chance(held_out))
+    return cell(REMOVED, "none", right, seed, retain=mean(spared), chance=chance(held_out))

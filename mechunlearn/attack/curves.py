@@ -1,8 +1,9 @@
 """What attacks that train share: learning rates, batches, and a curve that is measured on the way."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from functools import partial
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
@@ -14,7 +15,8 @@ from mechunlearn.errors import MechunlearnError
 from mechunlearn.training.loop import CachedInputs, Schedule, Terms, epochs, train
 from mechunlearn.training.parameterizations import Trainable
 
-Loss = Callable[[], Float[Tensor, ""]]
+Loss = Callable[[], Tensor]
+Set = TypeVar("Set", bound=Sized)
 
 
 def check_training(lrs: Sequence[float], **counts: int) -> None:
@@ -92,20 +94,21 @@ def training_curve(
 
 
 def batch_losses(
-    counts: Mapping[str, tuple[int, int]], loss: Callable[[str, Tensor], Float[Tensor, ""]], seed: int
+    sets: Mapping[str, Set], sizes: Mapping[str, int], loss: Callable[[Set, Tensor], Tensor], seed: int
 ) -> dict[str, Loss]:
     """Return for each set a function that gives the loss of its next batch.
 
     Args:
-        counts: By set, how many rows it has and how many a batch has. A set without rows is left out.
+        sets: What is trained on, by name. A set without rows is left out.
+        sizes: The number of rows a batch, by name.
         loss: The loss of rows of a set.
         seed: Draws the batches.
     """
     generator = torch.Generator().manual_seed(seed)
-    drawn = {name: epochs(count, size, generator) for name, (count, size) in counts.items() if count}
+    drawn = {name: epochs(len(some), sizes[name], generator) for name, some in sets.items() if len(some)}
 
     def next_loss(name: str) -> Tensor:
-        return loss(name, next(drawn[name]))
+        return loss(sets[name], next(drawn[name]))
 
     return {name: partial(next_loss, name) for name in drawn}
 

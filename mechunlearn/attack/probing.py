@@ -1,18 +1,18 @@
 """Probing: whether the truth can still be read from the residual stream of an edited model, by linear probes and lenses."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
 from mechunlearn.artifacts.weight_edit import Edit
-from mechunlearn.attack.states import GATE, WATCHED, Attack, Rows, State, cell, chance, share
+from mechunlearn.attack.states import GATE, WATCHED, Attack, Row, Rows, State, cell, chance, mean
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import PAD, Prompts
 from mechunlearn.metrics.answers import BATCH, answered
@@ -98,41 +98,16 @@ def probing(
 
     def tried(state: State) -> Rows:
         with state.applied() as target:
-            probes = _probes(target, state.facts, retain, taught, tested, seed)
-            lenses = _lenses(target, state.facts, retain, taught, tested)
-            own = share(answered(target, watched))
-        yield [
-            cell(
-                state.name,
-                f"{reader.name}, after {reader.blocks} blocks",
-                reader.truth,
-                seed,
-                group=reader.group,
-                blocks=reader.blocks,
-                edit_label=share(reader.target),
-                shuffled=reader.shuffled,
-                retain=min(reader.retain, own),
-                retain_here=reader.retain,
-                chance=chance(state.facts),
-                own=own,
-            )
-            for reader in (*probes, *lenses)
-        ]
+            readings = [
+                *_probes(target, state.facts, retain, taught, tested, seed),
+                *_lenses(target, state.facts, retain, taught, tested),
+            ]
+            about: Row = {"chance": chance(state.facts), "own": mean(answered(target, watched))}
+        for read in readings:
+            read["retain"] = min(read["retain_here"], about["own"])
+        yield [cell(state.name, seed=seed, **read, **about) for read in readings]
 
     return attack.run(tried, {"ridge": RIDGE})
-
-
-@dataclass(frozen=True)
-class _Reading:
-    """What one reader says of facts after some blocks: the truth, or the edit target, by fact."""
-
-    group: str
-    name: str
-    blocks: int
-    truth: Bool[Tensor, " fact"]
-    target: Bool[Tensor, " fact"]
-    retain: float
-    shuffled: float = math.nan
 
 
 def _check(forget: Prompts, retain: Prompts) -> None:
@@ -150,7 +125,7 @@ def _check(forget: Prompts, retain: Prompts) -> None:
 
 def _probes(
     model: HookedModel, facts: Prompts, retain: Prompts, taught: Tensor, tested: Tensor, seed: int
-) -> list[_Reading]:
+) -> Iterator[Row]:
     """Answers as classes, read at the subject's last token."""
     classes: dict[tuple[int, ...], int] = {}
     labels, truth, targets = (
@@ -167,40 +142,38 @@ def _probes(
     shuffled = known[torch.randperm(len(known), generator=torch.Generator().manual_seed(seed + 1)).numpy()]
     seen = _finite(residuals(model, retain, retain.spans[:, 1])).numpy()
     asked = _finite(residuals(model, facts, facts.spans[:, 1])).numpy()
-    found = []
     for blocks, (x, new) in enumerate(zip(seen, asked, strict=True)):
         probe = fitted(x[taught], known)
-        said = probe.predict(new)
-        found.append(
-            _Reading(
-                "probe",
-                "probe",
-                blocks,
-                torch.from_numpy(said == truth),
-                torch.from_numpy(said == targets),
-                float(np.mean(probe.predict(x[tested]) == labels[tested])),
-                float(np.mean(fitted(x[taught], shuffled).predict(new) == truth)),
-            )
-        )
-    return found
+        said, unsaid = probe.predict(new), fitted(x[taught], shuffled).predict(new)
+        yield {
+            "setting": f"probe, after {blocks} blocks",
+            "right": torch.from_numpy(said == truth),
+            "group": "probe",
+            "blocks": blocks,
+            "edit_label": float(np.mean(said == targets)),
+            "shuffled": float(np.mean(unsaid == truth)),
+            "retain_here": float(np.mean(probe.predict(x[tested]) == labels[tested])),
+        }
 
 
-def _lenses(model: HookedModel, facts: Prompts, retain: Prompts, taught: Tensor, tested: Tensor) -> list[_Reading]:
+def _lenses(model: HookedModel, facts: Prompts, retain: Prompts, taught: Tensor, tested: Tensor) -> Iterator[Row]:
     """Tokens, read where the first token is predicted that tells the truth from the edit target."""
     (positions, known, _), (places, truth, targets) = _told_apart(retain), _told_apart(facts)
     seen, asked = _finite(streams(model, retain, positions)), _finite(streams(model, facts, places))
     held_out = known[tested]
-    found = []
     for blocks, (x, new) in enumerate(zip(seen, asked, strict=True)):
         lens = _Lens.fitted(x[taught], seen[-1][taught])
-        for name, kept, read in (
-            ("logit lens", x[tested], new),
-            ("tuned lens", lens.final(x[tested]), lens.final(new)),
-        ):
-            said = _said(model, read)
-            right = share(_said(model, kept) == held_out)
-            found.append(_Reading("lens", name, blocks, said == truth, said == targets, right))
-    return found
+        for name, final in (("logit lens", torch.clone), ("tuned lens", lens.final)):
+            said = _said(model, final(new))
+            yield {
+                "setting": f"{name}, after {blocks} blocks",
+                "right": said == truth,
+                "group": "lens",
+                "blocks": blocks,
+                "edit_label": mean(said == targets),
+                "shuffled": math.nan,
+                "retain_here": mean(_said(model, final(x[tested])) == held_out),
+            }
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import pandas as pd
 import torch
@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechunlearn.artifacts.weight_edit import Edit
-from mechunlearn.attack.states import GATE, WATCHED, Attack, Rows, State, cell, chance, share
+from mechunlearn.attack.states import GATE, WATCHED, Attack, Rows, State, cell, chance, mean
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.formats import Fact, Query
 from mechunlearn.facts.prompts import PAD, FactDataset, Prompts
@@ -98,7 +98,7 @@ def prompting(
     attack = Attack(
         "prompting", model, edit, forget, retain, watched, extra_edits, baseline_rows, min_retention, seed, progress
     )
-    ways = {setting: _once(ask) for setting, ask in _ways(forget, retain, shots, seed).items()}
+    ways: dict[str, Ask] = {setting: cache(ask) for setting, ask in _ways(forget, retain, shots, seed).items()}
 
     def tried(state: State) -> Rows:
         with state.applied() as target:
@@ -109,7 +109,7 @@ def prompting(
                     continue
                 right, hit = _answered(target, asked, setting)
                 spared = _answered(target, ask(target, watched) or watched, setting)[0]
-                about = {"group": setting, "edit_target": share(hit), "retain": share(spared), "chance": chance(asked)}
+                about = {"group": setting, "edit_target": mean(hit), "retain": mean(spared), "chance": chance(asked)}
                 yield [cell(state.name, setting, right, seed, **about)]
 
     return attack.run(tried, {"shots": shots}, len(ways))
@@ -129,19 +129,6 @@ def _ways(forget: Prompts, retain: Prompts, shots: int, seed: int) -> dict[str, 
     if "multiple_choice" not in formats:
         ways[AMONG] = _among
     return ways
-
-
-def _once(ask: Ask) -> Ask:
-    """What is asked of a model is made once, however many edits of it are attacked."""
-    made: dict[tuple[int, int], Prompts | None] = {}
-
-    def asked(model: HookedModel, prompts: Prompts) -> Prompts | None:
-        key = id(model), id(prompts)
-        if key not in made:
-            made[key] = ask(model, prompts)
-        return made[key]
-
-    return asked
 
 
 def _in_format(format: str, model: HookedModel, prompts: Prompts) -> Prompts | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from mechunlearn.artifacts.weight_edit import Edit
-from mechunlearn.attack.states import GATE, WATCHED, Attack, Rows, State, cell, chance, check_sizes, share
+from mechunlearn.attack.states import GATE, WATCHED, Attack, Rows, State, cell, chance, check_sizes, mean
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.metrics.answers import answered
@@ -91,11 +91,11 @@ def quantization(
 
     def tried(state: State) -> Rows:
         with state.applied() as target:
-            about = {"before": share(answered(target, state.facts)), "chance": chance(state.facts)}
+            about = {"before": mean(answered(target, state.facts)), "chance": chance(state.facts)}
             for setting, (size, rounding) in settings.items():
                 with _rounded(target, rounding):
                     right, spared = answered(target, state.facts), answered(target, watched)
-                yield [cell(state.name, setting, right, seed, retain=share(spared), bits=size, **about)]
+                yield [cell(state.name, setting, right, seed, retain=mean(spared), bits=size, **about)]
 
     return attack.run(tried, {"settings": list(settings)}, len(settings))
 

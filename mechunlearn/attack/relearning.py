@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mechunlearn.artifacts.mask import ComponentMask
 from mechunlearn.artifacts.weight_edit import Edit
-from mechunlearn.attack.curves import Loss, batch_losses, check_training, cross_entropy, training_curve
+from mechunlearn.attack.curves import batch_losses, check_training, cross_entropy, training_curve
 from mechunlearn.attack.states import (
     GATE,
     WATCHED,
@@ -25,8 +25,8 @@ from mechunlearn.attack.states import (
     check_sizes,
     halved,
     halves,
+    mean,
     recovery,
-    share,
 )
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import Prompts
@@ -135,19 +135,19 @@ def relearning(
     ranks = {state.name: _rank(state.model, rank) if "lora" in lrs else 0 for state in attack.states}
     texts = forget.facts.texts if forget.facts is not None else ()
 
+    sizes = {"truth": batch_size, "retain": batch_size, "text": max(1, batch_size // 4)}
+
     def tried(state: State) -> Rows:
         with state.applied() as target:
             sets = _Sets.of(target, state.facts, retain, watched, texts, on, seed)
-            start = sets.measured(target, state.name, seed, 0)
+            now, everything = partial(sets.measured, target, state.name, seed), ComponentMask.everything(target)
+            start = now(0)
             for method, lr in tried_lrs:
-                everything = ComponentMask.everything(target)
-                trained: Trainable = (
-                    Everything(target)
-                    if method == "full"
-                    else LowRank(target, everything, ranks[state.name], SCALE, lora_start(seed))
-                )
-                losses = sets.losses(TopLayers(target, trained.lowest), batch_size, seed)
-                now = partial(sets.measured, target, state.name, seed)
+                adapted = partial(LowRank, target, everything, ranks[state.name], SCALE, lora_start(seed))
+                trained: Trainable = Everything(target) if method == "full" else adapted()
+                upper = TopLayers(target, trained.lowest)
+                streams = {name: CachedInputs(upper, sequences) for name, sequences in sets.trained_on.items()}
+                losses = batch_losses(streams, sizes, cross_entropy, seed)
                 curve = training_curve(
                     trained, losses, start, now, setting=f"{method} {lr:g}", lr=lr, steps=steps, eval_every=eval_every
                 )
@@ -207,29 +207,15 @@ class _Sets:
         passages = tuple(unseen[:: max(1, math.ceil(len(unseen) / PASSAGES))])
         return cls(facts, taught, held_out, watched, passages, sets)
 
-    def losses(self, upper: TopLayers, batch_size: int, seed: int) -> dict[str, Loss]:
-        streams = {name: CachedInputs(upper, sequences) for name, sequences in self.trained_on.items()}
-        sizes = {"truth": batch_size, "retain": batch_size, "text": max(1, batch_size // 4)}
-        counts = {name: (len(stream), sizes[name]) for name, stream in streams.items()}
-        return batch_losses(counts, lambda name, rows: cross_entropy(streams[name], rows), seed)
-
     def measured(self, model: HookedModel, state: str, seed: int, step: int) -> Row:
         """What the model knows now."""
         found = measure(model, self.facts)
         options = found.get("option_probability", torch.full((len(self.facts),), math.nan))
-        text = float(text_loss(model, self.passages).mean()) if self.passages else math.nan
-        return cell(
-            state,
-            "",
-            found["accuracy"][self.held_out],
-            seed,
-            step=step,
-            trained=share(found["accuracy"][self.taught]),
-            retain=share(answered(model, self.watched)),
-            option_probability=float(options[self.held_out].mean()),
-            text_loss=text,
-            chance=chance(self.facts.select(self.held_out)),
-        )
+        right, known = found["accuracy"][self.held_out], found["accuracy"][self.taught]
+        about = {"trained": mean(known), "retain": mean(answered(model, self.watched))}
+        about["option_probability"] = mean(options[self.held_out])
+        about["text_loss"] = mean(text_loss(model, self.passages)) if self.passages else math.nan
+        return cell(state, "", right, seed, step=step, chance=chance(self.facts.select(self.held_out)), **about)
 
 
 def _unrelated(model: HookedModel, facts: Prompts, retain: Prompts) -> Prompts:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from mechunlearn.artifacts.weight_edit import Edit
 from mechunlearn.attack.curves import batch_losses, check_training, training_curve
-from mechunlearn.attack.states import GATE, WATCHED, Attack, Row, Rows, State, cell, chance, check_sizes, halved, share
+from mechunlearn.attack.states import GATE, WATCHED, Attack, Row, Rows, State, cell, chance, check_sizes, halved, mean
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import PAD, Prompts
 from mechunlearn.metrics.answers import BATCH, answer_logprob, positions_read
@@ -105,25 +105,23 @@ def soft_prompt(
     def tried(state: State) -> Rows:
         taught, held_out = halved(state.facts, seed)
         sets = {"truth": taught, "retain": kept}
-        counts = {name: (len(prompts), batch_size) for name, prompts in sets.items()}
 
         def measured(prefix: _Prefix | None, step: int) -> Row:
             vectors = prefix.vectors if prefix is not None else None
             right, known, spared = (_right(state.model, part, vectors) for part in (held_out, taught, watched))
-            more = {"trained": share(known), "retain": share(spared), "chance": chance(held_out)}
+            more = {"trained": mean(known), "retain": mean(spared), "chance": chance(held_out)}
             return cell(state.name, "", right, seed, step=step, **more)
 
-        def loss(prefix: _Prefix, name: str, rows: Tensor) -> Tensor:
-            return _loss(state.model, sets[name].select(rows), prefix.vectors)
+        def loss(prefix: _Prefix, prompts: Prompts, rows: Tensor) -> Tensor:
+            return _loss(state.model, prompts.select(rows), prefix.vectors)
 
         with state.applied():
             start = measured(None, 0)
             for lr in lrs:
                 prefix = _Prefix(state.model, tokens, seed)
-                losses, now = batch_losses(counts, partial(loss, prefix), seed), partial(measured, prefix)
-                yield training_curve(
-                    prefix, losses, start, now, setting=f"lr {lr:g}", lr=lr, steps=steps, eval_every=eval_every
-                )
+                losses = batch_losses(sets, dict.fromkeys(sets, batch_size), partial(loss, prefix), seed)
+                now, about = partial(measured, prefix), {"steps": steps, "eval_every": eval_every}
+                yield training_curve(prefix, losses, start, now, setting=f"lr {lr:g}", lr=lr, **about)
 
     settings = {"lrs": list(lrs), "tokens": tokens, "steps": steps, "eval_every": eval_every, "batch_size": batch_size}
     return attack.run(tried, settings, len(lrs))

@@ -89,7 +89,7 @@ class Attack:
 
     def __post_init__(self) -> None:
         self.states = states_to_attack(self.model, self.edit, self.forget, self.extra_edits, self.seed)
-        known = share(answered(self.model, self.watched))
+        known = mean(answered(self.model, self.watched))
         if known < self.min_retention:
             raise MechunlearnError(
                 f"Before any edit the model knows {known:.0%} of the retain facts that are measured, and the gate asks "
@@ -227,15 +227,15 @@ def cell(
             attack trains.
     """
     low, high = bootstrap_interval(right.float().numpy(), seed)
-    first = {"state": state, "setting": setting, "step": 0, "held_out": share(right), "low": low, "high": high}
+    first = {"state": state, "setting": setting, "step": 0, "held_out": mean(right), "low": low, "high": high}
     return {**first, "n": len(right), "trained": math.nan, **columns}
 
 
-def share(right: Bool[Tensor, " fact"] | Float[Tensor, " fact"]) -> float:
-    """Return the share of facts for which something holds.
+def mean(right: Bool[Tensor, " fact"] | Float[Tensor, " fact"]) -> float:
+    """Return a mean over facts.
 
     Args:
-        right: For each fact whether it does.
+        right: One value a fact.
     """
     return float(right.float().mean())
 

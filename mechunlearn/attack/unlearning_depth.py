@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 
 import pandas as pd
@@ -11,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechunlearn.artifacts.weight_edit import Edit
-from mechunlearn.attack.states import GATE, NEVER_TAUGHT, WATCHED, Attack, Row, Rows, State, cell, chance, share
+from mechunlearn.attack.states import GATE, NEVER_TAUGHT, WATCHED, Attack, Row, Rows, State, cell, chance, mean
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import PAD, Prompts
 from mechunlearn.metrics.answers import BATCH, answer_logprob, at_answers, per_fact, positions_read
@@ -124,7 +123,7 @@ def unlearning_depth(
                 "them layer by layer. Give models of one architecture and size."
             )
     without = partial(_run, gold) if gold is not None else partial(_without_look_up, model, _mean_writes(model, retain))
-    needed = _patched(model, forget, without).lost
+    needed = _patched(model, forget, without)[0]
     weights = needed.mean(1)
     weights = torch.where(weights > threshold, weights, 0.0)
     if not weights.any():
@@ -136,16 +135,16 @@ def unlearning_depth(
         )
 
     def tried(state: State) -> Rows:
-        there, kept = (_patched(model, facts, partial(_of_state, state)) for facts in (state.facts, retain))
+        (lost, there), (_, kept) = (_patched(model, each, partial(_of_state, state)) for each in (state.facts, retain))
         erased = torch.full_like(needed, math.nan)
         if state.name != NEVER_TAUGHT:  # it is known of the forget facts alone where the original model holds them
-            erased = torch.where(needed > threshold, there.lost / needed, math.nan).clamp(0, 1)
-        about = {"retain": share(kept.right[-1]), "chance": chance(state.facts), **_score(needed, erased, seed)}
+            erased = torch.where(needed > threshold, lost / needed, math.nan).clamp(0, 1)
+        about = {"retain": mean(kept[-1]), "chance": chance(state.facts), **_score(needed, erased, seed)}
         rows = []
-        for blocks, right in enumerate(there.right):
+        for blocks, right in enumerate(there):
             here = erased[blocks][~erased[blocks].isnan()]
-            depths = {"blocks": blocks, "weight": float(weights[blocks]), "erased": share(here), "holding": len(here)}
-            depths["retain_here"] = share(kept.right[blocks])
+            depths = {"blocks": blocks, "weight": float(weights[blocks]), "erased": mean(here), "holding": len(here)}
+            depths["retain_here"] = mean(kept[blocks])
             rows.append(cell(state.name, f"after {blocks} blocks", right, seed, **depths, **about))
         yield rows
 
@@ -182,37 +181,25 @@ def depth(rows: pd.DataFrame) -> pd.DataFrame:
     return found
 
 
-@dataclass(frozen=True)
-class _Patched:
-    """What the original model makes of another's stream: nats that the truth loses, and whether it is given."""
-
-    lost: Float[Tensor, "depth fact"]
-    right: Float[Tensor, "depth fact"]
-
-
-def _patched(model: HookedModel, facts: Prompts, record: Record) -> _Patched:
-    """Replace the stream of the original model by that of `record` after 0, 1, ... all blocks."""
+def _patched(
+    model: HookedModel, facts: Prompts, record: Record
+) -> tuple[Float[Tensor, "depth fact"], Float[Tensor, "depth fact"]]:
+    """What the original model makes of another's stream after 0, 1, ... all blocks: nats that the truth loses, and whether it is given."""
     depths = torch.arange(model.signature.layers + 1)
     lost, right = [], []
     for rows in torch.arange(len(facts)).split(BATCH):
         part = facts.select(rows)
         source = record(part).resid
         base = model.decoder.record(part.tokens, positions_read(answer_logprob, part).to(model.device))
+        behind, first = _behind(part)[None].to(model.device), torch.tensor([0])
         patches = [
-            UnitPatch(
-                blocks,
-                "resid_pre",
-                torch.tensor([blocks]),
-                _behind(part)[None].to(model.device),
-                torch.tensor([0]),
-                source[blocks][None].to(model.device),
-            )
-            for blocks in depths.tolist()
+            UnitPatch(k, "resid_pre", torch.tensor([k]), behind, first, source[k][None].to(model.device))
+            for k in depths.tolist()
         ]
         as_it_is = per_fact(answer_logprob, base.logits, part)
         lost.append(as_it_is - sweep(model.decoder, base, patches, len(depths), answer_logprob, part))
         right.append(sweep(model.decoder, base, patches, len(depths), _given, part))
-    return _Patched(torch.cat(lost, 1), torch.cat(right, 1))
+    return torch.cat(lost, 1), torch.cat(right, 1)
 
 
 def _behind(facts: Prompts) -> Bool[Tensor, "fact pos"]:
@@ -230,13 +217,10 @@ def _of_state(state: State, facts: Prompts) -> Run:
         return _run(target, facts)
 
 
-def _mlps(model: HookedModel) -> list[str]:
-    return [f"L{layer}.mlp_out" for layer in range(model.signature.layers)]
-
-
 def _mean_writes(model: HookedModel, retain: Prompts) -> dict[str, Float[Tensor, " d_model"]]:
     """What each MLP writes at the subject's last token, on average over these facts."""
-    run = model.decoder.record(retain.tokens, retain.start[:, None], _mlps(model), keys=False)
+    mlps = [f"L{layer}.mlp_out" for layer in range(model.signature.layers)]
+    run = model.decoder.record(retain.tokens, retain.start[:, None], mlps, keys=False)
     rows = torch.arange(len(retain))
     return {site: written[rows, retain.spans[:, 1]].mean(0) for site, written in run.kept.items()}
 

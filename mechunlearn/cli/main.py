@@ -345,7 +345,6 @@ def evaluate(
         attacks=wanted,
         cache=cache or output.with_suffix(".attacks"),
         seed=seed,
-        progress=True,
         watch=written,
     )
     written(report)
@@ -442,7 +441,7 @@ def compare(
     check_grid(**grid)
     hooked, forgotten, _ = _load(model, facts, forget, 0, device, dtype)
     assert forgotten.facts is not None and forgotten.facts.source is not None
-    grid |= {"forget": forget, "steps": steps, "attack": attack, "progress": True}
+    grid |= {"forget": forget, "steps": steps, "attack": attack}
     made = compared(hooked, forgotten.facts.source, folder=output, **grid)
     _print_arms(made.summary(short=True))
     console.print("± is half of the 95 % bootstrap interval over seeds, all of one model; how to read it: table.md")
@@ -458,7 +457,7 @@ def _run(
     from mechunlearn.evaluation.workflow import edit_prompts
 
     cache = output.with_name(output.name + ".attacks") if attacks else None
-    said: dict[str, Any] = {"seed": seed, "progress": True, "say": console.print}
+    said: dict[str, Any] = {"seed": seed, "say": console.print}
     made = edit_prompts(hooked, forgotten, retained, attacks=attacks, cache=cache, **said)
     written = made.save(hooked, output)
     if attacks:

@@ -93,19 +93,16 @@ def compare(
     names = check_grid(localizers, objectives, budgets, seeds, lrs, forget_weights, validation)
     sets = _Sets(model, facts, forget)
     sets.split(0)  # too many facts to forget: complain before a folder is made
-    about = {
+    data = digest(*(each.to_frame().to_json() for each in (facts, *facts.related.values())), *facts.texts)
+    about: dict[str, Any] = {
         "model": repr(model),
         "weights": model.fingerprint,
         "facts": facts.name,
-        "data": digest(*(each.to_frame().to_json() for each in (facts, *facts.related.values())), *facts.texts),
+        "data": data,
         **names,
-        "seeds": seeds,
-        "forget": forget,
-        "steps": steps,
-        "validation": validation,
-        "attack": attack,
-        "versions": RunCard("compare").versions,
     }
+    about |= {"seeds": seeds, "forget": forget, "steps": steps, "validation": validation, "attack": attack}
+    about["versions"] = RunCard("compare").versions
     grid = _opened(Path(folder), about)
     work = partial(_cell, sets, grid, steps, attack)
     arms = [dict(zip(ARM, arm, strict=True)) for arm in product(*(names[f"{name}s"] for name in ARM))]
@@ -166,19 +163,13 @@ def check_grid(
             raise MechunlearnError(f"Expected one or more {what}s above 0, not {listed(numbers) or 'none'}.")
     if not shares:
         raise MechunlearnError(f"No budget is given. Expected shares of the weights, or '{WINDOW}'.")
-    for what, number, most in (
-        ("seeds", seeds, FIRST_VALIDATION - 1),
-        ("validation sets", validation, MOST_VALIDATION),
-    ):
+    limits = {"seeds": (seeds, FIRST_VALIDATION - 1), "validation sets": (validation, MOST_VALIDATION)}
+    for what, (number, most) in limits.items():
         if not 1 <= number <= most:
             raise MechunlearnError(f"{number} {what} are out of range. Expected 1 to {most}.")
-    return {
-        "objectives": list(dict.fromkeys(objectives)),
-        "budgets": list(dict.fromkeys(shares)),
-        "localizers": list(dict.fromkeys(localizers)),
-        "lrs": sorted({float(lr) for lr in lrs}),
-        "forget_weights": sorted({float(weight) for weight in forget_weights}),
-    }
+    names = {"objectives": objectives, "budgets": shares, "localizers": localizers}
+    found: dict[str, list[Any]] = {name: list(dict.fromkeys(given)) for name, given in names.items()}
+    return found | {"lrs": sorted({*map(float, lrs)}), "forget_weights": sorted({*map(float, forget_weights)})}
 
 
 class _Sets:

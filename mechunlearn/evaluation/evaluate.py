@@ -93,17 +93,9 @@ def evaluate(
     watch(report)
     if not names:
         return report
-    found = attack_all(
-        model,
-        edit,
-        forget,
-        retain,
-        attacks=names,
-        cache=cache,
-        seed=seed,
-        progress=progress,
-        watch=lambda found: watch(replace(report, attacked=found)),
-    )
+    settings: dict[str, Any] = {"attacks": names, "cache": cache, "seed": seed, "progress": progress}
+    settings["watch"] = lambda found: watch(replace(report, attacked=found))
+    found = attack_all(model, edit, forget, retain, **settings)
     return replace(report, attacked=found, about=about | {"seconds": clock.seconds()})
 
 

@@ -47,6 +47,7 @@ TILES = (
     ("Efficacy: edit target there", "forget", "target_accuracy"),
     ("Retention: retain facts right", "retain", "accuracy"),
 )
+TILE = "Most that an attack brings back"
 FORMATS = {
     "accuracy": "Forget facts: the truth, by format",
     "target_accuracy": "Forget facts: the edit target, by format",
@@ -199,25 +200,23 @@ class Report:
                 f"recovery by {label(most['attack'])} (0: floor, 1: unedited; up to {most['up_to']:.2f} within its "
                 f"interval); {len(measured)} of {len(found)} attacks measured it"
             )
-            value = f"{most['recovery']:.2f}"
-            tiles.append({"what": "Most that an attack brings back", "value": value, "detail": detail})
+            tiles.append({"what": TILE, "value": f"{most['recovery']:.2f}", "detail": detail})
         return tiles
 
     def _where(self, found: Localization | None, edit: AnyEdit | None) -> list[str]:
+        """What was edited, kind by kind, and its weight."""
         by = f"by {label(self.card.method)}"
         weights = [f"{self.card.weights:,} weights, {by}"] if self.card.weights else []
         if edit is None:
             return weights or [f"what the mask selects, {by}"]
-        mask = edit.mask
-        sites = ((Component.parse(site), units) for site, units in mask.sites.items())
+        sites = ((Component.parse(site), units) for site, units in edit.mask.sites.items())
         counts = by_kind((at.layer, at.kind, int(units.sum()), len(units)) for at, units in sites)
-        lines = [
+        if found is not None and {kind for kind, *_ in counts} <= found.unit_weights.keys():
+            weights = [f"{found.share(edit.mask):.2%} of the editable weights, {by}"]
+        return [
             f"{n} of {of} {unit_name(kind)}s of {kind} in layer{'' if layers.isdecimal() else 's'} {layers}"
             for kind, layers, n, of in counts
-        ]
-        if found is not None and {kind for kind, *_ in counts} <= found.unit_weights.keys():
-            weights = [f"{found.share(mask):.2%} of the editable weights, {by}"]
-        return lines + weights
+        ] + weights
 
     def to_html(self, path: str | Path, found: Localization | None = None, edit: AnyEdit | None = None) -> None:
         """Write one page that needs no network.
@@ -232,17 +231,16 @@ class Report:
             edit: Adds the map of its mask.
         """
         said, why = self.status()
-        outcomes = self.outcomes()
         figures: dict[str, list[dict[str, Any]]] = {}
         drawn: list[dict[str, Any]] = []
         for section, made in self._by_section(found, edit).items():
             figures[section] = []
             for figure in made:
-                name = f"figure-{len(drawn)}"
-                title, height = unescape(figure.layout.title.text), figure.layout.height - 30
-                figure.update_layout(title=None, height=height, margin={"t": 40})
-                figures[section].append({"id": name, "title": title, "height": height})
-                drawn.append({"id": name, **figure.to_plotly_json()})
+                about = {"id": f"figure-{len(drawn)}", "height": figure.layout.height - 30}
+                figures[section].append(about | {"title": unescape(figure.layout.title.text)})
+                figure.update_layout(title=None, height=about["height"], margin={"t": 40})
+                drawn.append({"id": about["id"], **figure.to_plotly_json()})
+        tables = {"summary": self.summary(), "outcomes": self.outcomes(), "everything": self.frame.round(3)}
         page = _PAGE.render(
             said=said or "not attacked",
             meaning=STATUS[said],
@@ -253,10 +251,8 @@ class Report:
             where=self._where(found, edit),
             note=found.note if found is not None else "",
             columns={name: MEANING.get(name, "another edit") for name in self.columns},
-            summary=_table(self.summary()),
-            outcomes=_table(outcomes) if len(outcomes) else "",
+            **{name: _table(table) if len(table) else "" for name, table in tables.items()},
             compared=multiple_comparisons(len(self.attacked.rows)),
-            everything=_table(self.frame.round(3)),
             figures=figures,
             card=json.dumps(asdict(self.card), indent=1),
             figure_css=Markup(plots.FIGURE_CSS),

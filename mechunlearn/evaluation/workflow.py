@@ -114,9 +114,8 @@ def edit_facts(
     hooked = load_model(model) if isinstance(model, str | Path) else model
     data = facts if isinstance(facts, FactDataset) else load_facts(facts)
     forgotten, retained = _sets(data.prompts(hooked), forget, seed)
-    return edit_prompts(
-        hooked, forgotten, retained, attacks=attacks, cache=cache, seed=seed, progress=progress, say=say
-    )
+    settings: dict[str, Any] = {"attacks": attacks, "cache": cache, "seed": seed, "progress": progress, "say": say}
+    return edit_prompts(hooked, forgotten, retained, **settings)
 
 
 def edit_prompts(
@@ -160,17 +159,9 @@ def edit_prompts(
     shown: Any = {} if progress is None else {"progress": progress}
     masks = [mask, attributed.top(weights=share)] if looked_up else [mask]
     edit, *rival = (masked_gradient(model, each, forget, retain, seed=seed, **shown) for each in masks)
-    report = evaluate(
-        model,
-        edit,
-        forget=forget,
-        retain=retain,
-        others=dict(zip(["patching"], rival)),
-        attacks=attacks,
-        cache=cache,
-        seed=seed,
-        progress=progress,
-    )
+    settings: dict[str, Any] = {"attacks": attacks, "cache": cache, "seed": seed, "progress": progress}
+    settings["others"] = dict(zip(["patching"], rival))
+    report = evaluate(model, edit, forget=forget, retain=retain, **settings)
     return EditedFacts(found if looked_up else attributed, mask, edit, report)
 
 
