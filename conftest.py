@@ -27,11 +27,52 @@ def pytest_collectstart() -> None:
         importlib.import_module(name)
 
 
+LONG = {
+    *(
+        "activation_perturbation",
+        "cli",
+        "cli_dictionary",
+        "codeunlearn",
+        "compare",
+        "dictionary_training",
+        "explore_page",
+    ),
+    *(
+        "extending",
+        "feature_discovery",
+        "jupyter",
+        "law",
+        "mechanistic_unlearning",
+        "plots",
+        "portability",
+        "prompting",
+    ),
+    *(
+        "relearning",
+        "report_page",
+        "reproduce",
+        "robustness",
+        "soft_prompt",
+        "washing",
+        "workbench",
+        "workflow",
+        "world",
+    ),
+}
+"""Test files that train, start processes or open a browser: `pytest -m fast` leaves them out, and the pages."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Notebooks (`--nbmake`) are run with the slow tests."""
+    """Notebooks (`--nbmake`) are run with the slow tests; what is not slow and in no long file is fast."""
     for item in items:
         if item.path.suffix == ".ipynb":
             item.add_marker("slow")
+        if (
+            item.path.suffix == ".py"
+            and item.path.stem.removeprefix("test_") not in LONG
+            and not item.get_closest_marker("slow")
+        ):
+            item.add_marker("fast")
 
 
 @pytest.fixture

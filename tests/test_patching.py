@@ -338,3 +338,16 @@ class TestBadInput:
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.hf.modules())
         assert not any("forward" in vars(m) for m in model.hf.modules())
         assert torch.equal(model.forward(prompts.tokens), before)
+
+
+def test_a_bar_is_shown_when_asked_for_and_never_in_a_pipe(toy, capsys):
+    activation_patching(toy.model, toy.prompts([1]), kinds=["attn.o"])
+    attribution_patching(toy.model, toy.prompts([1]))
+    assert capsys.readouterr().out == ""
+    activation_patching(toy.model, toy.prompts([1, 2]), kinds=["attn.o"], batch_size=1, progress=True)
+    out = capsys.readouterr().out
+    assert "4 cells, about" in out and "patched runs" in out and "8/8" in out
+    for localizer, title in ((attribution_patching, "attribution patching"), (path_patching, "patched paths")):
+        localizer(toy.model, toy.prompts([1, 2]), progress=True)
+        out = capsys.readouterr().out
+        assert title in out and "about" not in out

@@ -184,7 +184,10 @@ def depth(rows: pd.DataFrame) -> pd.DataFrame:
 def _patched(
     model: HookedModel, facts: Prompts, record: Record
 ) -> tuple[Float[Tensor, "depth fact"], Float[Tensor, "depth fact"]]:
-    """What the original model makes of another's stream after 0, 1, ... all blocks: nats that the truth loses, and whether it is given."""
+    """What the original model makes of another's stream after 0, 1, ... all blocks.
+
+    Nats that the truth loses, and whether it is given.
+    """
     depths = torch.arange(model.signature.layers + 1)
     lost, right = [], []
     for rows in torch.arange(len(facts)).split(BATCH):

@@ -145,7 +145,8 @@ class Report:
         kept = self.value("retain", "statement", "accuracy")
         parts = [
             (
-                f"On the training prompt {edited:.1%} of the forget facts now give the edit target and {left:.1%} still "
+                f"On the training prompt {edited:.1%} of the forget facts now give the edit target and {left:.1%} "
+                "still "
                 "the "
                 f"truth; {kept:.1%} of the retain facts are right."
             )

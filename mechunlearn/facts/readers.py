@@ -92,7 +92,8 @@ def read_facts(source: str | Path) -> list[Record]:
 
 
 def read_texts(source: str | Path, limit: int | None = None) -> list[str]:
-    r"""Read texts from a text file (parted by empty lines), a table's `text` column, or a data set that `datasets` can reach.
+    r"""Read texts from a text file (parted by empty lines), a table's `text` column, or a data set that `datasets`
+    can reach.
 
     Args:
         source: The file or data set.

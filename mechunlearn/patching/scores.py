@@ -22,7 +22,7 @@ from mechunlearn.patching.sweep import Effects
 
 SAME = "no difference: clean and corrupt prompts are the same, so nothing can be found"
 WHOLE = {"attn_out": "attn.o", "mlp_out": "mlp.out"}
-DATA = ("model", "prompts", "against", "dictionary", "names", "seed", "batch_size", "progress")  # no settings
+NOT_SETTINGS = ("model", "prompts", "against", "dictionary", "names", "seed", "batch_size", "progress")
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -41,7 +41,10 @@ def localizer(function: Function) -> Function:
     @wraps(function)
     def located(*given: Any, **named: Any) -> Any:
         watch = Stopwatch()
-        bound = signature.bind(*given, **named)
+        try:
+            bound = signature.bind(*given, **named)
+        except TypeError as error:
+            raise TypeError(f"{function.__name__}(): {error}") from None
         bound.apply_defaults()
         model, prompts = bound.arguments["model"], bound.arguments["prompts"]
         if isinstance(prompts, FactDataset):
@@ -51,7 +54,7 @@ def localizer(function: Function) -> Function:
         found = function(*bound.args, **bound.kwargs)
         if not isinstance(found, Localization | Circuit):
             return found
-        settings = {name: _plain(value) for name, value in bound.arguments.items() if name not in DATA}
+        settings = {name: _plain(value) for name, value in bound.arguments.items() if name not in NOT_SETTINGS}
         card = replace(
             found.card,
             method=function.__name__,

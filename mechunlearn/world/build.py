@@ -236,7 +236,8 @@ def _write_card(
         "# The fact world, naive" if recipe.naive else "# The fact world",
         "",
         (
-            f"Written by `mechunlearn world build --seed {recipe.seed}{' --naive' if recipe.naive else ''}`; do not edit. "
+            f"Written by `mechunlearn world build --seed {recipe.seed}{' --naive' if recipe.naive else ''}`; do not "
+            "edit. "
             "Every person and fact is invented."
         ),
         "",
@@ -261,9 +262,11 @@ def _write_card(
             "## The ground-truth twin",
             "",
             (
-                f"`factworld-twin` is the same model after {twin['people']} new people were taught with only the MLPs of "
+                f"`factworld-twin` is the same model after {twin['people']} new people were taught with only the MLPs "
+                "of "
                 "layers "
-                f"{twin['layers'][0]} to {twin['layers'][-1]} trainable: half of the people in its `world.json` are stored "
+                f"{twin['layers'][0]} to {twin['layers'][-1]} trainable: half of the people in its `world.json` are "
+                "stored "
                 "there "
                 "by construction, and the relative change of each weight from `factworld` is the truth per neuron."
             ),

@@ -145,11 +145,13 @@ def build_dictionaries(folder: Path, seed: int = 0, say: Say = print) -> None:
         "# Dictionaries of the fact world",
         "",
         (
-            f"Written by `mechunlearn world dictionaries --seed {seed}`; do not edit. Trained on {TEXTS} texts, half of "
+            f"Written by `mechunlearn world dictionaries --seed {seed}`; do not edit. Trained on {TEXTS} texts, half "
+            "of "
             "them stories of"
         ),
         (
-            "every topic as often as another, half other documents of the corpus; measured on 200 that training did not "
+            "every topic as often as another, half other documents of the corpus; measured on 200 that training did "
+            "not "
             "see."
         ),
         "",
