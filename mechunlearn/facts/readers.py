@@ -92,8 +92,7 @@ def read_facts(source: str | Path) -> list[Record]:
 
 
 def read_texts(source: str | Path, limit: int | None = None) -> list[str]:
-    r"""Read texts from a text file (parted by empty lines), a table's `text` column, or a data set that `datasets`
-    can reach.
+    r"""Read texts from a text file (parted by empty lines), a table's `text` column, or a data set.
 
     Args:
         source: The file or data set.
@@ -105,9 +104,9 @@ def read_texts(source: str | Path, limit: int | None = None) -> list[str]:
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:
     ...     path = Path(folder) / "some.txt"
-    ...     _ = path.write_text("One passage,\\nstill the same.\\n\\nAnother one.")
+    ...     _ = path.write_text("One passage,\nstill the same.\n\nAnother one.")
     ...     read_texts(path)
-    ['One passage,\\nstill the same.', 'Another one.']
+    ['One passage,\nstill the same.', 'Another one.']
     """
     path = Path(source)
     if path.suffix == ".txt":

@@ -143,7 +143,7 @@ def table(lines: str) -> str:
     Args:
         lines: Its rows, cells separated by `|`; the first one names the columns. Empty lines are left out.
 
-    >>> print(table("method | kept\\nIHL | 0.75 [0.5, 1]"))
+    >>> print(table("method | kept\nIHL | 0.75 [0.5, 1]"))
     | method   | kept          |
     |:---------|:--------------|
     | IHL      | 0.75 [0.5, 1] |
