@@ -1,5 +1,7 @@
 """Draw who imports whom, folder by folder, and refuse a cycle: `python docs/imports.py` writes docs/images/architecture.svg.
 
+With `--check` it writes nothing, and fails if the picture is not that of the code.
+
 Arrows are those of the transitive reduction (what is implied by others is not drawn); the count of all is in the caption.
 Imports for type checkers alone do not count, as in the contracts of pyproject.toml.
 """
@@ -80,7 +82,13 @@ def main() -> int:
     if not nx.is_directed_acyclic_graph(graph):
         print(f"A cycle of imports: {' -> '.join(here for here, _ in nx.find_cycle(graph))}")  # noqa: T201
         return 1
-    (ROOT / "docs" / "images" / "architecture.svg").write_text(picture(graph, rows), encoding="utf-8")
+    drawn, file = picture(graph, rows), ROOT / "docs" / "images" / "architecture.svg"
+    if "--check" in sys.argv[1:]:
+        if file.read_text(encoding="utf-8") != drawn:
+            print(f"{file.name} is not the picture of this code: run python docs/imports.py")  # noqa: T201
+            return 1
+    else:
+        file.write_text(drawn, encoding="utf-8")
     print(f"{graph.number_of_nodes()} folders, {graph.number_of_edges()} arrows, no cycle")  # noqa: T201
     return 0
 
