@@ -27,13 +27,14 @@ def pytest_collectstart() -> None:
         importlib.import_module(name)
 
 
-LONG = set(
-    """
-    activation_perturbation cli cli_dictionary codeunlearn compare dictionary_training explore_page extending
-    feature_discovery jupyter law mechanistic_unlearning plots portability prompting relearning
-    report_page reproduce robustness soft_prompt washing workbench workflow world
-    """.split()
-)
+# fmt: off
+LONG = {
+    "activation_perturbation", "cli", "cli_dictionary", "codeunlearn", "compare", "dictionary_training",
+    "explore_page", "extending", "feature_discovery", "jupyter", "law", "mechanistic_unlearning",
+    "plots", "portability", "prompting", "relearning", "report_page", "reproduce",
+    "robustness", "soft_prompt", "washing", "workbench", "workflow", "world",
+}
+# fmt: on
 """Test files that train, start processes or open a browser: `pytest -m fast` leaves them out, and the pages."""
 
 
