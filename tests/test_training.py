@@ -276,7 +276,9 @@ class TestBadInput:
             calls.append(1)
             return losses.cross_entropy(logits, labels) * (float("nan") if len(calls) == 3 else 1)
 
-        with pytest.raises(MechunlearnError, match=r"forget term of explosive is nan at step 3 of 50.*Lower the rate"):
+        with pytest.raises(
+            MechunlearnError, match=r"forget term of explosive is nan at step 3 of 50.*Lower the learning rate"
+        ):
             masked_gradient(model, mask, *halves(), loss=explosive)
         assert all(torch.equal(before[name], p) for name, p in parameters_of(model).items())
 

@@ -17,7 +17,12 @@ from mechunlearn.errors import MechunlearnError
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One call of an editor. Its arguments (model, sets, texts, functions) are held by reference, not copied."""
+    """One call of an editor. Its arguments (model, sets, texts, functions) are held by reference, not copied.
+
+    Attributes:
+        editor: The editor.
+        arguments: All of its arguments by name, defaults included.
+    """
 
     editor: Callable[..., Any]
     arguments: Mapping[str, Any]
@@ -32,13 +37,24 @@ class Call:
         return mask
 
     def again(self, mask: ComponentMask | None, seed: int | None) -> Any:
-        """Return the edit of the same call with another mask, another seed, or both."""
+        """Return the edit of the same call with another mask, another seed, or both.
+
+        Args:
+            mask: The other mask, or `None` for the call's.
+            seed: The other seed, or `None` for the call's.
+        """
         changed = {name: value for name, value in (("mask", mask), ("seed", seed)) if value is not None}
         return self.editor(**{**self.arguments, **changed})
 
 
 def remade(edit: Any, mask: ComponentMask | None, seed: int | None) -> Any:
-    """Return the edit that the calls of another one make under another mask or seed (see `WeightEdit.remake`)."""
+    """Return the edit that the calls of another one make under another mask or seed (see `WeightEdit.remake`).
+
+    Args:
+        edit: A `WeightEdit` or a `FeatureEdit`.
+        mask: Where to edit this time.
+        seed: The seed this time.
+    """
     if not edit.calls:
         raise MechunlearnError(
             f"This edit ({edit.card.method}) cannot be made again: it was loaded or put together by hand, and holds a "
@@ -59,6 +75,10 @@ def dealt(mask: ComponentMask, among: Sequence[ComponentMask]) -> list[Component
     A part gets as many units of each kind as it had; the last part that had units of a kind gets all that are left of
     it. The order is shuffled, the same for every kind, so that no part gets the lower layers and the rows of a neuron
     stay together.
+
+    Args:
+        mask: The units.
+        among: What the parts had.
 
     >>> from mechunlearn.model.layout import Signature
     >>> tiny = Signature("llama", layers=2, heads=4, kv_heads=2, d_mlp=3, d_model=8)

@@ -34,7 +34,7 @@ class How(str, Enum):
 Model = Annotated[str, typer.Argument(help="A shipped world, a folder, or a hub name.", metavar="MODEL")]
 Source = Annotated[str, typer.Argument(help="factworld-codebook, factworld-sae, or a folder.", metavar="DICTIONARY")]
 Text = Annotated[
-    str, typer.Argument(help=".txt with blank lines between passages, a table with a text column, or a data set.")
+    str, typer.Argument(help=".txt with blank lines between texts, a table with a text column, or a data set.")
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16; by default as stored.")]
@@ -63,18 +63,18 @@ def train(
     from mechunlearn.features.training import train_codebook, train_sae
 
     new_folder(output)
-    passages = read_texts(text)
-    if len(passages) < 10:
-        raise MechunlearnError(f"'{text}' holds {len(passages)} passages. Expected ten or more: a tenth is held out.")
+    texts = read_texts(text)
+    if len(texts) < 10:
+        raise MechunlearnError(f"'{text}' holds {len(texts)} texts. Expected ten or more: a tenth is held out.")
     hooked = open_model(model, device, dtype)
-    shown = [passage for i, passage in enumerate(passages) if i % 10 != 9]
+    shown = [each for i, each in enumerate(texts) if i % 10 != 9]
     settings: dict[str, Any] = {"size": size, "used": used, "steps": steps, "seed": seed, "progress": True}
     made: Codebook | SAE
     if kind is Kind.codebook:
         made = train_codebook(hooked, hook, shown, spliced_steps=spliced_steps, **settings)
     else:
         made = train_sae(hooked, hook, shown, **settings)
-    made.quality = quality(hooked, made, passages[9::10])
+    made.quality = quality(hooked, made, texts[9::10])
     made.save(output)
     console.print(", ".join(f"{name} {value:g}" for name, value in made.quality.items()))
     console.print(f"{made} -> {output}")
@@ -93,7 +93,7 @@ def explore(
     device: Device = "cpu",
     dtype: Dtype = None,
 ) -> None:
-    """Which tokens and contexts activate a feature or code, and which tokens it raises and lowers."""
+    """Show which tokens and contexts activate a feature or code, and which tokens it raises and lowers."""
     from mechunlearn.explore.widget import explore as explored
     from mechunlearn.facts.readers import read_texts
     from mechunlearn.features.dictionaries import load_dictionary

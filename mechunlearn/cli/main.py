@@ -228,12 +228,12 @@ def wash(
     ] = 20_000,
     overshoot: Annotated[float, typer.Option(help="How far beyond their targets values are set.")] = 1.0,
     retain_weight: Annotated[float, typer.Option(help="Of the retain facts' keys (memit, mlp_washing).")] = 0.0,
-    prefixes: Annotated[int, typer.Option(help="Openings of text before each prompt.", min=0)] = 5,
+    prefixes: Annotated[int, typer.Option(help="Beginnings of texts before each prompt.", min=0)] = 5,
     text: Annotated[
         str | None,
         typer.Option(help="What to collect the covariance from: .txt, a table with a text column, a data set."),
     ] = None,
-    texts: Annotated[int | None, typer.Option(help="At most so many passages of --text.", min=1)] = None,
+    texts: Annotated[int | None, typer.Option(help="At most so many texts of --text.", min=1)] = None,
     cache: Annotated[
         Path | None, typer.Option(help="Keep the covariance in this folder, and use what is there.")
     ] = None,
@@ -246,7 +246,7 @@ def wash(
     """Wash facts out of MLP output weights in closed form, and write the edit; the model is left as it was.
 
     Without --text the covariance comes from the shipped world's documents that name none of the forgotten, or from the
-    facts' own passages.
+    facts' own texts.
     """
     checked_suffix(output, ".safetensors")
     new_folder(export)

@@ -158,7 +158,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _order(value: Any) -> tuple[int, float | int, str]:
+def _order(value: Any) -> tuple[int, float, str]:
     """Numbers by size, then everything else by its text; what is missing comes last."""
     if isinstance(value, int | float) and value == value:
         return 0, value, ""

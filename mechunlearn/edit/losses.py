@@ -43,6 +43,10 @@ def cross_entropy(logits: Float[Tensor, "token d_vocab"], labels: Int[Tensor, " 
     A fact with three tokens counts three times as much as a fact with one. It holds the answers only; `kl_retain`
     holds the whole prediction.
 
+    Args:
+        logits: The edited model's, where the answers' tokens are predicted.
+        labels: These tokens.
+
     >>> round(cross_entropy(torch.zeros(3, 4), torch.tensor([0, 1, 2])).item(), 4)  # log 4
     1.3863
     """
@@ -58,6 +62,10 @@ def injection(
     can. With a refusal as the target it is the preference optimisation of TOFU (arXiv 2401.06121), elsewhere named
     IdkNLL.
 
+    Args:
+        target_logits: The edited model's, where the targets' tokens are predicted.
+        target_labels: These tokens.
+
     >>> round(injection(torch.zeros(2, 4), torch.tensor([3, 1])).item(), 4)  # log 4
     1.3863
     """
@@ -69,6 +77,10 @@ def log_one_minus_p(logits: Float[Tensor, "token d_vocab"], labels: Int[Tensor, 
 
     The unlearning loss of arXiv 2410.12949. The mean counts the tokens at zero too. Bounded below by zero, so it
     diverges less than gradient ascent; nothing says what takes the truth's place.
+
+    Args:
+        logits: The edited model's, where the answers' tokens are predicted.
+        labels: These tokens.
 
     >>> round(log_one_minus_p(torch.tensor([[0.0, 0.0], [-9.0, 9.0]]), torch.tensor([0, 0])).item(), 4)  # log(2) / 2
     0.3466
@@ -84,6 +96,10 @@ def gradient_ascent(logits: Float[Tensor, "token d_vocab"], labels: Int[Tensor, 
 
     Mean of log p(truth) over tokens. Unbounded below, and its gradient grows as p falls: it destroys the model if
     nothing holds it. Use it as a baseline. With a retain term it is gradient difference.
+
+    Args:
+        logits: The edited model's, where the answers' tokens are predicted.
+        labels: These tokens.
 
     >>> round(gradient_ascent(torch.zeros(3, 4), torch.tensor([0, 1, 2])).item(), 4)  # -log 4
     -1.3863
@@ -103,6 +119,12 @@ def gradient_difference(
     retain term belongs beside it. Unbounded below: once the forget term runs away, the retain term cannot balance
     it.
 
+    Args:
+        logits: The edited model's, where the answers' tokens are predicted.
+        labels: These tokens.
+        retain_logits: The same of the step's retain facts.
+        retain_labels: Their tokens.
+
     >>> forget, retain = torch.zeros(1, 2), torch.tensor([[3.0, 1.0]]).log()
     >>> round(gradient_difference(forget, torch.tensor([0]), retain, torch.tensor([0])).item(), 4)  # log(2 / 3)
     -0.4055
@@ -118,6 +140,10 @@ def kl_retain(
     KL(unedited || edited) = sum over the vocabulary of q (log q - log p), mean over tokens, in nats (the KL term of
     TOFU, arXiv 2401.06121). Zero at the start, gradient included, so it holds nothing until something has moved. It
     holds the unedited model's mistakes as well.
+
+    Args:
+        logits: The edited model's, where the answers' tokens are predicted.
+        reference_logits: The unedited model's at the same places.
 
     >>> edited = torch.tensor([[3.0, 1.0]]).log()
     >>> round(kl_retain(edited, torch.zeros(1, 2)).item(), 4)  # (log(2 / 3) + log 2) / 2
@@ -143,6 +169,13 @@ def npo(
     the paper's choice. Bounded below by zero; it wants a retain term all the same. r is a sum over tokens, so the
     gradient of long answers fades first: see `simnpo`.
 
+    Args:
+        logits: The edited model's, where the answers' tokens are predicted.
+        labels: These tokens.
+        fact: Which fact a token belongs to: 0, 1, ..., sorted.
+        reference: Log-probability of each label under the unedited model.
+        beta: How soon the gradient fades, above 0.
+
     >>> zero = torch.tensor([0])
     >>> round(npo(torch.zeros(1, 2), zero, zero, torch.zeros(1), beta=1).item(), 4)  # r = -log 2: 2 log 1.5
     0.8109
@@ -166,6 +199,13 @@ def simnpo(
     matter. The defaults are the authors' for TOFU forget05. Theirs for forget10: beta 4.5; WMDP: 5.5; MUSE: 0.7, and
     margin 3 for its news; the forget weight is about 0.13 on TOFU. `margin` stands outside beta, as in the paper;
     their TOFU code has it inside, so that its margin g is beta * g here.
+
+    Args:
+        logits: The edited model's, where the answers' tokens are predicted.
+        labels: These tokens.
+        fact: Which fact a token belongs to: 0, 1, ..., sorted.
+        beta: How soon the gradient fades, above 0.
+        margin: How much further it pushes.
 
     >>> labels, fact = torch.tensor([0, 1]), torch.tensor([0, 0])
     >>> round(simnpo(torch.zeros(2, 2), labels, fact, beta=1).item(), 4)  # m = -log 2: 2 log 1.5
@@ -194,6 +234,17 @@ def preference(
     implementations multiply by 2 / beta (`forget_weight=2 / beta` gives theirs). It is content when the truth has
     fallen, even if the target has too: it need not teach the target, `injection` does.
 
+    Args:
+        logits: The edited model's, where the answers' tokens are predicted.
+        labels: These tokens.
+        fact: Which fact a token belongs to: 0, 1, ..., sorted.
+        reference: Log-probability of each label under the unedited model.
+        target_logits: As `logits`, of the edit targets.
+        target_labels: As `labels`.
+        target_fact: As `fact`.
+        target_reference: As `reference`.
+        beta: How soon the gradient fades, above 0.
+
     >>> zero = torch.tensor([0])
     >>> truth, target = torch.zeros(1), torch.tensor([0.25]).log()  # r_truth = -log 2, r_target = log 2
     >>> same = torch.zeros(1, 2)
@@ -217,6 +268,11 @@ def inverted_hinge(
     edit then ends at a lead of `margin` over the truth instead of a confident runner-up. Without a retain term it
     collapses like the others. What LoKU's tables call IHL has cross-entropy on the retain set beside it, 1:1.
 
+    Args:
+        logits: The edited model's, where the answers' tokens are predicted.
+        labels: These tokens.
+        margin: The lead over the truth at which it ends, in [-1, 1]; none unless given.
+
     >>> logits, truth = torch.tensor([[0.5, 0.3, 0.2]]).log(), torch.tensor([0])
     >>> round(inverted_hinge(logits, truth).item(), 4)  # 1 + 0.5 - 0.3
     1.2
@@ -238,6 +294,9 @@ def entropy(logits: Float[Tensor, "token d_vocab"]) -> Float[Tensor, ""]:
     It drives the answer to noise, which a reader sees at once, and it gives almost no gradient where the model is
     certain.
 
+    Args:
+        logits: The edited model's, where the answers' tokens are predicted.
+
     >>> round(entropy(torch.zeros(3, 4)).item(), 4)  # -log 4
     -1.3863
     """
@@ -257,6 +316,12 @@ def rmu(
     above its length at that layer of your model. Units above `layer` get no gradient. The model answers with noise
     rather than with anything else.
 
+    Args:
+        hidden: Residual stream leaving the block, at every real token.
+        layer: Which block.
+        coefficient: Length of the vector.
+        seed: Draws its direction.
+
     >>> round(rmu(torch.zeros(3, 4), layer=1, coefficient=2).item(), 4)  # 2^2 / 4
     1.0
     """
@@ -273,6 +338,11 @@ def rmu_retain(
     |h - h_unedited|^2 / d_model, mean over tokens. Give it the layer of `rmu`. Zero at the start, gradient included.
     Units above `layer` get no gradient.
 
+    Args:
+        hidden: Residual stream leaving the block, at every real token.
+        reference_hidden: The same in the unedited model.
+        layer: Which block.
+
     >>> rmu_retain(torch.ones(3, 4), torch.zeros(3, 4), layer=1).item()
     1.0
     """
@@ -286,10 +356,16 @@ LOSSES: tuple[Loss, ...] = (
 
 
 def needs(loss: Loss) -> frozenset[str]:
-    """Say which of `INPUTS` a loss asks for: its parameters without a default.
+    """Return which of `INPUTS` a loss asks for: its parameters without a default.
 
-    A parameter with a default, or one that `functools.partial` has set, is left at it. Raises `MechunlearnError` for a
-    parameter that is neither in `INPUTS` nor has a default, and for a loss that reads `hidden` of no `layer`.
+    A parameter with a default, or one that `functools.partial` has set, is left at it.
+
+    Args:
+        loss: A loss, or `functools.partial` of one.
+
+    Raises:
+        MechunlearnError: For a parameter that is neither in `INPUTS` nor has a default, and for a loss that reads
+            `hidden` of no `layer`.
 
     >>> sorted(needs(partial(npo, beta=0.5)))
     ['fact', 'labels', 'logits', 'reference']
@@ -318,9 +394,15 @@ def needs(loss: Loss) -> frozenset[str]:
 
 
 def described(loss: Loss) -> dict[str, Any]:
-    """Say a loss in words that JSON can hold: its name, and all of its settings, defaults included.
+    """Return a JSON-serialisable description of a loss: its name, and all of its settings, defaults included.
 
-    What JSON cannot hold is given by its `repr`. Raises `MechunlearnError` for a setting that the loss does not have.
+    What JSON cannot hold is given by its `repr`.
+
+    Args:
+        loss: A loss, or `functools.partial` of one.
+
+    Raises:
+        MechunlearnError: For a setting that the loss does not have.
 
     >>> described(partial(rmu, layer=3, coefficient=20))
     {'name': 'rmu', 'settings': {'layer': 3, 'coefficient': 20, 'seed': 0}}
@@ -336,10 +418,14 @@ def described(loss: Loss) -> dict[str, Any]:
 
 
 def named(description: Mapping[str, Any]) -> Loss:
-    """Give back the loss of this module that `described` has put into words.
+    """Return the loss of this module that a description speaks of.
 
-    Raises `MechunlearnError` for a loss that is not in this module (a function of yours is not saved, only its name),
-    and for a setting that the loss does not have.
+    Args:
+        description: What `described` returned.
+
+    Raises:
+        MechunlearnError: For a loss that is not in this module (of a function of yours only the name is saved), and
+            for a setting that the loss does not have.
 
     >>> described(named({"name": "npo", "settings": {"beta": 0.5}}))
     {'name': 'npo', 'settings': {'beta': 0.5}}
@@ -357,12 +443,12 @@ def named(description: Mapping[str, Any]) -> Loss:
 
 
 def _log_p(logits: Tensor, labels: Tensor) -> Float[Tensor, " token"]:
-    """Log-probability of each label."""
+    """Return the log-probability of each label."""
     return -F.cross_entropy(logits.float(), labels, reduction="none")
 
 
 def _by_fact(values: Tensor, fact: Tensor) -> Float[Tensor, " fact"]:
-    """Sums over each fact's tokens."""
+    """Return sums over each fact's tokens."""
     return values.new_zeros(int(fact[-1]) + 1).index_add(0, fact, values)
 
 

@@ -62,7 +62,7 @@ def masked_gradient(
         forget_weight: Weight of the forget term.
         retain_weight: Weight of the retain term; at 0 the retain facts are not read.
         text_weight: Weight of the cross-entropy of ordinary text; at 0 no text is read.
-        texts: Ordinary text to hold, by default a half of the forget data set's passages.
+        texts: Ordinary text to hold, by default a half of the forget data set's.
         batch_size: Forget facts a step, as many retain facts, and a quarter as many texts.
         accumulate: Parts that each batch is split into, to save memory.
         clip: Largest norm of the gradient.

@@ -79,7 +79,7 @@ def mlp_washing(
         retain_weight: Weight of the retain facts' keys, whose outputs are kept.
         covariance: C, collected over text before (`Covariance.of_text`), to try several settings. Sites that it lacks
             are collected over the same text.
-        texts: What C and the prefixes are from, by default a half of the forget data set's passages.
+        texts: What C and the prefixes are from, by default a half of the forget data set's.
         target_values: z of every forget fact, to skip the search.
         prefixes: How many beginnings of `texts` each prompt is read behind, besides bare.
         steps: Steps of Adam for each target value, many facts at a time.

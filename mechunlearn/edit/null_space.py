@@ -64,7 +64,7 @@ def null_space(
             edits can follow one another.
         covariance: C, collected over text before (`Covariance.of_text`), to try several settings. Sites that it lacks
             are collected over the same text.
-        texts: What C and the prefixes are from, by default a half of the forget data set's passages.
+        texts: What C and the prefixes are from, by default a half of the forget data set's.
         target_values: z of every forget fact, to skip the search.
         prefixes: How many beginnings of `texts` each prompt is read behind, besides bare.
         steps: Steps of Adam for each target value, many facts at a time.

@@ -53,6 +53,18 @@ class Objective:
 
     A loss that takes the retain logits itself (`losses.gradient_difference`) gets no retain term beside it. The
     settings are those of `edit.masked_gradient`.
+
+    Attributes:
+        loss: Of the forget facts.
+        retain_loss: Of the retain facts.
+        forget_weight: Weight of the forget term.
+        retain_weight: Weight of the retain term.
+        text_weight: Weight of the text term.
+        texts: Ordinary text, by default the forget data set's.
+        batch_size: Forget facts a step.
+        accumulate: Parts of a batch.
+        stop_at: Share of the forget facts at which training ends.
+        cache: Whether constants are kept.
     """
 
     loss: losses.Loss
@@ -87,9 +99,13 @@ def objective_named(name: str, mask: ComponentMask) -> dict[str, Any]:
 
 
 def training_texts(forget: Any, texts: Sequence[str] | None = None) -> tuple[str, ...]:
-    """Return the texts given or, of `None`, the half of the forget data set's passages that editors may train on.
+    """Return the texts given or, of `None`, the half of the forget data set's that editors may train on.
 
     The other half measures the loss of ordinary text.
+
+    Args:
+        forget: The forget set; plain texts and tokens come with none.
+        texts: What was given.
     """
     if texts is not None:
         return tuple(texts)

@@ -106,6 +106,9 @@ def described(value: Any) -> Any:
     settings (`losses.described`). Texts, facts and tensors are told by how many there are and a digest, statistics by
     how much they have seen. Whatever JSON holds as itself can be given to the editor again, a JSON object cannot.
 
+    Args:
+        value: The argument.
+
     >>> described((1 / 4, 1)), described(["One text.", "Another."])["texts"]
     ([0.25, 1], 2)
     """

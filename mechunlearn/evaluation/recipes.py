@@ -28,6 +28,9 @@ def washing_texts(forget: Prompts) -> tuple[str, ...]:
 
     Of the shipped world its documents that name none of the forgotten, and eight times the half of its stories that
     editors may train on; of other facts that half of their texts.
+
+    Args:
+        forget: The facts that are washed out.
     """
     facts = forget.facts
     own = facts.texts[::2] if facts is not None else ()

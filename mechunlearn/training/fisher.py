@@ -1,4 +1,4 @@
-"""Statistics of a model over a stream of text: a fitter is fed batch by batch, its numbers are read, it is let go."""
+"""How much the loss on some sequences depends on each weight: the diagonal Fisher information, fed batch by batch."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -138,7 +138,7 @@ def _add(total: Tensor, x: Float[Tensor, "row pos in"], delta: Float[Tensor, "ro
 
 @contextmanager
 def _watched(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[tuple[Tensor, Tensor]]]]:
-    """Within the block each call of a module is kept by name: its input, and its output as part of the graph."""
+    """Keep each call of a module, within the block, by name: its input, and its output as part of the graph."""
     calls: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in modules}
     with ExitStack() as stack:
         for name, module in modules.items():
@@ -154,7 +154,7 @@ def _keep(calls: list[tuple[Tensor, Tensor]], module: nn.Module, args: tuple[Any
 
 
 def _linear(hf: nn.Module, name: str) -> Any:
-    """The linear module of this name."""
+    """Return the linear module of this name."""
     named = dict(hf.named_modules())
     if isinstance(named.get(name), nn.Linear | Conv1D):
         return named[name]
@@ -165,7 +165,7 @@ def _linear(hf: nn.Module, name: str) -> Any:
 
 
 def _shape(module: Any) -> tuple[int, int]:
-    """Outputs and inputs."""
+    """Return the numbers of outputs and inputs."""
     return (module.nf, module.nx) if isinstance(module, Conv1D) else (module.out_features, module.in_features)
 
 

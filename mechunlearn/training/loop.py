@@ -30,14 +30,26 @@ BATCH = 64
 
 
 def epochs(count: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Batches of row indices without end, each epoch in a new order."""
+    """Yield batches of row indices without end, each epoch in a new order.
+
+    Args:
+        count: How many rows there are.
+        batch_size: Rows in a batch, at most.
+        generator: Draws the orders.
+    """
     while True:
         yield from torch.split(torch.randperm(count, generator=generator), batch_size)
 
 
 @dataclass(frozen=True, eq=False)
 class Sequences:
-    """Token sequences, padded on the right, and the token that each position is to predict (-1: none)."""
+    """Token sequences, padded on the right, and the token that each position is to predict (-1: none).
+
+    Attributes:
+        tokens: Padded on the right.
+        labels: The token that each position is to predict (-1: none).
+        lengths: How many tokens of a row are no padding.
+    """
 
     tokens: Int[Tensor, "row pos"]
     labels: Int[Tensor, "row pos"]
@@ -45,7 +57,12 @@ class Sequences:
 
     @classmethod
     def of(cls, prompts: Prompts, which: str = "answers") -> "Sequences":
-        """Prompts followed by their `answers` or `targets`; the answer's tokens are to be predicted."""
+        """Return prompts followed by their answers or targets, whose tokens are the labels.
+
+        Args:
+            prompts: The facts.
+            which: `answers` or `targets`.
+        """
         tokens, fact, position, label = supervised(prompts, which)
         labels = torch.full_like(tokens, PAD)
         labels[fact, position] = label
@@ -53,7 +70,11 @@ class Sequences:
 
     @classmethod
     def of_text(cls, encoded: Sequence[Sequence[int]]) -> "Sequences":
-        """Return texts, of which every next token is a label. Texts of fewer than two tokens are left out."""
+        """Return texts, of which every next token is a label. Texts of fewer than two tokens are left out.
+
+        Args:
+            encoded: Token ids of each text.
+        """
         kept = [torch.tensor(ids) for ids in encoded if len(ids) > 1]
         if not kept:
             none = torch.zeros(0, 1, dtype=torch.long)
@@ -66,7 +87,11 @@ class Sequences:
         return len(self.tokens)
 
     def select(self, rows: Tensor) -> "Sequences":
-        """These rows, no wider than the longest of them."""
+        """Return these rows, no wider than the longest of them.
+
+        Args:
+            rows: Their numbers.
+        """
         lengths = self.lengths[rows]
         width = int(lengths.max())
         return Sequences(self.tokens[rows, :width], self.labels[rows, :width], lengths)
@@ -76,7 +101,12 @@ class TopLayers:
     """A model from its lowest trained layer up.
 
     What enters that layer is a constant while nothing below is trained: no backward pass goes there, and with `keep`
-    it is computed once an example. `layer` None means that everything is trained, so nothing is constant.
+    it is computed once an example.
+
+    Args:
+        model: The model.
+        layer: The lowest trained one; `None` if everything is trained, so that nothing is constant.
+        keep: Whether what enters the layer is kept.
     """
 
     def __init__(self, model: HookedModel, layer: int | None, keep: bool = True) -> None:
@@ -86,7 +116,14 @@ class TopLayers:
     def logits(
         self, resid: Tensor, part: Sequences, hidden: int | None, wants_logits: bool = True
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Logits at the labelled places, and the residual stream leaving layer `hidden` at every real token."""
+        """Return logits at the labelled places, and the residual stream leaving layer `hidden` at every real token.
+
+        Args:
+            resid: What enters the lowest trained layer.
+            part: The sequences.
+            hidden: The layer whose output is wanted, if any.
+            wants_logits: Whether logits are wanted.
+        """
         decoder, device = self.model.decoder, self.model.device
         rows, places = (part.labels != PAD).to(device).nonzero(as_tuple=True)
         if self.layer is None:
@@ -105,16 +142,25 @@ class TopLayers:
 
 
 def real(part: Sequences) -> Bool[Tensor, "row pos"]:
-    """Which positions hold a token, not padding."""
+    """Return which positions hold a token, not padding.
+
+    Args:
+        part: The sequences.
+    """
     return torch.arange(part.tokens.shape[1]) < part.lengths[:, None]
 
 
 class CachedInputs:
     """Sequences as the trained part of a model reads them.
 
-    `wanted` names what an objective asks for of the *unedited* model (`reference`, `reference_logits`,
-    `reference_hidden`): it is computed when the stream is made. Memory of what is kept: tokens x d_model, labelled
-    tokens x 1 and x d_vocab, tokens x d_model.
+    Memory of what is kept: tokens x d_model, and of constants labelled tokens x 1 and x d_vocab, tokens x d_model.
+
+    Args:
+        upper: The trained part of the model.
+        sequences: What is read.
+        wanted: What an objective asks for of the *unedited* model (`reference`, `reference_logits`,
+            `reference_hidden`), which is computed at once.
+        hidden: The layer whose output the objective reads, if any.
     """
 
     def __init__(
@@ -134,7 +180,12 @@ class CachedInputs:
         return len(self.sequences)
 
     def read(self, rows: Int[Tensor, " _row"], wanted: frozenset[str] | set[str]) -> dict[str, Tensor]:
-        """What is asked for of these rows: `logits`, `labels`, `fact`, `hidden` and what was remembered."""
+        """Return what is asked for of these rows: `logits`, `labels`, `fact`, `hidden` and what was remembered.
+
+        Args:
+            rows: Numbers of the rows.
+            wanted: Names of what is asked for.
+        """
         part = self.sequences.select(rows)
         found: dict[str, Tensor] = {}
         if {"logits", "hidden"} & set(wanted):
@@ -180,13 +231,17 @@ class CachedInputs:
         return self._kept[self._at(rows, part).to(self._kept.device)]
 
     def _at(self, rows: Tensor, part: Sequences) -> Int[Tensor, "row pos"]:
-        """Where each token's stream is kept; padding reads the last real token's, so that it is finite."""
+        """Return where each token's stream is kept; padding reads the last real token's, so that it is finite."""
         steps = torch.minimum(torch.arange(part.tokens.shape[1]), part.lengths[:, None] - 1)
         return self._begins[rows][:, None] + steps
 
     @torch.no_grad()
     def right(self, batch_size: int = 2 * BATCH) -> Bool[Tensor, " row"]:
-        """Whether greedy decoding gives all labelled tokens, by row."""
+        """Return whether greedy decoding gives all labelled tokens, by row.
+
+        Args:
+            batch_size: Rows at a time.
+        """
         wrong = torch.zeros(len(self))
         for rows in torch.split(self.sequences.lengths.argsort(), batch_size):
             read = self.read(rows, {"logits", "labels", "fact"})
@@ -196,13 +251,26 @@ class CachedInputs:
 
 
 def text_sequences(model: HookedModel, texts: Sequence[str]) -> Sequences:
-    """Passages, every next token of which is to be predicted."""
+    """Return texts, of which every next token is a label.
+
+    Args:
+        model: The model, for its tokenizer.
+        texts: The texts.
+    """
     return Sequences.of_text(encode(model, tuple(texts)))
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """AdamW with a linear warm-up, then a cosine to zero; gradients are clipped to a norm."""
+    """AdamW with a linear warm-up, then a cosine to zero; gradients are clipped to a norm.
+
+    Attributes:
+        steps: Optimiser steps.
+        lr: Largest learning rate.
+        warmup: Steps in which it rises.
+        clip: Largest norm of the gradient.
+        weight_decay: AdamW's.
+    """
 
     steps: int
     lr: float
@@ -212,7 +280,9 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if not 0 <= self.lr <= 1000:
-            raise MechunlearnError(f"A rate of {self.lr:g} is out of range. Expected 0 to 1000, for example 2e-3.")
+            raise MechunlearnError(
+                f"A learning rate of {self.lr:g} is out of range. Expected 0 to 1000, for example 2e-3."
+            )
         if self.steps < 1 or not 0 <= self.warmup < self.steps:
             raise MechunlearnError(
                 f"{self.steps} steps with {self.warmup} of warm-up. Expected at least one step, and fewer of warm-up."
@@ -238,7 +308,12 @@ Terms = Mapping[str, tuple[float, float, Tensor]]
 
 @dataclass
 class TrainResult:
-    """What happened: one entry a step (the terms of the objective, and what `after` measured), and why it ended."""
+    """What happened: one entry a step (the terms of the objective, and what `after` measured), and why it ended.
+
+    Attributes:
+        trajectory: One entry a step.
+        stopped: `reached`, `interrupted`, or nothing.
+    """
 
     trajectory: list[dict[str, Any]] = field(default_factory=list)
     stopped: str = ""
@@ -256,10 +331,19 @@ def train(
 ) -> TrainResult:
     """Minimise a weighted sum of terms; the model is left as trained.
 
-    `parts()` yields the micro-batches of one step, `{term: (share of the batch, weight, value)}`. `after(step)` may
-    measure more, `until(entry)` may end it. Ctrl-C ends it after the step in progress, with what was reached so far.
-    Raises `MechunlearnError`, naming step and objective, if a term is not finite; nothing of that step is then
-    written.
+    Ctrl-C ends it after the step in progress, with what was reached so far.
+
+    Args:
+        trained: What moves.
+        parts: Yields the micro-batches of one step, `{term: (share of the batch, weight, value)}`.
+        schedule: Steps and learning rates.
+        objective: Its name, for messages.
+        after: Measures more after a step; what it returns goes into the trajectory.
+        until: Whether an entry of the trajectory ends training.
+        progress: Whether to show a bar.
+
+    Raises:
+        MechunlearnError: If a term is not finite, naming step and objective; nothing of that step is then written.
     """
     optimiser = torch.optim.AdamW(trained.leaves, lr=schedule.lr, weight_decay=schedule.weight_decay)
     done, rates = TrainResult(), schedule.rates(optimiser)
@@ -275,7 +359,7 @@ def train(
                         raise MechunlearnError(
                             f"The {name} term of {objective} is {value} at step {step + 1} of {schedule.steps}: the "
                             "model is "
-                            f"left as it was. Lower the rate ({schedule.lr:g}), or use a bounded objective."
+                            f"left as it was. Lower the learning rate ({schedule.lr:g}), or use a bounded objective."
                         )
                     entry[name] = entry.get(name, 0.0) + share * value
                 trained.gradient(total)
@@ -300,7 +384,7 @@ def train(
 
 @contextmanager
 def interruptible() -> Iterator[list[int]]:
-    """Within the block Ctrl-C is only noted in the list; a second one interrupts at once."""
+    """Note Ctrl-C in a list, within the block, instead of stopping; a second one interrupts at once."""
     asked: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield asked

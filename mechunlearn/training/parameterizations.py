@@ -24,17 +24,26 @@ from mechunlearn.model.hooked import HookedModel, frozen
 
 @runtime_checkable
 class Trainable(Protocol):
-    """The numbers that a gradient method moves. `lowest` is the first layer they are in; None if below all layers."""
+    """The numbers that a gradient method moves.
+
+    Attributes:
+        leaves: The numbers.
+        lowest: The first layer they are in; `None` if below all layers.
+    """
 
     leaves: list[Tensor]
     lowest: int | None
 
     def attached(self) -> Any:
-        """A context in which the model computes with the leaves, and in which they get gradients."""
+        """Compute with the leaves within the block, and give them gradients."""
         ...
 
     def gradient(self, loss: Tensor) -> None:
-        """Add the loss's gradient to that of the leaves."""
+        """Add the loss's gradient to that of the leaves.
+
+        Args:
+            loss: A scalar.
+        """
         ...
 
     def write(self) -> None:
@@ -48,7 +57,14 @@ class Trainable(Protocol):
 
 @dataclass(frozen=True)
 class Slice:
-    """The selected part of one parameter: `index` along `dim`, or all of it if `index` is None."""
+    """The selected part of one parameter.
+
+    Attributes:
+        name: The parameter's.
+        parameter: The parameter.
+        dim: Along which features are selected.
+        index: Which are; `None` for all.
+    """
 
     name: str
     parameter: Tensor
@@ -57,7 +73,7 @@ class Slice:
 
     @property
     def shape(self) -> list[int]:
-        """That of the selected part."""
+        """The shape of the selected part."""
         sizes = list(self.parameter.shape)
         if self.index is not None:
             sizes[self.dim] = len(self.index)
@@ -69,7 +85,11 @@ class Slice:
         return self.name.rpartition(".")[0]
 
     def transposed(self, model: HookedModel) -> bool:
-        """Return whether the module stores its weight as [in out]."""
+        """Return whether the module stores its weight as [in out].
+
+        Args:
+            model: The model.
+        """
         return isinstance(model.hf.get_submodule(self.module), Conv1D)
 
     def read(self) -> Tensor:
@@ -79,10 +99,10 @@ class Slice:
 
     @torch.no_grad()
     def write(self, values: Tensor) -> None:
-        """Write new values into the selected part.
+        """Write the selected part.
 
         Args:
-            values: The part's new values, of its shape.
+            values: What it becomes.
         """
         new = values.to(self.parameter.dtype)
         if self.index is None:
@@ -92,9 +112,14 @@ class Slice:
 
 
 def slices(model: HookedModel, mask: ComponentMask) -> list[Slice]:
-    """The selected part of every parameter. A unit's weights are whole rows or whole columns of their matrices.
+    """Return the selected part of every parameter. A unit's weights are whole rows or whole columns of their matrices.
 
-    Raises `MechunlearnError` for an empty mask, a mask of another architecture, and one with feature sites.
+    Args:
+        model: The model.
+        mask: The units.
+
+    Raises:
+        MechunlearnError: For an empty mask, a mask of another architecture, and one with feature sites.
     """
     mask.check(model.signature)
     features = [site for site in mask.sites if ":" in site]
@@ -119,17 +144,30 @@ def slices(model: HookedModel, mask: ComponentMask) -> list[Slice]:
 
 
 def matrices(model: HookedModel, mask: ComponentMask) -> list[Slice]:
-    """Return the selected part of every matrix: `slices` without the biases."""
+    """Return the selected part of every matrix: `slices` without the biases.
+
+    Args:
+        model: The model.
+        mask: The units.
+    """
     return [part for part in slices(model, mask) if part.parameter.ndim == 2]
 
 
 def lowest_layer(mask: ComponentMask) -> int:
-    """The first layer of which a mask selects something: below it nothing changes while an editor trains."""
+    """Return the first layer of which a mask selects something: below it nothing changes while an editor trains.
+
+    Args:
+        mask: The units, one or more.
+    """
     return min(Component.parse(site).layer for site, chosen in mask.sites.items() if chosen.any())
 
 
 def selected(mask: ComponentMask) -> dict[str, Int[Tensor, " _unit"]]:
-    """Return the units that a mask selects, by site."""
+    """Return the units that a mask selects, by site.
+
+    Args:
+        mask: The units.
+    """
     return {site: chosen.nonzero().flatten() for site, chosen in mask.sites.items() if chosen.any()}
 
 
@@ -142,6 +180,10 @@ class SelectedRows:
 
     What is not selected cannot move, whatever the optimiser does, and costs no gradient, optimiser state or copy: a
     linear map whose weights are partly selected computes the gradient of its selected features alone.
+
+    Args:
+        model: The model.
+        mask: The units.
     """
 
     def __init__(self, model: HookedModel, mask: ComponentMask) -> None:
@@ -153,7 +195,7 @@ class SelectedRows:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Put the leaves into the model within the block."""
+        """Compute with the leaves within the block, and give them gradients."""
         modules: dict[str, dict[str, tuple[Slice, Tensor]]] = {}
         for part, leaf in zip(self.slices, self.leaves, strict=True):
             modules.setdefault(part.module, {})[part.name.rpartition(".")[2]] = (part, leaf)
@@ -165,7 +207,7 @@ class SelectedRows:
             yield
 
     def gradient(self, loss: Tensor) -> None:
-        """Add a loss's gradient to the leaves.
+        """Add the loss's gradient to that of the leaves.
 
         Args:
             loss: A scalar.
@@ -173,12 +215,12 @@ class SelectedRows:
         add_gradients(loss, self.leaves, self.leaves)
 
     def write(self) -> None:
-        """Write the leaves into the model's own weights."""
+        """Write the leaves into the model."""
         for part, leaf in zip(self.slices, self.leaves, strict=True):
             part.write(leaf.detach())
 
     def restore(self) -> None:
-        """Copy the model's first weights back."""
+        """Put the model back as it was, bit by bit."""
         for part, kept in zip(self.slices, self.before, strict=True):
             part.write(kept)
 
@@ -193,7 +235,16 @@ class Factors:
     """A low-rank change of the selected part of one matrix: scale * (up @ down - up0 @ down0) of shape [out in].
 
     `up0` and `down0` are what the factors began as (None if that product was zero), so that the change begins at zero
-    exactly whatever the initialisation. `transposed` says that the module stores its weight as [in out].
+    exactly whatever the initialisation.
+
+    Attributes:
+        part: The selected part.
+        transposed: Whether the module stores its weight as [in out].
+        down: The first factor.
+        up: The second factor.
+        down0: What the first factor began as.
+        up0: What the second factor began as.
+        scale: What the product is multiplied by.
     """
 
     part: Slice
@@ -229,7 +280,11 @@ Start = Callable[[str, Tensor, int], tuple[Tensor, Tensor]]
 
 
 def lora_start(seed: int) -> Start:
-    """Where ordinary LoRA begins: A uniform within 1 / sqrt(in), as peft has it, and B zero (arXiv 2106.09685)."""
+    """Return where ordinary LoRA begins: A uniform within 1 / sqrt(in), as peft has it, and B zero (arXiv 2106.09685).
+
+    Args:
+        seed: Draws A.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def start(name: str, weight: Float[Tensor, "out in"], rank: int) -> tuple[Tensor, Tensor]:
@@ -244,8 +299,18 @@ def lora_start(seed: int) -> Start:
 class LowRank:
     """Low-rank adapters on the selected part of every selected matrix; the model's own weights stay as they are.
 
-    `start(name, weight [out in], rank)` gives the first (down [rank in], up [out rank]). Biases are not adapted. Raises
-    `MechunlearnError` if a rank is larger than a matrix (or the selected part of it).
+    Biases are not adapted.
+
+    Args:
+        model: The model.
+        mask: The units.
+        rank: Rank of every adapter.
+        scale: What the product of its factors is multiplied by.
+        start: Gives the first (down [rank in], up [out rank]) of a parameter by name, its selected part [out in] and
+            rank.
+
+    Raises:
+        MechunlearnError: If a rank is larger than a matrix, or the selected part of it.
     """
 
     def __init__(self, model: HookedModel, mask: ComponentMask, rank: int, scale: float, start: Start) -> None:
@@ -271,7 +336,7 @@ class LowRank:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Put the leaves into the model within the block."""
+        """Compute with the adapters within the block, and give them gradients."""
         with ExitStack() as stack:
             stack.enter_context(frozen(self.model.hf))
             for factors in self.factors:
@@ -280,7 +345,7 @@ class LowRank:
             yield
 
     def gradient(self, loss: Tensor) -> None:
-        """Add a loss's gradient to the leaves.
+        """Add the loss's gradient to that of the factors.
 
         Args:
             loss: A scalar.
@@ -299,7 +364,11 @@ class LowRank:
 
 
 class Everything:
-    """Every parameter of a model, embeddings and norms too: full fine-tuning."""
+    """Every parameter of a model, embeddings and norms too: full fine-tuning.
+
+    Args:
+        model: The model.
+    """
 
     def __init__(self, model: HookedModel) -> None:
         self.model = model
@@ -310,7 +379,7 @@ class Everything:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Put the leaves into the model within the block."""
+        """Let every parameter have gradients within the block."""
         flags = [parameter.requires_grad for parameter in self.parameters]
         for parameter in self.parameters:
             parameter.requires_grad_(True)
@@ -321,7 +390,7 @@ class Everything:
                 parameter.requires_grad_(flag)
 
     def gradient(self, loss: Tensor) -> None:
-        """Add a loss's gradient to the leaves.
+        """Add the loss's gradient to that of the leaves.
 
         Args:
             loss: A scalar.
@@ -330,22 +399,25 @@ class Everything:
 
     @torch.no_grad()
     def write(self) -> None:
-        """Write the leaves into the model's own weights."""
+        """Write the leaves into the model."""
         for parameter, leaf in zip(self.parameters, self.leaves, strict=True):
             if parameter.data_ptr() != leaf.data_ptr():
                 parameter.copy_(leaf)
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Copy the model's first weights back."""
+        """Put the model back as it was, bit by bit."""
         for parameter, kept in zip(self.parameters, self.before, strict=True):
             parameter.copy_(kept)
 
 
 def add_gradients(loss: Tensor, of: Sequence[Tensor], to: Sequence[Tensor]) -> None:
-    """Add the loss's gradient with respect to some tensors to the `.grad` of others.
+    """Add the loss's gradient with respect to some tensors to the `.grad` of others; parameters' own stay as they are.
 
-    Parameters' own stay as they are.
+    Args:
+        loss: A scalar.
+        of: What it is differentiated by.
+        to: What the gradients are added to, one each.
     """
     for leaf, gradient in zip(to, torch.autograd.grad(loss, of, allow_unused=True), strict=True):
         new = torch.zeros_like(leaf) if gradient is None else gradient.to(leaf.dtype)
@@ -354,7 +426,7 @@ def add_gradients(loss: Tensor, of: Sequence[Tensor], to: Sequence[Tensor]) -> N
 
 @contextmanager
 def _computing(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Within the block the module computes so; its hooks stay."""
+    """Let a module compute otherwise within the block; its hooks stay."""
     given: Any = module
     given.forward = forward
     try:
@@ -364,7 +436,7 @@ def _computing(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterat
 
 
 def _linear(module: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Weight [out in] and bias of a linear map."""
+    """Return weight [out in] and bias of a linear map."""
     given: Any = module
     return given.weight.T if isinstance(module, Conv1D) else given.weight, given.bias
 

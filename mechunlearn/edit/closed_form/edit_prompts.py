@@ -88,7 +88,11 @@ class EditPrompts:
         return cls(tokens, at[:, None] + shifts, prompts.start[:, None] + shifts, labels, weight)
 
     def select(self, facts: Tensor) -> "EditPrompts":
-        """Return these facts, no wider than the longest of them."""
+        """Return these facts, no wider than the longest of them.
+
+        Args:
+            facts: Their numbers.
+        """
         width = int((self.start[facts] + (self.labels[facts] != PAD).sum(1)[:, None]).max())
         return replace(
             self,
@@ -99,7 +103,11 @@ class EditPrompts:
         )
 
     def mixed(self, x: Float[Tensor, "_fact prompt _width"]) -> Float[Tensor, "_fact _width"]:
-        """Return the mean over a fact's prompts by weight, in float64."""
+        """Return the mean over a fact's prompts by weight, in float64.
+
+        Args:
+            x: What is at the edited token of each prompt.
+        """
         return torch.einsum("fpw,p->fw", x.double(), self.weight.to(x.device, torch.float64))
 
     @property

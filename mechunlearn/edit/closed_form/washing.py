@@ -42,7 +42,17 @@ GATHERED = 256
 
 @dataclass(frozen=True)
 class How:
-    """Settings that all closed-form editors share (see `memit`)."""
+    """Settings that all closed-form editors share (see `memit`).
+
+    Attributes:
+        target: What the facts' prompts shall be followed by.
+        position: The token that is edited.
+        prefixes: How many prefixes each prompt is read behind.
+        steps: Steps of Adam for a target value.
+        lr: Adam's learning rate.
+        overshoot: How many times as far the target values are moved.
+        batch_size: Prompts in memory.
+    """
 
     target: str
     position: str
@@ -55,7 +65,12 @@ class How:
 
 @dataclass(frozen=True, eq=False)
 class Sums:
-    """What one layer needs of any number of facts: K K^T and K R^T over the chosen neurons, in float64."""
+    """What one layer needs of any number of facts: K K^T and K R^T over the chosen neurons, in float64.
+
+    Attributes:
+        gram: K K^T.
+        cross: K R^T.
+    """
 
     gram: Float[Tensor, "unit unit"]
     cross: Float[Tensor, "unit d_model"]
@@ -93,7 +108,11 @@ class Washing:
         return max(self.layers)
 
     def second_moment(self, layer: int) -> Float[Tensor, "unit unit"]:
-        """Return E[k k^T] of a layer's chosen neurons over text."""
+        """Return E[k k^T] of a layer's chosen neurons over text.
+
+        Args:
+            layer: One of `layers`.
+        """
         units = self.layers[layer]
         return self.covariance.matrix(site(layer))[units][:, units]
 
@@ -103,6 +122,9 @@ class Washing:
         One pass, one batch of facts in memory.
 
         Where a norm follows the MLP (Gemma 2 and 3), R is taken back through it at the token's present scale.
+
+        Args:
+            layer: One of `layers`.
         """
         units = self.layers[layer]
         left = sum(other >= layer for other in self.layers)
@@ -124,7 +146,12 @@ class Washing:
         return Sums(symmetric(upper), cross)
 
     def gram(self, layer: int, edit_prompts: EditPrompts) -> Float[Tensor, "unit unit"]:
-        """Return K K^T of some prompts."""
+        """Return K K^T of some prompts.
+
+        Args:
+            layer: One of `layers`.
+            edit_prompts: The prompts.
+        """
         units = self.layers[layer]
         upper = torch.zeros(len(units), len(units), dtype=torch.float64, device=self.model.device)
         batches = seen(self.model, edit_prompts, [site(layer)], self.how.batch_size)
@@ -133,21 +160,39 @@ class Washing:
         return symmetric(upper)
 
     def kept(self, layer: int, weight: float) -> Float[Tensor, "unit unit"] | float:
-        """Return weight * K_r K_r^T of the retain facts, which the change then leaves as they are."""
+        """Return weight * K_r K_r^T of the retain facts, which the change then leaves as they are.
+
+        Args:
+            layer: One of `layers`.
+            weight: What it is multiplied by; at 0 nothing is computed.
+        """
         if not weight or self.retain is None:
             return 0.0
         return float(weight) * self.gram(layer, self.retain)
 
     def rows(self, layer: int) -> Float[Tensor, "unit d_model"]:
-        """Return the chosen neurons' rows as they are now."""
+        """Return the chosen neurons' rows as they are now.
+
+        Args:
+            layer: One of `layers`.
+        """
         return self.model.rows(site(layer))[self.layers[layer]]
 
     def weight(self, layer: int) -> Float[Tensor, "unit d_model"]:
-        """Return the chosen neurons' rows as they are now, in float64."""
+        """Return the chosen neurons' rows as they are now, in float64.
+
+        Args:
+            layer: One of `layers`.
+        """
         return self.rows(layer).double()
 
     def add_(self, layer: int, change: Float[Tensor, "unit d_model"]) -> None:
-        """Write weights plus a change into the model."""
+        """Write weights plus a change into the model.
+
+        Args:
+            layer: One of `layers`.
+            change: What is added to its chosen rows.
+        """
         self.model.write_(site(layer), self.weight(layer) + change, self.layers[layer])
 
     @contextmanager
@@ -180,7 +225,12 @@ class Washing:
         return changes, trajectory
 
     def edit(self, trajectory: list[dict[str, Any]], stopped: str = "") -> WeightEdit:
-        """Return the weights that the model has now, as an edit."""
+        """Return the weights that the model has now, as an edit.
+
+        Args:
+            trajectory: What the card says of each layer.
+            stopped: Why it ended early, if it did.
+        """
         units = {site(layer): chosen.cpu() for layer, chosen in self.layers.items()}
         rows = {site(layer): self.rows(layer).cpu() for layer in self.layers}
         card = RunCard("", trajectory=trajectory, stopped=stopped, skipped=self.skipped)
@@ -213,7 +263,11 @@ def _gathered(batches: Iterable[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, .
 
 
 def site(layer: int) -> str:
-    """Return the name of a layer's MLP output, whose weights a closed form solves for."""
+    """Return the name of a layer's MLP output, whose weights a closed form solves for.
+
+    Args:
+        layer: The layer.
+    """
     return str(Component(layer, "mlp.out"))
 
 
@@ -240,7 +294,7 @@ def washing(
         how: Settings.
         covariance: Second moments, or `None` to collect them from the texts. Sites that it lacks are collected over
             its own texts.
-        texts: What covariance and prefixes are from, by default a half of the forget data set's passages.
+        texts: What covariance and prefixes are from, by default a half of the forget data set's.
         target_values: One row a forget fact, or `None` to find them.
         keep: Whether the retain facts' keys are kept.
         seed: Seed of prefixes and of `target="shared"`.
@@ -346,5 +400,10 @@ def _known(model: HookedModel, forget: Prompts) -> tuple[Int[Tensor, " _known"],
 
 
 def remaining(washing: Washing, facts: Int[Tensor, " _fact"]) -> Int[Tensor, " _left"]:
-    """Return those of the facts that the model still gives: one forward pass over their answers."""
+    """Return those of the facts that the model still gives: one forward pass over their answers.
+
+    Args:
+        washing: The edit in the making.
+        facts: Numbers of some of its facts.
+    """
     return facts[answered(washing.model, washing.facts.select(facts))]
