@@ -111,6 +111,10 @@ class Covariance:
         """Return these statistics with further sites: what is not known of them is collected over the same texts.
 
         Where texts are not known (`update`), it is this covariance, without the further sites.
+
+        Args:
+            model: The model that these are statistics of.
+            sites: The sites that are wanted, such as `L3.mlp.out`.
         """
         missing = [site for site in sites if site not in self._sums]
         if not missing or self.texts is None or model.fingerprint != self.fingerprint:
