@@ -286,7 +286,8 @@ class TestOnTheWorld:
         small = {"lrs": [0.1], "steps": 10, "eval_every": 10, "batch_size": 8}
         rows = activation_perturbation(world, gone, forget, retain.select(range(48)), **small)
         found = recovery(rows)
-        assert found.loc["unedited", "held_out"] == 1 and found.loc["never taught", "held_out"] <= 0.5
+        never = found.loc["never taught"]
+        assert found.loc["unedited", "held_out"] == 1 and never["low"] <= never["chance"]
         assert rows.attrs["card"]["settings"]["sites"] == ["L2.resid_post"]
 
     def test_the_shipped_dictionary(self, world):

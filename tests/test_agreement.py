@@ -196,7 +196,7 @@ class TestFigures:
         table = pd.DataFrame([[1.0, 0.25], [0.25, 1.0]], index=["one", "two"], columns=["one", "two"])
         figure = overlap_map(table)
         (cells,) = figure.data
-        assert cells.z.tolist() == table.to_numpy().tolist()
+        assert [list(row) for row in cells.z] == table.to_numpy().tolist()
         assert cells.x == cells.y == ("one", "two")
         assert (cells.zmin, cells.zmax, cells.texttemplate) == (0, 1, "%{z:.2f}")
         assert figure.layout.yaxis.autorange == "reversed", "the diagonal falls from the top left"

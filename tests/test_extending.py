@@ -165,4 +165,5 @@ def test_type_checkers_see_every_method(folder):
         if (line := f"from mechunlearn.{folder}.{name} import {name} as {name}") not in lines
     ]
     assert not missing, f"add to {file}: {missing}"
-    assert len(lines) == len(methods(folder))
+    named = [line for line in lines if line.split(" import ")[0].endswith(line.split()[-1])]
+    assert len(named) == len(methods(folder))

@@ -442,7 +442,7 @@ class TestWhatComesBack:
             assert torch.equal(again.scores[dictionary.site], found.scores[dictionary.site])
             assert again.card == found.card and again.evidence == found.evidence
             assert again.above(1) == found.above(1) and again.unit_weights == found.unit_weights
-        assert json.loads((tmp_path / "found.json").read_text())["card"]["settings"]["by"] == "frequency"
+        assert json.loads((tmp_path / "found.json").read_text())["about"]["card"]["settings"]["by"] == "frequency"
 
     @pytest.mark.training
     def test_agreement_between_the_rules_is_a_table(self, language, codebooks):

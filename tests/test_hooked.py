@@ -330,7 +330,7 @@ class TestFingerprint:
 
     def test_it_is_the_one_that_is_stored(self, world):
         about = json.loads((data_folder() / "factworld-codebook" / "config.json").read_text())
-        assert world.fingerprint == about["fitted_on"] != load_model("factworld-twin").fingerprint
+        assert world.fingerprint == about["about"]["fitted_on"] != load_model("factworld-twin").fingerprint
 
     @pytest.mark.parametrize("assign", [False, True])
     def test_after_loading_a_state_everything_is_that_of_the_new_weights(self, model, tokens, assign):

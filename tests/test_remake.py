@@ -35,7 +35,7 @@ from mechunlearn.training.covariance import Covariance
 from mechunlearn.world.dictionaries import topic_stories
 from tests.handmade import mask_of, random_codebook, random_sae, rows_of_tokens
 from tests.models import random_hf, token_prompts
-from tests.test_laws import content, edited, known, suited_mask
+from tests.test_invariants import content, edited, known, suited_mask
 
 TEXTS = ["The knight fought the army.", "The cook baked the soup.", "The sailor crossed the sea at night."] * 3
 EDITORS = method_names("mechunlearn.edit")
@@ -54,7 +54,7 @@ def same(one, other, model) -> bool:
 @pytest.fixture(scope="module")
 def sets(world, sport):
     """Few facts, with few texts and nothing related, so that they are measured fast."""
-    few = {"source": None, "related": {}, "skills": {}, "text": sport[0].facts.text[:40]}
+    few = {"source": None, "related": {}, "skills": {}, "text": sport[0].facts.texts[:40]}
     halves = (prompts.select(range(8)) for prompts in sport)
     return tuple(replace(prompts, facts=replace(prompts.facts, **few)) for prompts in halves)
 
@@ -209,7 +209,7 @@ class TestControls:
     """What could not be controlled when a control was rebuilt from strings."""
 
     def test_it_has_the_same_texts(self, world, sets, some):
-        edit = memit(world, some, *sets, texts=sets[0].facts.text[1::2], target="mean", prefixes=1)
+        edit = memit(world, some, *sets, texts=sets[0].facts.texts[1::2], target="mean", prefixes=1)
         control = random_control(world, edit, *sets, seed=1)
         assert control.calls[0].arguments["texts"] is edit.calls[0].arguments["texts"]
         assert control.card.settings == edit.card.settings and control.card.data == edit.card.data
@@ -286,7 +286,7 @@ class TestControls:
         control = random_control(model, edit, prompts, prompts, seed=1)
         (part,) = control.parts
         assert not len(control.mask & mask) and part.settings == edit.parts[0].settings
-        assert torch.equal(part.values, -2 * seen.largest.amax(0)[part.units])
+        assert torch.equal(part.values, -2 * seen.max_activation.amax(0)[part.units])
 
     def test_something_that_knows_no_call(self, toy):
         class Ours:
@@ -326,7 +326,7 @@ class TestFromAFile:
 
     def test_what_the_command_washed(self, world, sets, some, tmp_path, monkeypatch):
         """Its texts are the world's documents, which are found again by their digest."""
-        documents = list(sets[0].facts.text)
+        documents = list(sets[0].facts.texts)
         monkeypatch.setattr("mechunlearn.evaluation.recipes.world_text", lambda without: documents)
         edit = wash(world, some, *sets, cache=tmp_path / "stats", target="mean", prefixes=1)
         assert edit.card.settings["texts"]["texts"] == len(washing_texts(sets[0])) == len(documents) + 8 * 20
@@ -349,7 +349,7 @@ class TestFromAFile:
         assert isinstance(control, FeatureEdit) and len(control.mask) == len(edit.mask)
         assert not len(control.mask & edit.mask) and part.settings == edit.parts[0].settings
         if len(part.values):
-            largest = [FiringStatistics.of(world, dictionary, prompts).largest.amax(0) for prompts in sets]
+            largest = [FiringStatistics.of(world, dictionary, prompts).max_activation.amax(0) for prompts in sets]
             assert torch.equal(part.values, -3 * torch.maximum(*largest)[part.units])
 
     @pytest.mark.parametrize(

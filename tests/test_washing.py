@@ -711,7 +711,7 @@ class TestPlanted:
         """For AlphaEdit text does not speak of the fact, or there would be no null space to write it in."""
         mask = ComponentMask.of(["L0.mlp.out" if whole else toy.neuron(5)], toy.model.signature)
         text = [i for i in range(24) if i != 5] if editor is null_space else None
-        settings = {"towards": towards, "steps": 100, "lr": 0.1, "seed": seed}
+        settings = {"target": towards, "steps": 100, "lr": 0.1, "seed": seed}
         edit = on_the_toy(editor, toy, mask, [5], OTHERS, text, **settings)
         assert accuracy(toy, edit) == [int(i != 5) for i in range(24)]
 

@@ -170,7 +170,7 @@ def test_interrupted_training_resumes_to_the_same_weights(contents, tokenizer, t
         phases=(1, 2, 3, 4, 5, 6),
         elsewhere=(0,),
         rows=2,
-        lrs=((0, 1e-3, 6),),
+        rates=((0, 1e-3, 6),),
         layers=2,
         local_layers=1,
         d_model=16,

