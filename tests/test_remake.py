@@ -54,7 +54,7 @@ def same(one, other, model) -> bool:
 @pytest.fixture(scope="module")
 def sets(world, sport):
     """Few facts, with few texts and nothing related, so that they are measured fast."""
-    few = {"source": None, "related": {}, "skills": {}, "text": sport[0].facts.texts[:40]}
+    few = {"source": None, "related": {}, "skills": {}, "texts": sport[0].facts.texts[:40]}
     halves = (prompts.select(range(8)) for prompts in sport)
     return tuple(replace(prompts, facts=replace(prompts.facts, **few)) for prompts in halves)
 
@@ -222,7 +222,7 @@ class TestControls:
         ]
         (tmp_path / "few.csv").write_text("\n".join(["subject,prompt,answer", *rows]))
         forget, retain = load_facts(tmp_path / "few.csv").prompts(world).split(forget=6, seed=0)
-        texts = load_facts("factworld/sport").text[:60]
+        texts = load_facts("factworld/sport").texts[:60]
         edit = memit(world, some, forget, retain, texts=texts, target="mean", prefixes=0)
         report = evaluate(world, edit, forget=forget, retain=retain)
         assert report.frame["control"].notna().all() and (report.frame["control"] != report.frame["after"]).any()
@@ -236,7 +236,7 @@ class TestControls:
 
     def test_a_covariance_is_collected_where_the_control_is(self, world, sets, some):
         """Over its own texts, which are not those of the facts."""
-        texts = load_facts("factworld/sport").text[60:120]
+        texts = load_facts("factworld/sport").texts[60:120]
         covariance = Covariance.of_text(world, ["L1.mlp.out"], texts)
         given = {"target": "mean", "prefixes": 0, "covariance_weight": 50}
         edit = memit(world, some, *sets, covariance=covariance, **given)
@@ -298,7 +298,7 @@ class TestControls:
 
 
 def rows_of_text(world):
-    texts = load_facts("factworld/sport").text[:60]
+    texts = load_facts("factworld/sport").texts[:60]
     ids = [torch.tensor(row) for row in world.tokenizer(list(texts))["input_ids"]]
     return torch.nn.utils.rnn.pad_sequence(ids, batch_first=True), torch.tensor([len(row) for row in ids])
 
