@@ -11,8 +11,8 @@ from dataclasses import replace
 import pytest
 
 from mechunlearn import ComponentMask, MechunlearnError
-from mechunlearn.explore.state import Workbench
 from mechunlearn.explore.server import ExplorerServer
+from mechunlearn.explore.state import Workbench
 from mechunlearn.localize import attribution_patching
 from mechunlearn.world.toy import planted_facts
 from tests.browser import chromium, needs_browser, screenshots
