@@ -422,6 +422,7 @@ class TestBeforeAnyWork:
             ("masked_gradient", {"seed": True}, r"a whole number from 0 to 2\*\*63 - 1"),
             ("masked_gradient", {"steps": 2.5}, "a whole number, 1 or more"),
             ("masked_gradient", {"steps": "3"}, "a whole number, 1 or more"),
+            ("masked_gradient", {"steps": None}, "a whole number, 1 or more"),
             ("masked_gradient", {"warmup": -1}, "a whole number, 0 or more"),
             ("masked_gradient", {"batch_size": 0}, "a whole number, 1 or more"),
             ("masked_gradient", {"forget_weight": -1}, "a number, 0 or more"),

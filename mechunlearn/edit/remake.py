@@ -31,6 +31,7 @@ Arguments = ParamSpec("Arguments")
 Made = TypeVar("Made", WeightEdit, FeatureEdit)
 Range = tuple[type, Callable[[Any], bool], str]
 
+NOT_SETTINGS = ("model", "mask", "forget", "retain", "seed", "progress")
 WHOLE: Range = (Integral, lambda n: n >= 1, "a whole number, 1 or more")
 FROM_0: Range = (Integral, lambda n: n >= 0, "a whole number, 0 or more")
 ABOVE_0: Range = (Real, lambda x: x > 0, "a number above 0")
@@ -96,15 +97,17 @@ def editor(function: Callable[Arguments, Made]) -> Callable[Arguments, Made]:
     return decorated
 
 
-NOT_SETTINGS = ("model", "mask", "forget", "retain", "seed", "progress")
-
-
 def described(value: Any) -> Any:
     """Return a JSON-serialisable description of an argument of an editor.
 
     Numbers, words and lists of them are themselves, and a dictionary is its site. A loss is its name with all of its
+<<<<<<< HEAD
     settings (`losses.described`). Texts, facts and tensors are told by how many there are and a digest, statistics by
     how much they have seen. Whatever JSON holds as itself can be given to the editor again, a JSON object cannot.
+=======
+    settings (`losses.described`). Of texts, facts and tensors it is how many there are and a digest, of statistics how much
+    they have seen. Whatever JSON holds as itself can be given to the editor again, a JSON object cannot.
+>>>>>>> w-edits
 
     Args:
         value: The argument.
@@ -141,10 +144,10 @@ def _check(name: str, known: Signature, given: dict[str, Any]) -> None:
         words = get_args(known.parameters[key].annotation)
         if get_origin(known.parameters[key].annotation) is Literal and value not in words:
             raise MechunlearnError(f"{name} got {key}='{value}'. Expected one of {', '.join(words)}.")
-    for key in NUMBERS.keys() & given.keys():
-        value, (kind, within, expected) = given[key], NUMBERS[key]
+        kind, within, expected = NUMBERS.get(key, (object, lambda x: True, ""))
+        left_out = value is None and known.parameters[key].default is None
         number = isinstance(value, kind) and not isinstance(value, bool) and within(value)
-        if value is not None and not (number and math.isfinite(given[key])):
+        if expected and not left_out and not (number and math.isfinite(given[key])):
             raise MechunlearnError(f"{name} got {key}={value}. Expected {expected}.")
     if isinstance(given.get("texts"), str):
         raise MechunlearnError(f"{name} got one string as texts. Expected a list of texts: texts=[...].")
