@@ -341,7 +341,7 @@ class TestFoil:
             assert prompts.targets[i, : len(ids)].tolist() == ids
         other = facts.prompts(world, seed=1)
         assert torch.equal(prompts.targets, other.targets) and not torch.equal(prompts.foils, other.foils)
-        assert measure(world, prompts)["target probability"].equal(measure(world, other)["target probability"])
+        assert measure(world, prompts)["target_probability"].equal(measure(world, other)["target_probability"])
 
     def test_a_target_that_no_fact_answers_is_no_foil(self, world, tmp_path):
         """Twelve facts are to become "Copenhagen": no corrupt run says so."""
@@ -430,7 +430,7 @@ class TestFoil:
         prompts = load_facts(tmp_path / "golf.csv").prompts(world)
         found = measure(world, prompts)
         assert prompts.random_corruptions == 2 and (prompts.foils == -1).all()
-        assert 0 <= float(found["target probability"].min()) < 1
+        assert 0 <= float(found["target_probability"].min()) < 1
         logits = world.forward(prompts.tokens)
         assert answer_logprob(logits, prompts).isfinite().all()
         with pytest.raises(MechunlearnError, match="2 of 2 facts have no foil .* no other fact of their relation"):
@@ -448,7 +448,7 @@ class TestFoil:
     def test_without_target_and_foil_nothing_is_given_as_the_target(self, world):
         prompts = Prompts.from_text([Query("Besa Rudton plays the sport of", "golf")], world.tokenizer)
         found = measure(world, prompts)
-        assert found["target accuracy"].item() == found["target probability"].item() == 0
+        assert found["target_accuracy"].item() == found["target_probability"].item() == 0
 
     def test_tokens_have_targets_of_their_own(self):
         clean, corrupt, answer, foil, target = torch.arange(5)[:, None]
