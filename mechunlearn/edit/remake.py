@@ -101,13 +101,8 @@ def described(value: Any) -> Any:
     """Return a JSON-serialisable description of an argument of an editor.
 
     Numbers, words and lists of them are themselves, and a dictionary is its site. A loss is its name with all of its
-<<<<<<< HEAD
-    settings (`losses.described`). Texts, facts and tensors are told by how many there are and a digest, statistics by
+    settings (`losses.described`). Of texts, facts and tensors it is how many there are and a digest, of statistics
     how much they have seen. Whatever JSON holds as itself can be given to the editor again, a JSON object cannot.
-=======
-    settings (`losses.described`). Of texts, facts and tensors it is how many there are and a digest, of statistics how much
-    they have seen. Whatever JSON holds as itself can be given to the editor again, a JSON object cannot.
->>>>>>> w-edits
 
     Args:
         value: The argument.
