@@ -42,6 +42,8 @@ def execute(path: Path) -> list[str]:
     wrong = []
     for i, cell in enumerate(notebook.cells):
         cell.metadata = {"tags": cell.metadata["tags"]} if "tags" in cell.metadata else {}
+        if "outputs" in cell:
+            cell.outputs = [output for output in cell.outputs if not _is_bar(output)]
         for output in cell.get("outputs", ()):
             wrong += [f"{path.name}, cell {i}: {what}" for what in _noise(output)]
             _add_picture(output, f"{path.stem}-{i}")
@@ -65,6 +67,14 @@ def _add_picture(output: dict, name: str) -> None:
     for i, identifier in enumerate(dict.fromkeys(random)):
         drawn = drawn.replace(identifier, f"{name}-{i}")
     output["data"]["image/svg+xml"] = drawn
+
+
+def _is_bar(output: dict) -> bool:
+    """Whether an output is what a progress bar leaves behind."""
+    data = output.get("data", {})
+    return data.get("text/plain") == "Output()" or (
+        data.get("text/plain") == "" and set(data) <= {"text/plain", "text/html"}
+    )
 
 
 def _noise(output: dict) -> list[str]:
