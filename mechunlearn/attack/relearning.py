@@ -219,7 +219,7 @@ class _Sets:
 
 
 def _unrelated(model: HookedModel, facts: Prompts, retain: Prompts) -> Prompts:
-    """Other relations of retain subjects who share no name with a subject that is to be recalled."""
+    """Other relations of retain subjects who share no name with a subject that the attack tries to recall."""
     source, kept = facts.facts, retain.facts
     related = [] if kept is None else list(kept.related.values())
     if source is None or kept is None or not related:

@@ -45,7 +45,7 @@ def feature_clamp(
         gate: `token` clamps wherever a feature is active. `sequence` clamps only once the share of the sequence's
             tokens so far with one of the features exceeds the `quantile` of that share over the tokens of `retain`
             (DSG, arXiv 2504.08192, made causal: the past alone decides). The past is what the forward pass holds:
-            generate without a key-value cache then (an exported folder says so in its configuration).
+            generate without a key-value cache then (an exported folder has this in its configuration).
         quantile: Of the share, from 0 to 1.
         error: Whether to add back what the dictionary misses, so that only the features change; what the topic has in
             the error term then stays.

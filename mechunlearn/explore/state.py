@@ -229,7 +229,7 @@ class Workbench:
         return maps.by_role(found, self.map, self.facts, self.metric, self.mask)
 
     def detail(self, component: str) -> dict[str, Any]:
-        """Tell of one component: score, direct effect, exact effect by token role and fact, attention or read-out, units.
+        """Describe one component: score, direct effect, exact effect by token role and fact, attention or read-out, units.
 
         Args:
             component: Its address.
@@ -293,7 +293,7 @@ class Workbench:
         }
 
     def act(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        """Do what a click asks for and give the view; a mistake is told in `error` and changes nothing.
+        """Do what a click asks for and give the view; a mistake changes nothing and is described in `error`.
 
         Args:
             message: `do`, one of `ACTIONS`, and its arguments.

@@ -73,7 +73,7 @@ def feature_discovery(
 
     Returns:
         Scores at the dictionary's site; `.above(1)` are the units more than twice as frequent, and a share in
-        `.top(weights=)` is one of the dictionary's units, which have no weights. If none is enriched the note says so.
+        `.top(weights=)` is one of the dictionary's units, which have no weights. If none is enriched, the note reports it.
 
     Raises:
         MechunlearnError: A dictionary of another model, empty text, an unknown rule, or nothing to compare with.

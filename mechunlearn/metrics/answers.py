@@ -120,7 +120,7 @@ def answer_probability(logits: Float[Tensor, "fact pos d_vocab"], prompts: Promp
 def supervised(
     prompts: Prompts, which: str = "answers"
 ) -> tuple[Int[Tensor, "fact pos"], Int[Tensor, " token"], Int[Tensor, " token"], Int[Tensor, " token"]]:
-    """Return prompts followed by an answer, and which of their tokens are to be predicted.
+    """Return prompts followed by an answer, and which of their tokens the model has to predict.
 
     Args:
         prompts: The facts.
@@ -176,7 +176,7 @@ def _continuation(logits: Tensor, prompts: Prompts) -> tuple[Float[Tensor, " fac
 
 @torch.no_grad()
 def answered(model: HookedModel, prompts: Prompts, batch_size: int = BATCH) -> Bool[Tensor, " fact"]:
-    """Tell of each fact whether greedy decoding gives all tokens of the answer: one forward pass a batch, nothing else.
+    """Return, for each fact, whether greedy decoding gives all tokens of the answer: one forward pass a batch, nothing else.
 
     Args:
         model: The model.

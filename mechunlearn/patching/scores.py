@@ -111,7 +111,7 @@ def circuit(
         model: The model.
         scores: By edge.
         chosen: The edges that were scored.
-        prompts: The facts; if clean and corrupt are the same the note says so.
+        prompts: The facts; where clean and corrupt are the same, the note has it.
     """
     weights, total = editable(model)
     parallel = model.layout.parallel

@@ -29,7 +29,7 @@ def circuit_graph(circuit: Circuit, most: int = 200, shown: int = 50) -> go.Figu
         shown: Where the slider begins, or just below.
 
     Raises:
-        MechunlearnError: If the circuit has no edge, or less than one is to be shown.
+        MechunlearnError: If the circuit has no edge, or fewer than one edge is asked for.
 
     >>> from mechunlearn.localize import edge_attribution
     >>> from mechunlearn.world.toy import planted_facts

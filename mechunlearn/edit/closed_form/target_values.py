@@ -42,7 +42,7 @@ def end_of_text(model: HookedModel) -> int:
 
 
 def target_labels(model: HookedModel, prompts: Prompts, target: str) -> Int[Tensor, "fact label"]:
-    """Return the tokens that each prompt is to be followed by.
+    """Return the tokens that should follow each prompt.
 
     Args:
         model: The model.
