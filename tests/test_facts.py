@@ -344,7 +344,7 @@ class TestFoil:
         assert measure(world, prompts)["target_probability"].equal(measure(world, other)["target_probability"])
 
     def test_a_target_that_no_fact_answers_is_no_foil(self, world, tmp_path):
-        """Twelve facts are to become "Copenhagen": no corrupt run says so."""
+        """An edit makes "Copenhagen" of twelve facts, and no corrupt run answers "Copenhagen"."""
         known = load_facts("factworld/city")
         rows = [(f.subject, f.queries["statement"].prompt, f.answer, "Copenhagen") for f in known]
         rows = [row for row in rows if row[2] != "Copenhagen"][:200]

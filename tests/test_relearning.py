@@ -41,6 +41,7 @@ class TestOnThePlantedModel:
             rows = relearning(*setup, lrs={"lora": [5e-3], "full": [3e-3]}, steps=40, eval_every=20, seed=each)
             edited = rows[rows.state == "edited"]
             trained += edited[edited.step == 40]["trained"].tolist()
+            assert min(trained) > 0.5, "every attack brings most of what it trains back"
             assert (edited["held_out"] <= edited["chance"]).all()
             held_out.append(edited["held_out"].max())
             recovered.append(recovery(rows).loc["edited", "recovery"])

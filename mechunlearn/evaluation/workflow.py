@@ -180,6 +180,6 @@ def _sets(prompts: Prompts, forget: int | Sequence[str] | None, seed: int) -> tu
     chosen = [i for i, subject in enumerate(subjects) if subject in wanted]
     left = torch.tensor([i for i, subject in enumerate(subjects) if subject not in wanted])
     if not len(left):
-        raise MechunlearnError("The forget set holds all facts: leave some out, so that there is something to retain.")
+        raise MechunlearnError("The forget set holds every fact. Leave some out: an edit needs something to retain.")
     left = left[torch.randperm(len(left), generator=torch.Generator().manual_seed(seed))]
     return prompts.select(chosen), prompts.select(left[: max(1, len(left) // 2)])
