@@ -35,17 +35,16 @@ class TestOnThePlantedModel:
         return toy.model, edit, forget, retain
 
     def test_what_shares_nothing_does_not_come_back(self, setup, seed):
-        """The half that trains comes back, whole in the median attack, and of the other half nothing in the median."""
-        held_out, trained, recovered = [], [], []
+        """The half that trains comes back whole, and of the other half nothing in the median attack."""
+        held_out, recovered = [], []
         for each in range(seed, seed + 3):
-            rows = relearning(*setup, lrs={"lora": [5e-3], "full": [3e-3]}, steps=40, eval_every=20, seed=each)
+            rows = relearning(*setup, lrs={"lora": [5e-3], "full": [3e-3]}, steps=80, eval_every=40, seed=each)
             edited = rows[rows.state == "edited"]
-            trained += edited[edited.step == 40]["trained"].tolist()
-            assert min(trained) > 0.5, "every attack brings most of what it trains back"
+            assert (edited[edited.step == 80]["trained"] == 1).all()
             assert (edited["held_out"] <= edited["chance"]).all()
             held_out.append(edited["held_out"].max())
             recovered.append(recovery(rows).loc["edited", "recovery"])
-        assert np.median(trained) == 1 and np.median(held_out) == 0
+        assert np.median(held_out) == 0
         assert np.nanmax(recovered) < 0, "below chance, and not every attack broke the model"
 
     def test_step_0_is_the_model_as_it_is(self, setup):
