@@ -1,5 +1,6 @@
 """What users of TransformerLens expect of a model: text, generation, caches, hook names. And a fingerprint that sees all."""
 
+import inspect
 import json
 
 import pytest
@@ -12,6 +13,7 @@ from mechunlearn.core.files import data_folder
 from mechunlearn.model import fingerprint, hooked
 from mechunlearn.model.hook_points import HOOK_POINTS, POST_NORM_HOOK_POINTS, ActivationCache
 from mechunlearn.model.hooked import load_model
+from mechunlearn.model.text import ids_of
 from tests.models import random_hf
 
 TEXTS = ["The capital of France is", "The knight", "A company that makes"]
@@ -74,6 +76,9 @@ class TestText:
         for function in (world, world.to_tokens, world.to_str_tokens, world.generate, world.run_with_cache):
             with pytest.raises(MechunlearnError, match=r"Expected a text, a list of texts, or a tensor of tokens"):
                 function([])
+        for given in (12, None, ["a text", 12]):
+            with pytest.raises(MechunlearnError, match=r"Expected a text, a list of texts, or a tensor of tokens"):
+                inspect.unwrap(ids_of)(given, world.tokenizer)  # as users call it: without the tests' type checks
         with pytest.raises(MechunlearnError, match="The text '' has no tokens"):
             plain = load_model((random_hf("gpt2"), world.tokenizer))
             plain.tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0})))

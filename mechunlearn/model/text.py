@@ -1,6 +1,6 @@
 """Text to tokens and back, with whatever tokenizer a model has."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ def ids_of(text: str | Sequence[str], tokenizer: PreTrainedTokenizerBase | None)
     """
     if tokenizer is None:
         raise MechunlearnError("The model has no tokenizer. Give tokens, or load the model with one.")
-    texts = [text] if isinstance(text, str) else list(text)
+    texts = [text] if isinstance(text, str) else list(text) if isinstance(text, Iterable) else []
     if not texts or not all(isinstance(each, str) for each in texts):
         raise MechunlearnError(f"Got {text!r:.80}. Expected a text, a list of texts, or a tensor of tokens [text pos].")
     found: list[list[int]] = tokenizer(texts)["input_ids"]
