@@ -29,7 +29,8 @@ def run(processor: str, threads: int, seed: int, more: list[str]) -> tuple[dict[
     settings = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "MECHUNLEARN_TEST_SEED": seed}
     environment = {name: value for name, value in os.environ.items() if name not in PROCESSORS["default"]}
     environment |= PROCESSORS[processor] | {name: str(value) for name, value in settings.items()}
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-m", "training", "--dist", "loadfile", *more]
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-m", "training", "--dist", "loadfile"]
+    command += ["-n", str(max(1, (os.cpu_count() or 1) // threads)), *more]  # more threads than cores take hours
     if not any(argument.split("::")[0].endswith((".py", ".md")) for argument in more):
         command += ["tests", *(DOCUMENTS if seed == 0 else [])]
     began = time.monotonic()

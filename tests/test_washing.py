@@ -42,12 +42,22 @@ def attention(self, query, key, value, attention_mask=None):
     return weights @ value, weights
 
 
+def norm(self, x):
+    """RMS norm without its float32, in which sums over another number of threads differ by 1e-7."""
+    size = self.eps if hasattr(self, "eps") else self.variance_epsilon
+    weight = 1 + self.weight if hasattr(self, "eps") else self.weight  # Gemma's weights count from 1
+    return x * (x.pow(2).mean(-1, keepdim=True) + size).rsqrt() * weight
+
+
 def exact(family: str) -> HookedModel:
-    """A random model in float64."""
+    """A random model in float64, also where its own code would leave float64."""
     hf = random_hf(family)
     if family == "gptj":
         for block in hf.transformer.h:
             block.attn._attn = MethodType(attention, block.attn)
+    for module in hf.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = MethodType(norm, module)
     return load_model((hf, None), dtype=torch.float64)
 
 
