@@ -194,6 +194,8 @@ class TestBrowser:
     def test_a_figure_waits_until_it_is_about_to_be_seen(self, browser, page):
         tab = browser.new_page(viewport={"width": 1280, "height": 700})
         tab.goto(page.as_uri())
+        assert tab.locator(".plot:has(.main-svg)").count() < tab.locator(".plot").count()
+        tab.locator(".plot").first.scroll_into_view_if_needed()
         tab.locator(".plot .main-svg").first.wait_for()
         assert 0 < tab.locator(".plot:has(.main-svg)").count() < tab.locator(".plot").count()
         assert tab.locator(".plot").last.locator(".main-svg").count() == 0

@@ -1,6 +1,6 @@
 """Side effects on ordinary text: how far an edit moves what the model says next."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -10,7 +10,7 @@ from torch.nn import functional
 from mechunlearn.artifacts.weight_edit import Edit
 from mechunlearn.core.batches import in_batches
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.metrics.text import encode, padded
+from mechunlearn.metrics.text import encode, padded, token_losses
 from mechunlearn.model.hooked import HookedModel
 
 LOGITS = 1 << 27  # of one batch of texts: half a gigabyte in float32
@@ -48,6 +48,39 @@ def next_token_kl(model: HookedModel, edit: Edit, texts: Sequence[str], batch_si
     >>> bool((moved > 0).all()), bool((moved < 1).all())
     (True, True)
     """
+    return text_drift(model, {"edited": edit}, texts, batch_size)["edited"]["kl_to_before"]
+
+
+@torch.no_grad()
+def text_drift(
+    model: HookedModel,
+    edits: Mapping[str, Edit | None],
+    texts: Sequence[str],
+    batch_size: int = 64,
+    done: Callable[[int], object] = lambda count: None,
+) -> dict[str, dict[str, Float[Tensor, " text"]]]:
+    """Measure the loss of texts under several edits, and how far each moves what the model says next.
+
+    The unedited model reads each text once, every edit once more, and both numbers come from the same logits.
+
+    Args:
+        model: The unedited model; edits are applied and undone once a batch.
+        edits: The edits by name; None is the unedited model.
+        texts: The texts.
+        batch_size: The largest number of texts a batch.
+        done: Called with the number of texts each time that so many more are read.
+
+    Returns:
+        By the edit's name `loss` (see `text_loss`) and `kl_to_before` (see `next_token_kl`), one value a text.
+
+    Raises:
+        MechunlearnError: For a model without a tokenizer, a text without a token, or no texts.
+
+    >>> from mechunlearn import load_model
+    >>> found = text_drift(load_model("factworld"), {"before": None}, ["The old bridge opened the cottage."])
+    >>> round(float(found["before"]["kl_to_before"]), 6)
+    0.0
+    """
     encoded = encode(model, tuple(texts))
     if not encoded or not all(encoded):
         lacks = "there are none" if not texts else "the model has no tokenizer" if not encoded else "one has no token"
@@ -56,17 +89,25 @@ def next_token_kl(model: HookedModel, edit: Edit, texts: Sequence[str], batch_si
     order = lengths.argsort()
     most = LOGITS // (int(lengths.max()) * model.hf.config.get_text_config().vocab_size)
 
-    def moved(rows: Tensor) -> Float[Tensor, " text"]:
+    def read(rows: Tensor) -> Float[Tensor, "edit measure text"]:
         part = [encoded[i] for i in order[rows].tolist()]
-        tokens = padded(part)[0]
-        before = model.forward(tokens)
-        with edit.applied(model):
-            after = model.forward(tokens)
-        return torch.stack([_kl(p[: len(ids)], q[: len(ids)]) for p, q, ids in zip(before, after, part)]).cpu()
+        tokens, weight = padded(part)
+        before, found = model.forward(tokens), []
+        for edit in edits.values():
+            if edit is None:
+                after = before
+            else:
+                with edit.applied(model):
+                    after = model.forward(tokens)
+            loss = (token_losses(after, tokens).cpu() * weight).sum(1) / weight.sum(1)
+            moved = torch.stack([_kl(p[: len(ids)], q[: len(ids)]) for p, q, ids in zip(before, after, part)]).cpu()
+            found.append(torch.stack([loss, moved]))
+        done(len(rows))
+        return torch.stack(found)
 
-    found = torch.zeros(len(encoded))
-    found[order] = torch.cat(in_batches(len(encoded), max(1, min(batch_size, most)), moved))
-    return found
+    values = torch.zeros(len(edits), 2, len(encoded))
+    values[:, :, order] = torch.cat(in_batches(len(encoded), max(1, min(batch_size, most)), read), dim=2)
+    return {name: {"loss": loss, "kl_to_before": moved} for name, (loss, moved) in zip(edits, values)}
 
 
 def _kl(before: Float[Tensor, "pos d_vocab"], after: Float[Tensor, "pos d_vocab"]) -> Float[Tensor, ""]:

@@ -7,22 +7,26 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
+from torch import Tensor
 
 from mechunlearn.artifacts.weight_edit import Edit
 from mechunlearn.attack.states import check_edit
+from mechunlearn.core.batches import counter
 from mechunlearn.core.runcard import Stopwatch
+from mechunlearn.evaluation.cells import UNSEEN, ordinary_texts
 from mechunlearn.evaluation.cells import cells as cells_of
-from mechunlearn.evaluation.cells import held_out
 from mechunlearn.evaluation.controls import random_control
-from mechunlearn.evaluation.drift import next_token_kl
+from mechunlearn.evaluation.drift import text_drift
 from mechunlearn.evaluation.report import Report
 from mechunlearn.evaluation.robustness import attack_all, check_attacks
+from mechunlearn.evaluation.written import written
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.metrics.answers import measure
 from mechunlearn.metrics.stats import bootstrap_interval
-from mechunlearn.metrics.text import text_loss
 from mechunlearn.model.hooked import HookedModel
+
+Cell = tuple[str, str, str]
+"""Split, format and metric."""
 
 
 def evaluate(
@@ -33,6 +37,7 @@ def evaluate(
     retain: Prompts,
     control: Edit | None = None,
     others: Mapping[str, Edit] | None = None,
+    unseen: Prompts | None = None,
     attacks: Sequence[str] | str = (),
     cache: str | Path | None = None,
     seed: int = 0,
@@ -41,15 +46,20 @@ def evaluate(
 ) -> Report:
     """Measure an edit on everything known of its facts, before and after, beside a control.
 
-    Splits: `forget` and `retain` in every format; `neighbours`, facts of subjects that share a name with a forgotten
-    one and that no edit saw; `same subject`, other relations of the forgotten subjects; `skills`; `text` (loss on the
-    half of the passages that editors do not train on, and how far its next-token distributions moved: KL(before ||
-    after)). Accuracy is greedy over the full vocabulary; every number has a 95 % bootstrap interval over facts; at
-    most 200 facts, tasks or passages a cell. One edit of one model is n = 1, however many facts: intervals do not
-    cover other models or seeds.
+    Splits: `forget` and `retain` in every format; `unseen`, facts of the data set in neither set: what the edit does
+    to facts that nobody showed it; `neighbours`, those whose subject shares a name with a forgotten one; `same
+    subject`, other relations of the forgotten subjects; `skills`; `text`: the loss of ordinary text, and how far its
+    next-token distributions moved, KL(before || after). Ordinary text is a page of plain English, samples of the model
+    itself, and the half of the facts' own passages that editors do not train on. What cannot be measured is named in
+    `report.about["left out"]`.
 
-    With `attacks` the report also says whether the knowledge is gone, hidden, or the model has collapsed. Each attack
-    runs its ceiling (the unedited model) and its floor (never-taught subjects).
+    Of unseen facts the metric `kept` is the share still right of those that were right before. Accuracy is greedy over
+    the full vocabulary; every number has a 95 % bootstrap interval over facts; at most 200 facts, tasks or passages a
+    cell. One edit of one model is n = 1, however many facts: intervals do not cover other models or seeds.
+
+    A damaged model is called collapsed (see `damage`), with or without attacks. With `attacks` the report also says
+    whether the knowledge is gone or hidden; without unseen facts and ordinary text it never says gone. Each
+    attack runs its ceiling (the unedited model) and its floor (never-taught subjects).
 
     Args:
         model: The unedited model; it is left as it was.
@@ -59,6 +69,8 @@ def evaluate(
         control: The edit to set beside it; None makes one by the same editor with the same settings on a random mask
             of the same kinds and weight (of a feature edit, on other units that are active as often).
         others: Further edits to set beside it, by name.
+        unseen: Facts that no edit saw; None takes those of the data set in neither set. Prompts made of tokens have no
+            data set.
         attacks: Names of attacks that try to get the knowledge back (see `robustness.ATTACKS`), or "all".
         cache: A folder in which finished attacks are kept, so that a killed run goes on and the next edit costs less.
         seed: Draws control, attacks and bootstrap.
@@ -75,21 +87,19 @@ def evaluate(
     if control is None:
         control = random_control(model, edit, forget, retain, seed)
     edits: dict[str, Edit | None] = {"before": None, "after": edit, "control": control, **(others or {})}
-    frame, cells = pd.DataFrame(), cells_of(model, forget, retain)
-    for name, changed in edits.items():
-        with changed.applied(model) if changed is not None else nullcontext():
-            rows = list(_rows(model, cells, forget))
-        values = pd.DataFrame([*rows, *_moved(model, changed, forget)]).set_index(["split", "format", "metric", "n"])[
-            "values"
-        ]
-        frame[name] = values.map(lambda numbers: float(sum(numbers) / len(numbers)))
-        ends = values.map(lambda numbers: bootstrap_interval(numbers, seed))
-        frame[f"{name}_low"], frame[f"{name}_high"] = ends.str[0], ends.str[1]
+    cells = cells_of(model, forget, retain, unseen)
+    texts, left_out = ordinary_texts(model, forget)
+    values = _values(model, edits, cells, texts, progress)
     about: dict[str, Any] = {"model": repr(model), "facts": forget.facts.name if forget.facts is not None else "tokens"}
     about |= {"forget": len(forget), "retain": len(retain), "seconds": clock.seconds()}
     if forget.queries:
         about["example"] = {name: getattr(forget.queries[0], name) for name in ("prompt", "answer", "target")}
-    report = Report(frame.reset_index(), list(edits), edit.card, about=about)
+    stranger = next((prompts for split, prompts in cells if split == UNSEEN), None)
+    if stranger is None:
+        left_out.append("No fact is left that no edit saw: give the data set more facts, or evaluate unseen= facts.")
+    about["left out"] = left_out
+    sample = written(model, edit, forget, retain, stranger, texts)
+    report = Report(_frame(values, seed), list(edits), edit.card, about=about, samples=sample)
     watch(report)
     if not names:
         return report
@@ -99,24 +109,47 @@ def evaluate(
     return replace(report, attacked=found, about=about | {"seconds": clock.seconds()})
 
 
-def _rows(model: HookedModel, cells: Sequence[tuple[str, Prompts]], forget: Prompts) -> Iterator[dict[str, Any]]:
-    """What the model knows now, by fact or text."""
+def _values(
+    model: HookedModel,
+    edits: Mapping[str, Edit | None],
+    cells: Sequence[tuple[str, Prompts]],
+    texts: Mapping[str, Sequence[str]],
+    progress: bool | None,
+) -> dict[Cell, dict[str, Tensor]]:
+    """What each model knows, by fact or text: cell by cell, then model by model."""
+    values: dict[Cell, dict[str, Tensor]] = {}
+    with counter(len(edits) * len(cells) + sum(map(len, texts.values())), "measuring", progress) as done:
+        for name, changed in edits.items():
+            with changed.applied(model) if changed is not None else nullcontext():
+                for cell, found in _rows(model, cells):
+                    values.setdefault(cell, {})[name] = found
+                    done(cell[2] == "accuracy")
+        for format, passages in texts.items():
+            for name, measures in text_drift(model, edits, passages, done=done).items():
+                for metric, found in measures.items():
+                    values.setdefault(("text", format, metric), {})[name] = found
+    for (split, format, metric), found in list(values.items()):
+        if split.startswith(UNSEEN) and metric == "accuracy" and (right := found["before"] > 0).any():
+            values[split, format, "kept"] = {name: accuracy[right] for name, accuracy in found.items()}
+    return values
+
+
+def _rows(model: HookedModel, cells: Sequence[tuple[str, Prompts]]) -> Iterator[tuple[Cell, Tensor]]:
+    """What the model knows now, by fact."""
     for split, prompts in cells:
         for metric, values in measure(model, prompts).items():
-            if metric == "accuracy" or (split != "skills" and not torch.isnan(values).any()):
-                yield _row(split, prompts.format, metric, values)
-    if texts := held_out(forget):
-        yield _row("text", "passages", "loss", text_loss(model, texts))
+            if metric == "accuracy" or (split != "skills" and not values.isnan().any()):
+                yield (split, prompts.format, metric), values
 
 
-def _row(split: str, format: str, metric: str, values: torch.Tensor) -> dict[str, Any]:
-    return {"split": split, "format": format, "metric": metric, "n": len(values), "values": values.tolist()}
-
-
-def _moved(model: HookedModel, edit: Edit | None, forget: Prompts) -> list[dict[str, Any]]:
-    """How far the edit moves the next-token distributions on ordinary text."""
-    texts = held_out(forget)
-    if not texts:
-        return []
-    values = next_token_kl(model, edit, texts) if edit is not None else torch.zeros(len(texts))
-    return [_row("text", "passages", "kl_to_before", values)]
+def _frame(values: Mapping[Cell, Mapping[str, Tensor]], seed: int) -> pd.DataFrame:
+    """A mean and an interval for each model, of each cell."""
+    rows = []
+    for (split, format, metric), found in values.items():
+        n = len(next(iter(found.values())))
+        row: dict[str, Any] = {"split": split, "format": format, "metric": metric, "n": n}
+        for name, numbers in found.items():
+            low, high = bootstrap_interval(numbers.numpy(), seed)
+            row |= {name: float(numbers.mean()), f"{name}_low": low, f"{name}_high": high}
+        rows.append(row)
+    return pd.DataFrame(rows)

@@ -20,7 +20,10 @@ from mechunlearn.core.display import by_kind, card, unit_name
 from mechunlearn.core.files import whole_file
 from mechunlearn.core.runcard import RunCard
 from mechunlearn.core.tables import Table, intervals, label, numbers
+from mechunlearn.evaluation.cells import OTHER, UNSEEN
+from mechunlearn.evaluation.damage import damage, harm_was_measured
 from mechunlearn.evaluation.robustness import Attacked, status
+from mechunlearn.evaluation.written import COLUMNS
 from mechunlearn.features.feature_edit import FeatureEdit
 from mechunlearn.metrics.stats import multiple_comparisons
 from mechunlearn.model.component import Component
@@ -34,20 +37,37 @@ MEANING = {
     "control": "the same editor and settings on a random mask of the same kinds and weight",
     "patching": "the same editor and settings on attribution patching's largest units, of the same weight",
 }
+DAMAGED = "the edit has damaged the model"
 STATUS = {
     "gone": "No attack that was tried is seen to bring the facts back:",
     "hidden": "The model no longer says the facts, but it still has them:",
     "still there": "The model still says the facts:",
-    "collapsed": "The model has lost facts that were to stay, so nothing can be said of the others:",
+    "collapsed": "The edit has damaged the model, so nothing can be said of the facts:",
     "inconclusive": "Whether the model still has the facts cannot be told:",
     "": "Nothing has tried to bring the facts back, so whether the model still has them is open.",
 }
 TILES = (
-    ("Truth on the training prompt, of the forget facts", "forget", "accuracy"),
-    ("Efficacy: edit target there", "forget", "target_accuracy"),
-    ("Retention: retain facts right", "retain", "accuracy"),
+    ("Truth on the training prompt, of the forget facts", ("forget", "statement", "accuracy")),
+    ("Efficacy: edit target there", ("forget", "statement", "target_accuracy")),
+    ("Retention: retain facts right", ("retain", "statement", "accuracy")),
+    ("Specificity: unseen facts still right", (UNSEEN, "statement", "kept")),
+    ("Drift of neutral text", ("text", "neutral", "kl_to_before")),
+    ("Drift of the model's own text", ("text", "own samples", "kl_to_before")),
 )
 TILE = "Most that an attack brings back"
+FIRST = (
+    *(("forget", "statement", metric) for metric in ("target_accuracy", "accuracy")),
+    *(("retain", "statement", "accuracy"), (UNSEEN, "statement", "kept"), (OTHER, "statement", "kept")),
+    *(
+        ("text", format, metric)
+        for metric in ("kl_to_before", "loss")
+        for format in ("neutral", "own samples", "passages")
+    ),
+)
+"""The rows to read first."""
+AS_WELL = 0.1
+"""The control does as well where it is behind by less than this, in efficacy and in what is kept."""
+SHORT = 90
 FORMATS = {
     "accuracy": "Forget facts: the truth, by format",
     "target_accuracy": "Forget facts: the edit target, by format",
@@ -66,6 +86,7 @@ class Report:
         card: The run card of the edit.
         about: What was evaluated.
         attacked: What attacks found, if any were asked for.
+        samples: What the model writes, from `written.written`: columns prompt, before and after.
     """
 
     frame: pd.DataFrame
@@ -73,6 +94,7 @@ class Report:
     card: RunCard
     about: dict[str, Any] = field(default_factory=dict)
     attacked: Attacked = field(default_factory=Attacked)
+    samples: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=COLUMNS))
 
     def value(self, split: str, format: str, metric: str, column: str = "after") -> float:
         """Return one number of the frame.
@@ -92,10 +114,17 @@ class Report:
             short: Whether to write half of the interval in place of its ends: `0.98±0.03`.
         """
         frame = self.frame
-        forget, statement, accuracy = frame.split == "forget", frame.format == "statement", frame.metric == "accuracy"
-        target = forget & statement & (frame.metric == "target_accuracy")
-        chosen = (target, forget & accuracy, ~forget & statement & accuracy, frame.split.isin(["skills", "text"]))
-        rows = pd.concat([frame[rows] for rows in chosen], ignore_index=True)
+        cells = list(zip(frame.split, frame.format, frame.metric))
+        first = [cells.index(cell) for cell in FIRST if cell in cells]
+        forget = [i for i, (split, _, metric) in enumerate(cells) if split == "forget" and metric == "accuracy"]
+        others = [
+            i
+            for i, (split, format, metric) in enumerate(cells)
+            if split not in ("forget", UNSEEN, OTHER)
+            and metric == "accuracy"
+            and (format == "statement" or split == "skills")
+        ]
+        rows = frame.iloc[list(dict.fromkeys((*first, *forget, *others)))].reset_index(drop=True)
         shown = Table({"what": [describe(*row) for row in zip(rows.split, rows.format, rows.metric)], "n": rows["n"]})
         for name in self.columns:
             shown[name] = intervals(rows, name, f"{name}_low", f"{name}_high", short)
@@ -117,39 +146,83 @@ class Report:
         return Table(shown)
 
     def status(self) -> tuple[str, str]:
-        """Return the status of the edit and the numbers behind it; empty without attacks.
+        """Return the status of the edit and the numbers behind it; empty without attacks, unless the model is damaged.
 
         Returns:
             "gone", "hidden", "still there", "collapsed" or "inconclusive" (see `robustness.status`), and a reason.
         """
-        found = self.attacked.outcomes()
-        if found.empty or not len(self._rows("forget", "statement", "accuracy")):
+        harm, found = self.harm(), self.attacked.outcomes()
+        if not harm and (found.empty or not len(self._rows("forget", "statement", "accuracy"))):
             return "", ""
+        unmeasured = (
+            "" if harm_was_measured(self.frame) else "no unseen fact and no ordinary text shows what else changed"
+        )
         chances = found["chance"].dropna()
-        left = self.value("forget", "statement", "accuracy")
-        kept, before = (self.value("retain", "statement", "accuracy", column) for column in ("after", "before"))
-        return status(left, kept, before, float(chances.iloc[0]) if len(chances) else 0.0, found)
+        left = self.value("forget", "statement", "accuracy") if not harm else 1.0
+        chance = float(chances.iloc[0]) if len(chances) else 0.0
+        return status(left, 1.0, 1.0, chance, found, harm, unmeasured)
+
+    def harm(self, column: str = "after") -> list[str]:
+        """Return what an edit has damaged: a phrase with its numbers for each; empty if no damage is seen.
+
+        Args:
+            column: The edit: "after", "control" or the name of another.
+        """
+        return damage(self.frame, column)
 
     def verdict(self) -> str:
         """Return what the numbers say, in sentences with the figures."""
         said, why = self.status()
-        return (f"{said.capitalize()}: {why}. " if said else "") + self._sentences()
+        word = f"{said.capitalize()}: {DAMAGED}" if said == "collapsed" else said.capitalize()
+        return " ".join(filter(None, (f"{word}: {why}." if said else "", self._sentences(), self.against_random())))
+
+    def against_random(self) -> str:
+        """Return a sentence where the control does as well as the edit, or is damaged; empty if neither."""
+        if "control" not in self.columns:
+            return ""
+        told = []
+        efficacy, kept = self._pair("efficacy"), self._pair("kept")
+        if efficacy and kept and all(other > mine - AS_WELL for _, mine, other in (efficacy, kept)):
+            numbers = "; ".join(
+                f"{what} {other:.2f}, the chosen mask {mine:.2f}" for what, mine, other in (efficacy, kept)
+            )
+            told.append(f"A random mask of the same kinds and weight does as well: {numbers}.")
+        if harm := self.harm("control"):
+            told.append(f"On the random mask the same editor damages the model: {'; '.join(harm)}.")
+        return " ".join(told)
+
+    def _pair(self, what: str) -> tuple[str, float, float] | None:
+        """Efficacy, or what is kept, of the edit and its control: by the first measure of it that there is."""
+        for name, cell in {
+            "efficacy": (("efficacy", FIRST[0]), ("truth that is no longer said", FIRST[1])),
+            "kept": (("specificity", FIRST[3]), ("retention", FIRST[2])),
+        }[what]:
+            for row in self._rows(*cell).to_dict("records"):
+                mine, other = row["after"], row["control"]
+                return (name, 1 - mine, 1 - other) if name.startswith("truth") else (name, mine, other)
+        return None
 
     def _rows(self, split: str, format: str, metric: str) -> pd.DataFrame:
         return self.frame[(self.frame[["split", "format", "metric"]] == [split, format, metric]).all(axis=1)]
 
     def _sentences(self) -> str:
-        if not len(self._rows("forget", "statement", "target_accuracy")):
-            return ""
-        edited, left = (self.value("forget", "statement", metric) for metric in ("target_accuracy", "accuracy"))
-        kept = self.value("retain", "statement", "accuracy")
-        parts = [
-            (
-                f"On the training prompt {edited:.1%} of the forget facts now give the edit target and {left:.1%} "
-                "still "
-                "the "
-                f"truth; {kept:.1%} of the retain facts are right."
+        parts = []
+        if len(self._rows("forget", "statement", "target_accuracy")):
+            edited, left = (self.value("forget", "statement", metric) for metric in ("target_accuracy", "accuracy"))
+            kept = self.value("retain", "statement", "accuracy")
+            parts.append(
+                f"On the training prompt {edited:.1%} of the forget facts now give the edit target and {left:.1%} still "
+                f"the truth; {kept:.1%} of the retain facts, which the edit was shown, are right."
             )
+        parts += [
+            f"Of {row['n']} facts that no edit saw and that were right, {row['after']:.1%} are still right"
+            f"{self._beside(row, '.1%')}."
+            for row in self._rows(UNSEEN, "statement", "kept").to_dict("records")
+        ]
+        parts += [
+            f"{name} has moved by {row['after']:.3f} nats a token{self._beside(row, '.3f')}."
+            for format, name in (("neutral", "Neutral text"), ("own samples", "The model's own text"))
+            for row in self._rows("text", format, "kl_to_before").to_dict("records")
         ]
         same = self.frame[self.frame.split.str.startswith("same subject") & (self.frame.format == "statement")]
         parts += [
@@ -158,6 +231,9 @@ class Report:
             for row in same[same.metric == "accuracy"].to_dict("records")
         ]
         return " ".join(parts)
+
+    def _beside(self, row: "Mapping[Any, Any]", spec: str) -> str:
+        return f" (random mask: {row['control']:{spec}})" if "control" in self.columns else ""
 
     def figures(self, found: Localization | None = None, edit: AnyEdit | None = None) -> list[go.Figure]:
         """Return the figures of the page, in its order.
@@ -188,12 +264,17 @@ class Report:
     def _tiles(self) -> list[dict[str, str]]:
         """The few numbers that the status rests on."""
         tiles = []
-        for what, split, metric in TILES:
-            for row in self._rows(split, "statement", metric).to_dict("records"):
-                detail = f"95 % interval {row['after_low']:.0%} to {row['after_high']:.0%}, n = {row['n']:.0f}"
+        for what, cell in TILES:
+            for row in self._rows(*cell).to_dict("records"):
+                spec = ".2f" if cell[0] == "text" else ".0%"
+                before, after, low, high = (
+                    format(row[name], spec) for name in ("before", "after", "after_low", "after_high")
+                )
+                detail = f"95 % interval {low} to {high}, n = {row['n']:.0f}"
                 if "control" in self.columns:
-                    detail += f"; random mask: {row['control']:.0%}"
-                tiles.append({"what": what, "value": f"{row['before']:.0%} → {row['after']:.0%}", "detail": detail})
+                    detail += f"; random mask: {row['control']:{spec}}"
+                value = f"{after} nats a token" if cell[0] == "text" else f"{before} → {after}"
+                tiles.append({"what": what, "value": value, "detail": detail})
         found = self.attacked.outcomes()
         measured = found.dropna(subset="recovery").sort_values("recovery", ascending=False)
         for most in measured[:1].to_dict("records"):
@@ -241,7 +322,12 @@ class Report:
                 figures[section].append(about | {"title": unescape(figure.layout.title.text)})
                 figure.update_layout(title=None, height=about["height"], margin={"t": 40})
                 drawn.append({"id": about["id"], **figure.to_plotly_json()})
-        tables = {"summary": self.summary(), "outcomes": self.outcomes(), "everything": self.frame.round(3)}
+        outcomes = self.outcomes()
+        tables = {
+            "summary": self.summary(),
+            "outcomes": outcomes.drop(columns="note"),
+            "everything": self.frame.round(3),
+        }
         page = _PAGE.render(
             said=said or "not attacked",
             meaning=STATUS[said],
@@ -251,6 +337,14 @@ class Report:
             about=self.about,
             where=self._where(found, edit),
             note=found.note if found is not None else "",
+            notes=[
+                (label(row["attack"]), row["outcome"], row["note"])
+                for row in outcomes.to_dict("records")
+                if row["note"]
+            ],
+            against_random=self.against_random(),
+            samples=self.samples.reset_index(names="what").to_dict("records"),
+            left_out=self.about.get("left out", ()),
             columns={name: MEANING.get(name, "another edit") for name in self.columns},
             **{name: _table(table) if len(table) else "" for name, table in tables.items()},
             compared=multiple_comparisons(len(self.attacked.rows)),
@@ -264,24 +358,66 @@ class Report:
         with whole_file(path) as beside:
             beside.write_text(page, encoding="utf-8")
 
+    def _first(self) -> pd.DataFrame:
+        """The rows of the summary to read first; the whole of it if there are none of these."""
+        summary = self.summary(short=True)
+        chosen = summary["what"].isin([describe(*cell) for cell in FIRST]) | summary["what"].str.startswith(
+            "same subject"
+        )
+        return summary[chosen] if chosen.any() else summary
+
     def _repr_html_(self) -> str:
         said, why = self.status()
-        summary, outcomes = self.summary(short=True), self.outcomes()
-        first = summary[~summary["what"].astype(str).str.match(r"skills|forget, (?!training)")]
+        first, outcomes = self._first(), self.outcomes()
         sizes: Mapping[str, Any] = {"forget": "?", "retain": "?", "facts": "?"} | self.about
         about = {
-            "because": why,
+            "because": f"{DAMAGED}: {why}" if said == "collapsed" else why,
+            "control": self.against_random(),
             "facts": "{forget} to forget, {retain} to retain, of {facts}".format(**sizes),
-            "all": f"{len(summary)} rows in .summary(), {len(self.frame)} in .frame; .to_html('report.html') draws them",
+            "left out": " ".join(self.about.get("left out", ())),
+            "all": f"{len(self.summary())} rows in .summary(), {len(self.frame)} in .frame; .to_html('report.html') draws them",
         }
         shown = card(f"Report: {said or 'not attacked'}", about, list(first.columns), first.to_numpy().tolist())
+        if len(self.samples):
+            rows = [[_one_line(text, SHORT) for text in row] for row in self.samples[COLUMNS].to_numpy().tolist()]
+            shown += card("What the model writes", {}, COLUMNS, rows)
         if not len(outcomes):
             return shown
         short = outcomes[["attack", "outcome", "recovery", "truth_came_back", "floor", "ceiling", "n", "note"]]
         return shown + card("Attacks", {}, [label(name) for name in short.columns], short.to_numpy().tolist())
 
+    def __str__(self) -> str:
+        """The first screen as text: what the numbers say, the table to read first, what the model writes, the attacks."""
+        outcomes = self.outcomes()
+        parts = [self.verdict() or "Not attacked.", self.summary(short=True).to_string(index=False)]
+        if len(self.samples):
+            parts.append(self.samples_as_text())
+        if len(outcomes):
+            came = outcomes[["attack", "outcome", "recovery", "truth_came_back"]]
+            parts.append(came.rename(columns=label).to_string(index=False))
+            parts += [
+                f"{row['attack']}: {row['outcome']}, {row['note']}"
+                for row in outcomes.to_dict("records")
+                if row["note"]
+            ]
+        return "\n\n".join([*parts, *self.about.get("left out", ())])
+
+    def samples_as_text(self) -> str:
+        """Return what the model writes before and after, a few lines a prompt."""
+        return "\n".join(
+            f"{what}: {_one_line(row['prompt'], SHORT)}\n  before: {_one_line(row['before'], SHORT)}\n"
+            f"  after:  {_one_line(row['after'], SHORT)}"
+            for what, row in self.samples.iterrows()
+        )
+
     def __repr__(self) -> str:
-        return f"Report({len(self.frame)} rows; {self.verdict()})"
+        return f"Report({len(self.frame)} rows; {self.verdict() or 'not attacked'})"
+
+
+def _one_line(text: str, most: int) -> str:
+    """A text on one line, its end left out where it is long."""
+    line = " ".join(text.split())
+    return f"{line[:most]} ..." if len(line) > most else line or "(nothing)"
 
 
 def describe(split: str, format: str, metric: str) -> str:
@@ -292,15 +428,17 @@ def describe(split: str, format: str, metric: str) -> str:
         format: The format.
         metric: The metric.
 
-    >>> describe("forget", "statement", "target_accuracy"), describe("text", "passages", "kl_to_before")
-    ('forget, training prompt: target', 'text, KL to before, nats a token')
+    >>> describe("forget", "statement", "target_accuracy"), describe("text", "neutral", "kl_to_before")
+    ('forget, training prompt: target', 'text, neutral: KL to before')
     """
     if split.startswith("same subject"):
-        return split
+        return split if format == "statement" else f"{split}, {label(format)}"
     if split == "neighbours":
         return "specificity (neighbours)"
+    if metric == "kept":
+        return "specificity (unseen facts)" if split == UNSEEN else "other relations (unseen facts)"
     if split == "text":
-        return f"text{' ' if metric == 'loss' else ', '}{label(metric)}, nats a token"
+        return f"text, {label(format)}: {label(metric)}"
     asked = "training prompt" if format == "statement" and split in ("forget", "retain") else label(format)
     return f"{split}, {asked}{': target' if metric == 'target_accuracy' else ''}"
 

@@ -1,0 +1,89 @@
+"""A sample of what a model writes: a few prompts, continued greedily before and after an edit."""
+
+from contextlib import nullcontext
+
+import pandas as pd
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from mechunlearn.artifacts.weight_edit import Edit
+from mechunlearn.evaluation.cells import CHAT, asked, chats
+from mechunlearn.facts.prompts import Prompts
+from mechunlearn.model.hooked import HookedModel
+
+TOKENS = 20
+WORDS = 6
+COLUMNS = ["prompt", "before", "after"]
+
+
+def continuations(model: HookedModel, rows: list[Int[Tensor, " pos"]], tokens: int = TOKENS) -> list[str]:
+    """Return how a model goes on, by its most likely token each time.
+
+    Args:
+        model: A model with a tokenizer.
+        rows: The tokens of each prompt.
+        tokens: How many are written, at most.
+    """
+    assert model.tokenizer is not None
+    return [
+        model.tokenizer.decode(
+            model.generate(row[None], max_new_tokens=tokens)[0, len(row) :], skip_special_tokens=True
+        )
+        for row in rows
+    ]
+
+
+def before_the_answer(prompts: Prompts, fact: int) -> Int[Tensor, " pos"]:
+    """Return the tokens of a prompt without its answer.
+
+    Args:
+        prompts: The facts.
+        fact: Which of them.
+    """
+    return prompts.tokens[fact, : int(prompts.start[fact]) + 1]
+
+
+def written(
+    model: HookedModel,
+    edit: Edit,
+    forget: Prompts,
+    retain: Prompts,
+    unseen: Prompts | None,
+    texts: dict[str, tuple[str, ...]],
+) -> pd.DataFrame:
+    """Let the model go on from a few prompts, before and after an edit.
+
+    Two facts to forget, one to retain, one that no edit saw, the beginning of an ordinary text, and a question through
+    the chat template where the model and the facts have one.
+
+    Args:
+        model: The unedited model. One without a tokenizer writes nothing.
+        edit: The edit.
+        forget: The facts to forget.
+        retain: The facts to retain.
+        unseen: Facts that no edit saw, if there are any.
+        texts: Ordinary texts by name; the first words of the first one are taken.
+
+    Returns:
+        Columns `prompt`, `before` and `after`: text, at most 20 tokens each. The index says what each prompt is.
+    """
+    if model.tokenizer is None:
+        return pd.DataFrame(columns=COLUMNS)
+    chat = asked(model, forget.facts.select([0]), CHAT) if chats(model) and forget.facts is not None else None
+    sets = {"forget": (forget, 2), "retain": (retain, 1), "unseen": (unseen, 1), "forget, chat": (chat, 1)}
+    rows = [
+        (name, before_the_answer(prompts, i))
+        for name, (prompts, count) in sets.items()
+        if prompts is not None
+        for i in range(min(count, len(prompts)))
+    ]
+    for name, (first, *_) in list(texts.items())[:1]:
+        opening = " ".join(first.split()[:WORDS])
+        rows.append((f"text, {name}", torch.tensor(model.tokenizer(opening)["input_ids"])))
+    shown = [model.tokenizer.decode(row, skip_special_tokens=True) for _, row in rows]
+    told = []
+    for changed in (None, edit):
+        with changed.applied(model) if changed is not None else nullcontext():
+            told.append(continuations(model, [row for _, row in rows]))
+    return pd.DataFrame({"prompt": shown, "before": told[0], "after": told[1]}, index=[name for name, _ in rows])
