@@ -70,14 +70,17 @@ def run(
         str,
         typer.Option(help=f"Attacks that try to get the knowledge back: all, none, or names with commas: {ATTACKS}."),
     ] = "prompting, quantization, unlearning_depth, relearning",
-    forget: Forget = 64,
+    forget: Annotated[
+        int | None,
+        typer.Option(help="How many facts to forget, drawn by --seed.", show_default="a quarter, at most 64"),
+    ] = None,
     seed: Seed = 0,
     device: Device = "cpu",
     dtype: Dtype = None,
 ) -> None:
     """Localize, mask, edit, evaluate, attack and export.
 
-    The whole job, beside attribution patching and random controls.
+    The whole job, beside attribution patching and random controls. Facts that the model does not know are dropped.
     """
     if attacks == "none":
         wanted = []
@@ -91,11 +94,15 @@ def run(
 @app.command(epilog="Example: mechunlearn demo -o demo")
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="A new or empty folder.")] = Path("demo"),
+    model: Annotated[
+        str, typer.Option(help="A shipped world, or a language model such as smollm2.", metavar="MODEL")
+    ] = "factworld",
     seed: Seed = 0,
     device: Device = "cpu",
 ) -> None:
-    """The whole job on the shipped world: 64 athletes forget their sport."""
-    _run("factworld", "factworld/sport", output, 64, seed, device, None, [])
+    """The whole job: 64 invented athletes forget their sport, or a language model some capitals."""
+    facts = "factworld/sport" if model.startswith("factworld") else "countries/capital"
+    _run(model, facts, output, None, seed, device, None, [])
 
 
 @app.command(epilog="Example: mechunlearn localize factworld factworld/sport --weights 0.05 -o sport.mask.json")
@@ -450,24 +457,32 @@ def compare(
 
 
 def _run(
-    model: str, facts: str, output: Path, forget: int, seed: int, device: str, dtype: str | None, attacks: list[str]
+    model: str,
+    facts: str,
+    output: Path,
+    forget: int | None,
+    seed: int,
+    device: str,
+    dtype: str | None,
+    attacks: list[str],
 ) -> None:
     new_folder(output)
-    hooked, forgotten, retained = _load(model, facts, forget, seed, device, dtype)
-    from mechunlearn.evaluation.workflow import edit_prompts
+    from mechunlearn.evaluation.workflow import edit_facts
+    from mechunlearn.facts.load import load_facts
 
+    data = load_facts(facts, seed=0)
+    hooked = open_model(model, device, dtype)
     cache = output.with_name(output.name + ".attacks") if attacks else None
-    said: dict[str, Any] = {"seed": seed, "say": console.print}
-    made = edit_prompts(hooked, forgotten, retained, attacks=attacks, cache=cache, **said)
+    made = edit_facts(data, hooked, forget=forget, attacks=attacks, cache=cache, seed=seed, say=_say)
     written = made.save(hooked, output)
-    if attacks:
-        from mechunlearn.core.tables import label
-
-        came = made.report.outcomes()[["attack", "outcome", "recovery", "truth_came_back"]]
-        console.print(came.rename(columns=label).to_string(index=False))
     _print(made.report)
     for name, path in written.items():
-        console.print(f"{name:<10} {path}")
+        _say(f"{name:<10} {path}")
+
+
+def _say(line: str) -> None:
+    """A line as it is: nothing in it is markup, and nothing is cut off."""
+    console.print(line, markup=False, soft_wrap=True)
 
 
 def _load(
@@ -484,20 +499,13 @@ def _load(
 
 
 def _print(report: "Report") -> None:
-    """The verdict, and the numbers to read first."""
-    from mechunlearn.evaluation.report import MEANING
+    """What the numbers say, the numbers to read first, what the model writes, and the attacks."""
+    from mechunlearn.evaluation.words import MEANING
 
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-    summary = report.summary(short=True)
-    for column in summary.columns:
-        table.add_column(column, justify="left" if column == "what" else "right", no_wrap=True)
-    for row in summary.itertuples(index=False):
-        table.add_row(*map(str, row))
-    console.print(table)
+    _say(str(report))
     for name in report.columns:
-        console.print(f"{name}: {MEANING.get(name, 'another edit')}")
-    console.print("Accuracy of the truth unless marked target; ± is half of the 95 % bootstrap interval over facts.")
-    console.print(report.verdict())
+        _say(f"{name}: {MEANING.get(name, 'another edit')}")
+    _say("Accuracy of the truth unless marked target; ± is half of the 95 % bootstrap interval over facts.")
 
 
 def _print_arms(frame: "pd.DataFrame") -> None:

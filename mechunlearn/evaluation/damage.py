@@ -4,6 +4,9 @@ Facts that an editor was trained to keep say little: it kept them because it was
 counts; that they stay counts for nothing.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import pandas as pd
 
 from mechunlearn.attack.states import GATE
@@ -60,6 +63,6 @@ def harm_was_measured(frame: pd.DataFrame) -> bool:
     return any(row["split"] == "text" or _judges(row) for row in frame.to_dict("records"))
 
 
-def _judges(row: dict[str, object]) -> bool:
+def _judges(row: Mapping[Any, Any]) -> bool:
     """Whether a row says how many unseen facts an edit keeps, and of enough of them."""
-    return row["metric"] == "kept" and int(str(row["n"])) >= LEAST
+    return row["metric"] == "kept" and bool(row["n"] >= LEAST)

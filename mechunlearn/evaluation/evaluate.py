@@ -128,9 +128,9 @@ def _values(
             for name, measures in text_drift(model, edits, passages, done=done).items():
                 for metric, found in measures.items():
                     values.setdefault(("text", format, metric), {})[name] = found
-    for (split, format, metric), found in list(values.items()):
-        if split.startswith(UNSEEN) and metric == "accuracy" and (right := found["before"] > 0).any():
-            values[split, format, "kept"] = {name: accuracy[right] for name, accuracy in found.items()}
+    for (split, format, metric), known in list(values.items()):
+        if split.startswith(UNSEEN) and metric == "accuracy" and (right := known["before"] > 0).any():
+            values[split, format, "kept"] = {name: accuracy[right] for name, accuracy in known.items()}
     return values
 
 

@@ -23,6 +23,7 @@ from mechunlearn.core.tables import Table, intervals, label, numbers
 from mechunlearn.evaluation.cells import OTHER, UNSEEN
 from mechunlearn.evaluation.damage import damage, harm_was_measured
 from mechunlearn.evaluation.robustness import Attacked, status
+from mechunlearn.evaluation.words import DAMAGED, FIRST, MEANING, STATUS, against_random, cell, describe, sentences
 from mechunlearn.evaluation.written import COLUMNS
 from mechunlearn.features.feature_edit import FeatureEdit
 from mechunlearn.metrics.stats import multiple_comparisons
@@ -31,21 +32,6 @@ from mechunlearn.model.component import Component
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-MEANING = {
-    "before": "the unedited model",
-    "after": "with the edit",
-    "control": "the same editor and settings on a random mask of the same kinds and weight",
-    "patching": "the same editor and settings on attribution patching's largest units, of the same weight",
-}
-DAMAGED = "the edit has damaged the model"
-STATUS = {
-    "gone": "No attack that was tried is seen to bring the facts back:",
-    "hidden": "The model no longer says the facts, but it still has them:",
-    "still there": "The model still says the facts:",
-    "collapsed": "The edit has damaged the model, so nothing can be said of the facts:",
-    "inconclusive": "Whether the model still has the facts cannot be told:",
-    "": "Nothing has tried to bring the facts back, so whether the model still has them is open.",
-}
 TILES = (
     ("Truth on the training prompt, of the forget facts", ("forget", "statement", "accuracy")),
     ("Efficacy: edit target there", ("forget", "statement", "target_accuracy")),
@@ -55,18 +41,6 @@ TILES = (
     ("Drift of the model's own text", ("text", "own samples", "kl_to_before")),
 )
 TILE = "Most that an attack brings back"
-FIRST = (
-    *(("forget", "statement", metric) for metric in ("target_accuracy", "accuracy")),
-    *(("retain", "statement", "accuracy"), (UNSEEN, "statement", "kept"), (OTHER, "statement", "kept")),
-    *(
-        ("text", format, metric)
-        for metric in ("kl_to_before", "loss")
-        for format in ("neutral", "own samples", "passages")
-    ),
-)
-"""The rows to read first."""
-AS_WELL = 0.1
-"""The control does as well where it is behind by less than this, in efficacy and in what is kept."""
 SHORT = 90
 FORMATS = {
     "accuracy": "Forget facts: the truth, by format",
@@ -174,66 +148,12 @@ class Report:
         """Return what the numbers say, in sentences with the figures."""
         said, why = self.status()
         word = f"{said.capitalize()}: {DAMAGED}" if said == "collapsed" else said.capitalize()
-        return " ".join(filter(None, (f"{word}: {why}." if said else "", self._sentences(), self.against_random())))
-
-    def against_random(self) -> str:
-        """Return a sentence where the control does as well as the edit, or is damaged; empty if neither."""
-        if "control" not in self.columns:
-            return ""
-        told = []
-        efficacy, kept = self._pair("efficacy"), self._pair("kept")
-        if efficacy and kept and all(other > mine - AS_WELL for _, mine, other in (efficacy, kept)):
-            numbers = "; ".join(
-                f"{what} {other:.2f}, the chosen mask {mine:.2f}" for what, mine, other in (efficacy, kept)
-            )
-            told.append(f"A random mask of the same kinds and weight does as well: {numbers}.")
-        if harm := self.harm("control"):
-            told.append(f"On the random mask the same editor damages the model: {'; '.join(harm)}.")
-        return " ".join(told)
-
-    def _pair(self, what: str) -> tuple[str, float, float] | None:
-        """Efficacy, or what is kept, of the edit and its control: by the first measure of it that there is."""
-        for name, cell in {
-            "efficacy": (("efficacy", FIRST[0]), ("truth that is no longer said", FIRST[1])),
-            "kept": (("specificity", FIRST[3]), ("retention", FIRST[2])),
-        }[what]:
-            for row in self._rows(*cell).to_dict("records"):
-                mine, other = row["after"], row["control"]
-                return (name, 1 - mine, 1 - other) if name.startswith("truth") else (name, mine, other)
-        return None
+        return " ".join(
+            filter(None, (f"{word}: {why}." if said else "", sentences(self.frame), against_random(self.frame)))
+        )
 
     def _rows(self, split: str, format: str, metric: str) -> pd.DataFrame:
-        return self.frame[(self.frame[["split", "format", "metric"]] == [split, format, metric]).all(axis=1)]
-
-    def _sentences(self) -> str:
-        parts = []
-        if len(self._rows("forget", "statement", "target_accuracy")):
-            edited, left = (self.value("forget", "statement", metric) for metric in ("target_accuracy", "accuracy"))
-            kept = self.value("retain", "statement", "accuracy")
-            parts.append(
-                f"On the training prompt {edited:.1%} of the forget facts now give the edit target and {left:.1%} still "
-                f"the truth; {kept:.1%} of the retain facts, which the edit was shown, are right."
-            )
-        parts += [
-            f"Of {row['n']} facts that no edit saw and that were right, {row['after']:.1%} are still right"
-            f"{self._beside(row, '.1%')}."
-            for row in self._rows(UNSEEN, "statement", "kept").to_dict("records")
-        ]
-        parts += [
-            f"{name} has moved by {row['after']:.3f} nats a token{self._beside(row, '.3f')}."
-            for format, name in (("neutral", "Neutral text"), ("own samples", "The model's own text"))
-            for row in self._rows("text", format, "kl_to_before").to_dict("records")
-        ]
-        same = self.frame[self.frame.split.str.startswith("same subject") & (self.frame.format == "statement")]
-        parts += [
-            f"Of the same subjects' {row['split'].split(': ')[1]} facts, which no loss held, {row['after']:.1%} are "
-            f"right (before: {row['before']:.1%}; random mask: {row['control']:.1%})."
-            for row in same[same.metric == "accuracy"].to_dict("records")
-        ]
-        return " ".join(parts)
-
-    def _beside(self, row: "Mapping[Any, Any]", spec: str) -> str:
-        return f" (random mask: {row['control']:{spec}})" if "control" in self.columns else ""
+        return cell(self.frame, split, format, metric)
 
     def figures(self, found: Localization | None = None, edit: AnyEdit | None = None) -> list[go.Figure]:
         """Return the figures of the page, in its order.
@@ -264,16 +184,16 @@ class Report:
     def _tiles(self) -> list[dict[str, str]]:
         """The few numbers that the status rests on."""
         tiles = []
-        for what, cell in TILES:
-            for row in self._rows(*cell).to_dict("records"):
-                spec = ".2f" if cell[0] == "text" else ".0%"
+        for what, place in TILES:
+            for row in self._rows(*place).to_dict("records"):
+                spec = ".2f" if place[0] == "text" else ".0%"
                 before, after, low, high = (
                     format(row[name], spec) for name in ("before", "after", "after_low", "after_high")
                 )
                 detail = f"95 % interval {low} to {high}, n = {row['n']:.0f}"
                 if "control" in self.columns:
                     detail += f"; random mask: {row['control']:{spec}}"
-                value = f"{after} nats a token" if cell[0] == "text" else f"{before} → {after}"
+                value = f"{after} nats a token" if place[0] == "text" else f"{before} → {after}"
                 tiles.append({"what": what, "value": value, "detail": detail})
         found = self.attacked.outcomes()
         measured = found.dropna(subset="recovery").sort_values("recovery", ascending=False)
@@ -332,7 +252,7 @@ class Report:
             said=said or "not attacked",
             meaning=STATUS[said],
             why=f"{why}." if why else "",
-            sentences=self._sentences(),
+            sentences=sentences(self.frame),
             tiles=self._tiles(),
             about=self.about,
             where=self._where(found, edit),
@@ -342,7 +262,7 @@ class Report:
                 for row in outcomes.to_dict("records")
                 if row["note"]
             ],
-            against_random=self.against_random(),
+            against_random=against_random(self.frame),
             samples=self.samples.reset_index(names="what").to_dict("records"),
             left_out=self.about.get("left out", ()),
             columns={name: MEANING.get(name, "another edit") for name in self.columns},
@@ -372,7 +292,7 @@ class Report:
         sizes: Mapping[str, Any] = {"forget": "?", "retain": "?", "facts": "?"} | self.about
         about = {
             "because": f"{DAMAGED}: {why}" if said == "collapsed" else why,
-            "control": self.against_random(),
+            "control": against_random(self.frame),
             "facts": "{forget} to forget, {retain} to retain, of {facts}".format(**sizes),
             "left out": " ".join(self.about.get("left out", ())),
             "all": f"{len(self.summary())} rows in .summary(), {len(self.frame)} in .frame; .to_html('report.html') draws them",
@@ -389,7 +309,10 @@ class Report:
     def __str__(self) -> str:
         """The first screen as text: what the numbers say, the table to read first, what the model writes, the attacks."""
         outcomes = self.outcomes()
-        parts = [self.verdict() or "Not attacked.", self.summary(short=True).to_string(index=False)]
+        summary = self.summary(short=True)
+        width = summary["what"].str.len().max()
+        table = summary.assign(what=summary["what"].str.ljust(width)).rename(columns={"what": "what".ljust(width)})
+        parts = [self.verdict() or "Not attacked.", table.to_string(index=False)]
         if len(self.samples):
             parts.append(self.samples_as_text())
         if len(outcomes):
@@ -418,29 +341,6 @@ def _one_line(text: str, most: int) -> str:
     """A text on one line, its end left out where it is long."""
     line = " ".join(text.split())
     return f"{line[:most]} ..." if len(line) > most else line or "(nothing)"
-
-
-def describe(split: str, format: str, metric: str) -> str:
-    """Return a row of the frame in plain words.
-
-    Args:
-        split: The split.
-        format: The format.
-        metric: The metric.
-
-    >>> describe("forget", "statement", "target_accuracy"), describe("text", "neutral", "kl_to_before")
-    ('forget, training prompt: target', 'text, neutral: KL to before')
-    """
-    if split.startswith("same subject"):
-        return split if format == "statement" else f"{split}, {label(format)}"
-    if split == "neighbours":
-        return "specificity (neighbours)"
-    if metric == "kept":
-        return "specificity (unseen facts)" if split == UNSEEN else "other relations (unseen facts)"
-    if split == "text":
-        return f"text, {label(format)}: {label(metric)}"
-    asked = "training prompt" if format == "statement" and split in ("forget", "retain") else label(format)
-    return f"{split}, {asked}{': target' if metric == 'target_accuracy' else ''}"
 
 
 def _table(frame: pd.DataFrame) -> Markup:

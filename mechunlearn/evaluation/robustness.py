@@ -217,7 +217,7 @@ def status(
     )
 
 
-def _unbounded(row: Mapping[str, Any]) -> bool:
+def _unbounded(row: Mapping[Any, Any]) -> bool:
     """Whether an attack without a recovery leaves open that facts came back: no ceiling, or more than the floor."""
     return bool(pd.isna(row["ceiling"]) or not row["held_out"] <= row["floor"])
 

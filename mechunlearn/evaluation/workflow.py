@@ -3,8 +3,9 @@
 Localize, mask, edit, evaluate beside controls, attack, and write everything into one folder.
 """
 
+import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,21 @@ from mechunlearn.core.files import whole_folder
 from mechunlearn.edit import masked_gradient
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.evaluation.evaluate import evaluate
+from mechunlearn.evaluation.preview import preview
 from mechunlearn.evaluation.report import Report
 from mechunlearn.evaluation.robustness import check_attacks
+from mechunlearn.evaluation.written import before_the_answer, continuations
 from mechunlearn.facts.load import load_facts
 from mechunlearn.facts.prompts import FactDataset, Prompts
 from mechunlearn.localize import attribution_patching, fact_lookup
+from mechunlearn.metrics.answers import answered
 from mechunlearn.model.hooked import HookedModel, load_model
 
 ATTACKS = ("prompting", "quantization", "unlearning_depth", "relearning")
 SHARE = 0.05
+RULES = ("probe", "paths")
+LEAST = 8
+"""Facts that the model knows, at least: a forget and a retain set, and some that no edit sees."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +53,12 @@ class EditedFacts:
 
     def _repr_html_(self) -> str:
         return self.report._repr_html_()
+
+    def __repr__(self) -> str:
+        return f"EditedFacts({len(self.mask)} units by {self.found.card.method}; {self.report!r})"
+
+    def __str__(self) -> str:
+        return str(self.report)
 
     def save(self, model: HookedModel, folder: str | Path) -> dict[str, Path]:
         """Write mask, edit, edited model and report into a new or empty folder, and return where they are.
@@ -82,17 +95,18 @@ def edit_facts(
 ) -> EditedFacts:
     """Make a model believe other answers to some facts, and find out whether the old ones are gone, in one call.
 
-    The steps, each a function of its own: `fact_lookup` chooses the mask (where it finds no look-up window,
-    `attribution_patching`'s largest units of 5 % of the weights), `masked_gradient` trains it towards the edit targets,
-    `evaluate` measures it in every format beside a random mask and attribution patching's of the same weight, and
+    The steps, each a function of its own: facts that the model does not give are dropped, `fact_lookup` chooses the
+    mask (by its probe, else by its paths; where neither finds a look-up window, `attribution_patching`'s largest units
+    of 5 % of the weights), `masked_gradient` trains it towards the edit targets, `evaluate` measures it in every format
+    and on unseen facts and ordinary text, beside a random mask and attribution patching's of the same weight, and
     `attacks` try to get the truth back. The model is left as it was: use `edit.apply_(model)`, `edit.export(model,
     folder)` or `save(model, folder)`.
 
-    It uses default settings: how strongly facts are edited depends on the learning rate, and one edit is one seed. To
-    compare masks or objectives use `compare`.
+    It uses default settings, and one edit is one seed. To compare masks or objectives use `compare`.
 
     Args:
         facts: What `load_facts` reads (a table with subject, prompt, answer and perhaps target), or a loaded data set.
+            Edit targets that are missing are drawn from the other answers.
         model: What `load_model` reads, or a loaded model.
         forget: The facts to edit: a number drawn by `seed`, or subjects by name; None draws a quarter of them, at
             most 64. Half of the others are retained; the rest shows what the edit does to facts it never saw.
@@ -100,20 +114,24 @@ def edit_facts(
         cache: A folder in which finished attacks are kept.
         seed: Draws the sets, the edits and the attacks.
         progress: Whether to show bars; None shows them where somebody can see them.
-        say: Called with a line on each step.
+        say: Called with a line on each step: what was dropped, how the mask was chosen, what the work will cost.
 
     Raises:
-        MechunlearnError: For facts that cannot be read or fit no model, subjects that are not among them, and fewer
-            than two facts.
+        MechunlearnError: For facts that cannot be read or fit no model, subjects that are not among those the model
+            knows, fewer than eight facts that it knows, and facts without an edit target where none can be drawn.
 
     >>> from mechunlearn import load_facts, load_model
     >>> model = load_model("factworld")
     >>> few = load_facts("factworld/sport").select(range(48))
     >>> made = edit_facts(few, model, forget=["Surik Belman"], attacks=())  # doctest: +SKIP
     """
+    if attacks:
+        check_attacks(attacks)
     hooked = load_model(model) if isinstance(model, str | Path) else model
     data = facts if isinstance(facts, FactDataset) else load_facts(facts)
-    forgotten, retained = _sets(data.prompts(hooked), forget, seed)
+    chosen = [forget] if isinstance(forget, str) else forget
+    known = _with_targets(_known(data, hooked, chosen, say), seed, say)
+    forgotten, retained = _sets(known.prompts(hooked), chosen, seed)
     settings: dict[str, Any] = {"attacks": attacks, "cache": cache, "seed": seed, "progress": progress, "say": say}
     return edit_prompts(hooked, forgotten, retained, **settings)
 
@@ -141,36 +159,136 @@ def edit_prompts(
         progress: Whether to show bars; None shows them where somebody can see them.
         say: Called with a line on each step.
     """
-    if attacks:
-        check_attacks(attacks)
-    attributed = attribution_patching(model, forget)
-    try:
-        found = fact_lookup(model, forget)
-        if found.note:
-            say(f"fact_lookup: {found.note}")
-    except MechunlearnError as error:
-        say(f"fact_lookup: {error}")
-        found = attributed
-    looked_up = found is not attributed and len(found.above(0)) > 0
-    mask = found.above(0) if looked_up else attributed.top(weights=SHARE)
+    names = check_attacks(attacks) if attacks else []
+    for line in preview(model, forget, retain, names):
+        say(line)
+    attributed = attribution_patching(model, forget, progress=progress)
+    looked_up = _looked_up(model, forget, seed, progress, say)
+    found = looked_up or attributed
+    mask = looked_up.above(0) if looked_up else attributed.top(weights=SHARE)
+    if not looked_up:
+        say(f"attribution_patching: the largest units of {SHARE:.0%} of the weights are edited")
     share = attributed.share(mask)
     say(f"mask: {len(mask)} units, {share:.2%} of the editable weights")
-    say("editing: one edit a mask, the same settings")
     shown: Any = {} if progress is None else {"progress": progress}
-    masks = [mask, attributed.top(weights=share)] if looked_up else [mask]
-    edit, *rival = (masked_gradient(model, each, forget, retain, seed=seed, **shown) for each in masks)
+    masks = {"the mask": mask} | ({"patching": attributed.top(weights=share)} if looked_up else {})
+    edits = {}
+    for name, each in masks.items():
+        beside = "attribution patching's units of the same weight" if name == "patching" else name
+        say(f"editing: {beside}, {len(forget)} facts to forget and {len(retain)} to retain")
+        edits[name] = masked_gradient(model, each, forget, retain, seed=seed, **shown)
+    edit = edits.pop("the mask")
+    say(f"measuring: the edit, beside the same edit of a random mask{' and attribution patching' if edits else ''}")
     settings: dict[str, Any] = {"attacks": attacks, "cache": cache, "seed": seed, "progress": progress}
-    settings["others"] = dict(zip(["patching"], rival))
-    report = evaluate(model, edit, forget=forget, retain=retain, **settings)
-    return EditedFacts(found if looked_up else attributed, mask, edit, report)
+    report = evaluate(model, edit, forget=forget, retain=retain, others=edits, **settings, watch=_told(say, names))
+    return EditedFacts(found, mask, edit, report)
+
+
+def _looked_up(
+    model: HookedModel, forget: Prompts, seed: int, progress: bool | None, say: Callable[[str], object]
+) -> Localization | None:
+    """What `fact_lookup` finds by the first of its rules that finds a window; None if neither does."""
+    for rule in RULES:
+        try:
+            found = fact_lookup(model, forget, rule=rule, seed=seed, progress=progress)
+        except MechunlearnError as error:
+            say(f"fact_lookup, {rule}: {error}")
+            continue
+        say(f"fact_lookup, {rule}: {found.note}" if found.note else f"fact_lookup, {rule}: found")
+        if len(found.above(0)):
+            return found
+    return None
+
+
+def _told(say: Callable[[str], object], names: Sequence[str]) -> Callable[[Report], object]:
+    """What says a line on each attack when it has ended, and which one is next."""
+    told: set[str] = set()
+
+    def watch(report: Report) -> None:
+        for row in report.outcomes().to_dict("records"):
+            if row["attack"] not in told:
+                told.add(row["attack"])
+                back = "" if row["outcome"] == "failed" else f", recovery {row['recovery']}"
+                say(f"attack: {row['attack']}: {row['outcome']}{back}{'; ' * bool(row['note'])}{row['note']}")
+        if left := [name for name in names if name not in told]:
+            say(f"attacking: {left[0]}")
+
+    return watch
+
+
+def _known(
+    data: FactDataset, model: HookedModel, wanted: int | Sequence[str] | None, say: Callable[[str], object]
+) -> FactDataset:
+    """The facts whose whole answer the model gives; what it says to the others is told."""
+    prompts = data.prompts(model)
+    asked = prompts.facts
+    assert asked is not None
+    right = answered(model, prompts)
+    known, unknown = (asked.select(rows.nonzero().flatten().tolist()) for rows in (right, ~right))
+    if len(unknown):
+        say(f"dropped {len(unknown)} of {len(asked)} facts that the model does not know: {_says(model, unknown)}")
+    if len(known) < LEAST:
+        told = f" {_says(model, unknown)}." if len(unknown) else ""
+        raise MechunlearnError(
+            f"The model knows {len(known)} of {len(asked)} facts (greedy, the whole answer). Expected at least {LEAST}: an "
+            f"edit needs facts to forget, facts to retain, and some that it never sees.{told} Try another wording of the "
+            "prompts, one example in front of each ('The capital of Peru is Lima. The capital of Kenya is'), more facts, "
+            "or a larger model."
+        )
+    named = wanted if isinstance(wanted, Sequence) else ()
+    if lost := [name for name in named if name in unknown.subjects and name not in known.subjects]:
+        raise MechunlearnError(
+            f"The model does not know the fact about '{lost[0]}', so it cannot forget it: "
+            f"{_says(model, unknown.about({lost[0]}))}. Choose subjects whose fact it knows, such as '{known[0].subject}'."
+        )
+    return replace(known, source=None)
+
+
+def _says(model: HookedModel, unknown: FactDataset, most: int = 3) -> str:
+    """What the model says to the first of some facts, in place of their answers."""
+    prompts = unknown.select(range(min(most, len(unknown)))).prompts(model)
+    longest = [int((row >= 0).sum()) + 2 for row in prompts.answers]
+    told = []
+    for i, query in enumerate(prompts.queries):
+        said = continuations(model, [before_the_answer(prompts, i)], longest[i])[0]
+        told.append(f"'{query.prompt}' -> '{' '.join(said.split())}' (expected '{query.answer}')")
+    return "; ".join(told)
+
+
+def _with_targets(facts: FactDataset, seed: int, say: Callable[[str], object]) -> FactDataset:
+    """The facts, each with an edit target: those without one get another answer of their relation, drawn by the seed."""
+    rng = random.Random(seed)
+    answers: dict[str, list[str]] = {}
+    for fact in facts:
+        answers.setdefault(fact.relation, []).append(fact.answer)
+    made, drawn = [], 0
+    for fact in facts:
+        if fact.target:
+            made.append(fact)
+            continue
+        others = sorted({answer for answer in answers[fact.relation] if answer != fact.answer})
+        if not others:
+            raise MechunlearnError(
+                f"The fact about '{fact.subject}' has no edit target, and none can be drawn: every fact of relation "
+                f"'{fact.relation}' has the answer '{fact.answer}'. Add a 'target' column, or facts with other answers."
+            )
+        drawn, target = drawn + 1, rng.choice(others)
+        asked = {
+            name: replace(query, target=target) if not query.target and query.answer == fact.answer else query
+            for name, query in fact.queries.items()
+        }
+        made.append(replace(fact, queries=asked))
+    if drawn:
+        say(
+            f"{drawn} of {len(facts)} facts come without an edit target: another answer of their relation is drawn for each"
+        )
+    return replace(facts, facts=tuple(made)) if drawn else facts
 
 
 def _sets(prompts: Prompts, forget: int | Sequence[str] | None, seed: int) -> tuple[Prompts, Prompts]:
-    if len(prompts) < 2:
-        raise MechunlearnError(f"Cannot edit {len(prompts)} facts: at least one must be left to retain.")
     if forget is None or isinstance(forget, int):
         return prompts.split(forget=max(1, min(64, len(prompts) // 4)) if forget is None else forget, seed=seed)
-    wanted = {forget} if isinstance(forget, str) else set(forget)
+    wanted = set(forget)
     assert prompts.facts is not None
     subjects = [fact.subject for fact in prompts.facts]
     if unknown := sorted(wanted - set(subjects)) or ([] if wanted else ["nobody"]):

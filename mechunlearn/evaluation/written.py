@@ -11,6 +11,7 @@ from mechunlearn.artifacts.weight_edit import Edit
 from mechunlearn.evaluation.cells import CHAT, asked, chats
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.model.hooked import HookedModel
+from mechunlearn.model.text import decoded
 
 TOKENS = 20
 WORDS = 6
@@ -25,13 +26,8 @@ def continuations(model: HookedModel, rows: list[Int[Tensor, " pos"]], tokens: i
         rows: The tokens of each prompt.
         tokens: How many are written, at most.
     """
-    assert model.tokenizer is not None
-    return [
-        model.tokenizer.decode(
-            model.generate(row[None], max_new_tokens=tokens)[0, len(row) :], skip_special_tokens=True
-        )
-        for row in rows
-    ]
+    written = [model.generate(row[None], max_new_tokens=tokens)[0, len(row) :] for row in rows]
+    return decoded(written, model.tokenizer, skip_special=True)
 
 
 def before_the_answer(prompts: Prompts, fact: int) -> Int[Tensor, " pos"]:
@@ -81,7 +77,7 @@ def written(
     for name, (first, *_) in list(texts.items())[:1]:
         opening = " ".join(first.split()[:WORDS])
         rows.append((f"text, {name}", torch.tensor(model.tokenizer(opening)["input_ids"])))
-    shown = [model.tokenizer.decode(row, skip_special_tokens=True) for _, row in rows]
+    shown = decoded([row for _, row in rows], model.tokenizer, skip_special=True)
     told = []
     for changed in (None, edit):
         with changed.applied(model) if changed is not None else nullcontext():

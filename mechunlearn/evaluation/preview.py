@@ -1,0 +1,107 @@
+"""What the whole job will cost, measured on one batch before it begins."""
+
+import time
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from mechunlearn.core.runcard import peak_mib
+from mechunlearn.evaluation.cells import LIMIT, OWN_COUNT, formats, neutral_texts, splits
+from mechunlearn.facts.prompts import Prompts
+from mechunlearn.metrics.text import encode
+from mechunlearn.model.hooked import HookedModel
+
+BATCH = 16
+"""Facts in the batch that is timed."""
+STEPS, PER_STEP, TEXTS = 50, 64, 16
+"""Steps of an edit; forget facts a step, and as many retain facts; texts a step."""
+EDITS, MODELS = 3, 4
+"""Edits that are trained (the mask, a rival, the random control) and models that are measured (these and the unedited)."""
+TEXT_TOKENS = 48
+ATTACKED = {"relearning": (5, 20)}
+"""Attacks that train: their settings and steps."""
+
+
+def preview(model: HookedModel, forget: Prompts, retain: Prompts, attacks: Sequence[str] = ()) -> list[str]:
+    """Estimate seconds and memory of the whole job: one forward and backward pass on a batch, times the counts of steps.
+
+    An editor that tries several learning rates trains as often; that is not known before it runs.
+
+    Args:
+        model: The model.
+        forget: The facts to edit.
+        retain: The facts to keep.
+        attacks: Names of attacks that will run.
+
+    Returns:
+        Lines to print.
+
+    >>> from mechunlearn.world.toy import planted_facts
+    >>> toy = planted_facts()
+    >>> preview(toy.model, toy.prompts([0, 1]), toy.prompts([2, 3]))[0].startswith("cost, measured on one batch: about ")
+    True
+    """
+    tokens = forget.tokens[forget.lengths.argsort()[-BATCH:]]
+    forward, both = seconds_a_token(model, tokens)
+    width = float(torch.cat([forget.lengths, retain.lengths]).float().mean())
+    text = TEXTS * TEXT_TOKENS if model.tokenizer is not None else 0
+    step = both * (width * (min(PER_STEP, len(forget)) + min(PER_STEP, len(retain))) + text)
+    read = MODELS * (width * _prompts(model, forget, retain) + _text_tokens(model, forget)) * forward
+    training = sum(settings * steps for name, (settings, steps) in ATTACKED.items() if name in attacks)
+    weights = sum(parameter.numel() for parameter in model.hf.parameters())
+    memory = peak_mib() / 1024 + (16 * weights / 2**30 if training else 0)
+    editing, reading = _time(EDITS * STEPS * step), _time(read)
+    lines = [
+        (
+            f"cost, measured on one batch: about {editing} for {EDITS} edits of {STEPS} steps at each learning rate that is "
+            f"tried, {reading} to measure {MODELS} models, {memory:.1f} GB of memory"
+        )
+    ]
+    if attacks:
+        attack = 2 * training * step  # on the edited model and, as its ceiling, on the unedited one
+        others = len(set(attacks) - set(ATTACKED)) * read / MODELS
+        lines.append(f"attacks: about {_time(attack + others)} more; without them: attacks=() or --attacks none")
+    return lines
+
+
+def seconds_a_token(model: HookedModel, tokens: Int[Tensor, "fact pos"]) -> tuple[float, float]:
+    """Time a forward pass, and one with a backward pass to the embeddings, in seconds a token.
+
+    Args:
+        model: The model; nothing is left on it.
+        tokens: One batch.
+    """
+    start = time.perf_counter()
+    with torch.no_grad():
+        model.forward(tokens).sum().item()  # waits for a GPU
+    forward = time.perf_counter() - start
+    with torch.enable_grad():
+        embedded = model.hf.get_input_embeddings()(tokens.to(model.device)).detach().requires_grad_()
+        loss = model.hf(inputs_embeds=embedded).logits.float().logsumexp(-1).mean()
+        torch.autograd.grad(loss, embedded)[0].sum().item()
+    both = time.perf_counter() - start - forward
+    return forward / tokens.numel(), both / tokens.numel()
+
+
+def _prompts(model: HookedModel, forget: Prompts, retain: Prompts) -> int:
+    """How many prompts a model is asked, in all formats."""
+    sets = splits(forget, retain)
+    asked = sum(len(facts) * len(formats(model, split, facts)) for split, facts in sets.items())
+    skills = sum(min(LIMIT, len(tasks)) for tasks in forget.facts.skills.values()) if forget.facts is not None else 0
+    return asked + skills or len(forget) + len(retain)
+
+
+def _text_tokens(model: HookedModel, forget: Prompts) -> int:
+    """How many tokens of ordinary text a model reads, samples of its own to begin with."""
+    passages = forget.facts.texts[1::2][:LIMIT] if forget.facts is not None else ()
+    return sum(map(len, encode(model, (*neutral_texts(), *passages)))) + OWN_COUNT * TEXT_TOKENS * (
+        model.tokenizer is not None
+    )
+
+
+def _time(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
