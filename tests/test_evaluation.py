@@ -4,15 +4,23 @@ import inspect
 
 import pandas as pd
 import pytest
+import torch
 
-from mechunlearn import ComponentMask, MechunlearnError, evaluate
+from mechunlearn import ComponentMask, MechunlearnError, evaluate, load_facts
 from mechunlearn.artifacts.weight_edit import WeightEdit
 from mechunlearn.core.runcard import RunCard
 from mechunlearn.edit import losses, masked_gradient
+from mechunlearn.evaluation import cells
 from mechunlearn.evaluation.controls import random_mask
+from mechunlearn.evaluation.damage import DAMAGED_KL, DAMAGED_LOSS, damage, harm_was_measured
+from mechunlearn.evaluation.drift import text_drift
+from mechunlearn.evaluation.words import against_random
 from mechunlearn.localize import fact_lookup
 from mechunlearn.metrics.answers import measure
 from mechunlearn.metrics.stats import bootstrap_interval
+from mechunlearn.metrics.text import text_loss
+from mechunlearn.model.samples import own_texts
+from mechunlearn.world.toy import planted_facts
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +55,7 @@ def test_the_report_covers_every_split_and_format(report, sport):
     assert {
         "forget",
         "retain",
+        "unseen",
         "neighbours",
         "same subject: city",
         "same subject: instrument",
@@ -159,3 +168,201 @@ def test_bootstrap_intervals_cover_at_about_their_rate():
         for low, high in (bootstrap_interval(rng.random(200) < 0.3, seed=i, resamples=500) for i in range(200))
     ]
     assert 0.9 <= np.mean(covered) <= 0.99
+
+
+class TestUnseen:
+    def test_it_is_what_is_in_neither_set_from_all_over_the_file(self, sport):
+        forget, retain = sport
+        unseen = cells.splits(forget, retain)["unseen"]
+        everyone = [fact.subject for fact in forget.facts.source]
+        assert not unseen.subjects & (forget.facts.subjects | retain.facts.subjects)
+        assert len(unseen) == cells.LIMIT and everyone.index(unseen[-1].subject) > len(everyone) - 20
+
+    def test_with_few_facts_it_is_all_the_others(self, world):
+        few = load_facts("factworld/sport")[:20]
+        few = type(few)(few.name, few.facts)
+        forget, retain = few.prompts(world).split(forget=4, retain=6)
+        left = set(few.subjects) - forget.facts.subjects - retain.facts.subjects
+        assert cells.splits(forget, retain)["unseen"].subjects == left and len(left) == 10
+
+    def test_other_relations_of_the_file_are_a_split_of_their_own(self, world):
+        sport, city = load_facts("factworld/sport")[:12], load_facts("factworld/city")[:12]
+        both = type(sport)("both", (*sport.facts, *city.facts))
+        forget, retain = (both.prompts(world).select(rows) for rows in ([0, 1], [2, 3]))
+        found = cells.splits(forget, retain)
+        assert {fact.relation for fact in found["unseen"]} == {"sport"} and len(found["unseen"]) == 8
+        assert {fact.relation for fact in found["unseen: other relations"]} == {"city"}
+        assert sport[0].subject in found["unseen: other relations"].subjects, "another fact of a forgotten subject"
+
+    @pytest.mark.training
+    def test_kept_counts_only_what_was_right_before(self, report, world, sport, edit, monkeypatch):
+        monkeypatch.setattr("mechunlearn.evaluation.cells.LIMIT", 32)
+        prompts = cells.splits(*sport)["unseen"].prompts(world)
+
+        def right():
+            return [
+                int(world(prompts.tokens[i : i + 1, : prompts.start[i] + 1])[0, -1].argmax())
+                == int(prompts.answers[i, 0])
+                for i in range(len(prompts))
+            ]
+
+        before = right()
+        with edit.applied(world):
+            after = right()
+        kept = [b for a, b in zip(before, after) if a]
+        row = report.frame[(report.frame.split == "unseen") & (report.frame.metric == "kept")].iloc[0]
+        assert row["n"] == len(kept) and row["after"] == pytest.approx(sum(kept) / len(kept)) and row["before"] == 1
+
+
+class TestOrdinaryText:
+    def test_the_page_is_plain_english_of_forty_passages(self):
+        texts = cells.neutral_texts()
+        assert 40 <= len(texts) <= 60 and len(set(texts)) == len(texts)
+        assert all(40 <= len(text.split()) <= 80 and "\n" not in text for text in texts)
+
+    def test_a_model_that_cannot_read_it_is_not_measured_on_it_and_that_is_said(self, world, sport):
+        texts, left_out = cells.ordinary_texts(world, sport[0])
+        assert list(texts) == ["own samples", "passages"]
+        assert len(left_out) == 1 and "cannot read it" in left_out[0] and "guessing gives 7.0" in left_out[0]
+        bare = planted_facts()
+        assert cells.ordinary_texts(bare.model, bare.prompts([0]))[0] == {}
+
+    def test_a_tokenizer_that_cannot_write_it_is_named(self, world, sport, monkeypatch):
+        unknown = world.tokenizer("The")["input_ids"][-1]
+        monkeypatch.setattr(type(world.tokenizer), "unk_token_id", property(lambda self: unknown), raising=False)
+        assert "tokenizer cannot write it" in cells.ordinary_texts(world, sport[0])[1][0]
+
+    def test_samples_are_not_those_that_editors_train_on(self, world, sport):
+        texts = cells.ordinary_texts(world, sport[0])[0]["own samples"]
+        assert not set(texts) & set(own_texts(world))
+
+    @pytest.mark.training
+    def test_loss_and_drift_are_those_of_each_text_alone(self, world, edit):
+        texts = own_texts(world, count=5, tokens=12, seed=3)
+        found = text_drift(world, {"before": None, "after": edit}, texts, batch_size=2)
+        for i, text in enumerate(texts):
+            tokens = torch.tensor([world.tokenizer(text)["input_ids"]])
+            p = world(tokens)[0].log_softmax(-1)
+            with edit.applied(world):
+                q = world(tokens)[0].log_softmax(-1)
+            assert float(found["after"]["kl_to_before"][i]) == pytest.approx(
+                float((p.exp() * (p - q)).sum(-1).mean()), abs=1e-5
+            )
+            naive = -q[:-1].gather(1, tokens[0, 1:, None]).mean()
+            assert float(found["after"]["loss"][i]) == pytest.approx(float(naive), abs=1e-4)
+        assert torch.allclose(found["before"]["loss"], text_loss(world, texts), atol=1e-5)
+        assert found["before"]["kl_to_before"].abs().max() == 0 < found["after"]["kl_to_before"].min()
+
+    @pytest.mark.training
+    def test_every_text_has_a_row_under_every_model(self, report):
+        rows = report.frame[report.frame.split == "text"]
+        assert {(f, m) for f, m in zip(rows.format, rows.metric)} == {
+            (format, metric) for format in ("own samples", "passages") for metric in ("loss", "kl_to_before")
+        }
+        assert (rows[rows.metric == "kl_to_before"][["after", "control"]] > 0).all(axis=None)
+
+
+def rows_of(*rows: tuple) -> pd.DataFrame:
+    return pd.DataFrame(rows, columns=["split", "format", "metric", "n", "before", "after", "control"])
+
+
+class TestDamage:
+    def test_unseen_facts_below_nine_tenths_of_eight_or_more(self):
+        assert damage(rows_of(("unseen", "statement", "kept", 20, 1.0, 0.89, 1.0)))
+        assert not damage(rows_of(("unseen", "statement", "kept", 20, 1.0, 0.91, 1.0)))
+        assert not damage(rows_of(("unseen", "statement", "kept", 7, 1.0, 0.1, 1.0))), "seven say nothing"
+        assert damage(rows_of(("unseen: other relations", "statement", "kept", 20, 1.0, 0.1, 1.0)))
+
+    def test_ordinary_text(self):
+        for after in (DAMAGED_KL + 0.01, float("nan")):
+            assert damage(rows_of(("text", "neutral", "kl_to_before", 42, 0.0, after, 0.0)))
+        assert not damage(rows_of(("text", "neutral", "kl_to_before", 42, 0.0, DAMAGED_KL - 0.01, 0.0)))
+        assert damage(rows_of(("text", "own samples", "loss", 42, 3.0, 3.01 + DAMAGED_LOSS, 3.0)))
+        assert not damage(rows_of(("text", "own samples", "loss", 42, 3.0, 2.0 + DAMAGED_LOSS, 3.0)))
+
+    def test_that_trained_facts_stay_proves_nothing(self):
+        kept = ("retain", "statement", "accuracy", 64, 1.0, 1.0, 1.0)
+        assert not harm_was_measured(rows_of(kept))
+        assert damage(rows_of(kept, ("unseen", "statement", "kept", 24, 1.0, 0.3, 1.0)))
+
+    def test_the_control_is_judged_too(self):
+        frame = rows_of(("unseen", "statement", "kept", 24, 1.0, 0.95, 0.3))
+        assert not damage(frame) and damage(frame, "control") and "damages the model" in against_random(frame)
+
+
+class TestAgainstRandom:
+    def told(self, efficacy: float, kept: float) -> str:
+        return against_random(
+            rows_of(
+                ("forget", "statement", "target_accuracy", 16, 0.0, 0.98, efficacy),
+                ("unseen", "statement", "kept", 24, 1.0, 0.95, kept),
+            )
+        )
+
+    def test_a_random_mask_that_does_as_well_is_named(self):
+        assert (
+            "A random mask of the same kinds and weight does as well: efficacy 0.90, the chosen mask 0.98"
+            in self.told(0.9, 0.92)
+        )
+        assert "does as well" in self.told(1.0, 1.0)
+
+    def test_one_that_edits_less_or_keeps_less_is_not(self):
+        assert self.told(0.5, 0.95) == "" and "does as well" not in self.told(0.98, 0.7)
+
+
+@pytest.fixture(scope="module")
+def planted():
+    """What the toy forgets, retains and never saw; and edits that silence the neurons of facts."""
+    toy = planted_facts()
+
+    def silenced(*facts: int) -> WeightEdit:
+        units = torch.tensor(facts)
+        rows = torch.zeros(len(units), toy.model.rows("L0.mlp.out").shape[1])
+        return WeightEdit({"L0.mlp.out": units}, {"L0.mlp.out": rows}, toy.model.signature, RunCard("by hand"))
+
+    return toy, silenced
+
+
+class TestPlantedDamage:
+    """Facts 0 to 7 are forgotten, 8 to 15 retained, 16 to 23 in neither set."""
+
+    def judged(self, planted, edit, unseen: bool = True):
+        toy, silenced = planted
+        sets = {"forget": toy.prompts([*range(8)]), "retain": toy.prompts([*range(8, 16)])}
+        more = {"unseen": toy.prompts([*range(16, 24)])} if unseen else {}
+        return evaluate(toy.model, edit, **sets, **more, control=silenced(0), attacks=["quantization"])
+
+    def test_an_edit_that_takes_the_unseen_facts_along_is_never_gone(self, planted):
+        report = self.judged(planted, planted[1](*range(8), *range(16, 24)))
+        assert report.value("retain", "statement", "accuracy") == 1
+        assert report.status() == ("collapsed", "0% of 8 unseen facts that were right are still right")
+        for shown in (str(report), repr(report), report._repr_html_(), report.verdict()):
+            assert "damaged the model" in shown and "gone" not in shown.lower()
+
+    def test_the_same_without_them_is_gone(self, planted):
+        assert self.judged(planted, planted[1](*range(8))).status()[0] == "gone"
+
+    def test_where_nothing_unseen_can_be_measured_it_is_not_gone(self, planted):
+        report = self.judged(planted, planted[1](*range(8)), unseen=False)
+        assert report.status()[0] == "inconclusive" and "no unseen fact" in report.status()[1]
+        assert any("no edit saw" in line for line in report.about["left out"])
+
+
+class TestSamples:
+    @pytest.mark.training
+    def test_they_are_what_the_model_writes_before_and_after(self, report, world, sport, edit):
+        assert report.samples.index.tolist() == ["forget", "forget", "retain", "unseen", "text, own samples"]
+        assert list(report.samples) == ["prompt", "before", "after"]
+        first = report.samples.iloc[0]
+        assert first["prompt"] == sport[0].queries[0].prompt
+        told = world.generate(first["prompt"], max_new_tokens=20)
+        with edit.applied(world):
+            now = world.generate(first["prompt"], max_new_tokens=20)
+        assert first["prompt"] + first["before"] == told and first["prompt"] + first["after"] == now
+        assert told != now
+
+    def test_a_model_without_a_tokenizer_writes_nothing(self, planted):
+        toy, silenced = planted
+        report = evaluate(toy.model, silenced(0), forget=toy.prompts([0]), retain=toy.prompts([1]), control=silenced(2))
+        assert len(report.samples) == 0 and "writes" not in report._repr_html_()
+        assert str(report).strip() and "0 rows" not in repr(report)

@@ -1,10 +1,12 @@
 """The report's page in a real browser: no error, light and dark, wide and narrow, and nothing given is taken for HTML."""
 
 from dataclasses import replace
+from io import StringIO
 
 import pandas as pd
 import pytest
 import torch
+from rich.console import Console
 
 from mechunlearn import Localization
 from mechunlearn.artifacts.weight_edit import WeightEdit
@@ -37,6 +39,8 @@ FRAME = pd.DataFrame(
         row("retain", "statement", "accuracy", 1.0, 1.0, 0.9, 0.95, n=64),
         row("neighbours", "statement", "accuracy", 1.0, 0.8, 0.9, 0.9),
         row("skills", "copying", "accuracy", 1.0, 1.0, 1.0, 1.0),
+        row("unseen", "statement", "kept", 1.0, 0.95, 0.5, 0.9, n=24),
+        row("text", "neutral", "kl_to_before", 0.0, 0.125, 0.75, 0.1),
         row("text", "passages", "loss", 0.6, 0.7, 0.6, 0.6),
     ]
 )
@@ -53,12 +57,18 @@ def attack(edited: float, setting: str = "int4") -> pd.DataFrame:
     return pd.DataFrame(rows)[list(COLUMNS)]
 
 
+SAMPLES = pd.DataFrame(
+    {"prompt": [f"{SCRIPT} plays", "The bus"], "before": ["golf.\nHe", "was late"], "after": [SCRIPT, ""]},
+    index=["forget", "text, neutral"],
+)
+
+
 def report(edited: float | None = 0.9, **about) -> Report:
     attacks = {} if edited is None else {"quantization": attack(edited, SCRIPT)}
     known = {"model": "a model", "facts": SCRIPT, "forget": 16, "retain": 64}
     failed = {} if edited is None else {"probing": SCRIPT + "x" * 60}
     card = RunCard("masked_gradient", settings={"name": SCRIPT}, weights=40)
-    return Report(FRAME, list(MODELS), card, known | about, Attacked(attacks, failed))
+    return Report(FRAME, list(MODELS), card, known | about, Attacked(attacks, failed), SAMPLES)
 
 
 FOUND = Localization(
@@ -110,7 +120,50 @@ class TestText:
     def test_nothing_given_is_taken_for_html_or_cut_short(self, page):
         text = page.read_text()
         assert SCRIPT not in text and "&lt;script&gt;document.title" in text
-        assert "x" * 60 in text, "a long note is whole"
+        assert "<dt>probing: failed</dt>" in text and "x" * 60 in text, "a long note is whole"
+
+    def test_it_shows_what_the_model_writes(self, page):
+        text = page.read_text()
+        table = text.split("What the model writes</h2>")[1].split("</table>")[0]
+        assert "<td>golf.\nHe</td>" in table and "<td>was late</td>" in table
+        assert table.count("&lt;script&gt;document.title") == 2
+
+    @pytest.mark.parametrize("edited", [None, 0.9], ids=["not attacked", "attacked"])
+    def test_nothing_is_blank_or_cut_off_when_it_is_printed(self, edited):
+        made = report(edited)
+        captured = Console(file=StringIO(), width=40)
+        captured.print(made)
+        for shown in (str(made), repr(made), made._repr_html_(), captured.file.getvalue()):
+            assert ("idden" in shown or edited is None) and "95" in shown and "…" not in shown
+        for shown in (str(made), made._repr_html_()):
+            assert all(number in shown for number in ("0.95±0.08", "0.12±0.10", "0.75±0.10", "0.50±0.10")), (
+                "the control too"
+            )
+            assert "was late" in shown and "(nothing)" in shown
+            assert edited is None or "x" * 60 in shown, "why an attack failed"
+
+    def test_the_first_rows_are_what_an_edit_is_judged_by(self):
+        assert report().summary()["what"].tolist()[:5] == [
+            "forget, training prompt: target",
+            "forget, training prompt",
+            "retain, training prompt",
+            "specificity (unseen facts)",
+            "text, neutral: KL to before",
+        ]
+
+    def test_a_report_of_tokens_alone_still_says_something(self):
+        bare = Report(FRAME[FRAME.split == "skills"], list(MODELS), RunCard("none"))
+        assert repr(bare) == "Report(1 rows; not attacked)" and "Not attacked." in str(bare) and "1.00" in str(bare)
+
+    def test_a_damaged_model_is_called_damaged_everywhere(self, tmp_path):
+        frame = FRAME.copy()
+        frame.loc[frame.split == "unseen", "after"] = 0.2
+        made = replace(report(None), frame=frame)
+        made.to_html(tmp_path / "report.html")
+        page = (tmp_path / "report.html").read_text()
+        assert made.status()[0] == "collapsed", "without an attack, and with every retain fact right"
+        for shown in (str(made), repr(made), made._repr_html_(), page.split("Does it come back?")[0]):
+            assert "damaged the model" in shown and "20% of 24 unseen facts that were right are still right" in shown
 
     def test_plotly_is_there_once_and_nothing_is_fetched(self, page):
         text = page.read_text()

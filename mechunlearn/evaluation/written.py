@@ -18,7 +18,7 @@ WORDS = 6
 COLUMNS = ["prompt", "before", "after"]
 
 
-def continuations(model: HookedModel, rows: list[Int[Tensor, " pos"]], tokens: int = TOKENS) -> list[str]:
+def continuations(model: HookedModel, rows: list[Int[Tensor, " _pos"]], tokens: int = TOKENS) -> list[str]:
     """Return how a model goes on, by its most likely token each time.
 
     Args:
