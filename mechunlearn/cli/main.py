@@ -231,10 +231,14 @@ def wash(
         Role, typer.Option(help="The token to act at; a localization by role says which.")
     ] = Role.subject_last,
     covariance_weight: Annotated[
-        float, typer.Option(help="Of the covariance against one fact (memit, mlp_washing).")
-    ] = 20_000,
+        float | None,
+        typer.Option(
+            help="Of the covariance against one fact (memit, mlp_washing).",
+            show_default="the largest that changes the facts",
+        ),
+    ] = None,
     overshoot: Annotated[float, typer.Option(help="How far beyond their targets values are set.")] = 1.0,
-    retain_weight: Annotated[float, typer.Option(help="Of the retain facts' keys (memit, mlp_washing).")] = 0.0,
+    retain_weight: Annotated[float, typer.Option(help="Of the retain facts' keys (memit, mlp_washing).")] = 1.0,
     prefixes: Annotated[int, typer.Option(help="Beginnings of texts before each prompt.", min=0)] = 5,
     text: Annotated[
         str | None,
@@ -252,8 +256,8 @@ def wash(
 ) -> None:
     """Wash facts out of MLP output weights in closed form, and write the edit; the model is left as it was.
 
-    Without --text the covariance comes from the shipped world's documents that name none of the forgotten, or from the
-    facts' own texts.
+    Without --text the covariance comes from the shipped world's documents that name none of the forgotten, from the
+    facts' own texts, or from text that the model writes.
     """
     checked_suffix(output, ".safetensors")
     new_folder(export)

@@ -42,6 +42,7 @@ class RunCard:
         peak_mib: The most memory that the process has held so far, in MiB (see `peak_mib`).
         trajectory: One entry a training step or edited layer: the terms of the loss and what was measured.
         stopped: Why the training ended before its last step.
+        search: The settings that were tried for a goal, in order, with what each reached and which was chosen.
         skipped: The facts that were left out because the model did not know them.
         versions: The versions of Python and of the libraries that matter.
 
@@ -62,6 +63,7 @@ class RunCard:
     peak_mib: float = 0.0
     trajectory: list[dict[str, Any]] = field(default_factory=list)
     stopped: str = ""
+    search: list[dict[str, Any]] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=_versions)
 

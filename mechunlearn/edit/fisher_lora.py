@@ -11,18 +11,19 @@ from torch import Tensor
 from mechunlearn.artifacts.mask import ComponentMask
 from mechunlearn.artifacts.weight_edit import WeightEdit
 from mechunlearn.edit import losses
+from mechunlearn.edit.goal import Goal
 from mechunlearn.edit.objective import Measure, Objective, descend_on
 from mechunlearn.edit.remake import editor
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.model.hooked import HookedModel
 from mechunlearn.training.fisher import DiagonalFisher
-from mechunlearn.training.loop import BATCH, Schedule, Sequences
+from mechunlearn.training.loop import BATCH, Sequences
 from mechunlearn.training.parameterizations import LowRank, lora_start, matrices
 
 Init = Literal["fila", "fila-code-eps", "fila-row-sums", "forget-fisher", "pissa", "random"]
 INITS: tuple[str, ...] = get_args(Init)
-CODE_EPS = 1e-5
+CODE_EPS, RANK = 1e-5, 8
 
 
 @editor
@@ -32,17 +33,21 @@ def fisher_lora(
     forget: Prompts,
     retain: Prompts,
     *,
-    rank: int = 8,
+    rank: int | None = None,
     alpha: float | None = None,
     init: Init = "fila",
     fisher: tuple[DiagonalFisher, DiagonalFisher | None] | None = None,
     loss: losses.Loss = losses.inverted_hinge,
     retain_loss: losses.Loss = losses.cross_entropy,
-    steps: int = 50,
-    lr: float = 2e-3,
+    text_loss: losses.Loss = losses.kl_retain,
+    efficacy: float = 0.99,
+    max_kl: float = 0.05,
+    min_retention: float = 0.95,
+    lr: float | None = None,
+    steps: int | None = None,
     forget_weight: float = 1.0,
     retain_weight: float = 1.0,
-    text_weight: float = 0.0,
+    text_weight: float = 1.0,
     texts: Sequence[str] | None = None,
     batch_size: int = 32,
     accumulate: int = 1,
@@ -76,19 +81,25 @@ def fisher_lora(
         mask: The units that may move.
         forget: Facts to unlearn.
         retain: Facts to hold.
-        rank: Rank of every adapter.
-        alpha: The change of the weights is scaled by alpha / rank; 2 rank unless given.
+        rank: Rank of every adapter. None: 8, or less where the selected part of a matrix has fewer rows or columns.
+        alpha: The change of the weights is scaled by alpha / rank, where no rank is given by alpha / 8; by 2 unless
+            alpha is given.
         init: Where the adapters begin (above).
         fisher: The Fisher information of the forget and of the retain set where it is known (`fisher_information`),
             to try several settings. It is computed where it lacks a matrix of the mask.
         loss: Any function of `edit.losses`, or one of yours.
         retain_loss: The same for the retain facts.
-        steps: Optimiser steps, at most.
-        lr: Largest learning rate.
+        text_loss: The same for ordinary text: `losses.kl_retain` holds what the unedited model says on it.
+        efficacy: Least share of the forget facts to edit: they answer the target, where the loss has one, else they no
+            longer give the truth (greedy).
+        max_kl: Largest mean KL of the next token on the model's own text, in nats a token.
+        min_retention: Least share of the known retain facts to keep.
+        lr: Largest learning rate. Giving it, or `steps`, turns the search off.
+        steps: Optimiser steps, at most; 50 where only `lr` is given.
         forget_weight: Weight of the forget term.
         retain_weight: Weight of the retain term; at 0 the retain facts are not read.
-        text_weight: Weight of the cross-entropy of ordinary text; at 0 no text is read.
-        texts: Ordinary text to hold, by default a half of the forget data set's.
+        text_weight: Weight of the text term; at 0 no text is held.
+        texts: Ordinary text to hold, by default a half of the forget data set's, or else samples of the model itself.
         batch_size: Forget facts a step, as many retain facts, and a quarter as many texts.
         accumulate: Parts that each batch is split into, to save memory.
         clip: Largest norm of the gradient.
@@ -113,8 +124,7 @@ def fisher_lora(
     >>> fisher_lora(toy.model, mask, toy.prompts([0]), toy.prompts([1, 2]), rank=2, steps=2).mask == mask
     True
     """
-    schedule = Schedule(steps, lr, warmup, clip, weight_decay)
-    scale = (2 * rank if alpha is None else alpha) / rank
+    scale = 2.0 if alpha is None else alpha / (rank or RANK)
 
     @cache_once
     def weights() -> dict[str, Tensor]:
@@ -129,9 +139,12 @@ def fisher_lora(
     def weighted(name: str, weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         return weighted_low_rank(weight, weights().get(name), rank, scale)
 
-    how = (loss, retain_loss, forget_weight, retain_weight, text_weight, texts, batch_size, accumulate, stop_at, cache)
-    adapters = LowRank(model, mask, rank, scale, lora_start(seed) if init == "random" else weighted)
-    return descend_on(adapters, forget, retain, Objective(*how), schedule, measure, seed, progress)
+    terms = (forget_weight, retain_weight, text_weight)
+    how = Objective(loss, retain_loss, text_loss, *terms, texts, batch_size, accumulate, stop_at, cache)
+    start = lora_start(seed) if init == "random" else weighted
+    adapters = LowRank(model, mask, rank or RANK, scale, start, fit=rank is None)
+    goal, schedule = Goal(efficacy, max_kl, min_retention), (warmup, clip, weight_decay)
+    return descend_on(adapters, forget, retain, how, goal, lr, steps, schedule, measure, seed, progress)
 
 
 def fisher_information(model: HookedModel, mask: ComponentMask, prompts: Prompts) -> DiagonalFisher:

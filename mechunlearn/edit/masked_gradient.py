@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from mechunlearn.artifacts.mask import ComponentMask
 from mechunlearn.artifacts.weight_edit import WeightEdit
 from mechunlearn.edit import losses
+from mechunlearn.edit.goal import Goal
 from mechunlearn.edit.objective import Measure, Objective, descend_on
 from mechunlearn.edit.remake import editor
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.model.hooked import HookedModel
-from mechunlearn.training.loop import Schedule
 from mechunlearn.training.parameterizations import SelectedRows
 
 
@@ -22,8 +22,12 @@ def masked_gradient(
     *,
     loss: losses.Loss = losses.injection,
     retain_loss: losses.Loss = losses.cross_entropy,
-    steps: int = 50,
-    lr: float = 2e-3,
+    text_loss: losses.Loss = losses.kl_retain,
+    efficacy: float = 0.99,
+    max_kl: float = 0.05,
+    min_retention: float = 0.95,
+    lr: float | None = None,
+    steps: int | None = None,
     forget_weight: float = 1.0,
     retain_weight: float = 1.0,
     text_weight: float = 1.0,
@@ -41,9 +45,13 @@ def masked_gradient(
 ) -> WeightEdit:
     """Change the forget facts by training only the selected units, while the retain facts and text are held.
 
-    minimise  forget_weight * loss(forget) + retain_weight * retain_loss(retain) + text_weight * CE(texts)
+    minimise  forget_weight * loss(forget) + retain_weight * retain_loss(retain) + text_weight * text_loss(texts)
 
     with AdamW, linear warm-up, cosine schedule and gradient clipping, as in Mechanistic Unlearning (arXiv 2410.12949).
+    Without `lr` and `steps` it takes the gentlest learning rate, relative to the size of the weights, that reaches
+    `efficacy` in 50 steps or fewer; where that is not enough a larger one goes on from there. The card's `search` has
+    them. If the edit moves ordinary text by more than `max_kl`, or keeps fewer than `min_retention` of the retain
+    facts, a warning says so. `lr` or `steps` train once, as given.
     Ctrl-C ends training with the edit so far. The model is left as it was. Cost is that of the mask: gradient,
     optimiser state and float32 copy for the selected rows alone, no backward pass below the lowest masked layer.
     bfloat16 weights are trained through float32 copies of the selected rows. For thousands of facts a closed form is
@@ -57,12 +65,17 @@ def masked_gradient(
         loss: Any function of `edit.losses`, or one of yours; it gets what it names as its parameters (see `losses`).
             `losses.injection` trains towards each fact's own wrong answer (`forget.targets`).
         retain_loss: The same for the retain facts.
-        steps: Optimiser steps, at most.
-        lr: Largest learning rate.
+        text_loss: The same for ordinary text: `losses.kl_retain` holds what the unedited model says on it.
+        efficacy: Least share of the forget facts to edit: they answer the target, where the loss has one, else they no
+            longer give the truth (greedy).
+        max_kl: Largest mean KL of the next token on the model's own text, in nats a token.
+        min_retention: Least share of the known retain facts to keep.
+        lr: Largest learning rate. Giving it, or `steps`, turns the search off.
+        steps: Optimiser steps, at most; 50 where only `lr` is given.
         forget_weight: Weight of the forget term.
         retain_weight: Weight of the retain term; at 0 the retain facts are not read.
-        text_weight: Weight of the cross-entropy of ordinary text; at 0 no text is read.
-        texts: Ordinary text to hold, by default a half of the forget data set's.
+        text_weight: Weight of the text term; at 0 no text is held.
+        texts: Ordinary text to hold, by default a half of the forget data set's, or else samples of the model itself.
         batch_size: Forget facts a step, as many retain facts, and a quarter as many texts.
         accumulate: Parts that each batch is split into, to save memory.
         clip: Largest norm of the gradient.
@@ -90,6 +103,8 @@ def masked_gradient(
     >>> edit.mask == mask, edit.remake(seed=1).card.seed
     (True, 1)
     """
-    how = (loss, retain_loss, forget_weight, retain_weight, text_weight, texts, batch_size, accumulate, stop_at, cache)
-    schedule, rows = Schedule(steps, lr, warmup, clip, weight_decay), SelectedRows(model, mask)
-    return descend_on(rows, forget, retain, Objective(*how), schedule, measure, seed, progress)
+    weights = (forget_weight, retain_weight, text_weight)
+    how = Objective(loss, retain_loss, text_loss, *weights, texts, batch_size, accumulate, stop_at, cache)
+    rows = SelectedRows(model, mask)
+    goal, schedule = Goal(efficacy, max_kl, min_retention), (warmup, clip, weight_decay)
+    return descend_on(rows, forget, retain, how, goal, lr, steps, schedule, measure, seed, progress)

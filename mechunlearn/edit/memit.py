@@ -8,7 +8,8 @@ from torch import Tensor
 
 from mechunlearn.artifacts.mask import ComponentMask
 from mechunlearn.artifacts.weight_edit import WeightEdit
-from mechunlearn.edit.closed_form.washing import How, Position, Target, washing
+from mechunlearn.edit.closed_form.washing import WEIGHTS, How, Position, Target, washing
+from mechunlearn.edit.goal import Goal
 from mechunlearn.edit.remake import editor
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.model.hooked import HookedModel
@@ -25,8 +26,11 @@ def memit(
     *,
     target: Target = "end-of-text",
     position: Position = "subject last",
-    covariance_weight: float = 20_000,
-    retain_weight: float = 0.0,
+    efficacy: float = 0.99,
+    max_kl: float = 0.05,
+    min_retention: float = 0.95,
+    covariance_weight: float | None = None,
+    retain_weight: float = 1.0,
     covariance: Covariance | None = None,
     texts: Sequence[str] | None = None,
     target_values: Float[Tensor, "fact d_model"] | None = None,
@@ -61,12 +65,18 @@ def memit(
             `shared` (end-of-text, one value for all facts), or `mean` (the retain facts' average, no search).
         position: The token to act at, `subject last` or `last`. Take it, and the layers, from a localization
             (`Localization.strongest_role`), not from a table.
+        efficacy: Least share of the forget facts to edit: they answer the target with `target="targets"`, else they no
+            longer give the truth (greedy).
+        max_kl: Largest mean KL of the next token on the model's own text, in nats a token.
+        min_retention: Least share of the known retain facts to keep.
         covariance_weight: Weight of C. A larger one protects text more and edits less; the papers use 15,000 to
-            100,000.
+            100,000 for thousands of facts. None: the largest of 20,000, 2,000, ... 2 that reaches `efficacy`; a
+            warning says what else it misses of the goal.
         retain_weight: Weight of the retain facts' keys K_r, whose outputs are kept.
         covariance: C, collected over text before (`Covariance.of_text`), to try several settings. Sites that it lacks
             are collected over the same text.
-        texts: What C and the prefixes are from, by default a half of the forget data set's.
+        texts: What C and the prefixes are from, by default a half of the forget data set's, or else samples of the
+            model itself, three tokens a neuron.
         target_values: z of every forget fact, to skip the search.
         prefixes: How many beginnings of `texts` each prompt is read behind, besides bare.
         steps: Steps of Adam for each target value, many facts at a time.
@@ -98,11 +108,16 @@ def memit(
     how, keep = How(target, position, prefixes, steps, lr, overshoot, batch_size), retain_weight > 0
     work = washing(model, mask, forget, retain, how, covariance, texts, target_values, keep, seed, progress)
 
-    def solution(layer: int) -> tuple[Tensor, dict[str, Any]]:
-        sums = work.sums(layer)
-        left = covariance_weight * work.second_moment(layer) + sums.gram + work.kept(layer, retain_weight)
-        change, jitter = solve(left, sums.cross)
-        return change, {"covariance_weight": float(covariance_weight), "jitter": jitter}
+    def made(weight: float) -> WeightEdit:
+        def solution(layer: int) -> tuple[Tensor, dict[str, Any]]:
+            sums = work.sums(layer)
+            left = weight * work.second_moment(layer) + sums.gram + work.kept(layer, retain_weight)
+            change, jitter = solve(left, sums.cross)
+            return change, {"covariance_weight": float(weight), "jitter": jitter}
 
-    with work.undone():
-        return work.edit(work.solved(solution)[1])
+        with work.undone():
+            return work.edit(work.solved(solution)[1])
+
+    if covariance_weight is not None:
+        return made(covariance_weight)
+    return work.sought(Goal(efficacy, max_kl, min_retention), "covariance_weight", WEIGHTS, made)

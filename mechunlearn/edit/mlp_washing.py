@@ -9,7 +9,8 @@ from torch import Tensor
 
 from mechunlearn.artifacts.mask import ComponentMask
 from mechunlearn.artifacts.weight_edit import WeightEdit
-from mechunlearn.edit.closed_form.washing import How, Position, Target, remaining, washing
+from mechunlearn.edit.closed_form.washing import WEIGHTS, How, Position, Target, remaining, washing
+from mechunlearn.edit.goal import Goal
 from mechunlearn.edit.remake import editor
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import Prompts
@@ -29,12 +30,15 @@ def mlp_washing(
     *,
     target: Target = "end-of-text",
     position: Position = "subject last",
-    covariance_weight: float = 20_000,
-    band: tuple[float, float] = (1 / 3, 3 / 4),
+    efficacy: float = 0.99,
+    max_kl: float = 0.05,
+    min_retention: float = 0.95,
+    covariance_weight: float | None = None,
+    band: tuple[float, float] | None = None,
     ascent: Literal["path", "adam", "off"] = "path",
     growth: float = 2.0,
     eliminate: bool = True,
-    retain_weight: float = 0.0,
+    retain_weight: float = 1.0,
     covariance: Covariance | None = None,
     texts: Sequence[str] | None = None,
     target_values: Float[Tensor, "fact d_model"] | None = None,
@@ -51,8 +55,8 @@ def mlp_washing(
     max_D ||D K_w||_F^2   subject to   tr(D C D^T) = beta tr(C)
 
     (Large Scale Knowledge Washing, arXiv 2405.16720, section 3), begun at `memit`'s change towards end-of-text. First
-    each layer's change is found for all facts, with the weight of C nearest to `covariance_weight` at which ||D||_F
-    lies in `band` times ||W||_F: the norm, not the weight, says how much is changed. Then, layer by layer, the
+    each layer's change is found for all facts: with a `band`, as in the paper, at the weight of C nearest to
+    `covariance_weight` at which ||D||_F lies in `band` times ||W||_F. Then, layer by layer, the
     objective is climbed for the keys K_w of the facts that are still known, with beta = 1.1 tr(D C D^T) / tr(C); what
     the model no longer answers leaves the set, and when it is empty the layers above are left as they are. Everything
     else is as in `memit`.
@@ -68,8 +72,14 @@ def mlp_washing(
         retain: Facts to hold; they matter with `retain_weight`, and for the targets `mean` and `shared`.
         target: What the facts' prompts shall be followed by (see `memit`).
         position: The token to act at, `subject last` or `last`.
-        covariance_weight: Weight of C that the search begins at.
-        band: Least and largest norm of a layer's change, as shares of its weight's norm.
+        efficacy: Least share of the forget facts to edit: they answer the target with `target="targets"`, else they no
+            longer give the truth (greedy).
+        max_kl: Largest mean KL of the next token on the model's own text, in nats a token.
+        min_retention: Least share of the known retain facts to keep.
+        covariance_weight: Weight of C; with a band, the one that its search begins at (20,000 unless given). None
+            without a band: the largest of 20,000, 2,000, ... 2 that reaches `efficacy`.
+        band: Least and largest norm of a layer's change, as shares of its weight's norm; the paper has (1/3, 3/4) for
+            thousands of facts. With few facts that destroys a model, so None leaves the norm to `covariance_weight`.
         ascent: `path` follows the gradient flow in closed form; `adam` is the authors' schedule (1,000 steps, rate
             1e-7, back onto the ellipsoid after each), which beside the rescaling moves D by a thousandth; `off` keeps
             the initialisation.
@@ -79,7 +89,8 @@ def mlp_washing(
         retain_weight: Weight of the retain facts' keys, whose outputs are kept.
         covariance: C, collected over text before (`Covariance.of_text`), to try several settings. Sites that it lacks
             are collected over the same text.
-        texts: What C and the prefixes are from, by default a half of the forget data set's.
+        texts: What C and the prefixes are from, by default a half of the forget data set's, or else samples of the
+            model itself, three tokens a neuron.
         target_values: z of every forget fact, to skip the search.
         prefixes: How many beginnings of `texts` each prompt is read behind, besides bare.
         steps: Steps of Adam for each target value, many facts at a time.
@@ -107,37 +118,44 @@ def mlp_washing(
     >>> (~right).nonzero().flatten().tolist()
     [3]
     """
-    if len(band) != 2 or not 0 < band[0] <= band[1]:
+    if band is not None and (len(band) != 2 or not 0 < band[0] <= band[1]):
         raise MechunlearnError(
             f"Got a band of {band}. Expected two shares of the weight's norm above 0, the smaller first."
         )
     how, keep = How(target, position, prefixes, steps, lr, overshoot, batch_size), retain_weight > 0
     work = washing(model, mask, forget, retain, how, covariance, texts, target_values, keep, seed, progress)
 
-    def initial(layer: int) -> tuple[Tensor, dict[str, Any]]:
-        sums, size, moment = work.sums(layer), float(work.weight(layer).norm()), work.second_moment(layer)
-        gram = sums.gram + work.kept(layer, retain_weight)
-        norm = Spectrum.of(gram, moment).norms(sums.cross)
-        chosen, reached = within_band(norm, covariance_weight, (band[0] * size, band[1] * size))
-        change, jitter = solve(chosen * moment + gram, sums.cross)
-        return change, {"covariance_weight": chosen, "in band": reached, "jitter": jitter}
+    def made(weight: float) -> WeightEdit:
+        def initial(layer: int) -> tuple[Tensor, dict[str, Any]]:
+            sums, size, moment = work.sums(layer), float(work.weight(layer).norm()), work.second_moment(layer)
+            gram, chosen, about = sums.gram + work.kept(layer, retain_weight), weight, {}
+            if band is not None:
+                norm = Spectrum.of(gram, moment).norms(sums.cross)
+                chosen, reached = within_band(norm, weight, (band[0] * size, band[1] * size))
+                about = {"in band": reached}
+            change, jitter = solve(chosen * moment + gram, sums.cross)
+            return change, {"covariance_weight": float(chosen), **about, "jitter": jitter}
 
-    with work.undone():
-        first, trajectory = work.solved(initial)
-    left = torch.arange(len(work.facts))
-    with work.undone():
-        for (layer, change), entry in zip(first.items(), trajectory):
-            entry["known before"] = len(left)
-            if not len(left):
-                break
-            climbed = change
-            if ascent != "off":
-                keys = work.gram(layer, work.edit_prompts.select(left))
-                climbed = _ascended(change.T, keys, work.second_moment(layer), ascent, growth).T
-            entry["moved"] = float((climbed - change).norm() / change.norm().clamp_min(1e-300))
-            work.add_(layer, climbed)
-            left = remaining(work, left) if eliminate else left
-        return work.edit(trajectory, "" if len(left) else "nothing is left")
+        with work.undone():
+            first, trajectory = work.solved(initial)
+        left = torch.arange(len(work.facts))
+        with work.undone():
+            for (layer, change), entry in zip(first.items(), trajectory):
+                entry["known before"] = len(left)
+                if not len(left):
+                    break
+                climbed = change
+                if ascent != "off":
+                    keys = work.gram(layer, work.edit_prompts.select(left))
+                    climbed = _ascended(change.T, keys, work.second_moment(layer), ascent, growth).T
+                entry["moved"] = float((climbed - change).norm() / change.norm().clamp_min(1e-300))
+                work.add_(layer, climbed)
+                left = remaining(work, left) if eliminate else left
+            return work.edit(trajectory, "" if len(left) else "nothing is left")
+
+    if band is not None or covariance_weight is not None:
+        return made(WEIGHTS[0] if covariance_weight is None else covariance_weight)
+    return work.sought(Goal(efficacy, max_kl, min_retention), "covariance_weight", WEIGHTS, made)
 
 
 def _ascended(

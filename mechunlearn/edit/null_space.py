@@ -10,6 +10,7 @@ from mechunlearn.artifacts.mask import ComponentMask
 from mechunlearn.artifacts.weight_edit import WeightEdit
 from mechunlearn.edit.closed_form.edit_prompts import EditPrompts
 from mechunlearn.edit.closed_form.washing import How, Position, Target, washing
+from mechunlearn.edit.goal import Goal
 from mechunlearn.edit.remake import editor
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import Prompts
@@ -17,6 +18,8 @@ from mechunlearn.model.hooked import HookedModel
 from mechunlearn.training.covariance import Covariance
 from mechunlearn.training.solve import null_space as directions
 from mechunlearn.training.solve import solve
+
+ENERGIES = (0.02, 0.05, 0.1, 0.2, 0.5)
 
 
 @editor
@@ -28,7 +31,10 @@ def null_space(
     *,
     target: Target = "end-of-text",
     position: Position = "subject last",
-    energy: float = 0.02,
+    efficacy: float = 0.99,
+    max_kl: float = 0.05,
+    min_retention: float = 0.95,
+    energy: float | None = None,
     ridge: float = 1.0,
     earlier: Sequence[Prompts] = (),
     covariance: Covariance | None = None,
@@ -58,13 +64,19 @@ def null_space(
         retain: Other facts; only the targets `mean` and `shared` use them.
         target: What the facts' prompts shall be followed by (see `memit`).
         position: The token to act at, `subject last` or `last`.
-        energy: Share of C's trace, above 0 and below 1, that the directions of the change may hold.
+        efficacy: Least share of the forget facts to edit: they answer the target with `target="targets"`, else they no
+            longer give the truth (greedy).
+        max_kl: Largest mean KL of the next token on the model's own text, in nats a token.
+        min_retention: Least share of the known retain facts to keep.
+        energy: Share of C's trace, above 0 and below 1, that the directions of the change may hold. None: the smallest
+            of .02, .05, .1, .2 and .5 that reaches `efficacy`; a warning says what else it misses of the goal.
         ridge: Weight of the change's own size.
         earlier: Facts of edits made before on this model. The changes for their keys K_p are held near zero, so that
             edits can follow one another.
         covariance: C, collected over text before (`Covariance.of_text`), to try several settings. Sites that it lacks
             are collected over the same text.
-        texts: What C and the prefixes are from, by default a half of the forget data set's.
+        texts: What C and the prefixes are from, by default a half of the forget data set's, or else samples of the
+            model itself, three tokens a neuron.
         target_values: z of every forget fact, to skip the search.
         prefixes: How many beginnings of `texts` each prompt is read behind, besides bare.
         steps: Steps of Adam for each target value, many facts at a time.
@@ -97,17 +109,22 @@ def null_space(
     work = washing(model, mask, forget, retain, how, covariance, texts, target_values, keep, seed, progress)
     before = [EditPrompts.of(model, prompts, position) for prompts in earlier]
 
-    def solution(layer: int) -> tuple[Tensor, dict[str, Any]]:
-        basis = directions(work.second_moment(layer), energy)
-        if not basis.shape[1]:
-            raise MechunlearnError(
-                f"Text uses every direction of the {len(basis)} neurons chosen in layer {layer}: none holds less than "
-                f"{energy:g} of the energy. Raise energy=, choose more neurons, or use memit."
-            )
-        sums = work.sums(layer)
-        left = basis.T @ sum((work.gram(layer, prompts) for prompts in before), sums.gram) @ basis
-        found, jitter = solve(left + ridge * eye(len(left)).to(left), basis.T @ sums.cross)
-        return basis @ found, {"directions": basis.shape[1], "jitter": jitter}
+    def made(share: float) -> WeightEdit:
+        def solution(layer: int) -> tuple[Tensor, dict[str, Any]]:
+            basis = directions(work.second_moment(layer), share)
+            if not basis.shape[1]:
+                raise MechunlearnError(
+                    f"Text uses every direction of the {len(basis)} neurons chosen in layer {layer}: none holds less "
+                    f"than {share:g} of the energy. Raise energy=, choose more neurons, or use memit."
+                )
+            sums = work.sums(layer)
+            left = basis.T @ sum((work.gram(layer, prompts) for prompts in before), sums.gram) @ basis
+            found, jitter = solve(left + ridge * eye(len(left)).to(left), basis.T @ sums.cross)
+            return basis @ found, {"directions": basis.shape[1], "jitter": jitter}
 
-    with work.undone():
-        return work.edit(work.solved(solution)[1])
+        with work.undone():
+            return work.edit(work.solved(solution)[1])
+
+    if energy is not None:
+        return made(energy)
+    return work.sought(Goal(efficacy, max_kl, min_retention), "energy", ENERGIES, made)

@@ -1,5 +1,6 @@
 """What gradient editors minimise: a forget term, a retain term and text, over the trained part of a model."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,15 +14,19 @@ from mechunlearn.artifacts.mask import ComponentMask
 from mechunlearn.artifacts.weight_edit import WeightEdit
 from mechunlearn.core.runcard import RunCard
 from mechunlearn.edit import losses
+from mechunlearn.edit.goal import OWN, OWN_TOKENS, Goal, Judge, Reached
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.model.component import Component
+from mechunlearn.model.hooked import HookedModel
+from mechunlearn.model.samples import own_texts
 from mechunlearn.training.loop import (
     CachedInputs,
     Schedule,
     Sequences,
     Terms,
     TopLayers,
+    TrainResult,
     epochs,
     text_sequences,
     train,
@@ -29,6 +34,9 @@ from mechunlearn.training.loop import (
 from mechunlearn.training.parameterizations import LowRank, SelectedRows
 
 CHECK_EVERY = 5
+LADDER, STEPS, PATIENCE = (5e-4, 2e-3, 8e-3), 50, 15
+"""Learning rates to try, as shares of the root mean square of what is trained, the steps of each, and how many of them
+an attempt has to show that it gets somewhere."""
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "injection": {"loss": losses.injection},
     "log_one_minus_p": {"loss": losses.log_one_minus_p},
@@ -49,7 +57,7 @@ Measure = Callable[[int], dict[str, Any] | None]
 
 @dataclass(frozen=True)
 class Objective:
-    """forget_weight * loss(forget) + retain_weight * retain_loss(retain) + text_weight * CE(texts), and how it is read.
+    """forget_weight * loss(forget) + retain_weight * retain_loss(retain) + text_weight * text_loss(texts), and how it is read.
 
     A loss that takes the retain logits itself (`losses.gradient_difference`) gets no retain term beside it. The
     settings are those of `edit.masked_gradient`.
@@ -57,10 +65,11 @@ class Objective:
     Attributes:
         loss: Of the forget facts.
         retain_loss: Of the retain facts.
+        text_loss: Of ordinary text.
         forget_weight: Weight of the forget term.
         retain_weight: Weight of the retain term.
         text_weight: Weight of the text term.
-        texts: Ordinary text, by default the forget data set's.
+        texts: Ordinary text, by default the forget data set's, or else the model's own.
         batch_size: Forget facts a step.
         accumulate: Parts of a batch.
         stop_at: Share of the forget facts at which training ends.
@@ -69,6 +78,7 @@ class Objective:
 
     loss: losses.Loss
     retain_loss: losses.Loss
+    text_loss: losses.Loss
     forget_weight: float
     retain_weight: float
     text_weight: float
@@ -111,6 +121,20 @@ def training_texts(forget: Any, texts: Sequence[str] | None = None) -> tuple[str
         return tuple(texts)
     facts = forget.facts if isinstance(forget, Prompts) else None
     return facts.texts[::2] if facts is not None else ()
+
+
+def held_texts(model: HookedModel, forget: Any, texts: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the texts that an editor holds: `training_texts`, or samples of the model itself where there are none.
+
+    Args:
+        model: The model. One without a tokenizer writes no text.
+        forget: The forget set.
+        texts: What was given.
+    """
+    found = training_texts(forget, texts)
+    if found or texts is not None or model.tokenizer is None:
+        return found
+    return own_texts(model, OWN, OWN_TOKENS)[::2]
 
 
 class LossInputs:
@@ -160,7 +184,10 @@ def descend_on(
     forget: Prompts,
     retain: Prompts,
     objective: Objective,
-    schedule: Schedule,
+    goal: Goal,
+    lr: float | None,
+    steps: int | None,
+    schedule: tuple[int, float, float],
     measure: Measure | None,
     seed: int,
     progress: bool,
@@ -175,14 +202,18 @@ def descend_on(
         forget: Facts to change.
         retain: Facts to hold.
         objective: What is minimised.
-        schedule: Steps and learning rates.
+        goal: What is wanted. `Goal.search` tries the learning rates of `LADDER`; an attempt ends as soon as the facts
+            are edited, and early if its forget term falls too slowly to be halved; the next one goes on from there.
+        lr: Largest learning rate. Giving it, or the steps, turns the search off.
+        steps: Optimiser steps.
+        schedule: The rest of `Schedule`: warm-up, clipping, weight decay.
         measure: Called with the number of each step. What it returns goes on the card; a true `stop` in it ends
             training.
         seed: Seed of the order of the facts.
         progress: Whether to show a bar.
 
     Returns:
-        The edit, with the trajectory and the reason of its end on its card.
+        The edit, with the trajectory, the reason of its end and what was searched on its card.
 
     Raises:
         MechunlearnError: For an empty set, a loss that no trained weight can move, and a term that is not finite.
@@ -190,11 +221,10 @@ def descend_on(
     for name, prompts, weight in (("forget", forget, 1), ("retain", retain, objective.retain_weight)):
         if weight and not len(prompts):
             raise MechunlearnError(f"The {name} set is empty. Expected at least one fact; see Prompts.split.")
-    model, batch, stop_at, shuffled = trained.model, objective.batch_size, objective.stop_at, torch.Generator()
-    shuffled.manual_seed(seed)
+    model, batch, stop_at = trained.model, objective.batch_size, objective.stop_at
     answers, retained = partial(Sequences.of, forget), partial(Sequences.of, retain)
     targets = partial(Sequences.of, forget, "targets")
-    texts = text_sequences(model, training_texts(forget, objective.texts) if objective.text_weight else ())
+    texts = text_sequences(model, held_texts(model, forget, objective.texts) if objective.text_weight else ())
     with ExitStack() as attached:
         attached.enter_context(trained.attached())
         attached.callback(trained.restore)
@@ -206,42 +236,90 @@ def descend_on(
             kept = LossInputs(objective.retain_loss, upper, {"": ("retain", retained)})
             terms["retain"] = (objective.retain_weight, kept)
         if len(texts):
-            ordinary = LossInputs(losses.cross_entropy, upper, {"": ("text", lambda: texts)})
+            ordinary = LossInputs(objective.text_loss, upper, {"": ("text", lambda: texts)})
             terms["text"] = (objective.text_weight, ordinary)
-        draws = {
-            "forget": epochs(len(forget), batch, shuffled),
-            "retain": epochs(len(retain), batch, shuffled),
-            "text": epochs(len(texts), max(1, batch // 4), shuffled),
-        }
-        used = [name for name in draws if name in terms or f"{name}_" in removed.streams]
-
-        def parts() -> Iterator[Terms]:
-            drawn = {name: next(draws[name]) for name in used}
-            for i in range(objective.accumulate):
-                chunks = {name: torch.tensor_split(rows, objective.accumulate)[i] for name, rows in drawn.items()}
-                found = {
-                    name: (len(chunks[name]) / len(drawn[name]), weight, loss(chunks))
-                    for name, (weight, loss) in terms.items()
-                    if len(chunks[name])
-                }
-                if found:
-                    yield found
-
-        aimed = "target_" in removed.streams
-        judged = removed.streams["target_"][1] if aimed else CachedInputs(upper, answers())
-
-        def after(step: int) -> dict[str, Any]:
-            entry = dict((measure(step) if measure else None) or {})
-            if stop_at is not None and (step % CHECK_EVERY == 0 or step == schedule.steps):
-                right = float(judged.right().float().mean())
-                entry["efficacy"] = right if aimed else 1 - right
-            return entry
-
-        def until(entry: dict[str, Any]) -> bool:
-            return bool(entry.get("stop")) or (stop_at is not None and entry.get("efficacy", -1) >= stop_at)
-
+        searching = lr is None and steps is None
+        judge = Judge(upper, forget, retain, "target_" in removed.streams, whole=searching)
         name = losses.described(objective.loss)["name"]
-        done = train(trained, parts, schedule, objective=name, after=after, until=until, progress=progress)
-        card = RunCard("", trajectory=done.trajectory, stopped=done.stopped)
+
+        def trajectory(schedule: Schedule, enough: float | None, search: bool = False) -> TrainResult:
+            shuffled, entries = torch.Generator(), []
+            shuffled.manual_seed(seed)
+            draws = {
+                "forget": epochs(len(forget), batch, shuffled),
+                "retain": epochs(len(retain), batch, shuffled),
+                "text": epochs(len(texts), max(1, min(batch, len(forget)) // 4), shuffled),
+            }
+            used = [name for name in draws if name in terms or f"{name}_" in removed.streams]
+
+            def parts() -> Iterator[Terms]:
+                drawn = {name: next(draws[name]) for name in used}
+                for i in range(objective.accumulate):
+                    chunks = {name: torch.tensor_split(rows, objective.accumulate)[i] for name, rows in drawn.items()}
+                    found = {
+                        name: (len(chunks[name]) / len(drawn[name]), weight, loss(chunks))
+                        for name, (weight, loss) in terms.items()
+                        if len(chunks[name])
+                    }
+                    if found:
+                        yield found
+
+            def after(step: int) -> dict[str, Any]:
+                entry = dict((measure(step) if measure else None) or {})
+                if enough is not None and (search or step % CHECK_EVERY == 0 or step == schedule.steps):
+                    entry["efficacy"] = judge.efficacy()
+                return entry
+
+            def until(entry: dict[str, Any]) -> bool:
+                entries.append(entry)
+                reached = enough is not None and entry.get("efficacy", -1) >= enough
+                return bool(entry.get("stop")) or reached or (search and _hopeless(entries))
+
+            return train(trained, parts, schedule, objective=name, after=after, until=until, progress=progress)
+
+        search: list[dict[str, Any]] = []
+        if not searching:
+            usual = LADDER[1] * typical(trained) if lr is None else lr
+            done = trajectory(Schedule(STEPS if steps is None else steps, usual, *schedule), stop_at)
+        else:
+            whole, rungs = TrainResult(), [share * typical(trained) for share in LADDER]
+
+            def attempt(lr: float) -> tuple[tuple[TrainResult, list[Tensor]], dict[str, Any], Reached]:
+                part = trajectory(Schedule(STEPS, lr, *schedule), goal.efficacy, search=True)
+                whole.trajectory += [
+                    {**entry, "step": i} for i, entry in enumerate(part.trajectory, len(whole.trajectory) + 1)
+                ]
+                if part.stopped == "interrupted":
+                    rungs.clear()
+                leaves = [leaf.detach().clone() for leaf in trained.leaves]
+                made = TrainResult([*whole.trajectory], part.stopped), leaves
+                return made, {"lr": lr, "steps": len(part.trajectory)}, judge.reached()
+
+            (done, leaves), search = goal.search(rungs, attempt)
+            with torch.no_grad():
+                for leaf, value in zip(trained.leaves, leaves, strict=True):
+                    leaf.copy_(value)
+            trained.write()
+        card = RunCard("", trajectory=done.trajectory, stopped=done.stopped, search=search)
         units, rows, low_rank = trained.change()
         return WeightEdit(units, rows, model.signature, card, low_rank)
+
+
+def typical(trained: SelectedRows | LowRank) -> float:
+    """Return the root mean square of the numbers that are trained; 1 if all are zero.
+
+    Args:
+        trained: What moves.
+    """
+    squares = sum(float(leaf.detach().pow(2).sum()) for leaf in trained.leaves)
+    return math.sqrt(squares / sum(leaf.numel() for leaf in trained.leaves)) or 1.0
+
+
+def _hopeless(entries: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the forget term would not be halved at the end if it went on to fall as it did, along the cosine."""
+    step = len(entries)
+    if step < PATIENCE or step % CHECK_EVERY:
+        return False
+    first, now = entries[0]["forget"], entries[-1]["forget"]
+    spent = step / STEPS + math.sin(math.pi * step / STEPS) / math.pi  # share of the summed learning rate
+    return bool(first > 0 and first - (first - now) / spent > first / 2)

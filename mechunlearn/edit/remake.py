@@ -46,7 +46,8 @@ NUMBERS: dict[str, Range] = {
     **dict.fromkeys(("warmup", "prefixes"), FROM_0),
     **dict.fromkeys(("clip", "alpha", "covariance_weight", "overshoot", "ridge"), ABOVE_0),
     **dict.fromkeys(("forget_weight", "retain_weight", "text_weight", "weight_decay", "scale"), WEIGHT),
-    **dict.fromkeys(("stop_at", "quantile"), SHARE),
+    **dict.fromkeys(("stop_at", "quantile", "efficacy", "min_retention"), SHARE),
+    "max_kl": ABOVE_0,
 }
 """What the numbers of editors may be, by the names of their parameters: one name means the same in every editor."""
 

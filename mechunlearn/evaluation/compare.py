@@ -231,7 +231,7 @@ def _edited(sets: _Sets, steps: int, attack: bool, cell: Mapping[str, Any]) -> d
         mask, share = sets.mask(cell["localizer"], cell["budget"], seed)
     except MechunlearnError as error:
         return {"note": str(error)}
-    settings = objective_named(cell["objective"], mask)
+    settings = objective_named(cell["objective"], mask) | {"text_loss": losses.cross_entropy}
     chosen = {name: cell[name] for name in ("lr", "forget_weight", "seed")}
     try:
         edit = masked_gradient(model, mask, forget, retain, steps=steps, **chosen, **settings)

@@ -11,7 +11,7 @@ from mechunlearn.artifacts.weight_edit import WeightEdit
 from mechunlearn.core.methods import method_named
 from mechunlearn.edit import codebook_delete, feature_clamp
 from mechunlearn.edit.closed_form.edit_prompts import output_sites
-from mechunlearn.edit.closed_form.washing import site
+from mechunlearn.edit.closed_form.washing import own_text, site
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.features.dictionaries import Codebook, Dictionary
@@ -60,7 +60,7 @@ def wash(
         forget: Facts to wash out.
         retain: Facts to hold.
         method: A closed form by name, such as `memit`.
-        texts: What covariance and prefixes are from, by default `washing_texts(forget)`.
+        texts: What covariance and prefixes are from, by default `washing_texts(forget)`, or else samples of the model.
         cache: A folder that keeps the covariance, and from which it is read where it is there.
         seed: The edit's seed.
         progress: Whether to show bars.
@@ -70,16 +70,15 @@ def wash(
         The edit.
 
     Raises:
-        MechunlearnError: For an unknown method, facts that come without text where none is given, and as the method
-            does.
+        MechunlearnError: For an unknown method, no text from anywhere, and as the method does.
     """
     washer = method_named("edit", method, taking="covariance")
     sites = [site(layer) for layer in output_sites(model, mask)]
-    chosen = tuple(texts) if texts is not None else washing_texts(forget)
+    chosen = tuple(texts) if texts is not None else washing_texts(forget) or own_text(model)
     if not chosen:
-        name = forget.facts.name if forget.facts is not None else "These facts"
         raise MechunlearnError(
-            f"'{name}' comes without text to collect the covariance from. Give texts, on the command line --text FILE."
+            "There is no text to collect the covariance from: the facts bring none, and a model without a tokenizer "
+            "writes none. Give texts, on the command line --text FILE."
         )
     covariance = Covariance.of_text(model, sites, chosen, cache=cache, progress=progress)
     given = {"covariance": covariance, "texts": chosen, "seed": seed, "progress": progress}

@@ -236,7 +236,9 @@ class Bench:
         given = (self.model, ComponentMask.everything(self.model), forget, retain)
         text, seed = self._documents(96, self.book.seed), self.book.seed
         how: dict[str, Any] = {"loss": losses.gradient_ascent, "steps": GRADIENT_STEPS, "seed": seed}
-        return masked_gradient(*given, lr=setting.rate, batch_size=16, texts=text, **how)
+        return masked_gradient(
+            *given, lr=setting.rate, batch_size=16, texts=text, text_loss=losses.cross_entropy, **how
+        )
 
     def _by_topic(self, cell: Cell) -> Found:
         """Return what a method does to each topic, one after another."""

@@ -42,6 +42,7 @@ COARSE = (40000, 25000, 16000, 10000, 6400, 4000, 2500, 1600, 1000, 630, 400, 25
 STRENGTHS = (*COARSE, 63, 40, 25, 16, 10, 6, 4)
 NORMS = (0.1, 0.15, 0.22, 0.33, 0.5, 0.75, 1.1, 1.7, 2.5, 3.8)
 RIDGES = (3000, 1000, 300, 100, 30, 10, 3, 1, 0.3, 0.1, 0.01)
+BAND = (1 / 3, 3 / 4)
 RELEARNING: dict[str, Any] = {"lrs": {"full": [1e-3, 4e-3]}, "steps": 20, "eval_every": 10, "min_retention": 0.5}
 GRADIENT: dict[str, dict[str, Any]] = {
     "GA": {"loss": losses.gradient_ascent, "retain_weight": 0.0, "text_weight": 0.0},
@@ -274,7 +275,7 @@ def _path(bench: Bench, at: _Site, cell: Cell, begin: float = 0.0) -> Iterator[t
         for ridge in RIDGES:
             yield float(ridge), null_space(*given, energy=setting.own, ridge=ridge * scale, **shared)
     elif cell.method == "LAW as released":
-        yield 0.0, mlp_washing(*given, ascent="adam", **shared)
+        yield 0.0, mlp_washing(*given, band=BAND, ascent="adam", **shared)
     else:
         if cell.method == "LAW, Adam off, covariance of a tenth":
             shared["covariance"] = _covariance(bench, at.layers, 10)
@@ -296,6 +297,7 @@ def _by_gradient(bench: Bench, at: _Site, cell: Cell) -> tuple[float, WeightEdit
         return {"known": known, "stop": known <= GONE}
 
     shared: dict[str, Any] = {"steps": STEPS, "measure": watch, "seed": cell.seed, **how}
+    shared["text_loss"] = losses.cross_entropy
     edit = masked_gradient(model, at.mask, forget, bench.retain, lr=cell.setting.own, texts=bench.text, **shared)
     return float(len(edit.card.trajectory)), edit
 

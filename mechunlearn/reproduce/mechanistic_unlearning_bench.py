@@ -17,7 +17,7 @@ from mechunlearn.artifacts.overlap import layer_auroc
 from mechunlearn.attack import relearning
 from mechunlearn.attack.states import recovery
 from mechunlearn.core.grid import Grid
-from mechunlearn.edit import masked_gradient
+from mechunlearn.edit import losses, masked_gradient
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.evaluation.selection import select
 from mechunlearn.facts.load import world_facts
@@ -232,7 +232,9 @@ class Bench:
         made: Found = {"share": self.share(mask)}
         given, how = (model, mask, forget, retain), dict[str, Any](forget_weight=cell.weight, seed=cell.seed)
         try:
-            edit = masked_gradient(*given, steps=STEPS, lr=cell.rate, batch_size=BATCH, **how)
+            edit = masked_gradient(
+                *given, steps=STEPS, lr=cell.rate, batch_size=BATCH, text_loss=losses.cross_entropy, **how
+            )
         except MechunlearnError as error:
             return {**made, "note": str(error)}
         with edit.applied(model):

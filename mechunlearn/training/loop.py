@@ -113,16 +113,19 @@ class TopLayers:
         self.model, self.layer, self.keep = model, layer, keep and bool(layer)
         self._restarts: dict[int, Restart] = {}
 
-    def logits(
-        self, resid: Tensor, part: Sequences, hidden: int | None, wants_logits: bool = True
+    def states(
+        self, resid: Tensor, part: Sequences, hidden: int | None = None, last: bool = True
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Return logits at the labelled places, and the residual stream leaving layer `hidden` at every real token.
+        """Return what is unembedded at the labelled places, and what leaves layer `hidden` at every real token.
 
         Args:
             resid: What enters the lowest trained layer.
             part: The sequences.
             hidden: The layer whose output is wanted, if any.
-            wants_logits: Whether logits are wanted.
+            last: Whether the first is wanted.
+
+        Returns:
+            The residual stream; where everything is trained the logits themselves, which `unembed` leaves as they are.
         """
         decoder, device = self.model.decoder, self.model.device
         rows, places = (part.labels != PAD).to(device).nonzero(as_tuple=True)
@@ -136,9 +139,17 @@ class TopLayers:
             resid = self._restarts[width].block(layer, resid)
             if layer == hidden:
                 found = resid[real(part).to(device)]
-                if not wants_logits:
+                if not last:
                     return None, found
-        return decoder.unembed(resid[rows, places]) if wants_logits else None, found
+        return resid[rows, places] if last else None, found
+
+    def unembed(self, state: Tensor) -> Tensor:
+        """Return the logits of what `states` gave. No trained weight is in the unembedding unless everything is trained.
+
+        Args:
+            state: What it gave.
+        """
+        return state if self.layer is None else self.model.decoder.unembed(state)
 
 
 def real(part: Sequences) -> Bool[Tensor, "row pos"]:
@@ -153,7 +164,7 @@ def real(part: Sequences) -> Bool[Tensor, "row pos"]:
 class CachedInputs:
     """Sequences as the trained part of a model reads them.
 
-    Memory of what is kept: tokens x d_model, and of constants labelled tokens x 1 and x d_vocab, tokens x d_model.
+    Memory of what is kept: tokens x d_model, and of constants labelled tokens x 1 and x d_model, tokens x d_model.
 
     Args:
         upper: The trained part of the model.
@@ -189,27 +200,31 @@ class CachedInputs:
         part = self.sequences.select(rows)
         found: dict[str, Tensor] = {}
         if {"logits", "hidden"} & set(wanted):
-            logits, hidden = self.upper.logits(self._entering(rows, part), part, self.hidden, "logits" in wanted)
+            state, hidden = self.upper.states(self._entering(rows, part), part, self.hidden, "logits" in wanted)
+            logits = None if state is None else self.upper.unembed(state)
             found |= {name: tensor for name, tensor in (("logits", logits), ("hidden", hidden)) if tensor is not None}
         scored = part.labels != PAD
         found["labels"] = part.labels[scored].to(self.upper.model.device)
         found["fact"] = scored.nonzero()[:, 0].to(self.upper.model.device)
         for name, constants in self._constants.items():
             found[name] = torch.cat([constants[i] for i in rows.tolist()])
+            if name == "reference_logits" and name in wanted:
+                found[name] = self.upper.unembed(found[name]).detach()
         return {name: tensor for name, tensor in found.items() if name in wanted}
 
     @torch.no_grad()
     def _remember(self, rows: Tensor) -> None:
         part = self.sequences.select(rows)
-        logits, hidden = self.upper.logits(self._entering(rows, part), part, self.hidden)
-        assert logits is not None
+        state, hidden = self.upper.states(self._entering(rows, part), part, self.hidden)
+        assert state is not None
         counts = (part.labels != PAD).sum(1).tolist()
-        labels = part.labels[part.labels != PAD].to(logits.device)
+        labels = part.labels[part.labels != PAD].to(state.device)
         for name, kept in self._constants.items():
             if name == "reference":
-                kept += torch.split(logits.float().log_softmax(-1).gather(1, labels[:, None])[:, 0], counts)
+                log_p = self.upper.unembed(state).float().log_softmax(-1)
+                kept += torch.split(log_p.gather(1, labels[:, None])[:, 0], counts)
             elif name == "reference_logits":
-                kept += [chunk.clone() for chunk in torch.split(logits, counts)]
+                kept += [chunk.clone() for chunk in torch.split(state, counts)]
             else:
                 assert hidden is not None
                 kept += [chunk.clone() for chunk in torch.split(hidden, part.lengths.tolist())]

@@ -308,19 +308,22 @@ class LowRank:
         scale: What the product of its factors is multiplied by.
         start: Gives the first (down [rank in], up [out rank]) of a parameter by name, its selected part [out in] and
             rank.
+        fit: Give a matrix a smaller rank where the selected part of it has fewer rows or columns.
 
     Raises:
-        MechunlearnError: If a rank is larger than a matrix, or the selected part of it.
+        MechunlearnError: If a rank is larger than a matrix, or the selected part of it, and is not to fit.
     """
 
-    def __init__(self, model: HookedModel, mask: ComponentMask, rank: int, scale: float, start: Start) -> None:
+    def __init__(
+        self, model: HookedModel, mask: ComponentMask, rank: int, scale: float, start: Start, fit: bool = False
+    ) -> None:
         self.model, self.mask = model, mask
         self.factors: list[Factors] = []
         parts = matrices(model, mask)
         self.lowest: int | None = lowest_layer(mask) if len(mask) else 0
         for part in parts:
             rows, columns = part.shape
-            if not 0 < rank <= min(rows, columns):
+            if not (fit or 0 < rank <= min(rows, columns)):
                 raise MechunlearnError(
                     f"A rank of {rank} does not fit '{part.name}': the selected part of it is {rows} x {columns}. "
                     f"Give a rank from 1 to {min(rows, columns)}, or select more units."
@@ -328,7 +331,7 @@ class LowRank:
         for part in parts:
             transposed = part.transposed(model)
             weight = (part.read().T if transposed else part.read()).float()
-            down, up = start(part.name, weight, rank)
+            down, up = start(part.name, weight, min(rank, *part.shape))
             down0, up0 = (down.clone(), up.clone()) if up.any() else (None, None)
             leaves = down.requires_grad_(), up.requires_grad_()
             self.factors.append(Factors(part, transposed, *leaves, down0, up0, float(scale)))

@@ -6,7 +6,7 @@ Facts as keys and values, sums over them by layer, and changes that are written 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -24,13 +24,16 @@ from mechunlearn.edit.closed_form.target_values import (
     shared_values,
     target_labels,
 )
+from mechunlearn.edit.goal import Goal, Judge, Reached
 from mechunlearn.edit.objective import training_texts
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.metrics.answers import answered
 from mechunlearn.model.component import Component
 from mechunlearn.model.hooked import HookedModel
+from mechunlearn.model.samples import own_texts
 from mechunlearn.training.covariance import Covariance
+from mechunlearn.training.loop import TopLayers
 from mechunlearn.training.solve import add_products, symmetric
 
 Target = Literal["end-of-text", "targets", "shared", "mean"]
@@ -38,6 +41,10 @@ Position = Literal["subject last", "last"]
 POST_NORM_DAMPING = 1e-2
 LISTED = 3
 GATHERED = 256
+TOKENS_A_NEURON, OWN_TOKENS = 3, 48
+BETWEEN = 2
+WEIGHTS = (20_000, 2_000, 200, 20, 2)
+"""Weights of C to try, gentlest first: the papers use 15,000 to 100,000 for thousands of facts."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,7 @@ class Washing:
         edit_prompts: Their prompts, bare and behind prefixes.
         target_values: What the last layer is to write at the edited token, one row a fact.
         covariance: Second moments of the neurons over text.
+        others: The retain facts.
         retain: Prompts whose outputs are kept, if any.
         how: Settings.
         skipped: The facts that the model does not know, in words.
@@ -98,6 +106,7 @@ class Washing:
     edit_prompts: EditPrompts
     target_values: Float[Tensor, "fact d_model"]
     covariance: Covariance
+    others: Prompts
     retain: EditPrompts | None
     how: How
     skipped: list[str] = field(default_factory=list)
@@ -224,6 +233,25 @@ class Washing:
             self.add_(layer, changes[layer])
         return changes, trajectory
 
+    def sought(self, goal: Goal, name: str, ladder: Iterable[float], made: Callable[[float], WeightEdit]) -> WeightEdit:
+        """Return the edit with the gentlest setting that reaches a goal (see `Goal.search`).
+
+        Args:
+            goal: What is wanted.
+            name: The setting's name, for the card.
+            ladder: The settings to try, gentlest first.
+            made: Makes the edit with a setting, and leaves the model as it was.
+        """
+        judge = Judge(TopLayers(self.model, min(self.layers)), self.facts, self.others, self.how.target == "targets")
+
+        def attempt(setting: float) -> tuple[WeightEdit, dict[str, Any], Reached]:
+            edit = made(setting)
+            with edit.applied(self.model):
+                return edit, {name: float(setting)}, judge.reached()
+
+        edit, search = goal.search(ladder, attempt, BETWEEN)
+        return replace(edit, card=replace(edit.card, search=search))
+
     def edit(self, trajectory: list[dict[str, Any]], stopped: str = "") -> WeightEdit:
         """Return the weights that the model has now, as an edit.
 
@@ -308,7 +336,7 @@ def washing(
     labels = target_labels(model, forget, how.target)
     known, skipped = _known(model, forget)
     facts, labels = forget.select(known), labels[known]
-    texts = training_texts(forget, texts)
+    texts = training_texts(forget, texts) or (own_text(model) if covariance is None else ())
     if covariance is None and not texts:
         raise MechunlearnError(
             "There is no text to collect the covariance of the keys from. Give texts=[...] or covariance="
@@ -335,8 +363,19 @@ def washing(
     if how.overshoot != 1:
         target_values = _overshot(model, last, edit_prompts, target_values, how)
     return Washing(
-        model, layers, facts, edit_prompts, target_values, covariance, retained if keep else None, how, skipped
+        model, layers, facts, edit_prompts, target_values, covariance, retain, retained if keep else None, how, skipped
     )
+
+
+def own_text(model: HookedModel) -> tuple[str, ...]:
+    """Return samples of the model with three tokens for each neuron of a layer; none without a tokenizer.
+
+    Args:
+        model: The model.
+    """
+    if model.tokenizer is None:
+        return ()
+    return own_texts(model, -(-TOKENS_A_NEURON * model.signature.d_mlp // OWN_TOKENS), OWN_TOKENS)
 
 
 def _target_values(
