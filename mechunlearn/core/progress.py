@@ -24,8 +24,7 @@ def track(items: Iterable[Item], title: str, total: int | None = None, progress:
     from rich import get_console  # with its columns, a tenth of a second to import
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = get_console()
-    watched = console.is_jupyter or console.file.isatty()  # not `is_terminal`: FORCE_COLOR makes that true in a pipe
+    console, watched = get_console(), is_watched()
     if not (watched if progress is None else progress):
         yield from items
         return
@@ -46,3 +45,11 @@ def track(items: Iterable[Item], title: str, total: int | None = None, progress:
             later.join()
         if bar.live.is_started:
             bar.stop()
+
+
+def is_watched() -> bool:
+    """Return whether somebody can see a bar: standard output is a terminal or a notebook."""
+    from rich import get_console
+
+    console = get_console()
+    return console.is_jupyter or console.file.isatty()  # not `is_terminal`: FORCE_COLOR makes that true in a pipe

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from mechunlearn.evaluation.controls import random_control as random_control
     from mechunlearn.evaluation.controls import random_mask as random_mask
     from mechunlearn.evaluation.controls import remade_from_card as remade_from_card
+    from mechunlearn.evaluation.damage import damage as damage
     from mechunlearn.evaluation.drift import next_token_kl as next_token_kl
     from mechunlearn.evaluation.evaluate import evaluate as evaluate
     from mechunlearn.evaluation.recipes import DeletedTopic as DeletedTopic

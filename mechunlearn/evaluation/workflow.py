@@ -4,7 +4,9 @@ Localize, mask, edit, evaluate beside controls, attack, and write everything int
 """
 
 import random
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from mechunlearn.artifacts.localization import Localization
 from mechunlearn.artifacts.mask import ComponentMask
 from mechunlearn.artifacts.weight_edit import WeightEdit
 from mechunlearn.core.files import whole_folder
+from mechunlearn.core.progress import is_watched
 from mechunlearn.edit import masked_gradient
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.evaluation.evaluate import evaluate
@@ -170,18 +173,31 @@ def edit_prompts(
         say(f"attribution_patching: the largest units of {SHARE:.0%} of the weights are edited")
     share = attributed.share(mask)
     say(f"mask: {len(mask)} units, {share:.2%} of the editable weights")
-    shown: Any = {} if progress is None else {"progress": progress}
+    bars = is_watched() if progress is None else progress
     masks = {"the mask": mask} | ({"patching": attributed.top(weights=share)} if looked_up else {})
     edits = {}
     for name, each in masks.items():
         beside = "attribution patching's units of the same weight" if name == "patching" else name
         say(f"editing: {beside}, {len(forget)} facts to forget and {len(retain)} to retain")
-        edits[name] = masked_gradient(model, each, forget, retain, seed=seed, **shown)
+        with _warnings_said(say):
+            edits[name] = masked_gradient(model, each, forget, retain, seed=seed, progress=bars)
     edit = edits.pop("the mask")
     say(f"measuring: the edit, beside the same edit of a random mask{' and attribution patching' if edits else ''}")
     settings: dict[str, Any] = {"attacks": attacks, "cache": cache, "seed": seed, "progress": progress}
     report = evaluate(model, edit, forget=forget, retain=retain, others=edits, **settings, watch=_told(say, names))
     return EditedFacts(found, mask, edit, report)
+
+
+@contextmanager
+def _warnings_said(say: Callable[[str], object]) -> Iterator[None]:
+    """Say what is warned of within the block, as well as warning of it."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for each in told:
+        if issubclass(each.category, UserWarning):
+            say(f"warning: {each.message}")
+        warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
 
 
 def _looked_up(
