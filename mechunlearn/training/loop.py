@@ -183,7 +183,7 @@ class CachedInputs:
         self._kept: Tensor | None = None
         self._known = torch.zeros(len(sequences), dtype=torch.bool)
         self._constants: dict[str, list[Tensor]] = {name: [] for name in wanted if name.startswith("reference")}
-        if self._constants:
+        if self._constants and len(sequences):
             for rows in torch.split(torch.arange(len(sequences)), BATCH):
                 self._remember(rows)
 
