@@ -17,12 +17,15 @@ HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 KINDS = f"{', '.join((*SHIPPED, *PACKAGED))}, a folder written by save_pretrained (with its tokenizer), a .gguf file"
 
 
-def checkpoint(source: str, dtype: torch.dtype | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def checkpoint(
+    source: str, dtype: torch.dtype | None, tokenizer: PreTrainedTokenizerBase | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Read a Hugging Face model and its tokenizer.
 
     Args:
         source: A shipped world, a real model that comes as a package, a folder, a GGUF file or a hub name.
         dtype: The type of the weights; the stored one if None.
+        tokenizer: What is taken in place of the stored tokenizer.
 
     Raises:
         MechunlearnError: There is no such model, or it cannot be read.
@@ -33,7 +36,8 @@ def checkpoint(source: str, dtype: torch.dtype | None) -> tuple[PreTrainedModel,
         with no_bar() if local else nullcontext():
             found: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", output_loading_info=True)
         hf, loaded = found
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         where = "in this folder" if local else "as a folder, a shipped model or a hub name"

@@ -319,6 +319,7 @@ class TrainResult:
     stopped: str = ""
 
 
+@torch.enable_grad()
 def train(
     trained: Trainable,
     parts: Callable[[], Iterator[Terms]],
