@@ -1,14 +1,13 @@
 """The invariants on language models that others trained: SmolLM2 and Gemma 3, from the GGUF files of Python packages."""
 
 import inspect
-from functools import partial
 
 import pytest
 import torch
 import xxhash
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mechunlearn import Circuit, Component, ComponentMask, Localization, load_facts
+from mechunlearn import Circuit, ComponentMask, Localization, load_facts
 from mechunlearn.core.methods import methods
 from mechunlearn.edit import masked_gradient
 from mechunlearn.model.gguf import packaged

@@ -69,7 +69,8 @@ def _folder(source: str) -> str:
     if path.is_dir():
         return str(_with_weights(path, source))
     if source.endswith((".gguf", ".safetensors", ".bin", ".pt", ".pth")) or not HUB_NAME.fullmatch(source):
-        raise MechunlearnError(f"There is no folder '{source}'. Expected one of {KINDS}, or a hub name.")
+        kind = "file" if source.endswith(".gguf") else "folder"
+        raise MechunlearnError(f"There is no {kind} '{source}'. Expected one of {KINDS}, or a hub name.")
     return source
 
 
