@@ -17,7 +17,7 @@ from mechunlearn.model import gguf as converting
 from mechunlearn.model.gguf import converted
 from mechunlearn.model.hooked import export, load_model
 
-WORDS = ["<unk>", "<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz", "Ġ", "ab", "Ġa", "12"]
+WORDS = ["<unk>", "<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz", "Ġ", "1", "2", "ab", "Ġa", "12"]
 CONFIG = LlamaConfig(
     vocab_size=len(WORDS),
     hidden_size=32,

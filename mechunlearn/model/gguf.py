@@ -156,8 +156,8 @@ def _write(path: Path, folder: Path, title: str) -> None:
         with no_bar(), patch(BAR, partial(_tracked, title), create=True):
             hf: Any = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **where)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
-    except (OSError, ValueError, KeyError, NotImplementedError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # a file of strangers, and three parsers: of the format, the weights, the tokenizer
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise MechunlearnError(f"Could not convert '{path}': {reason}") from None
     for name in ("hf_quantizer", "quantization_method", "is_quantized"):  # the weights are plain float32 now
         vars(hf).pop(name, None)
