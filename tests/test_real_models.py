@@ -174,18 +174,19 @@ def test_an_edit_moves_its_mask_alone_can_be_undone_stored_and_exported(
     forget, retain = prompts.select(range(2)), prompts.select(range(2, 5))
     edit = editor(real, mask, forget, retain, **{name: value for name, value in settings.items() if name in taken})
 
-    before, logits = weights(real), real(prompts.tokens)
+    tokens = prompts.tokens[:2]
+    before, logits = weights(real), real(tokens)
     moving = moved_by(editor, mask, edit)
     inside = {} if moving is None else moving.parameter_masks(real)
     kept = {name: real.hf.get_parameter(name).detach().clone() for name in inside}
     with edit.applied(real):
-        edited, after = real(prompts.tokens), weights(real)
+        edited, after = real(tokens), weights(real)
         assert {name for name in before if after[name] != before[name]} <= set(inside)
         for name, chosen in inside.items():
             assert torch.equal(real.hf.get_parameter(name)[~chosen], kept[name][~chosen])
-        assert torch.equal(real.hf(prompts.tokens, use_cache=False).logits, edited), "hooked and plain model agree"
+        assert torch.equal(real.hf(tokens, use_cache=False).logits, edited), "hooked and plain model agree"
     assert not torch.equal(edited, logits), "the edit does something"
-    assert weights(real) == before and torch.equal(real(prompts.tokens), logits), "undo is bit-identical"
+    assert weights(real) == before and torch.equal(real(tokens), logits), "undo is bit-identical"
 
     edit.save(tmp_path / "edit.safetensors")
     again = type(edit).load(tmp_path / "edit.safetensors")
@@ -193,7 +194,7 @@ def test_an_edit_moves_its_mask_alone_can_be_undone_stored_and_exported(
     one, other = content(edit, real), content(again, real)
     assert one and all(torch.equal(one[name], other[name]) for name in one)
     with again.applied(real):
-        assert torch.equal(real(prompts.tokens), edited)
+        assert torch.equal(real(tokens), edited)
 
 
 def small_edit(real, prompts):
@@ -211,7 +212,7 @@ def test_an_exported_edit_is_an_ordinary_checkpoint_with_the_same_logits(real, p
     with edit.applied(real):
         for text in TEXTS[:3]:
             assert torch.equal(hf(**tokenizer(text, return_tensors="pt"), use_cache=False).logits, real(text))
-        assert not any(torch.equal(real(text), load_model(hf, tokenizer=tokenizer)(text)) is False for text in TEXTS)
+            assert torch.equal(load_model(hf, tokenizer=tokenizer)(text), real(text))
         fingerprint = real.fingerprint
     again = load_model(tmp_path / "edited")
     assert again.fingerprint == fingerprint != real.fingerprint
