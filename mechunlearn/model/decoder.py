@@ -24,6 +24,7 @@ from mechunlearn.model.hook_points import site_of
 from mechunlearn.model.layout import Layout
 from mechunlearn.model.restart import Prefix, Restart, calls_of
 from mechunlearn.model.taps import Hook, Tap, between, tapped
+from mechunlearn.model.unwrap import evaluating
 
 STREAMS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "attn_projected", "mlp_out", "mlp_in")
 UNITS = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.out")
@@ -233,7 +234,7 @@ class Decoder:
         for site, hook in (hooks or {}).items():  # in front of what is kept, which is in front of hooks of the user's
             taps += [(module, "first" if side == "in" else side, tap) for module, side, tap in self.taps(site, hook)]
         taps += [tap for site in sites for tap in self.taps(site, partial(kept.__setitem__, site))]
-        with tapped([*taps, self.reading(at)]):
+        with evaluating(self.hf), tapped([*taps, self.reading(at)]):
             held = {self.cache_argument: cache} if keys else {}
             logits = self.hf(input_ids=tokens.to(self.hf.device), use_cache=keys, **held).logits
         layers: list[Any] = list(cache.layers)

@@ -334,6 +334,7 @@ class TrainResult:
     stopped: str = ""
 
 
+@torch.enable_grad()
 def train(
     trained: Trainable,
     parts: Callable[[], Iterator[Terms]],
