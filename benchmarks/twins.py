@@ -28,8 +28,9 @@ from scipy import stats
 
 from mechunlearn.artifacts.localization import Localization
 from mechunlearn.artifacts.overlap import auroc, layer_auroc, overlap
+from mechunlearn.facts.dataset import FactDataset
 from mechunlearn.facts.load import load_facts, world_facts
-from mechunlearn.facts.prompts import FactDataset, Prompts
+from mechunlearn.facts.prompts import Prompts
 from mechunlearn.localize import (
     activation_patching,
     attribution_patching,

@@ -12,7 +12,7 @@ from mechunlearn.core.files import data_folder
 from mechunlearn.facts.formats import Query
 from mechunlearn.facts.load import _asked, world_facts
 from mechunlearn.facts.prompts import ROLES, Prompts
-from mechunlearn.facts.readers import read_texts
+from mechunlearn.facts.tables import read_texts
 from mechunlearn.localize import activation_patching, attribution_patching
 from mechunlearn.metrics.answers import answer_logprob, answered, logit_diff, measure, supervised
 
