@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mechunlearn.facts.pairs import asked
 from mechunlearn.facts.prompts import PAD, Prompts
 from mechunlearn.model.hooked import HookedModel
 from mechunlearn.model.text import decoded, ids_of
@@ -55,7 +56,7 @@ def continuations(model: HookedModel, prompts: Prompts, tokens: int = 8, batch_s
     """
     said = [""] * len(prompts)
     for rows in prompts.lengths.argsort().split(batch_size):
-        texts = [prompts.queries[i].prompt for i in rows.tolist()]
+        texts = [asked(prompts.queries[i].prompt) for i in rows.tolist()]
         made = model.generate(texts, max_new_tokens=tokens, return_dict_in_generate=True).sequences
         width = max(map(len, ids_of(texts, model.tokenizer)))
         for i, text in zip(rows.tolist(), decoded(made[:, width:], model.tokenizer, skip_special=True)):

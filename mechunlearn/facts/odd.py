@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from mechunlearn.facts.formats import places
+
 ESCAPE = re.compile(r"\\u([0-9a-fA-F]{4})")
 OTHER = "same prompt, another answer"
 
@@ -135,7 +137,7 @@ def _mended(record: Record) -> tuple[Record, list[str]]:
     if at and record.subject not in record.prompt:
         record = replace(record, subject=at[0])
         repairs.append("subject in another case, taken as in its prompt")
-    if record.subject and record.prompt.count(record.subject) > 1:
+    if len(places(record.prompt, record.subject)) > 1:
         repairs.append("subject twice, the last one is its span")
     others = {name: text for name, text in record.others.items() if record.subject in text}
     if len(others) < len(record.others):
