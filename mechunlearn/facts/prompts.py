@@ -95,6 +95,20 @@ class Prompts:
             )
         return found
 
+    @property
+    def every_target(self) -> Int[Tensor, "fact target"]:
+        """The targets, where every fact has one. Raises `MechunlearnError` if some have none."""
+        without = (self.targets == PAD).all(1).nonzero().flatten().tolist()
+        if without:
+            names = [self.queries[i].subject or self.queries[i].prompt for i in without[:3]] if self.queries else without
+            more = f" and {len(without) - 3} more" if len(without) > 3 else ""
+            raise MechunlearnError(
+                f"{len(without)} of {len(self)} facts have no target to inject, because no other fact of their relation "
+                f"has a different answer: {', '.join(map(repr, names[:3]))}{more}. Give them a target (a column "
+                "'target' in a file), or erase instead: a loss without a target, such as losses.npo."
+            )
+        return self.targets
+
     def _at_read(self, choices: Tensor) -> Tensor:
         return choices.gather(1, (self.read - self.start)[:, None])[:, 0]
 
