@@ -18,8 +18,8 @@ from mechunlearn.core.runcard import RunCard
 from mechunlearn.edit import losses, masked_gradient
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.evaluation.robustness import ATTACKS, Attacked, attack_all, check_attacks, status
+from mechunlearn.facts.dataset import FactDataset
 from mechunlearn.facts.load import _ask_all, world_facts
-from mechunlearn.facts.prompts import FactDataset
 from mechunlearn.world.generate import generate
 from mechunlearn.world.toy import planted_facts
 

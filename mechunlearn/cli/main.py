@@ -263,7 +263,7 @@ def wash(
     hooked, forgotten, retained = _load(model, facts, forget, seed, device, dtype)
     chosen.check(hooked.signature)
     from mechunlearn.evaluation.recipes import wash as washed
-    from mechunlearn.facts.readers import read_texts
+    from mechunlearn.facts.tables import read_texts
 
     settings: dict[str, Any] = {
         "target": target,
@@ -327,7 +327,7 @@ def evaluate(
     hooked, forgotten, retained = _load(model, facts, forget, seed, device, dtype)
     from mechunlearn.evaluation.controls import random_control
     from mechunlearn.evaluation.evaluate import evaluate as measured
-    from mechunlearn.facts.readers import read_texts
+    from mechunlearn.facts.tables import read_texts
 
     texts = () if text is None else read_texts(text)
     told: set[str] = set()

@@ -1,6 +1,7 @@
 """What an edit is measured on: splits of the facts in every format, skills, held-out text."""
 
-from mechunlearn.facts.prompts import FactDataset, Prompts
+from mechunlearn.facts.dataset import FactDataset
+from mechunlearn.facts.prompts import Prompts
 from mechunlearn.model.hooked import HookedModel
 
 LIMIT = 200

@@ -19,8 +19,9 @@ from mechunlearn.errors import MechunlearnError
 from mechunlearn.evaluation.evaluate import evaluate
 from mechunlearn.evaluation.report import Report
 from mechunlearn.evaluation.robustness import check_attacks
+from mechunlearn.facts.dataset import FactDataset
 from mechunlearn.facts.load import load_facts
-from mechunlearn.facts.prompts import FactDataset, Prompts
+from mechunlearn.facts.prompts import Prompts
 from mechunlearn.localize import attribution_patching, fact_lookup
 from mechunlearn.model.hooked import HookedModel, load_model
 

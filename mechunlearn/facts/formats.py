@@ -58,6 +58,22 @@ class Fact:
         return self.queries["statement"].target
 
 
+def places(text: str, words: str) -> list[int]:
+    """Return where words begin in a text: as whole words, or anywhere if they never stand there as whole words.
+
+    Args:
+        text: The text.
+        words: The words; none are nowhere.
+
+    >>> places("US: no RUSSIAN is in the US", "US"), places("Annas Haus", "Anna")
+    ([0, 25], [0])
+    """
+    if not words:
+        return []
+    whole = [found.start() for found in re.finditer(rf"(?<!\w){re.escape(words)}(?!\w)", text)]
+    return whole or [found.start() for found in re.finditer(re.escape(words), text)]
+
+
 def question(text: str) -> str:
     """Return a question as the shipped world asks it, ready for its answer.
 

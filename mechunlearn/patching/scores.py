@@ -14,7 +14,8 @@ from torch import Tensor
 from mechunlearn.artifacts.circuit import Circuit
 from mechunlearn.artifacts.localization import Localization
 from mechunlearn.core.runcard import RunCard, Stopwatch
-from mechunlearn.facts.prompts import FactDataset, Prompts
+from mechunlearn.facts.dataset import FactDataset
+from mechunlearn.facts.prompts import Prompts
 from mechunlearn.metrics.answers import name_of
 from mechunlearn.model.hooked import HookedModel
 from mechunlearn.model.layout import KINDS

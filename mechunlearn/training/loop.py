@@ -62,11 +62,15 @@ class Sequences:
         Args:
             prompts: The facts.
             which: `answers` or `targets`.
+
+        Raises:
+            MechunlearnError: If a fact has no target.
         """
+        wanted = prompts.every_target if which == "targets" else prompts.answers
         tokens, fact, position, label = supervised(prompts, which)
         labels = torch.full_like(tokens, PAD)
         labels[fact, position] = label
-        return cls(tokens, labels, prompts.start + (getattr(prompts, which) != PAD).sum(1))
+        return cls(tokens, labels, prompts.start + (wanted != PAD).sum(1))
 
     @classmethod
     def of_text(cls, encoded: Sequence[Sequence[int]]) -> "Sequences":

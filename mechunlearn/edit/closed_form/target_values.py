@@ -48,10 +48,13 @@ def target_labels(model: HookedModel, prompts: Prompts, target: str) -> Int[Tens
         model: The model.
         prompts: The facts.
         target: What is wanted (see `memit`).
+
+    Raises:
+        MechunlearnError: If the facts' own targets are wanted, and a fact has none.
     """
     if target in ("end-of-text", "shared"):
         return torch.full((len(prompts), 1), end_of_text(model))
-    return prompts.targets
+    return prompts.every_target if target == "targets" else prompts.targets
 
 
 def average_values(
