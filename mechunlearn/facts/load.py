@@ -10,22 +10,26 @@ from typing import Any
 
 from mechunlearn.core.files import data_folder
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.facts.formats import Fact, Query, queries
+from mechunlearn.facts.formats import MOST_OPTIONS, Fact, Query, ask_all
 from mechunlearn.facts.prompts import FactDataset
 from mechunlearn.facts.readers import read_facts
+from mechunlearn.facts.shipped import shipped_facts, shipped_sets
 
 TWO_HOP = "{s} lives in the country of"
 
 
 def load_facts(source: str | Path, *, seed: int = 0) -> FactDataset:
-    """Load a relation of the shipped world, a file, or a data set known to `datasets`.
+    """Load a relation of the shipped world, a shipped set of real facts, a file, or a data set known to `datasets`.
+
+    Shipped sets of real facts: `shipped_sets()` names them and their relations. "countries/capital" is one relation of
+    a set, with the others of the same subjects in `related`; "countries" is all of its relations in one data set.
 
     Files: CSV, JSON, JSONL or parquet with the columns of the sports data (`athlete`, `sport`, `prompt`), CounterFact
     (nested or flattened), zsRE (`subject`, `src`, `answers`), or plain `subject`, `prompt`, `answer` and perhaps
     `target`, `foil`, `relation`.
 
     Args:
-        source: "factworld/sport" and its like, a file, or a data set's name.
+        source: "factworld/sport" or "countries/capital" and their like, a file, or a data set's name.
         seed: Draws the edit targets that a file does not give, from the other answers of the relation.
 
     Raises:
@@ -38,6 +42,8 @@ def load_facts(source: str | Path, *, seed: int = 0) -> FactDataset:
     name = str(source)
     if name == "factworld" or name.startswith("factworld/"):
         return world_facts(data_folder() / "factworld", name.partition("/")[2] or "sport", seed)
+    if name.partition("/")[0] in shipped_sets():
+        return shipped_facts(name, seed)
     records = read_facts(source)
     rng = random.Random(seed)
     answers: dict[str, list[str]] = {}
@@ -55,7 +61,7 @@ def load_facts(source: str | Path, *, seed: int = 0) -> FactDataset:
                 f"'{name}': every fact of relation '{record.relation}' has the answer '{record.answer}', so no wrong "
                 "answer can be drawn. Add a 'target' column, or facts with other answers."
             )
-        shown = tuple(options) if 1 < len(options) <= 32 else ()
+        shown = tuple(options) if 1 < len(options) <= MOST_OPTIONS else ()
         asked = {
             format: Query(prompt, record.answer, target, record.foil, record.subject, shown)
             for format, prompt in {"statement": record.prompt, **record.others}.items()
@@ -107,20 +113,9 @@ def _world(file: Path, changed: int) -> dict[str, Any]:
 def _asked(file: Path, changed: int, which: str, name: str, seed: int) -> FactDataset:
     """A relation's facts, or those that were never taught, in every format."""
     world = _world(file, changed)
-    asked = _ask_all(world["relations"][name], name, world[which][name], seed)
+    asked = ask_all(world["relations"][name], name, world[which][name], seed)
     hops = _two_hop(asked, world["facts"].get("country", {})) if name == "city" else {}
     return FactDataset(f"factworld/{name}", asked, two_hop=hops)
-
-
-def _ask_all(relation: Mapping[str, Any], name: str, facts: Mapping[str, str], seed: int) -> tuple[Fact, ...]:
-    rng = random.Random(seed)
-    pairs = list(facts.items())
-    made = []
-    for i, (subject, answer) in enumerate(pairs):
-        target = rng.choice([other for other in relation["answers"] if other != answer])
-        example = pairs[(i + 1 + rng.randrange(len(pairs) - 1)) % len(pairs)]
-        made.append(Fact(subject, name, queries(relation, subject, answer, target, example, rng)))
-    return tuple(made)
 
 
 def _two_hop(facts: Sequence[Fact], country: Mapping[str, str]) -> dict[str, Query]:
