@@ -1,6 +1,7 @@
 """Queries as tokens, each with its corrupt partner and its foil."""
 
 import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
@@ -177,7 +178,8 @@ class _Others:
 
 
 def _find(query: Query, offsets: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    start = query.prompt.rfind(query.subject)
+    whole = [match.start() for match in re.finditer(rf"(?<!\w){re.escape(query.subject)}(?!\w)", query.prompt)]
+    start = whole[-1] if whole else query.prompt.rfind(query.subject)  # "Oman" is not looked for in "Romanian"
     if start < 0:
         raise MechunlearnError(
             f"The subject '{query.subject}' is not in its prompt '{query.prompt}'. "
