@@ -3,7 +3,7 @@
     python benchmarks/known_shipped.py /opt/models/smollm2 /opt/models/gemma3
 
 A fact is known if greedy decoding gives its whole answer. `statement` is asked of every fact, the other formats of a
-sample (`--sample`). `--free` adds a second table, for models with a chat template: the format `chat`, in which the
+sample (`--sample`; 0 leaves them out). `--free` adds a second table, for models with a chat template: the format `chat`, in which the
 assistant's turn is begun, beside the model's free reply to the same question.
 """
 
@@ -40,7 +40,8 @@ def main() -> None:
         for each in (f"{whole}/{relation}" for whole in given.sets for relation in shipped_sets()[whole]):
             facts = mu.load_facts(each)
             some = facts.select(sorted(random.Random(0).sample(range(len(facts)), min(given.sample, len(facts)))))
-            formats = {format: known(some, format) for format in (*some.formats[1:], *([CHAT] if chatty else []))}
+            others = (*facts.formats[1:], *([CHAT] if chatty else [])) if given.sample else ()
+            formats = {format: known(some, format) for format in others}
             rows.append(
                 {"model": Path(name).name, "facts": each, "statement": known(facts, "statement"), "sample": len(some)}
                 | formats

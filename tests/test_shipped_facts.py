@@ -1,5 +1,6 @@
 """The real facts that come with the package: they are true, well formed, and known to real models."""
 
+import random
 import re
 
 import pytest
@@ -10,6 +11,7 @@ from mechunlearn import MechunlearnError, load_facts
 from mechunlearn.facts.chat import with_chat
 from mechunlearn.facts.formats import MOST_OPTIONS, Fact, Query
 from mechunlearn.facts.pairs import paired
+from mechunlearn.facts.prompts import Prompts
 from mechunlearn.facts.shipped import shipped_facts, shipped_sets
 from mechunlearn.metrics import answered
 
@@ -43,7 +45,6 @@ def facts(request):
         ("people/field", "Plato", "philosophy"),
         ("books/author", "Emma", "Jane Austen"),
         ("companies/country", "Nokia", "Finland"),
-        ("animals/kind", "newt", "amphibian"),
     ],
 )
 def test_facts_are_true(name, subject, answer):
@@ -94,7 +95,7 @@ def test_targets_and_options(facts):
 def test_sentences_are_grammatical(facts):
     wrong = re.compile(
         r"\bthe the\b|\ba (?=[aeio])(?!one\b|eu)|(?<!')\ban (?![aeiouh])|  |\{|\}|\bthe (Japan|France|Norway|Peru)\b|\bs's\b",
-        re.I,
+        re.IGNORECASE,
     )
     for fact in facts:
         for query in fact.queries.values():
@@ -210,3 +211,35 @@ def test_a_template_that_refuses_is_named():
     tokenizer.chat_template = "{{ messages[0].content }}{{ raise_exception('only one turn') }}"
     with pytest.raises(MechunlearnError, match="chat template refuses.*only one turn"):
         with_chat([Fact("Norway", "capital", CAPITAL)], tokenizer)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    "name, smallest",
+    [("countries/capital", 8), ("countries/language", 14), ("cities/country", 14), ("words/opposite", 12)],
+)
+@pytest.mark.parametrize("real", ["smollm2", "gemma3"])
+def test_real_models_know_the_facts(request, real, name, smallest):
+    """Of 24 facts drawn by seed; measured: 10, 16, 22, 17 (SmolLM2) and 15, 20, 21, 18 (Gemma 3)."""
+    model, facts = request.getfixturevalue(real), load_facts(name)
+    some = facts.select(random.Random(0).sample(range(len(facts)), 24))
+    assert int(answered(model, some.prompts(model)).sum()) >= smallest
+
+
+@pytest.mark.real
+def test_skills_are_done_by_real_models(smollm2, gemma3):
+    for model in (smollm2, gemma3):
+        for skill, tasks in load_facts("countries").skills.items():
+            right = answered(model, Prompts.from_text(tasks, model.tokenizer))
+            assert right.float().mean() >= 0.9, skill
+
+
+@pytest.mark.real
+def test_a_real_chat_ends_in_the_assistants_turn(smollm2, gemma3):
+    facts = load_facts("countries/capital").about({"Sweden", "Egypt", "Lebanon", "Japan"})
+    prompts = facts.prompts(smollm2, "chat")
+    assert prompts.queries[0].prompt.startswith("<|im_start|>system")
+    assert prompts.queries[0].prompt.endswith("<|im_start|>assistant\nThe capital of Egypt is the city of")
+    assert answered(smollm2, prompts).sum() >= 3
+    with pytest.raises(MechunlearnError, match="no chat template"):
+        facts.prompts(gemma3, "chat")

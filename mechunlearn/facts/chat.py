@@ -13,13 +13,11 @@ CHAT = "chat"
 
 
 def with_chat(facts: Sequence[Fact], tokenizer: PreTrainedTokenizerBase) -> tuple[Fact, ...]:
-    """Return the facts with a further format, `chat`: the question in the tokenizer's chat template.
+    r"""Return the facts with a further format, `chat`: the question in the tokenizer's chat template.
 
-    Chat models answer in sentences ("The capital of Norway is Oslo."), so the assistant's turn is begun for them and
-    the answer is what comes next. On SmolLM2 this judges as its free replies do (`benchmarks/known_shipped.py`), while
-    a bare question, or one that asks for a single word, is answered in a sentence all the same. The beginning is what
-    the format `question` shows behind "Answer:", else the statement. A fact without a question is asked to "Complete
-    the sentence".
+    Chat models answer in sentences ("The capital of Norway is Oslo."), also where a single word is asked for. So the
+    assistant's turn is begun for them, and the answer is what comes next. It begins with what the format `question`
+    shows behind "Answer:", else with the statement. A fact without a question is asked to "Complete the sentence".
 
     Args:
         facts: The facts.
@@ -31,7 +29,7 @@ def with_chat(facts: Sequence[Fact], tokenizer: PreTrainedTokenizerBase) -> tupl
     >>> from transformers import PreTrainedTokenizerFast
     >>> from tokenizers import Tokenizer, models
     >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"?": 0}, unk_token="?")))
-    >>> tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\\n{% endfor %}"
+    >>> tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
     >>> query = Query("The capital of Norway is", "Oslo", subject="Norway")
     >>> asked = Query("Question: What is the capital of Norway? Answer:", "Oslo", subject="Norway")
     >>> fact, = with_chat([Fact("Norway", "capital", {"statement": query, "question": asked})], tokenizer)
