@@ -9,6 +9,7 @@ from mechunlearn.core.display import card
 from mechunlearn.core.tables import Table
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.answers import answered, continuations
+from mechunlearn.facts.chat import CHAT, with_chat
 from mechunlearn.facts.formats import Fact, Query, answer_of
 from mechunlearn.facts.odd import OddRow, line
 from mechunlearn.facts.prompts import Prompts
@@ -92,14 +93,16 @@ class FactDataset:
 
         Args:
             model: Its tokenizer is used.
-            format: One of `formats`.
+            format: One of `formats`, or `chat`: the question through the tokenizer's chat template (`chat.with_chat`).
             seed: Draws the partners.
 
         Raises:
-            MechunlearnError: If no fact has the format, or the model has no tokenizer.
+            MechunlearnError: If no fact has the format, the model has no tokenizer, or, for `chat`, no chat template.
         """
         if model.tokenizer is None:
             raise MechunlearnError("This model has no tokenizer: use Prompts.from_tokens.")
+        if format == CHAT and not any(CHAT in fact.queries for fact in self.facts):
+            return replace(self, facts=with_chat(self.facts, model.tokenizer)).prompts(model, format, seed)
         rows = [i for i, fact in enumerate(self.facts) if format in fact.queries]
         if not rows:
             raise MechunlearnError(f"No fact of '{self.name}' has the format '{format}'. Formats: {self.formats}.")

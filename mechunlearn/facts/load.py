@@ -11,11 +11,11 @@ from typing import Any
 from mechunlearn.core.files import data_folder
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.dataset import FactDataset
-from mechunlearn.facts.formats import Fact, Query, queries
+from mechunlearn.facts.formats import MOST_OPTIONS, Fact, Query, ask_all
 from mechunlearn.facts.odd import checked, line
 from mechunlearn.facts.readers import read_facts
+from mechunlearn.facts.shipped import shipped_facts, shipped_sets
 
-LISTED = 32  # a relation of so many answers lists them as options
 TWO_HOP = "{s} lives in the country of"
 
 
@@ -27,7 +27,10 @@ def load_facts(
     subset: str | None = None,
     seed: int = 0,
 ) -> FactDataset:
-    """Load a relation of the shipped world, a file, or a data set known to `datasets`.
+    """Load a relation of the shipped world, a shipped set of real facts, a file, or a data set known to `datasets`.
+
+    Shipped sets of real facts: `shipped_sets()` names them and their relations. "countries/capital" is one relation of
+    a set, with the others of the same subjects in `related`; "countries" is all of its relations in one data set.
 
     Files: CSV, TSV, JSON, JSON lines or parquet with the columns `subject`, `prompt`, `answer` and perhaps `target`,
     `foil`, `relation`, `paraphrase...`; CounterFact (nested, flat), MQuAKE, zsRE, known facts (`attribute`), LRE, T-REx
@@ -36,7 +39,7 @@ def load_facts(
     repaired as `facts.odd` says; the data set counts them when it is shown, and lists them as `skipped` and `repaired`.
 
     Args:
-        source: "factworld/sport" and its like, a file, or a data set's name.
+        source: "factworld/sport" or "countries/capital" and their like, a file, or a data set's name.
         columns: The file's own names of the plain columns, such as `{"subject": "athlete", "answer": "sport"}`.
         template: A prompt with `{}` in the place of the subject, such as "The capital of {} is". It takes the place of
             the file's prompts, if there are any.
@@ -54,6 +57,8 @@ def load_facts(
     name = str(source)
     if name == "factworld" or name.startswith("factworld/"):
         return world_facts(data_folder() / "factworld", name.partition("/")[2] or subset or "sport", seed)
+    if name.partition("/")[0] in shipped_sets() and not Path(name).is_file():
+        return shipped_facts(name if subset is None else f"{name}/{subset}", seed)
     given, unread = read_facts(source, columns=columns, template=template, subset=subset)
     records, odd = checked(given)
     odd = [*unread, *odd]
@@ -74,7 +79,7 @@ def load_facts(
         if not target and record.subject and len(options) > 1:
             drawn = rng.randrange(len(options) - 1)
             target = options[drawn + (drawn >= own)]
-        shown = record.options or (options if 1 < len(options) <= LISTED else ())
+        shown = record.options or (options if 1 < len(options) <= MOST_OPTIONS else ())
         asked = {
             format: Query(prompt, record.answer, target, record.foil, record.subject, shown)
             for format, prompt in {"statement": record.prompt, **record.others}.items()
@@ -126,20 +131,9 @@ def _world(file: Path, changed: int) -> dict[str, Any]:
 def _asked(file: Path, changed: int, which: str, name: str, seed: int) -> FactDataset:
     """A relation's facts, or those that were never taught, in every format."""
     world = _world(file, changed)
-    asked = _ask_all(world["relations"][name], name, world[which][name], seed)
+    asked = ask_all(world["relations"][name], name, world[which][name], seed)
     hops = _two_hop(asked, world["facts"].get("country", {})) if name == "city" else {}
     return FactDataset(f"factworld/{name}", asked, two_hop=hops)
-
-
-def _ask_all(relation: Mapping[str, Any], name: str, facts: Mapping[str, str], seed: int) -> tuple[Fact, ...]:
-    rng = random.Random(seed)
-    pairs = list(facts.items())
-    made = []
-    for i, (subject, answer) in enumerate(pairs):
-        target = rng.choice([other for other in relation["answers"] if other != answer])
-        example = pairs[(i + 1 + rng.randrange(len(pairs) - 1)) % len(pairs)]
-        made.append(Fact(subject, name, queries(relation, subject, answer, target, example, rng)))
-    return tuple(made)
 
 
 def _two_hop(facts: Sequence[Fact], country: Mapping[str, str]) -> dict[str, Query]:
