@@ -8,8 +8,9 @@ from mechunlearn import Component, ComponentMask, MechunlearnError
 from mechunlearn.artifacts.weight_edit import WeightEdit
 from mechunlearn.core.runcard import RunCard
 from mechunlearn.model.hooked import HookedModel, export, load_model
-from mechunlearn.model.layout import FAMILIES, Layout
-from tests.models import CONFIGS, random_hf
+from mechunlearn.model.families import FAMILIES
+from mechunlearn.model.layout import Layout
+from tests.models import CONFIGS, loaded, random_hf
 
 
 @pytest.fixture
@@ -203,7 +204,7 @@ def test_an_exported_edit_reloads_with_the_same_logits(model, tokens, tmp_path):
     rows = {site: model.rows(site)[units] + torch.randn(1, model.rows(site).shape[1]) for site in sites}
     edit = WeightEdit(dict.fromkeys(sites, units), rows, model.signature, RunCard("by hand"))
     edit.export(model, tmp_path / "edited")
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "edited")
+    again = loaded(tmp_path / "edited")
     with torch.no_grad():
         unedited = model.forward(tokens)
         with edit.applied(model):
@@ -240,12 +241,12 @@ def test_caching_with_gradients_gives_gradients(model, tokens):
 
 
 def test_the_users_module_stays_an_ordinary_module(stored, tmp_path):
-    hf = transformers.AutoModelForCausalLM.from_pretrained(stored)
+    hf = loaded(stored)
     names = list(dict(hf.named_parameters()))
     model = load_model((hf, None))
     assert list(dict(hf.named_parameters())) == names
     export(model, tmp_path / "copy")
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "copy")
+    again = loaded(tmp_path / "copy")
     assert all(torch.equal(a, b) for a, b in zip(hf.parameters(), again.parameters(), strict=True))
 
 

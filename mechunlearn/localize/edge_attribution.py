@@ -201,7 +201,7 @@ class _Batch:
         for layer in layers:
             taps.append((self.decoder.blocks[layer], "in", partial(_note, inputs, f"{layer} attention")))
             if not self.layout.parallel:
-                taps.append((self.decoder.part(layer, "mlp_norm"), "in", partial(_note, inputs, f"{layer} mlp")))
+                taps.append((*self.decoder.place(f"L{layer}.resid_mid"), partial(_note, inputs, f"{layer} mlp")))
             taps.append((self.decoder.part(layer, "mlp"), "in", partial(_branch, points, f"{layer} mlp")))
             for name in {self.layout.module_name(layer, kind) for kind in ATTENTION}:
                 taps.append((self.model.hf.get_submodule(name), "out", partial(points.__setitem__, name)))  # noqa: PERF401

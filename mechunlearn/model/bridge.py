@@ -19,7 +19,7 @@ from mechunlearn.errors import MechunlearnError
 from mechunlearn.model.component import Component
 from mechunlearn.model.hook_points import HOOK_POINTS, POST_NORM_HOOK_POINTS
 from mechunlearn.model.layout import Layout
-from mechunlearn.model.taps import Hook, between
+from mechunlearn.model.taps import Hook, between, scaled
 
 
 class Bridge:
@@ -139,6 +139,8 @@ def _bridge_hooks(hooks: Iterable[tuple[str, Hook]], layout: Layout) -> list[tup
             change = partial(between, entered, hook)
             found += _bridge_hooks([(f"L{layer}.resid_pre", entered.append), (f"L{layer}.attn_out", change)], layout)
         else:
+            if kind in ("attn_out", "mlp_out") and layout.residual_scale != 1:
+                hook = partial(scaled, layout.residual_scale, hook)
             heads = layout.signature.units(kind) if kind.startswith("attn.") else None
             found.append((f"blocks.{layer}.{points[kind][0]}", partial(_bridged, hook, heads)))
     return found

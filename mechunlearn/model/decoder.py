@@ -23,7 +23,7 @@ from mechunlearn.errors import MechunlearnError
 from mechunlearn.model.hook_points import site_of
 from mechunlearn.model.layout import Layout
 from mechunlearn.model.restart import Prefix, Restart, calls_of
-from mechunlearn.model.taps import Hook, Tap, between, tapped
+from mechunlearn.model.taps import Hook, Tap, between, scaled, tapped
 
 STREAMS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "attn_projected", "mlp_out", "mlp_in")
 UNITS = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.out")
@@ -99,9 +99,11 @@ class Decoder:
 
         Args:
             layer: The block.
-            name: `attention_norm`, `mlp_norm`, `mlp`, `attention_post` or `mlp_post` (see `layout.Modules`).
+            name: `attention_norm`, `mlp_norm`, `mlp`, `attention_post` or `mlp_post` (see `families.Modules`). Where the
+                family has no such norm it is `nn.Identity`, which no hook sees.
         """
-        return self.blocks[layer].get_submodule(getattr(self.layout.modules, name))
+        path = getattr(self.layout.modules, name)
+        return self.blocks[layer].get_submodule(path) if path else nn.Identity()
 
     def projection(self, layer: int, kind: str) -> nn.Module:
         """Return the module that multiplies with the weights of a site.
@@ -131,7 +133,7 @@ class Decoder:
                 case "resid_post":
                     return self.blocks[layer], "out"
                 case "resid_mid" if not self.layout.parallel:
-                    return self.part(layer, "mlp_norm"), "in"
+                    return self.part(layer, "mlp_norm" if self.layout.modules.mlp_norm else "mlp"), "in"
                 case "mlp_in":
                     return self.part(layer, "mlp"), "in"
                 case "attn_projected":
@@ -171,6 +173,8 @@ class Decoder:
         return [(*self.place(f"{layer}.resid_pre"), entered.append), (*self.place(f"{layer}.attn_out"), write)]
 
     def _tap(self, module: nn.Module, side: str, kind: str, hook: Hook) -> Tap:
+        if kind in ("attn_out", "mlp_out") and self.layout.residual_scale != 1:
+            return module, side, partial(scaled, self.layout.residual_scale, hook)
         if kind == "attn.o":
             return module, side, partial(self._by_head, hook)
         if kind in ("attn.q", "attn.k", "attn.v"):
@@ -183,6 +187,8 @@ class Decoder:
         return None if changed is None else changed.flatten(-2)
 
     def _by_projection(self, kind: str, hook: Hook, projected: Tensor) -> Tensor | None:
+        if getattr(self.hf.config, "clip_qkv", None):  # OLMo clips queries and keys in place, after the hook
+            projected = projected.clone()
         changed = hook(self.layout.heads(kind, projected))
         if changed is None:
             return None
@@ -343,7 +349,9 @@ class Decoder:
             resid: The residual stream.
         """
         logits: Tensor = self.unembedding(self.final_norm(resid))
-        cap = getattr(self.hf.config, "final_logit_softcapping", None)
+        if self.layout.logit_scale != 1:
+            logits = logits * self.layout.logit_scale
+        cap = getattr(self.hf.config.get_text_config(), "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def first_not_finite(self, tokens: Int[Tensor, "fact pos"]) -> str:
