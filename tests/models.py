@@ -65,7 +65,7 @@ CONFIGS = {
     ),
     "starcoder2": transformers.Starcoder2Config(**GROUPED, sliding_window=4),
     "stablelm": transformers.StableLmConfig(**GROUPED, use_qkv_bias=True, qk_layernorm=True, partial_rotary_factor=0.5),
-    "cohere": transformers.CohereConfig(**GROUPED, logit_scale=0.3, use_qk_norm=True),
+    "cohere": transformers.CohereConfig(**GROUPED, logit_scale=0.3),
     "glm4": transformers.Glm4Config(**GROUPED, head_dim=8, attention_bias=True, partial_rotary_factor=0.5),
     "exaone4": transformers.Exaone4Config(
         **GROUPED,

@@ -77,7 +77,8 @@ def test_attention_patterns_mix_values_into_what_heads_write(model, tokens):
         kernel, before = model.hf.config._attn_implementation, model.forward(tokens)
         pattern = model.attention(tokens, layer)
         _, kept = model.cache(tokens, [f"L{layer}.attn.v", f"L{layer}.attn.o"])
-        values = kept[f"L{layer}.attn.v"].repeat_interleave(model.signature.heads // model.signature.kv_heads, 2)
+        clip = getattr(model.hf.config, "clip_qkv", None) or float("inf")
+        values = kept[f"L{layer}.attn.v"].clamp(-clip, clip).repeat_interleave(model.signature.heads // model.signature.kv_heads, 2)
         mixed = torch.einsum("fhqk,fkhd->fqhd", pattern, values)
         torch.testing.assert_close(mixed, kept[f"L{layer}.attn.o"], atol=1e-5, rtol=1e-5)
         assert not pattern.triu(1).any(), "nothing comes from later positions"

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.model.component import Component
-from mechunlearn.model.hook_points import HOOK_POINTS, POST_NORM_HOOK_POINTS
+from mechunlearn.model.hook_points import hook_points_of
 from mechunlearn.model.layout import Layout
 from mechunlearn.model.taps import Hook, between, scaled
 
@@ -130,7 +130,7 @@ def _placeholder_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 def _bridge_hooks(hooks: Iterable[tuple[str, Hook]], layout: Layout) -> list[tuple[str, Callable[..., Any]]]:
     """Hooks as the bridge takes them: names of hook points, and functions of two arguments."""
-    points = POST_NORM_HOOK_POINTS if layout.modules.mlp_post else HOOK_POINTS
+    points = hook_points_of(layout)
     found: list[tuple[str, Callable[..., Any]]] = []
     for site, hook in hooks:
         layer, kind = site[1:].split(".", 1)

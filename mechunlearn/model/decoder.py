@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.model.hook_points import site_of
+from mechunlearn.model.hook_points import hook_points_of, site_of
 from mechunlearn.model.layout import Layout
 from mechunlearn.model.restart import Prefix, Restart, calls_of
 from mechunlearn.model.taps import Hook, Tap, between, scaled, tapped
@@ -92,7 +92,7 @@ class Decoder:
         Raises:
             MechunlearnError: No site is this hook point.
         """
-        return site_of(name, post_norms=bool(self.layout.modules.mlp_post))
+        return site_of(name, hook_points_of(self.layout))
 
     def part(self, layer: int, name: str) -> nn.Module:
         """Return a module of a block.
@@ -169,8 +169,8 @@ class Decoder:
         if kind != "resid_mid":
             return [self._tap(module, side, kind, hook)]
         entered: list[Tensor] = []
-        write = partial(between, entered, hook)
-        return [(*self.place(f"{layer}.resid_pre"), entered.append), (*self.place(f"{layer}.attn_out"), write)]
+        write = self._tap(*self.place(f"{layer}.attn_out"), "attn_out", partial(between, entered, hook))
+        return [(*self.place(f"{layer}.resid_pre"), entered.append), write]
 
     def _tap(self, module: nn.Module, side: str, kind: str, hook: Hook) -> Tap:
         if kind in ("attn_out", "mlp_out") and self.layout.residual_scale != 1:
