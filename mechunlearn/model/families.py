@@ -226,10 +226,9 @@ def register_family(name: str, table: Table, modules: Modules | None = None) -> 
     """Let models of another type load, by a table that says where their weights are.
 
     The table is tried on each such model when it is loaded, with a few tokens: the parameters must be there, what
-    attention and MLP write must add up to the residual stream, weights by unit must give what the model computes, a run
-    that restarts in the middle must equal a whole one, and weights that are taken out and put back must leave the model
-    as it was. A table that does not fit is refused with the entry that is wrong. Call this before `load_model`, in each
-    program: nothing is stored.
+    attention and MLP write must add up to the residual stream, weights by unit must give what the model computes and be
+    its own storage, and a run that restarts in the middle must equal a whole one. A table that does not fit is refused
+    with the entry that is wrong. Call this before `load_model`, in each program: nothing is stored.
 
     Args:
         name: The model type, as `model.config.model_type` says it.

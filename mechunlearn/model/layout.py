@@ -153,9 +153,17 @@ class Layout:
         Raises:
             MechunlearnError: The architecture has no weights of this kind.
         """
-        held = zip(self.parameter_names(layer, kind), self._table[kind], strict=True)
+        held = zip(self.parameter_names(layer, kind), self.matrices(kind), strict=True)
         found = ((parameters.get(name), matrix) for name, matrix in held)
-        return [self._view(parameter, matrix, kind) for parameter, matrix in found if parameter is not None]
+        return [self.view(parameter, matrix, kind) for parameter, matrix in found if parameter is not None]
+
+    def matrices(self, kind: str) -> tuple[Matrix, ...]:
+        """Return what may hold weights of a kind of site: the weight, then its bias.
+
+        Args:
+            kind: The kind of the site.
+        """
+        return self._table[kind]
 
     def parameter_names(self, layer: int, kind: str) -> list[str]:
         """List the parameters that may hold weights of a site; not every model has the biases.
@@ -173,7 +181,7 @@ class Layout:
                 f"A {self.signature.family} model has no weights of kind '{kind}'. "
                 f"Its kinds are {', '.join(self.kinds)}.{hint}"
             )
-        return [matrix.name.format(layer=layer) for matrix in self._table[kind]]
+        return [matrix.name.format(layer=layer) for matrix in self.matrices(kind)]
 
     @property
     def modules(self) -> Modules:
@@ -197,7 +205,7 @@ class Layout:
             kind: `attn.q`, `attn.k` or `attn.v`.
             projected: What the module gives, which may hold all three.
         """
-        matrix = self._table[kind][0]
+        matrix = self.matrices(kind)[0]
         axes = " ".join(matrix.axes.replace("d_model", "").split())
         view = self._block(projected, matrix, -1)
         sizes = {"unit": self.signature.units(kind), "d_head": self.d_head}
@@ -216,12 +224,19 @@ class Layout:
             kind: `attn.q`, `attn.k`, `attn.v` or `attn.o`.
         """
         weight, *bias = self.views(parameters, layer, kind)
-        axes = self._table[kind][0].axes
+        axes = self.matrices(kind)[0].axes
         if axes.index("d_model") < axes.index("d_head"):
             weight = weight.transpose(1, 2)
         return weight, bias[0] if bias else None
 
-    def _view(self, parameter: Tensor, matrix: Matrix, kind: str) -> Tensor:
+    def view(self, parameter: Tensor, matrix: Matrix, kind: str) -> Tensor:
+        """Return the view of one parameter, unit first.
+
+        Args:
+            parameter: The parameter.
+            matrix: How it holds the weights.
+            kind: The kind of the site.
+        """
         view, axes = parameter.detach(), matrix.axes
         sizes = {"unit": self.signature.units(kind)}
         view = self._block(view, matrix, 0)
