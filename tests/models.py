@@ -93,8 +93,13 @@ def loaded(folder) -> torch.nn.Module:
 
 def random_hf(family: str) -> torch.nn.Module:
     """A randomly initialised model with noise on every weight, so that norms and biases matter too."""
+    return noisy(CONFIGS[family])
+
+
+def noisy(config) -> torch.nn.Module:
+    """A randomly initialised model of a configuration with noise on every weight."""
     torch.manual_seed(0)
-    hf = auto_class(CONFIGS[family]).from_config(CONFIGS[family]).eval()
+    hf = auto_class(config).from_config(config).eval()
     with torch.no_grad():
         for parameter in hf.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

@@ -7,8 +7,8 @@ import transformers
 from mechunlearn import Component, ComponentMask, MechunlearnError
 from mechunlearn.artifacts.weight_edit import WeightEdit
 from mechunlearn.core.runcard import RunCard
-from mechunlearn.model.hooked import HookedModel, export, load_model
 from mechunlearn.model.families import FAMILIES
+from mechunlearn.model.hooked import HookedModel, export, load_model
 from mechunlearn.model.layout import Layout
 from tests.models import CONFIGS, loaded, random_hf
 
@@ -78,7 +78,11 @@ def test_attention_patterns_mix_values_into_what_heads_write(model, tokens):
         pattern = model.attention(tokens, layer)
         _, kept = model.cache(tokens, [f"L{layer}.attn.v", f"L{layer}.attn.o"])
         clip = getattr(model.hf.config, "clip_qkv", None) or float("inf")
-        values = kept[f"L{layer}.attn.v"].clamp(-clip, clip).repeat_interleave(model.signature.heads // model.signature.kv_heads, 2)
+        values = (
+            kept[f"L{layer}.attn.v"]
+            .clamp(-clip, clip)
+            .repeat_interleave(model.signature.heads // model.signature.kv_heads, 2)
+        )
         mixed = torch.einsum("fhqk,fkhd->fqhd", pattern, values)
         torch.testing.assert_close(mixed, kept[f"L{layer}.attn.o"], atol=1e-5, rtol=1e-5)
         assert not pattern.triu(1).any(), "nothing comes from later positions"

@@ -19,7 +19,7 @@ from mechunlearn.errors import MechunlearnError
 from mechunlearn.model.component import Component
 from mechunlearn.model.hook_points import hook_points_of
 from mechunlearn.model.layout import Layout
-from mechunlearn.model.taps import Hook, between, scaled
+from mechunlearn.model.taps import Hook, between
 
 
 class Bridge:
@@ -171,8 +171,6 @@ def _bridge_hooks(hooks: Iterable[tuple[str, Hook]], layout: Layout) -> list[tup
             change = partial(between, entered, hook)
             found += _bridge_hooks([(f"L{layer}.resid_pre", entered.append), (f"L{layer}.attn_out", change)], layout)
         else:
-            if kind in ("attn_out", "mlp_out") and layout.residual_scale != 1:
-                hook = partial(scaled, layout.residual_scale, hook)
             heads = layout.signature.units(kind) if kind.startswith("attn.") else None
             found.append((f"blocks.{layer}.{points[kind][0]}", partial(_bridged, hook, heads)))
     return found

@@ -107,8 +107,10 @@ _FUSED_GATE = {
     "mlp.in": (Matrix("model.layers.{layer}.mlp.gate_up_proj.weight", NEURONS, 1, _GATE_UP),),
     "mlp.out": _no_bias("model.layers.{layer}.mlp.down_proj", COLUMNS),
 }
-_LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
-_LIKE_LLAMA += ("olmo", "olmo2", "olmo3", "smollm3", "granite", "stablelm", "cohere", "exaone4")
+_LIKE_LLAMA = (
+    *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"),
+    *("olmo", "olmo2", "olmo3", "smollm3", "granite", "stablelm", "cohere", "exaone4"),
+)
 
 FAMILIES: dict[str, Table] = {
     **dict.fromkeys(_LIKE_LLAMA, LLAMA),
@@ -176,9 +178,7 @@ MODULES: dict[str, Modules] = {
     "stablelm": Modules(centred=True, parallel="use_parallel_residual", parallel_norm="input_layernorm"),
     "cohere": Modules(mlp_norm="input_layernorm", centred=True, parallel=True, logit_scale="logit_scale"),
     "gpt2": Modules("transformer.h", "transformer.ln_f", "ln_1", "ln_2", centred=True),
-    "gpt_neox": Modules(
-        "gpt_neox.layers", "gpt_neox.final_layer_norm", centred=True, parallel="use_parallel_residual"
-    ),
+    "gpt_neox": Modules("gpt_neox.layers", "gpt_neox.final_layer_norm", centred=True, parallel="use_parallel_residual"),
     "gptj": Modules("transformer.h", "transformer.ln_f", "ln_1", "ln_1", centred=True, parallel=True),
     "phi": Modules(final_norm="model.final_layernorm", mlp_norm="input_layernorm", centred=True, parallel=True),
 }
@@ -212,7 +212,7 @@ def why_refused(family: str, text: object) -> str:
         "Mixtures of experts are not supported: a router chooses other neurons for each token, so a mask of neurons would "
         "not say what an edit does."
     )
-    layers = getattr(text, "moe_layers", None)
+    layers = getattr(text, "moe_layers", None) or ()
     if family in FAMILIES:
         chosen = family == "llama4_text" and layers
         return f"Its layers {', '.join(map(str, layers))} are mixtures of experts. {mixture}" if chosen else ""
@@ -258,14 +258,18 @@ def register_family(name: str, table: Table, modules: Modules | None = None) -> 
         raise MechunlearnError(
             f"The table of '{name}' {wrong}. Expected the kinds {', '.join(KINDS)}; mlp.gate for gated MLPs only."
         )
+    held: dict[Matrix, str] = {}
     for kind, matrices in table.items():
         _check_matrices(name, kind, tuple(matrices))
+        if other := held.get(matrices[0]):
+            raise MechunlearnError(f"The table of '{name}' says that {other} and {kind} are both {matrices[0]!r}.")
+        held[matrices[0]] = kind
     FAMILIES[name] = {kind: tuple(matrices) for kind, matrices in table.items()}
     MODULES[name] = modules or Modules()
     REGISTERED.add(name)
 
 
-def _check_matrices(name: str, kind: str, matrices: tuple[Matrix, ...]) -> None:
+def _check_matrices(name: str, kind: str, matrices: tuple[object, ...]) -> None:
     axes = "unit, d_head and d_model" if kind.startswith("attn.") else "unit and d_model"
     for i, matrix in enumerate(matrices or (None,)):
         needed = {"unit"} | ({"d_head"} if kind.startswith("attn.") else set()) | ({"d_model"} if i == 0 else set())

@@ -37,6 +37,12 @@ NO_PRE_NORM_HOOK_POINTS = POST_NORM_HOOK_POINTS | {
     "attn_out": ("ln1.hook_out", "hook_attn_out"),
     "mlp_out": ("ln2.hook_out", "hook_mlp_out"),
 }
+# where what attention and MLP write is multiplied by a number (Granite)
+SCALED_HOOK_POINTS = HOOK_POINTS | {
+    "attn_out": ("hook_attn_out",),
+    "mlp_out": ("hook_mlp_out",),
+    "attn_projected": ("attn.o.hook_out", "attn.hook_out"),
+}
 # the dense layers of Llama 4
 LLAMA4_HOOK_POINTS = HOOK_POINTS | {"mlp.out": ("mlp.dense_out.hook_in", "mlp.hook_post")}
 
@@ -50,7 +56,7 @@ def hook_points_of(layout: Layout) -> dict[str, tuple[str, ...]]:
     if layout.signature.family == "llama4_text":
         return LLAMA4_HOOK_POINTS
     if not layout.modules.mlp_post:
-        return HOOK_POINTS
+        return SCALED_HOOK_POINTS if layout.modules.residual_scale else HOOK_POINTS
     return POST_NORM_HOOK_POINTS if layout.modules.mlp_norm else NO_PRE_NORM_HOOK_POINTS
 
 

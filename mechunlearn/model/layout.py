@@ -19,9 +19,7 @@ from mechunlearn.errors import MechunlearnError
 from mechunlearn.model.families import FAMILIES, MODULES, Matrix, Modules, Table, why_refused
 from mechunlearn.model.families import KINDS as KINDS
 
-UNKNOWN = (
-    "Its family is not known here. mechunlearn.model.register_family adds one: its docstring shows the table of a family."
-)
+UNKNOWN = "Its family is not known here. mechunlearn.model.register_family adds one: its docstring shows the table of a family."
 
 
 @dataclass(frozen=True)
