@@ -39,11 +39,10 @@ def stored(request, tmp_path_factory):
 @pytest.fixture
 def model(stored) -> "HookedModel":
     """Each architecture, loaded from disk."""
-    from transformers import AutoModelForCausalLM
-
     from mechunlearn.model.hooked import load_model
+    from tests.models import loaded
 
-    return load_model((AutoModelForCausalLM.from_pretrained(stored), None))
+    return load_model((loaded(stored), None))
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from typing import Any
 
 from mechunlearn.core.files import data_folder
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.facts.formats import Query, ask_all
 from mechunlearn.facts.dataset import FactDataset
+from mechunlearn.facts.formats import Query, ask_all
 
 SKILLS = "skills"
 

@@ -25,6 +25,7 @@ from mechunlearn.model.fingerprint import checksum, fingerprint
 from mechunlearn.model.hook_points import ActivationCache
 from mechunlearn.model.layout import Layout, Signature, flat
 from mechunlearn.model.load import checkpoint
+from mechunlearn.model.table_check import check_registered
 from mechunlearn.model.taps import Hook
 from mechunlearn.model.text import Given, continued, decoded, ids_of, padded, padding_token
 from mechunlearn.model.unwrap import evaluating, unwrapped
@@ -63,13 +64,14 @@ class HookedModel:
             name: What the model is called.
 
         Raises:
-            MechunlearnError: The architecture has no layout.
+            MechunlearnError: The architecture has no layout, or a table that does not fit.
         """
         self.layout = Layout.of(hf.config)
         self.hf, self.tokenizer, self.name = hf, tokenizer, name
         self.hf.train(False)
         self._bridge = Bridge(hf, self.layout, tokenizer, name)
         self._fingerprints: dict[int, str] = {}
+        check_registered(self.decoder)
 
     @property
     def bridge(self) -> Any:

@@ -30,7 +30,7 @@ def end_of_text(model: HookedModel) -> int:
         MechunlearnError: If neither the tokenizer nor the configuration has one.
     """
     end = model.tokenizer.eos_token_id if model.tokenizer is not None else None
-    end = model.hf.config.eos_token_id if end is None else end
+    end = model.hf.config.get_text_config().eos_token_id if end is None else end
     end = end[0] if isinstance(end, list) else end
     if end is None:
         raise MechunlearnError(
