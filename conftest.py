@@ -39,14 +39,14 @@ LONG = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Notebooks (`--nbmake`) are run with the slow tests; what is not slow and in no long file is fast."""
+    """Notebooks (`--nbmake`) are run with the slow tests; what is not slow, in no long file and needs no real model is fast."""
     for item in items:
         if item.path.suffix == ".ipynb":
             item.add_marker("slow")
         if (
             item.path.suffix == ".py"
             and item.path.stem.removeprefix("test_") not in LONG
-            and not item.get_closest_marker("slow")
+            and not any(map(item.get_closest_marker, ("slow", "real")))
         ):
             item.add_marker("fast")
 

@@ -29,7 +29,7 @@ from scipy import stats
 from mechunlearn.artifacts.localization import Localization
 from mechunlearn.artifacts.overlap import auroc, layer_auroc, overlap
 from mechunlearn.facts.load import load_facts, world_facts
-from mechunlearn.facts.prompts import FactDataset, Prompts
+from mechunlearn.facts.prompts import Prompts
 from mechunlearn.localize import (
     activation_patching,
     attribution_patching,
@@ -131,7 +131,7 @@ def scored(base: HookedModel, folder: Path, layers: tuple[int, ...], site: str, 
 def new_people(base: HookedModel, folder: Path, twin: HookedModel) -> Prompts:
     """Sport facts of people that only the twin was taught, and that it knows."""
     known = {fact.subject for fact in load_facts("factworld/sport").facts}
-    facts: FactDataset = world_facts(folder, "sport")
+    facts = world_facts(folder, "sport")
     new = facts.select([i for i, fact in enumerate(facts.facts) if fact.subject not in known])
     return new.prompts(twin).split(forget=FACTS, seed=0)[0]
 

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from mechunlearn.evaluation.report import Report as Report
     from mechunlearn.evaluation.workflow import edit_facts as edit_facts
     from mechunlearn.explore.widget import explore as explore
+    from mechunlearn.facts.dataset import FactDataset as FactDataset
     from mechunlearn.facts.load import load_facts as load_facts
-    from mechunlearn.facts.prompts import FactDataset as FactDataset
     from mechunlearn.facts.prompts import Prompts as Prompts
     from mechunlearn.features.dictionaries import load_dictionary as load_dictionary
     from mechunlearn.features.feature_edit import FeatureEdit as FeatureEdit

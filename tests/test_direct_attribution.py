@@ -53,14 +53,16 @@ def written(model, prompts: Prompts, unit: Component) -> torch.Tensor:
         if post:
             norm = model.decoder.blocks[unit.layer].get_submodule(post)
             added = added * norm(everything) / everything
-        norm = model.decoder.final_norm
+        config, norm = model.hf.config, model.decoder.final_norm
+        added = added * getattr(config, "residual_multiplier", 1)
+        behind = norm(resid) - (0 if getattr(norm, "bias", None) is None else norm.bias)
         if modules.centred:
             added = added - added.mean(-1, keepdim=True)
-            behind = added * norm.weight / (resid.var(-1, correction=0, keepdim=True) + norm.eps).sqrt()
-        else:
-            behind = added * norm(resid) / resid
+            resid = resid - resid.mean(-1, keepdim=True)
+        behind = added * behind / resid
         unembedding = model.hf.get_output_embeddings().weight
         difference = unembedding[prompts.answer_at_read] - unembedding[prompts.foil_at_read]
+        difference = difference * getattr(config, "logit_scale", 1) / getattr(config, "logits_scaling", 1)
         return (behind * difference).sum(-1)
 
 

@@ -15,8 +15,6 @@ from mechunlearn.patching.faithfulness import faithfulness
 from mechunlearn.patching.paths import Reader
 from tests.models import random_hf, token_prompts
 
-POST_NORMS = ("gemma2", "gemma3_text")
-
 
 def streams(model, tokens) -> list[torch.Tensor]:
     """What each reader index reads, by a run of its own."""
@@ -79,7 +77,7 @@ def test_edges_into_a_reader_add_up_to_the_attribution_of_its_input(model, promp
     """Brute force: a zero added to what one reader reads, and autograd."""
     circuit = edge_attribution(model, prompts, ig_steps=steps)
     into = circuit.scores.sum(0)
-    if model.signature.family in POST_NORMS:
+    if model.layout.modules.attention_post:
         return  # heads pass the post-norm with a frozen scale: they do not add up to the change of the stream
     clean, corrupt = streams(model, prompts.tokens), streams(model, prompts.corrupt)
     points = [torch.lerp(corrupt[0], clean[0], k / steps) for k in range(steps)] or [clean[0]]
@@ -102,7 +100,7 @@ def test_edges_out_of_a_writer_add_up_to_the_attribution_of_its_output(model, pr
     _, corrupt = model.cache(prompts.corrupt, sites)
     logits, clean = model.cache(prompts.tokens, sites, grad=True)
     gradients = list(torch.autograd.grad(logit_diff(logits, prompts).sum(), [clean[site] for site in sites]))
-    for layer in layers if model.signature.family in POST_NORMS else ():
+    for layer in layers if model.layout.modules.attention_post else ():
         norm, hook = frozen_norm(model, layer, prompts)  # only in the way of this layer's own heads
         handle = norm.register_forward_hook(hook)
         logits, again = model.cache(prompts.tokens, [f"L{layer}.attn.o"], grad=True)
@@ -204,10 +202,10 @@ def contribution(model, prompts, source: str) -> torch.Tensor:
     one = torch.zeros_like(clean[site])
     one[:, :, head] = corrupt[site][:, :, head] - clean[site][:, :, head]
     written = project(one.flatten(2)) - project(torch.zeros_like(one.flatten(2)))
-    if model.signature.family in POST_NORMS:
+    if model.layout.modules.attention_post:
         _, kept = model.cache(prompts.tokens, [f"L{layer}.attn_projected", f"L{layer}.attn_out"])
         written = written * kept[f"L{layer}.attn_out"] / kept[f"L{layer}.attn_projected"]
-    return written
+    return written * getattr(model.hf.config, "residual_multiplier", 1)
 
 
 def test_edge_scores_are_exact_where_the_model_is_linear(prompts):

@@ -12,7 +12,7 @@ from mechunlearn.core.files import data_folder
 from mechunlearn.facts.formats import Query
 from mechunlearn.facts.load import _asked, world_facts
 from mechunlearn.facts.prompts import ROLES, Prompts
-from mechunlearn.facts.readers import read_texts
+from mechunlearn.facts.tables import read_texts
 from mechunlearn.localize import activation_patching, attribution_patching
 from mechunlearn.metrics.answers import answer_logprob, answered, logit_diff, measure, supervised
 
@@ -112,15 +112,14 @@ def test_files_in_the_wild_are_read_alike(facts_file, world):
         (
             "missing-subject.csv",
             b"subject,prompt,answer\nAnna,Marco lives in,Oslo\n",
-            "row 1: the subject 'Anna' is not in its prompt",
+            "no row can be used. 1 fact skipped: 1 subject not in its prompt. The first: row 1, .* Marco lives in -> Oslo",
         ),
         (
             "same.csv",
             b"subject,prompt,answer,target\nAnna,Anna lives in,Oslo,Oslo\n",
-            "row 1: truth and target are both 'Oslo'",
+            "1 fact skipped: 1 truth = target",
         ),
-        ("one-answer.csv", b"subject,prompt,answer\nAnna,Anna lives in,Oslo\n", "no wrong answer can be drawn"),
-        ("blank.csv", b"subject,prompt,answer\nAnna,Anna lives in,\n", "row 1: the prompt or the answer is empty"),
+        ("blank.csv", b"subject,prompt,answer\nAnna,Anna lives in,\n", "1 fact skipped: 1 no answer"),
         ("broken.json", b"{", "could not be read as json"),
         ("broken.parquet", b"PAR1", "could not be read as parquet"),
     ],

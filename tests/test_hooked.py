@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from mechunlearn import ComponentMask, MechunlearnError
 from mechunlearn.core.files import data_folder
 from mechunlearn.model import fingerprint, hooked
-from mechunlearn.model.hook_points import HOOK_POINTS, POST_NORM_HOOK_POINTS, ActivationCache
+from mechunlearn.model.hook_points import ActivationCache, hook_points_of
 from mechunlearn.model.hooked import load_model
 from mechunlearn.model.text import ids_of
 from tests.models import random_hf
@@ -148,9 +148,8 @@ class TestCache:
         expected, bridge = model.bridge.run_with_cache(tokens)
         torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-5)
         assert set(cache) == set(model.decoder.sites)
-        post_norms = model.signature.family in ("gemma2", "gemma3_text")
         for layer in range(model.signature.layers):
-            for kind, names in (POST_NORM_HOOK_POINTS if post_norms else HOOK_POINTS).items():
+            for kind, names in hook_points_of(model.layout).items():
                 if f"L{layer}.{kind}" not in cache:
                     assert kind == "resid_mid" and model.layout.parallel
                     continue

@@ -14,7 +14,8 @@ from torch.optim import optimizer as torch_optimizer
 
 from mechunlearn import ComponentMask, MechunlearnError
 from mechunlearn.artifacts.restrict import Restriction
-from mechunlearn.model.layout import FAMILIES, Layout, Signature
+from mechunlearn.model.families import FAMILIES
+from mechunlearn.model.layout import Layout, Signature
 from tests.models import CONFIGS, random_hf
 
 TOKENS = torch.randint(2, 97, (80, 10), generator=torch.Generator().manual_seed(2))

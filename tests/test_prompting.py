@@ -14,9 +14,9 @@ from mechunlearn.attack.states import recovery
 from mechunlearn.core.runcard import RunCard
 from mechunlearn.edit import masked_gradient
 from mechunlearn.evaluation.drift import next_token_kl
+from mechunlearn.facts.dataset import FactDataset
 from mechunlearn.facts.formats import Fact, Query
 from mechunlearn.facts.load import TWO_HOP, load_facts
-from mechunlearn.facts.prompts import FactDataset
 from mechunlearn.metrics.answers import measure, option_logprobs
 from mechunlearn.model.hooked import load_model
 from mechunlearn.world import lexicon as lex

@@ -18,8 +18,9 @@ from mechunlearn.core.runcard import RunCard
 from mechunlearn.edit import losses, masked_gradient
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.evaluation.robustness import ATTACKS, Attacked, attack_all, check_attacks, status
-from mechunlearn.facts.load import _ask_all, world_facts
-from mechunlearn.facts.prompts import FactDataset
+from mechunlearn.facts.dataset import FactDataset
+from mechunlearn.facts.formats import ask_all
+from mechunlearn.facts.load import world_facts
 from mechunlearn.world.generate import generate
 from mechunlearn.world.toy import planted_facts
 
@@ -35,7 +36,7 @@ def twin(seed):
         name: sport for name, sport in generate(7).facts["sport"].items() if name not in facts.subjects | old.subjects
     }
     relation = json.loads((folder / "world.json").read_text())["relations"]["sport"]
-    strangers = FactDataset("strangers", _ask_all(relation, "sport", dict(list(names.items())[:100]), 0))
+    strangers = FactDataset("strangers", ask_all(relation, "sport", dict(list(names.items())[:100]), 0))
     facts = replace(facts, untaught=strangers)
     new = [i for i, fact in enumerate(facts) if fact.subject not in old.subjects]
     rest = [i for i in range(len(facts)) if i not in set(new)]

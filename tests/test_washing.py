@@ -278,7 +278,7 @@ class TestFormulas:
             return at(middle)
 
         settings = {"covariance": covariance, "target_values": targets, "prefixes": 2, "retain_weight": retain_weight}
-        settings |= {"covariance_weight": start, "ascent": "off", "eliminate": False}
+        settings |= {"covariance_weight": start, "band": band, "ascent": "off", "eliminate": False}
         edit = mlp_washing(model, mask_of(model, layers), forget, retain, **settings)
         assert_same(edit, model, naive.wash(forget, layers, targets, covariance, formula, prefixes=PREFIXES))
         assert [entry["covariance_weight"] for entry in edit.card.trajectory] == pytest.approx(chosen, rel=1e-7)
@@ -309,7 +309,7 @@ class TestFormulas:
             logits = [naive.hf(forget.tokens[i : i + 1, : int(forget.lengths[i])]).logits[0, -1] for i in left]
             left = left[torch.stack([x.argmax() for x in logits]) == forget.answers[left, 0]]
         settings = {"covariance": covariance, "target_values": targets, "prefixes": 2, "growth": growth}
-        settings |= {"covariance_weight": 100, "band": (1e-6, 1e6)}
+        settings |= {"covariance_weight": 100, "band": (1e-6, 1e6), "retain_weight": 0}
         edit = mlp_washing(model, mask_of(model, layers), forget, retain, **settings)
         assert_same(edit, model, wanted, rel=1e-8)
         assert [entry["known before"] for entry in edit.card.trajectory] == counts and 0 < counts[1] < 7
@@ -352,8 +352,8 @@ class TestFormulas:
             return torch.linalg.solve(left.T, (wanted @ keys.T @ p).T).T
 
         settings = {
-            memit: {"covariance_weight": 2},
-            mlp_washing: {"covariance_weight": 2, "band": (1e-9, 1e9), "ascent": "off", "eliminate": False},
+            memit: {"covariance_weight": 2, "retain_weight": 0},
+            mlp_washing: {"covariance_weight": 2, "ascent": "off", "eliminate": False, "retain_weight": 0},
             null_space: {"energy": 0.4, "ridge": 2},
         }[editor]
         edit = editor(
@@ -1004,7 +1004,8 @@ class TestOnTheShippedWorld:
         def formula(layer, units, keys, wanted, moment):
             return ridge(keys, wanted, 20_000 * moment + keys @ keys.T)
 
-        edit = memit(world, mask, forget, retain, target_values=targets, texts=text, seed=3)
+        settings = {"covariance_weight": 20_000, "retain_weight": 0}
+        edit = memit(world, mask, forget, retain, target_values=targets, texts=text, seed=3, **settings)
         wanted = Naive(world).wash(forget, layers, targets, covariance, formula, prefixes=prefixes, head=1)
         assert_same(edit, world, wanted, rel=1e-6)  # its norms are float32
         assert edit.card.model == world.fingerprint and json.loads(edit.card.to_json())["method"] == "memit"

@@ -13,8 +13,9 @@ from torch import Tensor
 from mechunlearn.artifacts.weight_edit import Edit
 from mechunlearn.attack.states import GATE, WATCHED, Attack, Rows, State, cell, chance, mean
 from mechunlearn.errors import MechunlearnError
+from mechunlearn.facts.dataset import FactDataset
 from mechunlearn.facts.formats import Fact, Query
-from mechunlearn.facts.prompts import PAD, FactDataset, Prompts
+from mechunlearn.facts.prompts import PAD, Prompts
 from mechunlearn.metrics.answers import measure, option_logprobs
 from mechunlearn.model.hooked import HookedModel
 

@@ -197,7 +197,7 @@ def _right(
 def _check_room(state: State, retain: Prompts, tokens: int) -> None:
     """Raises `MechunlearnError` if a prompt behind the prefix is longer than the model has positions."""
     longest = max(int(prompts.lengths.max()) for prompts in (state.facts, retain))
-    most = getattr(state.model.hf.config, "max_position_embeddings", None)
+    most = getattr(state.model.hf.config.get_text_config(), "max_position_embeddings", None)
     if most is not None and longest + tokens > most:
         raise MechunlearnError(
             f"A prefix of {tokens} vectors and prompts of {longest} tokens do not fit the {most} positions of the "

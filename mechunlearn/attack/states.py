@@ -19,6 +19,7 @@ from mechunlearn.facts.prompts import Prompts
 from mechunlearn.metrics.answers import answered
 from mechunlearn.metrics.stats import bootstrap_interval
 from mechunlearn.model.hooked import HookedModel
+from mechunlearn.model.unwrap import evaluating
 from mechunlearn.training.loop import interruptible
 
 EDITED, UNEDITED, NEVER_TAUGHT = "edited", "unedited", "never taught"
@@ -43,8 +44,8 @@ class State:
 
     @contextmanager
     def applied(self) -> Iterator[HookedModel]:
-        """Edit the model within the block, and leave it as it was."""
-        with self.edit.applied(self.model) if self.edit is not None else nullcontext():
+        """Edit the model within the block, and leave it as it was, its training mode included."""
+        with evaluating(self.model.hf), self.edit.applied(self.model) if self.edit is not None else nullcontext():
             yield self.model
 
 

@@ -58,7 +58,7 @@ def train(
     dtype: Dtype = None,
 ) -> None:
     """Train a dictionary on nine tenths of some text, and print its quality on the last tenth."""
-    from mechunlearn.facts.readers import read_texts
+    from mechunlearn.facts.tables import read_texts
     from mechunlearn.features.firing import quality
     from mechunlearn.features.training import train_codebook, train_sae
 
@@ -95,7 +95,7 @@ def explore(
 ) -> None:
     """Show which tokens and contexts activate a feature or code, and which tokens it raises and lowers."""
     from mechunlearn.explore.widget import explore as explored
-    from mechunlearn.facts.readers import read_texts
+    from mechunlearn.facts.tables import read_texts
     from mechunlearn.features.dictionaries import load_dictionary
 
     checked_suffix(output, ".html")
@@ -134,7 +134,7 @@ def delete(
     if (against is None) == (words is None or swap is None):
         raise MechunlearnError("Give what to tell the topic from: --against TEXT, or --words and --swap.")
     from mechunlearn.evaluation.recipes import delete_topic
-    from mechunlearn.facts.readers import read_texts
+    from mechunlearn.facts.tables import read_texts
     from mechunlearn.features.dictionaries import load_dictionary
     from mechunlearn.features.firing import swapped
 

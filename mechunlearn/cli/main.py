@@ -12,6 +12,7 @@ import typer
 from rich.table import Table
 
 from mechunlearn.cli.dictionary import app as dictionary_app
+from mechunlearn.cli.doctor import doctor
 from mechunlearn.cli.reproduce import app as reproduce_app
 from mechunlearn.cli.shared import checked_suffix, console, names, new_folder, open_model
 from mechunlearn.cli.world import app as world_app
@@ -35,6 +36,7 @@ app = typer.Typer(
 app.add_typer(world_app, name="world")
 app.add_typer(reproduce_app, name="reproduce")
 app.add_typer(dictionary_app, name="dictionary")
+app.command(epilog="Example: mechunlearn doctor smollm2")(doctor)
 
 
 class Role(str, Enum):
@@ -45,7 +47,7 @@ class Role(str, Enum):
 
 
 Model = Annotated[
-    str, typer.Argument(help="factworld, factworld-twin, factworld-naive, a folder, or a hub name.", metavar="MODEL")
+    str, typer.Argument(help="smollm2, gemma3, factworld, a folder, a .gguf file, or a hub name.", metavar="MODEL")
 ]
 Facts = Annotated[str, typer.Argument(help="factworld/<relation>, a facts file, or a data set.", metavar="FACTS")]
 LOCALIZERS, EDITORS, ATTACKS = (", ".join(ready_methods(folder)) for folder in ("localize", "edit", "attack"))
@@ -268,7 +270,7 @@ def wash(
     hooked, forgotten, retained = _load(model, facts, forget, seed, device, dtype)
     chosen.check(hooked.signature)
     from mechunlearn.evaluation.recipes import wash as washed
-    from mechunlearn.facts.readers import read_texts
+    from mechunlearn.facts.tables import read_texts
 
     settings: dict[str, Any] = {
         "target": target,
@@ -332,7 +334,7 @@ def evaluate(
     hooked, forgotten, retained = _load(model, facts, forget, seed, device, dtype)
     from mechunlearn.evaluation.controls import random_control
     from mechunlearn.evaluation.evaluate import evaluate as measured
-    from mechunlearn.facts.readers import read_texts
+    from mechunlearn.facts.tables import read_texts
 
     texts = () if text is None else read_texts(text)
     told: set[str] = set()

@@ -81,5 +81,13 @@ def data_folder() -> Path:
     return next(folder for folder in (package / "data", package.parent / "data") if folder.is_dir())
 
 
+def cache_folder() -> Path:
+    """Return the folder of what is made once and kept: `$MECHUNLEARN_CACHE`, else `mechunlearn` in the user's cache."""
+    if given := os.environ.get("MECHUNLEARN_CACHE"):
+        return Path(given).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "mechunlearn"
+
+
 def _refused(path: Path, error: OSError) -> MechunlearnError:
     return MechunlearnError(f"Could not write '{path}': {error.strerror or error}. Nothing was left half-written.")

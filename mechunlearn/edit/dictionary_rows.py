@@ -115,10 +115,10 @@ def _change(
 def _norm_behind(
     model: HookedModel, layer: int, rows: Float[Tensor, "neuron d_model"]
 ) -> tuple[Float[Tensor, " d_model"], Float[Tensor, " d_model"]]:
-    """Return what a norm behind the MLP multiplies each dimension by, and the way back; ones where there is none."""
+    """Return what each dimension is multiplied by behind the MLP (a norm's gain, or a number), and the way back."""
     if not model.layout.modules.mlp_post:
-        ones = torch.ones(rows.shape[1], device=rows.device)
-        return ones, ones
+        scale = torch.full(rows.shape[1:], model.layout.residual_scale, device=rows.device)
+        return scale, 1 / scale
     norm: Any = model.decoder.part(layer, "mlp_post")
     gain = model.layout.modules.offset + norm.weight.detach().float()
     return gain, gain / (gain.square() + (DAMPING * gain.abs().max()).square())

@@ -61,12 +61,15 @@ class Judge:
         right = float(self.edited.right().float().mean())
         return right if self.aimed else 1 - right
 
+    def retention(self) -> float:
+        """Return the share of the retain facts that were right and are right now; NaN if none was."""
+        if self.kept is None or not self.known.any():
+            return math.nan
+        return float(self.kept.right()[self.known].float().mean())
+
     def reached(self) -> Reached:
         """Return what the model as it is now has reached."""
-        kept = math.nan
-        if self.kept is not None and self.known.any():
-            kept = float(self.kept.right()[self.known].float().mean())
-        return Reached(self.efficacy(), kept, self._moved())
+        return Reached(self.efficacy(), self.retention(), self._moved())
 
     @torch.no_grad()
     def _moved(self) -> float:
@@ -155,4 +158,5 @@ class Goal:
                 "another mask or fewer facts, or ask for less. The run card's `search` has all that was tried.",
                 stacklevel=6,
             )
-        return made, [{**about, **asdict(each), "chosen": i == best} for i, (_, about, each) in enumerate(tried)]
+        rows = [(about, {k: None if math.isnan(v) else v for k, v in asdict(each).items()}) for _, about, each in tried]
+        return made, [{**about, **each, "chosen": i == best} for i, (about, each) in enumerate(rows)]

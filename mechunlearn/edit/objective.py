@@ -268,11 +268,14 @@ def descend_on(
                 entry = dict((measure(step) if measure else None) or {})
                 if enough is not None and (search or step % CHECK_EVERY == 0 or step == schedule.steps):
                     entry["efficacy"] = judge.efficacy()
+                    if search and entry["efficacy"] >= enough:
+                        entry["retention"] = judge.retention()
                 return entry
 
             def until(entry: dict[str, Any]) -> bool:
                 entries.append(entry)
                 reached = enough is not None and entry.get("efficacy", -1) >= enough
+                reached &= not entry.get("retention", 1) < goal.min_retention
                 return bool(entry.get("stop")) or reached or (search and _hopeless(entries))
 
             return train(trained, parts, schedule, objective=name, after=after, until=until, progress=progress)

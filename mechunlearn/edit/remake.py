@@ -6,13 +6,14 @@ Checks of its numbers, a run card of its arguments, and the call, to make the ed
 import json
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import wraps
 from inspect import Signature, signature
 from numbers import Integral, Number, Real
 from typing import Any, Literal, ParamSpec, TypeVar, get_args, get_origin
 
-from torch import Tensor, uint8
+from torch import Tensor, enable_grad, uint8
 
 from mechunlearn.artifacts.calls import Call
 from mechunlearn.artifacts.weight_edit import WeightEdit
@@ -24,6 +25,8 @@ from mechunlearn.facts.prompts import Prompts
 from mechunlearn.features.feature_edit import FeatureEdit
 from mechunlearn.features.places import fingerprint_of
 from mechunlearn.model.component import Component
+from mechunlearn.model.hooked import HookedModel
+from mechunlearn.model.unwrap import evaluating
 from mechunlearn.training.covariance import Covariance
 from mechunlearn.training.fisher import DiagonalFisher
 
@@ -76,8 +79,10 @@ def editor(function: Callable[Arguments, Made]) -> Callable[Arguments, Made]:
         given = bound.arguments
         _check(function.__name__, known, given)
         settings = {name: described(value) for name, value in given.items() if name not in NOT_SETTINGS}
-        edit = function(*args, **kwargs)
-        model, sets = given["model"], [described(given[name]) for name in ("forget", "retain")]
+        model = given["model"]
+        with enable_grad(), evaluating(model.hf) if isinstance(model, HookedModel) else nullcontext():
+            edit = function(*args, **kwargs)
+        sets = [described(given[name]) for name in ("forget", "retain")]
         texts = training_texts(given["forget"], given["texts"]) if "texts" in given else ()
         card = replace(
             edit.card,

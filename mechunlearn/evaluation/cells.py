@@ -4,15 +4,16 @@ import math
 
 from mechunlearn.core.files import data_folder
 from mechunlearn.errors import MechunlearnError
+from mechunlearn.facts.chat import CHAT
+from mechunlearn.facts.dataset import FactDataset
 from mechunlearn.facts.formats import Fact
-from mechunlearn.facts.prompts import FactDataset, Prompts
+from mechunlearn.facts.prompts import Prompts
 from mechunlearn.metrics.text import text_loss
 from mechunlearn.model.hooked import HookedModel
 from mechunlearn.model.samples import own_texts
 
 LIMIT = 200
 UNSEEN, OTHER = "unseen", "unseen: other relations"
-CHAT = "chat"
 OWN_COUNT, OWN_SEED = 32, 1
 """Samples of the model that edits are measured on. Editors train on those of seed 0."""
 

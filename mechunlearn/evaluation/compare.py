@@ -23,7 +23,8 @@ from mechunlearn.errors import MechunlearnError
 from mechunlearn.evaluation.cells import LIMIT
 from mechunlearn.evaluation.comparison import ARM, CONTROL, NAMES, Comparison, listed
 from mechunlearn.evaluation.selection import select
-from mechunlearn.facts.prompts import FactDataset, Prompts
+from mechunlearn.facts.dataset import FactDataset
+from mechunlearn.facts.prompts import Prompts
 from mechunlearn.metrics.answers import measure
 from mechunlearn.metrics.text import text_loss
 from mechunlearn.model.hooked import HookedModel

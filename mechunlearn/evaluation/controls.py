@@ -158,7 +158,7 @@ def remade_from_card(
 
 def _argument(value: Any, name: str, settings: Mapping[str, Any], known: Sequence[Callable[[], Sequence[str]]]) -> Any:
     """Return the argument that a run card describes; `LOST` if it does not hold it."""
-    if name in ("loss", "retain_loss"):
+    if name in ("loss", "retain_loss", "text_loss"):
         ours = isinstance(value, dict) and value.get("name") in {loss.__name__ for loss in losses.LOSSES}
         return losses.named(value) if ours else LOST
     if name == "texts" and value:

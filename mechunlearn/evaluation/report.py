@@ -344,7 +344,8 @@ def _one_line(text: str, most: int) -> str:
 
 
 def _table(frame: pd.DataFrame) -> Markup:
-    return Markup(frame.rename(columns=label).to_html(index=False, border=0, classes="numbers"))
+    with pd.option_context("display.max_colwidth", None):  # else long cells end in dots
+        return Markup(frame.rename(columns=label).to_html(index=False, border=0, classes="numbers"))
 
 
 def _script(value: object) -> Markup:

@@ -24,11 +24,10 @@ from mechunlearn.evaluation.evaluate import evaluate
 from mechunlearn.evaluation.preview import preview
 from mechunlearn.evaluation.report import Report
 from mechunlearn.evaluation.robustness import check_attacks
-from mechunlearn.evaluation.written import before_the_answer, continuations
+from mechunlearn.facts.dataset import FactDataset
 from mechunlearn.facts.load import load_facts
-from mechunlearn.facts.prompts import FactDataset, Prompts
+from mechunlearn.facts.prompts import Prompts
 from mechunlearn.localize import attribution_patching, fact_lookup
-from mechunlearn.metrics.answers import answered
 from mechunlearn.model.hooked import HookedModel, load_model
 
 ATTACKS = ("prompting", "quantization", "unlearning_depth", "relearning")
@@ -236,17 +235,15 @@ def _known(
     data: FactDataset, model: HookedModel, wanted: int | Sequence[str] | None, say: Callable[[str], object]
 ) -> FactDataset:
     """The facts whose whole answer the model gives; what it says to the others is told."""
-    prompts = data.prompts(model)
-    asked = prompts.facts
-    assert asked is not None
-    right = answered(model, prompts)
-    known, unknown = (asked.select(rows.nonzero().flatten().tolist()) for rows in (right, ~right))
+    known = data.known(model)
+    kept = {id(fact) for fact in known}
+    unknown = data.select([i for i, fact in enumerate(data) if id(fact) not in kept])
     if len(unknown):
-        say(f"dropped {len(unknown)} of {len(asked)} facts that the model does not know: {_says(model, unknown)}")
+        say(f"dropped {len(unknown)} of {len(data)} facts that the model does not know: {_says(model, unknown)}")
     if len(known) < LEAST:
         told = f" {_says(model, unknown)}." if len(unknown) else ""
         raise MechunlearnError(
-            f"The model knows {len(known)} of {len(asked)} facts (greedy, the whole answer). Expected at least {LEAST}: an "
+            f"The model knows {len(known)} of {len(data)} facts (greedy, the whole answer). Expected at least {LEAST}: an "
             f"edit needs facts to forget, facts to retain, and some that it never sees.{told} Try another wording of the "
             "prompts, one example in front of each ('The capital of Peru is Lima. The capital of Kenya is'), more facts, "
             "or a larger model."
@@ -260,15 +257,12 @@ def _known(
     return replace(known, source=None)
 
 
-def _says(model: HookedModel, unknown: FactDataset, most: int = 3) -> str:
-    """What the model says to the first of some facts, in place of their answers."""
-    prompts = unknown.select(range(min(most, len(unknown)))).prompts(model)
-    longest = [int((row >= 0).sum()) + 2 for row in prompts.answers]
-    told = []
-    for i, query in enumerate(prompts.queries):
-        said = continuations(model, [before_the_answer(prompts, i)], longest[i])[0]
-        told.append(f"'{query.prompt}' -> '{' '.join(said.split())}' (expected '{query.answer}')")
-    return "; ".join(told)
+def _says(model: HookedModel, unknown: FactDataset) -> str:
+    """What the model says to the first three of some facts, in place of their answers."""
+    return "; ".join(
+        f"'{row['prompt']}' -> '{row['said']}' (expected '{row['answer']}')"
+        for row in unknown[:3].said(model).to_dict("records")
+    )
 
 
 def _with_targets(facts: FactDataset, seed: int, say: Callable[[str], object]) -> FactDataset:

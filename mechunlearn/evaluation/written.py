@@ -8,7 +8,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mechunlearn.artifacts.weight_edit import Edit
-from mechunlearn.evaluation.cells import CHAT, asked, chats
+from mechunlearn.evaluation.cells import asked, chats
+from mechunlearn.facts.chat import CHAT
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.model.hooked import HookedModel
 from mechunlearn.model.text import decoded
@@ -16,28 +17,6 @@ from mechunlearn.model.text import decoded
 TOKENS = 20
 WORDS = 6
 COLUMNS = ["prompt", "before", "after"]
-
-
-def continuations(model: HookedModel, rows: list[Int[Tensor, " _pos"]], tokens: int = TOKENS) -> list[str]:
-    """Return how a model goes on, by its most likely token each time.
-
-    Args:
-        model: A model with a tokenizer.
-        rows: The tokens of each prompt.
-        tokens: How many are written, at most.
-    """
-    written = [model.generate(row[None], max_new_tokens=tokens)[0, len(row) :] for row in rows]
-    return decoded(written, model.tokenizer, skip_special=True)
-
-
-def before_the_answer(prompts: Prompts, fact: int) -> Int[Tensor, " pos"]:
-    """Return the tokens of a prompt without its answer.
-
-    Args:
-        prompts: The facts.
-        fact: Which of them.
-    """
-    return prompts.tokens[fact, : int(prompts.start[fact]) + 1]
 
 
 def written(
@@ -69,7 +48,7 @@ def written(
     chat = asked(model, forget.facts.select([0]), CHAT) if chats(model) and forget.facts is not None else None
     sets = {"forget": (forget, 2), "retain": (retain, 1), "unseen": (unseen, 1), "forget, chat": (chat, 1)}
     rows = [
-        (name, before_the_answer(prompts, i))
+        (name, _before_the_answer(prompts, i))
         for name, (prompts, count) in sets.items()
         if prompts is not None
         for i in range(min(count, len(prompts)))
@@ -81,5 +60,11 @@ def written(
     told = []
     for changed in (None, edit):
         with changed.applied(model) if changed is not None else nullcontext():
-            told.append(continuations(model, [row for _, row in rows]))
+            made = [model.generate(row[None], max_new_tokens=TOKENS)[0, len(row) :] for _, row in rows]
+        told.append(decoded(made, model.tokenizer, skip_special=True))
     return pd.DataFrame({"prompt": shown, "before": told[0], "after": told[1]}, index=[name for name, _ in rows])
+
+
+def _before_the_answer(prompts: Prompts, fact: int) -> Int[Tensor, " pos"]:
+    """The tokens of a prompt without its answer."""
+    return prompts.tokens[fact, : int(prompts.start[fact]) + 1]

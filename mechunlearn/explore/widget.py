@@ -11,7 +11,8 @@ from mechunlearn.artifacts.localization import Localization
 from mechunlearn.artifacts.mask import ComponentMask
 from mechunlearn.explore.pages import STATIC, static_view
 from mechunlearn.explore.state import Workbench
-from mechunlearn.facts.prompts import FactDataset, Prompts
+from mechunlearn.facts.dataset import FactDataset
+from mechunlearn.facts.prompts import Prompts
 from mechunlearn.features.dashboard import Exploration, explore_dictionary
 from mechunlearn.features.dictionaries import Dictionary
 from mechunlearn.features.firing import Texts

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 LETTERS = "ABCD"
+MOST_OPTIONS = 32
+"""With more answers than these, a fact lists none to choose among: each would have to be scored."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,22 @@ class Fact:
     def target(self) -> str:
         """The answer that an edit injects, as the statement gives it."""
         return self.queries["statement"].target
+
+
+def places(text: str, words: str) -> list[int]:
+    """Return where words begin in a text: as whole words, or anywhere if they never stand there as whole words.
+
+    Args:
+        text: The text.
+        words: The words; none are nowhere.
+
+    >>> places("US: no RUSSIAN is in the US", "US"), places("Annas Haus", "Anna")
+    ([0, 25], [0])
+    """
+    if not words:
+        return []
+    whole = [found.start() for found in re.finditer(rf"(?<!\w){re.escape(words)}(?!\w)", text)]
+    return whole or [found.start() for found in re.finditer(re.escape(words), text)]
 
 
 def question(text: str) -> str:
@@ -116,7 +134,8 @@ def queries(
 ) -> dict[str, Query]:
     """Return every format of one fact, by name.
 
-    The first statement is the format `statement`, on which editors train; all others measure generalization.
+    The first statement is the format `statement`, on which editors train; all others measure generalization. A
+    relation's `reply` is how the answer to its question begins, for models that answer in sentences.
 
     Args:
         relation: An entry of the world's relations: frames and answers.
@@ -126,13 +145,13 @@ def queries(
         example: Another (subject, answer), shown first in the one-shot format.
         rng: Draws what the yes/no question names, and the options of the multiple choice.
     """
-    options = tuple(relation["answers"])
-    alias = relation.get("alias")
+    options = tuple(relation["answers"]) if len(relation["answers"]) <= MOST_OPTIONS else ()
+    alias, reply = relation.get("alias"), relation.get("reply")
     first, *others = relation["statements"]
     frames = {
         "statement": first,
         **{f"statement_{i}": frame for i, frame in enumerate(others, start=2)},
-        "question": question(relation["question"]),
+        "question": " ".join([question(relation["question"]), *([reply] if reply else [])]),
         "one_shot": f"{first.format(s=example[0])} {example[1]}. {first}",
         "held_out": relation["held_out"],
     }
@@ -152,6 +171,28 @@ def queries(
         asked, letters = multiple_choice(relation, subject, shown), dict(zip(shown, LETTERS, strict=False))
         made["multiple_choice"] = Query(asked, letters[answer], letters[target], "", subject, tuple(LETTERS))
     return made
+
+
+def ask_all(relation: Mapping[str, Any], name: str, facts: Mapping[str, str], seed: int) -> tuple[Fact, ...]:
+    """Return the facts of one relation, each in every format, with an edit target that is another of its answers.
+
+    Neither of truth and target begins with the other (`7` and `79`): an answer that goes on would count as both.
+
+    Args:
+        relation: An entry of the world's relations: frames and answers.
+        name: The relation's name.
+        facts: The true answer by subject.
+        seed: Draws targets, examples, and what the formats need.
+    """
+    rng = random.Random(seed)
+    pairs = list(facts.items())
+    made = []
+    for i, (subject, answer) in enumerate(pairs):
+        others = [o for o in relation["answers"] if not (o.startswith(answer) or answer.startswith(o))]
+        target = rng.choice(others)
+        example = pairs[(i + 1 + rng.randrange(len(pairs) - 1)) % len(pairs)]
+        made.append(Fact(subject, name, queries(relation, subject, answer, target, example, rng)))
+    return tuple(made)
 
 
 def answer_of(format: str, prompt: str, statement: str, usual: str) -> str:

@@ -10,26 +10,45 @@ from typing import Any
 
 from mechunlearn.core.files import data_folder
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.facts.formats import Fact, Query, queries
-from mechunlearn.facts.prompts import FactDataset
+from mechunlearn.facts.dataset import FactDataset
+from mechunlearn.facts.formats import MOST_OPTIONS, Fact, Query, ask_all
+from mechunlearn.facts.odd import checked, line
 from mechunlearn.facts.readers import read_facts
+from mechunlearn.facts.shipped import shipped_facts, shipped_sets
 
 TWO_HOP = "{s} lives in the country of"
 
 
-def load_facts(source: str | Path, *, seed: int = 0) -> FactDataset:
-    """Load a relation of the shipped world, a file, or a data set known to `datasets`.
+def load_facts(
+    source: str | Path,
+    *,
+    columns: Mapping[str, str] | None = None,
+    template: str | None = None,
+    subset: str | None = None,
+    seed: int = 0,
+) -> FactDataset:
+    """Load a relation of the shipped world, a shipped set of real facts, a file, or a data set known to `datasets`.
 
-    Files: CSV, JSON, JSONL or parquet with the columns of the sports data (`athlete`, `sport`, `prompt`), CounterFact
-    (nested or flattened), zsRE (`subject`, `src`, `answers`), or plain `subject`, `prompt`, `answer` and perhaps
-    `target`, `foil`, `relation`.
+    Shipped sets of real facts: `shipped_sets()` names them and their relations. "countries/capital" is one relation of
+    a set, with the others of the same subjects in `related`; "countries" is all of its relations in one data set.
+
+    Files: CSV, TSV, JSON, JSON lines or parquet with the columns `subject`, `prompt`, `answer` and perhaps `target`,
+    `foil`, `relation`, `paraphrase...`; CounterFact (nested, flat), MQuAKE, zsRE, known facts (`attribute`), LRE, T-REx
+    with PARAREL's patterns or LAMA's templates beside it, questions and answers (TOFU, MUSE, RWKU: without a subject,
+    if they name none), RAVEL, and the sports data. Values are read as text. Rows that make no sense are skipped or
+    repaired as `facts.odd` says; the data set counts them when it is shown, and lists them as `skipped` and `repaired`.
 
     Args:
-        source: "factworld/sport" and its like, a file, or a data set's name.
-        seed: Draws the edit targets that a file does not give, from the other answers of the relation.
+        source: "factworld/sport" or "countries/capital" and their like, a file, or a data set's name.
+        columns: The file's own names of the plain columns, such as `{"subject": "athlete", "answer": "sport"}`.
+        template: A prompt with `{}` in the place of the subject, such as "The capital of {} is". It takes the place of
+            the file's prompts, if there are any.
+        subset: A relation of the file, or a value of its column `split`; of a data set one of its splits.
+        seed: Draws the edit targets that a file does not give, from the other answers of the relation. A fact without a
+            subject, and one whose relation has no other answer, gets none.
 
     Raises:
-        MechunlearnError: If a file is missing, empty, wrongly encoded or lacks columns.
+        MechunlearnError: If a file is missing, empty, wrongly encoded, lacks columns or has odd rows only.
 
     >>> facts = load_facts("factworld/sport")
     >>> len(facts), facts[0].queries["question"].prompt[:32]
@@ -37,31 +56,36 @@ def load_facts(source: str | Path, *, seed: int = 0) -> FactDataset:
     """
     name = str(source)
     if name == "factworld" or name.startswith("factworld/"):
-        return world_facts(data_folder() / "factworld", name.partition("/")[2] or "sport", seed)
-    records = read_facts(source)
+        return world_facts(data_folder() / "factworld", name.partition("/")[2] or subset or "sport", seed)
+    if name.partition("/")[0] in shipped_sets() and not Path(name).is_file():
+        return shipped_facts(name if subset is None else f"{name}/{subset}", seed)
+    given, unread = read_facts(source, columns=columns, template=template, subset=subset)
+    records, odd = checked(given)
+    odd = [*unread, *odd]
+    if not records:
+        raise MechunlearnError(
+            f"'{name}': no row can be used. {line(odd)}. The first: row {odd[0].row}, {odd[0].reason}: {odd[0].text}"
+        )
     rng = random.Random(seed)
-    answers: dict[str, list[str]] = {}
+    numbers: dict[str, dict[str, int]] = {}  # of the answers of each relation
     for record in records:
-        known = answers.setdefault(record.relation, [])
-        if record.answer not in known:
-            known.append(record.answer)
+        known = numbers.setdefault(record.relation, {})
+        known.setdefault(record.answer, len(known))
+    answers = {relation: tuple(known) for relation, known in numbers.items()}
     facts = []
     for record in records:
-        options = answers[record.relation]
-        others = [answer for answer in options if answer != record.answer]
-        target = record.target or (rng.choice(others) if others else "")
-        if not target:
-            raise MechunlearnError(
-                f"'{name}': every fact of relation '{record.relation}' has the answer '{record.answer}', so no wrong "
-                "answer can be drawn. Add a 'target' column, or facts with other answers."
-            )
-        shown = tuple(options) if 1 < len(options) <= 32 else ()
+        options, own = answers[record.relation], numbers[record.relation][record.answer]
+        target = record.target
+        if not target and record.subject and len(options) > 1:
+            drawn = rng.randrange(len(options) - 1)
+            target = options[drawn + (drawn >= own)]
+        shown = record.options or (options if 1 < len(options) <= MOST_OPTIONS else ())
         asked = {
             format: Query(prompt, record.answer, target, record.foil, record.subject, shown)
             for format, prompt in {"statement": record.prompt, **record.others}.items()
         }
         facts.append(Fact(record.subject, record.relation, asked))
-    return FactDataset(Path(name).stem, tuple(facts))
+    return FactDataset(Path(name).stem + (f"/{subset}" if subset else ""), tuple(facts), odd=tuple(odd))
 
 
 def world_facts(folder: Path, relation: str, seed: int = 0) -> FactDataset:
@@ -107,20 +131,9 @@ def _world(file: Path, changed: int) -> dict[str, Any]:
 def _asked(file: Path, changed: int, which: str, name: str, seed: int) -> FactDataset:
     """A relation's facts, or those that were never taught, in every format."""
     world = _world(file, changed)
-    asked = _ask_all(world["relations"][name], name, world[which][name], seed)
+    asked = ask_all(world["relations"][name], name, world[which][name], seed)
     hops = _two_hop(asked, world["facts"].get("country", {})) if name == "city" else {}
     return FactDataset(f"factworld/{name}", asked, two_hop=hops)
-
-
-def _ask_all(relation: Mapping[str, Any], name: str, facts: Mapping[str, str], seed: int) -> tuple[Fact, ...]:
-    rng = random.Random(seed)
-    pairs = list(facts.items())
-    made = []
-    for i, (subject, answer) in enumerate(pairs):
-        target = rng.choice([other for other in relation["answers"] if other != answer])
-        example = pairs[(i + 1 + rng.randrange(len(pairs) - 1)) % len(pairs)]
-        made.append(Fact(subject, name, queries(relation, subject, answer, target, example, rng)))
-    return tuple(made)
 
 
 def _two_hop(facts: Sequence[Fact], country: Mapping[str, str]) -> dict[str, Query]:

@@ -1,13 +1,12 @@
-"""Facts as text, and as the paired token tensors that methods see.
+"""Facts as the paired token tensors that methods see.
 
 Text becomes tokens once, here. A row is the prompt followed by its answer (all tokens but the last), padded on the
 right; the same prompt with another subject of equal token length is its corrupt partner.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, overload
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Int
@@ -15,144 +14,16 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from mechunlearn.core.display import card
 from mechunlearn.core.runcard import digest
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.facts.formats import Fact, Query, answer_of
+from mechunlearn.facts.formats import Query
 from mechunlearn.facts.pairs import paired
-from mechunlearn.model.hooked import HookedModel
 
 if TYPE_CHECKING:
-    import pandas as pd
+    from mechunlearn.facts.dataset import FactDataset
 
 ROLES = ("prefix", "subject first", "subject middle", "subject last", "relation", "last", "padding")
 PAD = -1
-
-
-@dataclass(frozen=True, eq=False)
-class FactDataset:
-    """Facts of one relation (or file), with what belongs to them. `facts[3]` is a fact, `facts[2:5]` a data set.
-
-    Args:
-        name: What it is called.
-        facts: The facts.
-        related: Other relations of the same subjects, by name.
-        skills: Tasks that need no stored fact, by name.
-        texts: Ordinary texts, for text loss.
-        untaught: Facts about subjects that the model never saw: floors.
-        source: The whole data set that this one was selected from.
-        two_hop: By subject, a question that needs the fact and a second one about its answer.
-    """
-
-    name: str
-    facts: tuple[Fact, ...]
-    related: Mapping[str, "FactDataset"] = field(default_factory=dict)
-    skills: Mapping[str, Sequence[Query]] = field(default_factory=dict)
-    texts: tuple[str, ...] = ()
-    untaught: "FactDataset | None" = None
-    source: "FactDataset | None" = None
-    two_hop: Mapping[str, Query] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.facts)
-
-    def __iter__(self) -> Iterator[Fact]:
-        return iter(self.facts)
-
-    @overload
-    def __getitem__(self, rows: int) -> Fact: ...
-    @overload
-    def __getitem__(self, rows: slice) -> "FactDataset": ...
-    def __getitem__(self, rows: int | slice) -> "Fact | FactDataset":
-        return self.select(range(len(self))[rows]) if isinstance(rows, slice) else self.facts[rows]
-
-    @property
-    def formats(self) -> tuple[str, ...]:
-        """Formats that every fact has, `statement` first."""
-        shared = set.intersection(*(set(fact.queries) for fact in self.facts))
-        return tuple(name for name in self.facts[0].queries if name in shared)
-
-    @cached_property
-    def subjects(self) -> frozenset[str]:
-        """Whom the facts are about."""
-        return frozenset(fact.subject for fact in self.facts)
-
-    def select(self, rows: Sequence[int]) -> "FactDataset":
-        """Return the facts of these rows, in this order.
-
-        Args:
-            rows: Indices of facts.
-        """
-        return replace(self, facts=tuple(self.facts[i] for i in rows), source=self.source or self)
-
-    def about(self, subjects: frozenset[str] | set[str]) -> "FactDataset":
-        """Return the facts whose subject is one of these.
-
-        Args:
-            subjects: Names of subjects.
-        """
-        return self.select([i for i, fact in enumerate(self.facts) if fact.subject in subjects])
-
-    def prompts(self, model: HookedModel, format: str = "statement", seed: int = 0) -> "Prompts":
-        """Tokenize the facts in one format, each with a corrupt partner of its relation (see `Prompts.from_text`).
-
-        A fact without this format is left out. The foil of a yes/no question is the opposite word, that of a multiple
-        choice the letter of another answer that it shows; the partner is a fact of which that is true.
-
-        Args:
-            model: Its tokenizer is used.
-            format: One of `formats`.
-            seed: Draws the partners.
-
-        Raises:
-            MechunlearnError: If no fact has the format, or the model has no tokenizer.
-        """
-        if model.tokenizer is None:
-            raise MechunlearnError("This model has no tokenizer: use Prompts.from_tokens.")
-        rows = [i for i, fact in enumerate(self.facts) if format in fact.queries]
-        if not rows:
-            raise MechunlearnError(f"No fact of '{self.name}' has the format '{format}'. Formats: {self.formats}.")
-        chosen = self if len(rows) == len(self) else self.select(rows)
-        queries = [replace(fact.queries[format], subject=fact.subject) for fact in chosen]
-
-        def said(i: int, j: int) -> str:
-            mine, other = chosen.facts[i], chosen.facts[j]
-            usual = queries[j].answer if mine.relation == other.relation else ""
-            return usual and answer_of(format, queries[i].prompt, other.answer, usual)
-
-        return Prompts.from_text(queries, model.tokenizer, seed, chosen, format, said)
-
-    def to_frame(self) -> "pd.DataFrame":
-        """Return one row a fact and format."""
-        import pandas as pd
-
-        rows = [
-            (fact.subject, fact.relation, name, query.prompt, query.answer, query.target)
-            for fact in self.facts
-            for name, query in fact.queries.items()
-        ]
-        return pd.DataFrame(rows, columns=["subject", "relation", "format", "prompt", "answer", "target"])
-
-    def __repr__(self) -> str:
-        if not self.facts:
-            return f"FactDataset({self.name}, 0 facts)"
-        first = self.facts[0].queries["statement"]
-        formats = ", ".join(self.formats)
-        return f"FactDataset({self.name}, {len(self)} facts, formats {formats}; '{first.prompt}' -> '{first.answer}')"
-
-    def _repr_html_(self) -> str:
-        about = {
-            "relations": ", ".join(dict.fromkeys(fact.relation for fact in self.facts)),
-            "formats": ", ".join(self.formats) if self.facts else "",
-            "selected from": f"{len(self.source)} facts" if self.source is not None else "",
-            "related": ", ".join(self.related),
-            "skills": ", ".join(self.skills),
-            "texts": len(self.texts) or "",
-            "never taught": f"{len(self.untaught)} facts" if self.untaught is not None else "",
-        }
-        rows = [(f.subject, f.queries["statement"].prompt, f.answer, f.target) for f in self.facts[:3]]
-        title = f"FactDataset: {self.name}, {len(self)} facts"
-        return card(title, about, ("subject", "prompt", "answer", "edit target"), rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,7 +62,7 @@ class Prompts:
     queries: tuple[Query, ...] = ()
     options: tuple[tuple[tuple[int, ...], ...], ...] = ()
     random_corruptions: int = 0
-    facts: FactDataset | None = None
+    facts: "FactDataset | None" = None
     format: str = "statement"
 
     def __len__(self) -> int:
@@ -223,6 +94,22 @@ class Prompts:
                 "that needs none, such as answer_logprob."
             )
         return found
+
+    @property
+    def every_target(self) -> Int[Tensor, "fact target"]:
+        """The targets, where every fact has one. Raises `MechunlearnError` if some have none."""
+        without = (self.targets == PAD).all(1).nonzero().flatten().tolist()
+        if without:
+            names = (
+                [self.queries[i].subject or self.queries[i].prompt for i in without[:3]] if self.queries else without
+            )
+            more = f" and {len(without) - 3} more" if len(without) > 3 else ""
+            raise MechunlearnError(
+                f"{len(without)} of {len(self)} facts have no target to inject, because no other fact of their relation "
+                f"has a different answer: {', '.join(map(repr, names[:3]))}{more}. Give them a target (a column "
+                "'target' in a file), or erase instead: a loss without a target, such as losses.npo."
+            )
+        return self.targets
 
     def _at_read(self, choices: Tensor) -> Tensor:
         return choices.gather(1, (self.read - self.start)[:, None])[:, 0]
@@ -296,7 +183,7 @@ class Prompts:
         queries: Sequence[Query],
         tokenizer: PreTrainedTokenizerBase,
         seed: int = 0,
-        facts: FactDataset | None = None,
+        facts: "FactDataset | None" = None,
         format: str = "statement",
         said: Callable[[int, int], str] | None = None,
     ) -> "Prompts":

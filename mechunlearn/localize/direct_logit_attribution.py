@@ -103,22 +103,24 @@ def _contributions(model: HookedModel, prompts: Prompts, kinds: Sequence[str]) -
 
     unembedding: Any = decoder.unembedding
     norm: Any = decoder.final_norm
-    difference = (unembedding.weight[answer] - unembedding.weight[foil]).float()
+    scale = model.layout.logit_scale
+    difference = (unembedding.weight[answer] - unembedding.weight[foil]).float() * scale
     towards = _before(model, norm, last.float(), difference)
     no_units = torch.zeros(len(rows), device=model.device)
     if unembedding.bias is not None:
-        no_units += unembedding.bias[answer] - unembedding.bias[foil]
+        no_units += (unembedding.bias[answer] - unembedding.bias[foil]) * scale
     made = {
         "embedding": (first.float() * towards).sum(),
         "logit_diff": (norm(last).float() * difference).sum() + no_units.sum(),
     }
-    if model.layout.modules.centred:
+    if getattr(norm, "bias", None) is not None:
         no_units += difference @ norm.bias.float()
+    written = towards * model.layout.residual_scale
     for layer in layers:
         for kind, post in POST.items():
-            direction, projection = towards, decoder.projection(layer, kind)
+            direction, projection = written, decoder.projection(layer, kind)
             if (layer, post) in posts:
-                direction = _before(model, decoder.part(layer, post), seen[f"L{layer}.{post}"], towards)
+                direction = _before(model, decoder.part(layer, post), seen[f"L{layer}.{post}"], written)
             if isinstance(projection.bias, Tensor):
                 no_units += direction @ projection.bias.float()
             if kind in kinds:

@@ -201,10 +201,10 @@ class _Batch:
         for layer in layers:
             taps.append((self.decoder.blocks[layer], "in", partial(_note, inputs, f"{layer} attention")))
             if not self.layout.parallel:
-                taps.append((self.decoder.part(layer, "mlp_norm"), "in", partial(_note, inputs, f"{layer} mlp")))
+                taps.append((*self.decoder.place(f"L{layer}.resid_mid"), partial(_note, inputs, f"{layer} mlp")))
             taps.append((self.decoder.part(layer, "mlp"), "in", partial(_branch, points, f"{layer} mlp")))
             for name in {self.layout.module_name(layer, kind) for kind in ATTENTION}:
-                taps.append((self.model.hf.get_submodule(name), "out", partial(points.__setitem__, name)))  # noqa: PERF401
+                taps.append((self.model.hf.get_submodule(name), "out", partial(_apart, points, name)))  # noqa: PERF401
         taps.append((self.decoder.final_norm, "in", partial(_branch, points, "logits")))
         taps += [tap for site in sites for tap in self.decoder.taps(site, partial(_note, kept, site))]
         _, logits, gradients = differentiated(self.model, self.prompts, self.metric, start, taps, points)
@@ -237,6 +237,12 @@ def _note(into: dict[str, Tensor], name: str, x: Tensor) -> None:
 def _branch(into: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
     into[name] = x.view_as(x)
     return into[name]
+
+
+def _apart(into: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
+    """Note a projection and pass a copy on: OLMo clips it in place, and gradients would be those behind the clip."""
+    into[name] = x
+    return x.clone()
 
 
 def _product(

@@ -9,11 +9,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from mechunlearn.errors import MechunlearnError
+from mechunlearn.facts.answers import BATCH as BATCH
+from mechunlearn.facts.answers import answer_logits
+from mechunlearn.facts.answers import answered as answered
 from mechunlearn.facts.prompts import PAD, ROLES, Prompts
 from mechunlearn.model.hooked import HookedModel
 
 Metric = Callable[[Tensor, Prompts], Tensor]
-BATCH = 128
 
 
 def at_answers(metric: Metric) -> Metric:
@@ -175,28 +177,6 @@ def _continuation(logits: Tensor, prompts: Prompts) -> tuple[Float[Tensor, " fac
 
 
 @torch.no_grad()
-def answered(model: HookedModel, prompts: Prompts, batch_size: int = BATCH) -> Bool[Tensor, " fact"]:
-    """Return, for each fact, whether greedy decoding gives all tokens of the answer: one forward pass a batch, nothing else.
-
-    Args:
-        model: The model.
-        prompts: The facts.
-        batch_size: Facts at a time.
-    """
-    right = torch.zeros(len(prompts), dtype=torch.bool)
-    for rows in prompts.lengths.argsort().split(batch_size):
-        right[rows] = _continuation(*_at_answers(model, prompts.select(rows)))[1]
-    return right
-
-
-def _at_answers(model: HookedModel, part: Prompts) -> tuple[Float[Tensor, "fact read d_vocab"], Prompts]:
-    """Logits of the answer's positions alone, and the same facts with their positions counted from there."""
-    at = (part.start[:, None] + torch.arange(part.answers.shape[1])).clamp(max=part.tokens.shape[1] - 1)
-    run = model.decoder.record(part.tokens[:, : int(at.max()) + 1], at, keys=False)
-    return run.logits, replace(part, start=torch.zeros_like(part.start), read=part.read - part.start)
-
-
-@torch.no_grad()
 def measure(model: HookedModel, prompts: Prompts, batch_size: int = BATCH) -> dict[str, Float[Tensor, " fact"]]:
     """Measure, for each fact, accuracy and probability of the truth and of the edit target.
 
@@ -215,12 +195,12 @@ def measure(model: HookedModel, prompts: Prompts, batch_size: int = BATCH) -> di
     one_token = prompts.targets.shape[1] == 1 and prompts.answers.shape[1] == 1
     for rows in order.split(batch_size):
         part = prompts.select(rows)
-        logits, read = _at_answers(model, part)
+        logits, read = answer_logits(model, part)
         logprob, right = _continuation(logits, read)
         if one_token:
             target_logprob, hit = _continuation(logits, replace(read, answers=part.targets))
         else:
-            target_logprob, hit = _continuation(*_at_answers(model, with_answers(part, "targets")))
+            target_logprob, hit = _continuation(*answer_logits(model, with_answers(part, "targets")))
         values = {
             "accuracy": right.float(),
             "target_accuracy": hit.float(),
@@ -256,7 +236,7 @@ def option_logprobs(model: HookedModel, prompts: Prompts, batch_size: int = BATC
     scores = torch.full((len(prompts), max(map(len, prompts.options))), -torch.inf)
     for rows in prompts.lengths.argsort().split(batch_size):
         part = prompts.select(rows)
-        found = _option_logprobs(model, part, _at_answers(model, part)[0][:, 0])
+        found = _option_logprobs(model, part, answer_logits(model, part)[0][:, 0])
         scores[rows, : found.shape[1]] = found
     return scores
 
@@ -277,7 +257,7 @@ def _option_logprobs(
         texts = [torch.tensor(part.options[i][k]) for i in having]
         chosen = pad_sequence(texts, batch_first=True, padding_value=PAD)
         asked = with_answers(replace(part.select(having), foils=chosen), "foils")
-        scores[having, k] = _continuation(*_at_answers(model, asked))[0]
+        scores[having, k] = _continuation(*answer_logits(model, asked))[0]
     return scores
 
 

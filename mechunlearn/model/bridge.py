@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.model.component import Component
-from mechunlearn.model.hook_points import HOOK_POINTS, POST_NORM_HOOK_POINTS
+from mechunlearn.model.hook_points import hook_points_of
 from mechunlearn.model.layout import Layout
 from mechunlearn.model.taps import Hook, between
 
@@ -51,7 +51,8 @@ class Bridge:
         """Return the `TransformerBridge`.
 
         Raises:
-            MechunlearnError: The parameters of the Hugging Face module were replaced.
+            MechunlearnError: The parameters of the Hugging Face module were replaced, or TransformerLens has no bridge
+                that computes what this model computes.
         """
         if list(map(id, self._hf.parameters())) != list(map(id, self._shared)):
             raise MechunlearnError(
@@ -61,11 +62,30 @@ class Bridge:
             )
         if self._bridge is None:
             with torch.random.fork_rng(devices=[]):  # new weights are drawn, and thrown away
-                self._bridge = _boot(self._second, self._tokenizer, self._name)
+                self._bridge = self._like_the_module()
             self.copies = _find_copies(self._bridge, self._layout.signature.layers, self._shared)
             for stack, hooks in self._on.items():
                 stack.enter_context(self._bridge.hooks(fwd_hooks=hooks))
         return self._bridge
+
+    @torch.no_grad()
+    def _like_the_module(self) -> Any:
+        """Boot the second module, and see that the bridge gives its logits."""
+        tokens = torch.arange(4, device=next(self._second.parameters()).device)[None]
+        expected = self._second(input_ids=tokens, use_cache=False).logits.float()
+        try:
+            bridge = _boot(self._second, self._tokenizer, self._name)
+            difference = float((bridge(tokens).float() - expected).abs().max())
+        except (RuntimeError, ValueError, KeyError, AttributeError) as error:
+            reason = str(error).strip().splitlines()[0]
+        else:
+            reason = f"Its logits differ from those of the model by {difference:.2g}."
+            if difference <= 0.05 * float(expected.abs().max()):
+                return bridge
+        raise MechunlearnError(
+            f"TransformerLens has no bridge to {self._layout.signature}: {reason} Nothing else needs it: hooks, caches, "
+            "methods and export use the Hugging Face module. Use model.hooks and model.run_with_cache in its place."
+        )
 
     @contextmanager
     def hooks(self, hooks: Iterable[tuple[str, Hook]]) -> Iterator[None]:
@@ -102,6 +122,10 @@ def _boot(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: 
     from transformer_lens.model_bridge import TransformerBridge  # seconds to import
 
     own = {id(parameter) for parameter in hf.parameters()}
+    cohere = hf.config.model_type == "cohere"
+    if cohere:
+        rotary: Any = hf.get_submodule("model.rotary_emb")
+        rotary.register_forward_hook(_by_halves)
     hf.config = copy.copy(hf.config)
     hf.config.architectures = [type(hf).__name__]
     with tempfile.TemporaryDirectory() as folder:
@@ -112,10 +136,18 @@ def _boot(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: 
             device=str(next(hf.parameters()).device),
         )
     bridge.tokenizer = tokenizer
+    for block in bridge.blocks if cohere else ():
+        block.attn.config.rotary_adjacent_pairs = True
     for parameter in bridge.parameters():
         if id(parameter) not in own:  # such as the bias of the unembedding
             parameter.requires_grad_(False)
     return bridge
+
+
+def _by_halves(module: nn.Module, args: object, out: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Cosines and sines of the rotary embedding, which Cohere gives pair by pair, in the order that the bridge reads."""
+    del module, args
+    return tuple(torch.cat([pairs[..., ::2], pairs[..., ::2]], -1) for pairs in out)
 
 
 def _placeholder_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
@@ -130,7 +162,7 @@ def _placeholder_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 def _bridge_hooks(hooks: Iterable[tuple[str, Hook]], layout: Layout) -> list[tuple[str, Callable[..., Any]]]:
     """Hooks as the bridge takes them: names of hook points, and functions of two arguments."""
-    points = POST_NORM_HOOK_POINTS if layout.modules.mlp_post else HOOK_POINTS
+    points = hook_points_of(layout)
     found: list[tuple[str, Callable[..., Any]]] = []
     for site, hook in hooks:
         layer, kind = site[1:].split(".", 1)

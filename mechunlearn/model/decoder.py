@@ -20,10 +20,11 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.model.hook_points import site_of
+from mechunlearn.model.hook_points import hook_points_of, site_of
 from mechunlearn.model.layout import Layout
 from mechunlearn.model.restart import Prefix, Restart, calls_of
-from mechunlearn.model.taps import Hook, Tap, between, tapped
+from mechunlearn.model.taps import Hook, Tap, between, scaled, tapped
+from mechunlearn.model.unwrap import evaluating
 
 STREAMS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "attn_projected", "mlp_out", "mlp_in")
 UNITS = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.out")
@@ -92,16 +93,18 @@ class Decoder:
         Raises:
             MechunlearnError: No site is this hook point.
         """
-        return site_of(name, post_norms=bool(self.layout.modules.mlp_post))
+        return site_of(name, hook_points_of(self.layout))
 
     def part(self, layer: int, name: str) -> nn.Module:
         """Return a module of a block.
 
         Args:
             layer: The block.
-            name: `attention_norm`, `mlp_norm`, `mlp`, `attention_post` or `mlp_post` (see `layout.Modules`).
+            name: `attention_norm`, `mlp_norm`, `mlp`, `attention_post` or `mlp_post` (see `families.Modules`). Where the
+                family has no such norm it is `nn.Identity`, which no hook sees.
         """
-        return self.blocks[layer].get_submodule(getattr(self.layout.modules, name))
+        path = getattr(self.layout.modules, name)
+        return self.blocks[layer].get_submodule(path) if path else nn.Identity()
 
     def projection(self, layer: int, kind: str) -> nn.Module:
         """Return the module that multiplies with the weights of a site.
@@ -131,7 +134,7 @@ class Decoder:
                 case "resid_post":
                     return self.blocks[layer], "out"
                 case "resid_mid" if not self.layout.parallel:
-                    return self.part(layer, "mlp_norm"), "in"
+                    return self.part(layer, "mlp_norm" if self.layout.modules.mlp_norm else "mlp"), "in"
                 case "mlp_in":
                     return self.part(layer, "mlp"), "in"
                 case "attn_projected":
@@ -167,10 +170,12 @@ class Decoder:
         if kind != "resid_mid":
             return [self._tap(module, side, kind, hook)]
         entered: list[Tensor] = []
-        write = partial(between, entered, hook)
-        return [(*self.place(f"{layer}.resid_pre"), entered.append), (*self.place(f"{layer}.attn_out"), write)]
+        write = self._tap(*self.place(f"{layer}.attn_out"), "attn_out", partial(between, entered, hook))
+        return [(*self.place(f"{layer}.resid_pre"), entered.append), write]
 
     def _tap(self, module: nn.Module, side: str, kind: str, hook: Hook) -> Tap:
+        if kind in ("attn_out", "mlp_out") and self.layout.residual_scale != 1:
+            return module, side, partial(scaled, self.layout.residual_scale, hook)
         if kind == "attn.o":
             return module, side, partial(self._by_head, hook)
         if kind in ("attn.q", "attn.k", "attn.v"):
@@ -183,6 +188,8 @@ class Decoder:
         return None if changed is None else changed.flatten(-2)
 
     def _by_projection(self, kind: str, hook: Hook, projected: Tensor) -> Tensor | None:
+        if getattr(self.hf.config, "clip_qkv", None):  # OLMo clips queries and keys in place, after the hook
+            projected = projected.clone()
         changed = hook(self.layout.heads(kind, projected))
         if changed is None:
             return None
@@ -233,7 +240,7 @@ class Decoder:
         for site, hook in (hooks or {}).items():  # in front of what is kept, which is in front of hooks of the user's
             taps += [(module, "first" if side == "in" else side, tap) for module, side, tap in self.taps(site, hook)]
         taps += [tap for site in sites for tap in self.taps(site, partial(kept.__setitem__, site))]
-        with tapped([*taps, self.reading(at)]):
+        with evaluating(self.hf), tapped([*taps, self.reading(at)]):
             held = {self.cache_argument: cache} if keys else {}
             logits = self.hf(input_ids=tokens.to(self.hf.device), use_cache=keys, **held).logits
         layers: list[Any] = list(cache.layers)
@@ -343,7 +350,9 @@ class Decoder:
             resid: The residual stream.
         """
         logits: Tensor = self.unembedding(self.final_norm(resid))
-        cap = getattr(self.hf.config, "final_logit_softcapping", None)
+        if self.layout.logit_scale != 1:
+            logits = logits * self.layout.logit_scale
+        cap = getattr(self.hf.config.get_text_config(), "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def first_not_finite(self, tokens: Int[Tensor, "fact pos"]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from mechunlearn.errors import MechunlearnError
+from mechunlearn.model.layout import Layout
 
 # kind: the canonical name in TransformerBridge, then the name in HookedTransformer
 HOOK_POINTS = {
@@ -30,6 +31,33 @@ POST_NORM_HOOK_POINTS = HOOK_POINTS | {
     "mlp_out": ("ln2_post.hook_out", "hook_mlp_out"),
     "attn_projected": ("attn.o.hook_out", "attn.hook_out"),
 }
+# where a norm follows attention and MLP and none is in front of them (OLMo 2 and 3, EXAONE 4)
+NO_PRE_NORM_HOOK_POINTS = POST_NORM_HOOK_POINTS | {
+    "resid_mid": ("hook_resid_mid",),
+    "attn_out": ("ln1.hook_out", "hook_attn_out"),
+    "mlp_out": ("ln2.hook_out", "hook_mlp_out"),
+}
+# where what attention and MLP write is multiplied by a number (Granite)
+SCALED_HOOK_POINTS = HOOK_POINTS | {
+    "attn_out": ("hook_attn_out",),
+    "mlp_out": ("hook_mlp_out",),
+    "attn_projected": ("attn.o.hook_out", "attn.hook_out"),
+}
+# the dense layers of Llama 4
+LLAMA4_HOOK_POINTS = HOOK_POINTS | {"mlp.out": ("mlp.dense_out.hook_in", "mlp.hook_post")}
+
+
+def hook_points_of(layout: Layout) -> dict[str, tuple[str, ...]]:
+    """Return the hook points of each kind of site in one architecture.
+
+    Args:
+        layout: The parts of the architecture.
+    """
+    if layout.signature.family == "llama4_text":
+        return LLAMA4_HOOK_POINTS
+    if not layout.modules.mlp_post:
+        return SCALED_HOOK_POINTS if layout.modules.residual_scale else HOOK_POINTS
+    return POST_NORM_HOOK_POINTS if layout.modules.mlp_norm else NO_PRE_NORM_HOOK_POINTS
 
 
 class ActivationCache(dict[str, Tensor]):
@@ -75,12 +103,12 @@ def layer_of(hook_name: str) -> int:
     return int(found[0]) if found else 0
 
 
-def site_of(hook_name: str, post_norms: bool = False) -> str:
+def site_of(hook_name: str, points: Mapping[str, tuple[str, ...]] = HOOK_POINTS) -> str:
     """Turn a hook point of TransformerLens into a site. Any other name stays what it is.
 
     Args:
         hook_name: A name such as `blocks.3.hook_resid_post`, or its canonical form `blocks.3.hook_out`.
-        post_norms: Whether a norm follows attention and MLP, as in Gemma 2 and 3.
+        points: The hook points of each kind of site, in the model at hand.
 
     Raises:
         MechunlearnError: No site is this hook point.
@@ -91,7 +119,7 @@ def site_of(hook_name: str, post_norms: bool = False) -> str:
     found = re.fullmatch(r"blocks\.(\d+)\.(.+)", hook_name)
     if not found:
         return hook_name
-    kinds = {n: kind for kind, ns in (POST_NORM_HOOK_POINTS if post_norms else HOOK_POINTS).items() for n in ns}
+    kinds = {name: kind for kind, names in points.items() for name in names}
     if found[2] in kinds:
         return f"L{found[1]}.{kinds[found[2]]}"
     near = difflib.get_close_matches(found[2], kinds, n=3, cutoff=0.4)

@@ -25,8 +25,10 @@ from mechunlearn.model.fingerprint import checksum, fingerprint
 from mechunlearn.model.hook_points import ActivationCache
 from mechunlearn.model.layout import Layout, Signature, flat
 from mechunlearn.model.load import checkpoint
+from mechunlearn.model.table_check import check_registered
 from mechunlearn.model.taps import Hook
 from mechunlearn.model.text import Given, continued, decoded, ids_of, padded, padding_token
+from mechunlearn.model.unwrap import evaluating, unwrapped
 
 
 class HookedModel:
@@ -62,13 +64,14 @@ class HookedModel:
             name: What the model is called.
 
         Raises:
-            MechunlearnError: The architecture has no layout.
+            MechunlearnError: The architecture has no layout, or a table that does not fit.
         """
         self.layout = Layout.of(hf.config)
         self.hf, self.tokenizer, self.name = hf, tokenizer, name
         self.hf.train(False)
         self._bridge = Bridge(hf, self.layout, tokenizer, name)
         self._fingerprints: dict[int, str] = {}
+        check_registered(self.decoder)
 
     @property
     def bridge(self) -> Any:
@@ -113,7 +116,8 @@ class HookedModel:
             tokens: Tokens, a text or several texts.
         """
         ids = tokens.to(self.device) if isinstance(tokens, Tensor) else self.to_tokens(tokens)
-        logits: Tensor = self.hf(input_ids=ids, use_cache=False).logits
+        with evaluating(self.hf):
+            logits: Tensor = self.hf(input_ids=ids, use_cache=False).logits
         return logits
 
     __call__ = forward
@@ -169,7 +173,8 @@ class HookedModel:
         >>> load_model("factworld").generate("The capital of", max_new_tokens=1).startswith("The capital of ")
         True
         """
-        return continued(self.hf, self.tokenizer, text, {"max_new_tokens": max_new_tokens} | settings)
+        with evaluating(self.hf):
+            return continued(self.hf, self.tokenizer, text, {"max_new_tokens": max_new_tokens} | settings)
 
     def to_tokens(self, text: str | Sequence[str]) -> Int[Tensor, "text pos"]:
         """Tokenize as the model's tokenizer does, its special tokens included.
@@ -349,36 +354,52 @@ def _kept(into: dict[str, Tensor], site: str, grad: bool, activation: Tensor) ->
 
 
 def load_model(
-    source: str | Path | tuple[PreTrainedModel, PreTrainedTokenizerBase | None],
+    source: str | Path | nn.Module | tuple[nn.Module, PreTrainedTokenizerBase | None],
     *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
 ) -> HookedModel:
     """Load a model with hooks. No weight is ever folded or centred.
 
+    A Hugging Face model of yours is used as it is, without a copy: it is set to evaluation mode, and moved to `device`
+    and `dtype` if they are given. `torch.compile` and `DataParallel` around it are taken off.
+
     Args:
-        source: A shipped world (`factworld`, `factworld-twin`, `factworld-naive`), a folder, a hub name, or a Hugging
-            Face model and its tokenizer.
+        source: A real language model that comes as a package (`smollm2`, `gemma3`), a shipped world (`factworld`,
+            `factworld-twin`, `factworld-naive`), a folder, a GGUF file, a hub name, or a Hugging Face model, alone or
+            with its tokenizer. A GGUF file is converted to float32 once, and kept in the user's cache folder.
+        tokenizer: The model's tokenizer; by default the one beside its weights.
         device: Where it runs; the processor unless given.
         dtype: A torch dtype or its name; the stored one unless given.
 
     Raises:
-        MechunlearnError: There is no such model, its architecture has no layout, or the dtype is unknown.
+        MechunlearnError: There is no such model, its package is not installed, its architecture has no layout, it is
+            wrapped in a way that hooks or edits would miss (adapters, quantization), or the dtype is unknown.
 
     >>> model = load_model("factworld")
     >>> model.signature.family, model.signature.layers
     ('qwen2', 8)
+    >>> load_model(model.hf, tokenizer=model.tokenizer).fingerprint == model.fingerprint
+    True
     """
     wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype is not None and not isinstance(wanted, torch.dtype):
         raise MechunlearnError(f"Unknown dtype '{dtype}'. Expected float32, bfloat16 or float16.")
-    hf, tokenizer = source if isinstance(source, tuple) else checkpoint(str(source), wanted)
+    if isinstance(source, str | Path):
+        hf, tokenizer = checkpoint(str(source), wanted, tokenizer)
+        name, device = str(source), device or "cpu"
+    else:
+        given, own = source if isinstance(source, tuple) else (source, None)
+        hf, tokenizer = unwrapped(given), own if tokenizer is None else tokenizer
+        name = hf.name_or_path or "model"
+        for (
+            weight
+        ) in hf.parameters():  # not the buffers: rotary frequencies stay in float32, as from_pretrained has them
+            weight.data = weight.data.to(dtype=wanted)
     module: nn.Module = hf
-    if isinstance(source, tuple):
-        module.to(device=device, dtype=wanted)
-        return HookedModel(hf, tokenizer, hf.name_or_path or "model")
-    module.to(device or "cpu")
-    return HookedModel(hf, tokenizer, str(source))
+    module.to(device=device)
+    return HookedModel(hf, tokenizer, name)
 
 
 def export(model: HookedModel, folder: str | Path, beside_it: Mapping[str, str] | None = None) -> None:

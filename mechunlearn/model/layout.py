@@ -1,13 +1,14 @@
-"""Where each unit's weights live: the only module that knows parameter names.
+"""Where each unit's weights live, by the table of the model's family (`families`).
 
-A family is one table from site kind to matrices. A matrix is a parameter name, its einops axes and, if it is fused
-with others, which part of it. `Layout.views` turns a parameter into a *view* of shape `[unit, ...]`, so reading,
-writing and masking are ordinary indexing on the Hugging Face storage itself.
+A matrix is a parameter name, its einops axes and, if it is fused with others, which part of it. `Layout.views` turns
+a parameter into a *view* of shape `[unit, ...]`, so reading, writing and masking are ordinary indexing on the Hugging
+Face storage itself.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -15,54 +16,10 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from mechunlearn.errors import MechunlearnError
+from mechunlearn.model.families import FAMILIES, MODULES, Matrix, Modules, Table, why_refused
+from mechunlearn.model.families import KINDS as KINDS
 
-KINDS = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.in", "mlp.gate", "mlp.out")
-HEADS, NEURONS, COLUMNS = "(unit d_head) d_model", "unit d_model", "d_model unit"
-HEAD_COLUMNS = "d_model (unit d_head)"
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """A parameter that holds weights of a site.
-
-    Attributes:
-        name: Its name in the Hugging Face module, with `{layer}` for the layer.
-        axes: Its dimensions, as einops writes them.
-        part: Which of several fused matrices it is; None for a matrix on its own.
-        blocks: What the fused matrices are as high as, if they are stacked as blocks of rows.
-    """
-
-    name: str
-    axes: str
-    part: int | None = None
-    blocks: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Modules:
-    """Where a family's blocks read and write: the paths of the modules.
-
-    Attributes:
-        blocks: The blocks, from the whole module.
-        final_norm: The norm in front of the unembedding, from the whole module.
-        attention_norm: The norm that attention reads, from the block like all that follow.
-        mlp_norm: The norm that the MLP reads.
-        mlp: The MLP.
-        attention_post: A norm on what attention writes (Gemma 2 and 3), or nothing.
-        mlp_post: A norm on what the MLP writes, or nothing.
-        centred: Whether norms are LayerNorm; else they are RMSNorm.
-        offset: What is added to the weights of the norms.
-    """
-
-    blocks: str = "model.layers"
-    final_norm: str = "model.norm"
-    attention_norm: str = "input_layernorm"
-    mlp_norm: str = "post_attention_layernorm"
-    mlp: str = "mlp"
-    attention_post: str = ""
-    mlp_post: str = ""
-    centred: bool = False
-    offset: float = 0.0
+UNKNOWN = "Its family is not known here. mechunlearn.model.register_family adds one: its docstring shows the table of a family."
 
 
 @dataclass(frozen=True)
@@ -107,94 +64,6 @@ class Signature:
         return self.d_mlp if kind.startswith("mlp.") else None
 
 
-def _with_bias(name: str, axes: str, part: int | None = None, blocks: tuple[str, ...] = ()) -> tuple[Matrix, ...]:
-    """A weight whose bias belongs to its units: same leading axis, no input axis."""
-    bias_axes = axes.replace("d_model", "").strip()
-    return Matrix(f"{name}.weight", axes, part, blocks), Matrix(f"{name}.bias", bias_axes, part, blocks)
-
-
-def _no_bias(name: str, axes: str) -> tuple[Matrix, ...]:
-    return (Matrix(f"{name}.weight", axes),)
-
-
-def _llama(block: str) -> dict[str, tuple[Matrix, ...]]:
-    attention, mlp = f"{block}.self_attn", f"{block}.mlp"
-    return {
-        "attn.q": _with_bias(f"{attention}.q_proj", HEADS),
-        "attn.k": _with_bias(f"{attention}.k_proj", HEADS),
-        "attn.v": _with_bias(f"{attention}.v_proj", HEADS),
-        "attn.o": _no_bias(f"{attention}.o_proj", HEAD_COLUMNS),
-        "mlp.in": _with_bias(f"{mlp}.up_proj", NEURONS),
-        "mlp.gate": _with_bias(f"{mlp}.gate_proj", NEURONS),
-        "mlp.out": _no_bias(f"{mlp}.down_proj", COLUMNS),
-    }
-
-
-LLAMA = _llama("model.layers.{layer}")
-_QKV, _GATE_UP = ("heads", "kv_heads", "kv_heads"), ("d_mlp", "d_mlp")
-
-FAMILIES: dict[str, dict[str, tuple[Matrix, ...]]] = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), LLAMA),
-    "gpt2": {
-        "attn.q": _with_bias("transformer.h.{layer}.attn.c_attn", "d_model (part unit d_head)", 0),
-        "attn.k": _with_bias("transformer.h.{layer}.attn.c_attn", "d_model (part unit d_head)", 1),
-        "attn.v": _with_bias("transformer.h.{layer}.attn.c_attn", "d_model (part unit d_head)", 2),
-        "attn.o": _no_bias("transformer.h.{layer}.attn.c_proj", HEADS),
-        "mlp.in": _with_bias("transformer.h.{layer}.mlp.c_fc", COLUMNS),
-        "mlp.out": _no_bias("transformer.h.{layer}.mlp.c_proj", NEURONS),
-    },
-    "gpt_neox": {
-        "attn.q": _with_bias("gpt_neox.layers.{layer}.attention.query_key_value", "(unit part d_head) d_model", 0),
-        "attn.k": _with_bias("gpt_neox.layers.{layer}.attention.query_key_value", "(unit part d_head) d_model", 1),
-        "attn.v": _with_bias("gpt_neox.layers.{layer}.attention.query_key_value", "(unit part d_head) d_model", 2),
-        "attn.o": _no_bias("gpt_neox.layers.{layer}.attention.dense", HEAD_COLUMNS),
-        "mlp.in": _with_bias("gpt_neox.layers.{layer}.mlp.dense_h_to_4h", NEURONS),
-        "mlp.out": _no_bias("gpt_neox.layers.{layer}.mlp.dense_4h_to_h", COLUMNS),
-    },
-    "gptj": {
-        "attn.q": _no_bias("transformer.h.{layer}.attn.q_proj", HEADS),
-        "attn.k": _no_bias("transformer.h.{layer}.attn.k_proj", HEADS),
-        "attn.v": _no_bias("transformer.h.{layer}.attn.v_proj", HEADS),
-        "attn.o": _no_bias("transformer.h.{layer}.attn.out_proj", HEAD_COLUMNS),
-        "mlp.in": _with_bias("transformer.h.{layer}.mlp.fc_in", NEURONS),
-        "mlp.out": _no_bias("transformer.h.{layer}.mlp.fc_out", COLUMNS),
-    },
-    "phi": {
-        "attn.q": _with_bias("model.layers.{layer}.self_attn.q_proj", HEADS),
-        "attn.k": _with_bias("model.layers.{layer}.self_attn.k_proj", HEADS),
-        "attn.v": _with_bias("model.layers.{layer}.self_attn.v_proj", HEADS),
-        "attn.o": _no_bias("model.layers.{layer}.self_attn.dense", HEAD_COLUMNS),
-        "mlp.in": _with_bias("model.layers.{layer}.mlp.fc1", NEURONS),
-        "mlp.out": _no_bias("model.layers.{layer}.mlp.fc2", COLUMNS),
-    },
-    "phi3": {
-        "attn.q": (Matrix("model.layers.{layer}.self_attn.qkv_proj.weight", HEADS, 0, _QKV),),
-        "attn.k": (Matrix("model.layers.{layer}.self_attn.qkv_proj.weight", HEADS, 1, _QKV),),
-        "attn.v": (Matrix("model.layers.{layer}.self_attn.qkv_proj.weight", HEADS, 2, _QKV),),
-        "attn.o": _no_bias("model.layers.{layer}.self_attn.o_proj", HEAD_COLUMNS),
-        "mlp.gate": (Matrix("model.layers.{layer}.mlp.gate_up_proj.weight", NEURONS, 0, _GATE_UP),),
-        "mlp.in": (Matrix("model.layers.{layer}.mlp.gate_up_proj.weight", NEURONS, 1, _GATE_UP),),
-        "mlp.out": _no_bias("model.layers.{layer}.mlp.down_proj", COLUMNS),
-    },
-}
-
-_GEMMA_POST = Modules(
-    mlp_norm="pre_feedforward_layernorm",
-    attention_post="post_attention_layernorm",
-    mlp_post="post_feedforward_layernorm",
-    offset=1.0,
-)
-MODULES: dict[str, Modules] = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi3"), Modules()),
-    "gemma": Modules(offset=1.0),
-    **dict.fromkeys(("gemma2", "gemma3_text"), _GEMMA_POST),
-    "gpt2": Modules("transformer.h", "transformer.ln_f", "ln_1", "ln_2", centred=True),
-    "gpt_neox": Modules("gpt_neox.layers", "gpt_neox.final_layer_norm", centred=True),
-    "gptj": Modules("transformer.h", "transformer.ln_f", "ln_1", "ln_1", centred=True),
-    "phi": Modules(final_norm="model.final_layernorm", mlp_norm="input_layernorm", centred=True),
-}
-
-
 @dataclass(frozen=True)
 class Layout:
     """The units of one architecture, the parameters that hold them and the modules that use them.
@@ -202,16 +71,20 @@ class Layout:
     Attributes:
         signature: The family, its layers and its widths.
         d_head: The width of a head.
-        parallel: Whether the MLP reads what the attention of its layer reads (GPT-J, Phi, Pythia).
+        parallel: Whether the MLP reads what the attention of its layer reads (GPT-J, Phi, Pythia, Cohere).
+        residual_scale: What attention and MLP write is multiplied by this on its way into the stream (Granite).
+        logit_scale: What the unembedding gives is multiplied by this (Cohere, Granite).
     """
 
     signature: Signature
     d_head: int
     parallel: bool = False
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
 
     @classmethod
     def of(cls, config: object) -> "Layout":
-        """Read the architecture from a Hugging Face configuration.
+        """Read the architecture from a Hugging Face configuration, or from its text part.
 
         Args:
             config: The configuration.
@@ -220,33 +93,48 @@ class Layout:
             MechunlearnError: The family has no table; no mixture of experts has one.
         """
         family = getattr(config, "model_type", type(config).__name__)
-        if family not in FAMILIES:
+        text: Any = getattr(config, "text_config", None) or config
+        reason = why_refused(family, text)
+        if reason or family not in FAMILIES:
             raise MechunlearnError(
-                f"No parameter layout for model type '{family}'. Supported: {', '.join(sorted(FAMILIES))}. "
-                "Mixtures of experts and folded norms are not supported; to add a family, write its table in "
-                "mechunlearn/model/layout.py."
+                f"No parameter layout for model type '{family}'. {reason or UNKNOWN} "
+                f"Supported: {', '.join(sorted(FAMILIES))}."
             )
-        read = partial(_first, config)
-        d_model, heads = read("hidden_size", "n_embd"), read("num_attention_heads", "n_head")
-        layers = read("num_hidden_layers", "n_layer")
-        assert d_model and heads and layers
+        read, modules = partial(_first, text), MODULES[family]
+        d_model, heads = read("hidden_size", "n_embd", "d_model"), read("num_attention_heads", "n_head", "n_heads")
+        layers = read("num_hidden_layers", "n_layer", "n_layers")
+        if not (d_model and heads and layers):
+            raise MechunlearnError(
+                f"The configuration of this {family} model does not say how wide and how deep it is. Expected "
+                "hidden_size, num_attention_heads and num_hidden_layers."
+            )
         signature = Signature(
             family=family,
             layers=layers,
             heads=heads,
             kv_heads=read("num_key_value_heads") or heads,
-            d_mlp=read("intermediate_size", "n_inner") or 4 * d_model,
+            d_mlp=read("intermediate_size_mlp", "intermediate_size", "n_inner", "ffn_dim") or 4 * d_model,
             d_model=d_model,
         )
-        parallel = family in ("gptj", "phi") or (
-            family == "gpt_neox" and getattr(config, "use_parallel_residual", True)
+        said = modules.parallel
+        return cls(
+            signature,
+            read("head_dim") or d_model // heads,
+            bool(getattr(text, said, True)) if isinstance(said, str) else said,
+            float(getattr(text, modules.residual_scale, 1.0)),
+            float(getattr(text, modules.logit_scale, 1.0)) / float(getattr(text, modules.logit_divisor, 1.0)),
         )
-        return cls(signature, read("head_dim") or d_model // heads, parallel)
+
+    @property
+    def _table(self) -> Table:
+        if self.signature.family not in FAMILIES:
+            raise MechunlearnError(f"No parameter layout for model type '{self.signature.family}'. {UNKNOWN}")
+        return FAMILIES[self.signature.family]
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """The kinds of sites that have weights."""
-        return tuple(kind for kind in KINDS if kind in FAMILIES[self.signature.family])
+        return tuple(kind for kind in KINDS if kind in self._table)
 
     def views(
         self, parameters: Mapping[str, Tensor | None], layer: int, kind: str
@@ -263,9 +151,17 @@ class Layout:
         Raises:
             MechunlearnError: The architecture has no weights of this kind.
         """
-        held = zip(self.parameter_names(layer, kind), FAMILIES[self.signature.family][kind], strict=True)
+        held = zip(self.parameter_names(layer, kind), self.matrices(kind), strict=True)
         found = ((parameters.get(name), matrix) for name, matrix in held)
-        return [self._view(parameter, matrix, kind) for parameter, matrix in found if parameter is not None]
+        return [self.view(parameter, matrix, kind) for parameter, matrix in found if parameter is not None]
+
+    def matrices(self, kind: str) -> tuple[Matrix, ...]:
+        """Return what may hold weights of a kind of site: the weight, then its bias.
+
+        Args:
+            kind: The kind of the site.
+        """
+        return self._table[kind]
 
     def parameter_names(self, layer: int, kind: str) -> list[str]:
         """List the parameters that may hold weights of a site; not every model has the biases.
@@ -283,12 +179,13 @@ class Layout:
                 f"A {self.signature.family} model has no weights of kind '{kind}'. "
                 f"Its kinds are {', '.join(self.kinds)}.{hint}"
             )
-        return [matrix.name.format(layer=layer) for matrix in FAMILIES[self.signature.family][kind]]
+        return [matrix.name.format(layer=layer) for matrix in self.matrices(kind)]
 
     @property
     def modules(self) -> Modules:
         """Where the blocks read and write."""
-        return MODULES[self.signature.family]
+        known = MODULES[self.signature.family]
+        return replace(known, mlp_norm=known.parallel_norm) if self.parallel and known.parallel_norm else known
 
     def module_name(self, layer: int, kind: str) -> str:
         """Return the path of the module that multiplies with a site's weights.
@@ -306,7 +203,7 @@ class Layout:
             kind: `attn.q`, `attn.k` or `attn.v`.
             projected: What the module gives, which may hold all three.
         """
-        matrix = FAMILIES[self.signature.family][kind][0]
+        matrix = self.matrices(kind)[0]
         axes = " ".join(matrix.axes.replace("d_model", "").split())
         view = self._block(projected, matrix, -1)
         sizes = {"unit": self.signature.units(kind), "d_head": self.d_head}
@@ -325,12 +222,19 @@ class Layout:
             kind: `attn.q`, `attn.k`, `attn.v` or `attn.o`.
         """
         weight, *bias = self.views(parameters, layer, kind)
-        axes = FAMILIES[self.signature.family][kind][0].axes
+        axes = self.matrices(kind)[0].axes
         if axes.index("d_model") < axes.index("d_head"):
             weight = weight.transpose(1, 2)
         return weight, bias[0] if bias else None
 
-    def _view(self, parameter: Tensor, matrix: Matrix, kind: str) -> Tensor:
+    def view(self, parameter: Tensor, matrix: Matrix, kind: str) -> Tensor:
+        """Return the view of one parameter, unit first.
+
+        Args:
+            parameter: The parameter.
+            matrix: How it holds the weights.
+            kind: The kind of the site.
+        """
         view, axes = parameter.detach(), matrix.axes
         sizes = {"unit": self.signature.units(kind)}
         view = self._block(view, matrix, 0)

@@ -57,3 +57,15 @@ def between(entered: list[Tensor], hook: Hook, attn_out: Tensor) -> Tensor | Non
     resid = entered.pop()
     changed = hook(resid + attn_out)
     return None if changed is None else changed - resid
+
+
+def scaled(scale: float, hook: Hook, written: Tensor) -> Tensor | None:
+    """Return what a module must give for its scaled output to be what a hook returns.
+
+    Args:
+        scale: What the output is multiplied by behind the module.
+        hook: Sees the scaled output.
+        written: What the module gives.
+    """
+    changed = hook(written * scale)
+    return None if changed is None else changed / scale

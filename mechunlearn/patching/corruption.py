@@ -55,7 +55,7 @@ def check_prompts(model: HookedModel, prompts: Prompts, batch_size: int = 1) -> 
     """
     if batch_size < 1:
         raise MechunlearnError(f"A batch of {batch_size} facts is out of range. Expected batch_size=1 or more.")
-    context = getattr(model.hf.config, "max_position_embeddings", None)
+    context = getattr(model.hf.config.get_text_config(), "max_position_embeddings", None)
     if len(prompts) == 0:
         raise MechunlearnError("There are no facts to localize: the prompts are empty.")
     if context is not None and prompts.tokens.shape[1] > context:

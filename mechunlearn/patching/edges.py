@@ -89,17 +89,20 @@ def written(decoder: Decoder, change: Run, scales: dict[int, Tensor]) -> Float[T
 def frozen_scales(
     decoder: Decoder, run: Run, layers: Sequence[int] | None = None
 ) -> dict[int, Float[Tensor, "fact pos d_model"]]:
-    """Compute the factor by which each layer's post-norm scales what attention writes in a run; {} without post-norms.
+    """Compute the factor by which each layer scales what its attention writes in a run; {} where nothing does.
+
+    That is a post-norm (its scale in this run), or a number of the architecture (Granite).
 
     Args:
         decoder: The model.
         run: The run, with `attn_projected` kept.
         layers: The layers; all by default.
     """
+    layers, found = range(decoder.layout.signature.layers) if layers is None else layers, {}
     if not decoder.layout.modules.attention_post:
-        return {}
-    found = {}
-    for layer in range(decoder.layout.signature.layers) if layers is None else layers:
+        scale = decoder.layout.residual_scale
+        return {} if scale == 1 else dict.fromkeys(layers, torch.full_like(run.resid[0], scale))
+    for layer in layers:
         norm = Norm.of(decoder, decoder.part(layer, "attention_post"))
         found[layer] = norm.weight / norm.spread(run.kept[f"L{layer}.attn_projected"])
     return found
@@ -130,8 +133,11 @@ class Norm:
             module: One of its norms.
         """
         modules = decoder.layout.modules
-        eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
-        return cls(module, module.weight.detach() + modules.offset, modules.centred, eps)
+        eps = getattr(module, "variance_epsilon", getattr(module, "eps", 1e-5))  # OLMo's norm has neither, nor a gain
+        weight = getattr(module, "weight", None)
+        if weight is None:
+            weight = torch.ones(decoder.layout.signature.d_model, device=decoder.hf.device, dtype=decoder.hf.dtype)
+        return cls(module, weight.detach() + modules.offset, modules.centred, eps)
 
     def spread(self, x: Tensor) -> Float[Tensor, "*batch 1"]:
         """Compute the standard deviation, or root mean square, that the norm divides by.
@@ -178,11 +184,13 @@ def attention_gradients(
         x: The residual stream that its attention reads.
         projected: d metric / d q, k and v, by head.
     """
+    parameters = dict(decoder.hf.named_parameters())
+    weights = torch.cat([decoder.layout.head_weights(parameters, layer, kind)[0] for kind in ATTENTION])
+    if not decoder.layout.modules.attention_norm:
+        return torch.bmm(torch.cat(list(projected), 1).transpose(0, 1), weights)
     norm = Norm.of(decoder, decoder.part(layer, "attention_norm"))
     normal, inverse = norm.normal(x)
-    parameters = dict(decoder.hf.named_parameters())
-    weights = [decoder.layout.head_weights(parameters, layer, kind)[0] for kind in ATTENTION]
-    weight = norm.weigh(torch.cat(weights))
+    weight = norm.weigh(weights)
     gradient = torch.cat(list(projected), 1).transpose(0, 1) * inverse
     along = torch.bmm(normal.expand(len(weight), -1, -1), weight.transpose(1, 2))
     along = (along * gradient).sum(-1, keepdim=True) / x.shape[-1]
@@ -200,6 +208,8 @@ def mlp_gradient(
         x: The residual stream that the MLP reads.
         gradient: d metric / d what it reads, normalised.
     """
+    if not decoder.layout.modules.mlp_norm:
+        return gradient
     norm = Norm.of(decoder, decoder.part(layer, "mlp_norm"))
     normal, inverse = norm.normal(x)
     weighed = norm.weigh(gradient) * inverse

@@ -28,7 +28,7 @@ def relevance_rules(decoder: Decoder) -> Iterator[None]:
     layers = range(decoder.layout.signature.layers)
     gated = "mlp.gate" in decoder.layout.kinds
     modules = decoder.layout.modules
-    names = {"attention_norm", "mlp_norm"} | {n for n in ("attention_post", "mlp_post") if getattr(modules, n)}
+    names = {n for n in ("attention_norm", "mlp_norm", "attention_post", "mlp_post") if getattr(modules, n)}
     norms = {decoder.part(layer, name) for layer in layers for name in names} | {decoder.final_norm}
     taps = [
         tap

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import wraps
 from typing import Any, TypeVar
@@ -13,10 +14,12 @@ from torch import Tensor
 from mechunlearn.artifacts.circuit import Circuit
 from mechunlearn.artifacts.localization import Localization
 from mechunlearn.core.runcard import RunCard, Stopwatch
-from mechunlearn.facts.prompts import FactDataset, Prompts
+from mechunlearn.facts.dataset import FactDataset
+from mechunlearn.facts.prompts import Prompts
 from mechunlearn.metrics.answers import name_of
 from mechunlearn.model.hooked import HookedModel
 from mechunlearn.model.layout import KINDS
+from mechunlearn.model.unwrap import evaluating
 from mechunlearn.patching.corruption import check_prompts
 from mechunlearn.patching.sweep import Effects
 
@@ -51,7 +54,8 @@ def localizer(function: Function) -> Function:
             bound.arguments["prompts"] = prompts = prompts.prompts(model)
         if isinstance(prompts, Prompts) and isinstance(model, HookedModel):
             check_prompts(model, prompts, bound.arguments.get("batch_size", 1))
-        found = function(*bound.args, **bound.kwargs)
+        with torch.enable_grad(), evaluating(model.hf) if isinstance(model, HookedModel) else nullcontext():
+            found = function(*bound.args, **bound.kwargs)
         if not isinstance(found, Localization | Circuit):
             return found
         settings = {name: _plain(value) for name, value in bound.arguments.items() if name not in NOT_SETTINGS}

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -22,7 +22,7 @@ from mechunlearn.edit.closed_form.target_values import end_of_text
 from mechunlearn.edit.closed_form.washing import How, washing
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.load import world_facts
-from mechunlearn.facts.prompts import FactDataset, Prompts
+from mechunlearn.facts.prompts import Prompts
 from mechunlearn.localize import causal_tracing
 from mechunlearn.metrics.answers import answered
 from mechunlearn.metrics.text import encode, padded, text_loss
@@ -31,6 +31,9 @@ from mechunlearn.reproduce.engine import Found, model_in, stored, world_folder
 from mechunlearn.training.covariance import Covariance
 from mechunlearn.world.generate import World
 from mechunlearn.world.text import world_text
+
+if TYPE_CHECKING:
+    from mechunlearn.facts.dataset import FactDataset
 
 SHIPPED = "factworld"
 WASHED = {SHIPPED: 160}

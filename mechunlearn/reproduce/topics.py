@@ -88,7 +88,7 @@ class Shown:
                     row[story, place - 1] = rows.setdefault(key, len(rows))
                     word[story, place - 1] = len(owner)
                 owner.append(story)
-        allowed = torch.zeros(len(rows), model.hf.config.vocab_size, dtype=torch.bool)
+        allowed = torch.zeros(len(rows), model.hf.config.get_text_config().vocab_size, dtype=torch.bool)
         for (topic, prefix), number in rows.items():
             for pieces in _spelled(tokenizer, topic).values():
                 if len(pieces) > len(prefix) and pieces[: len(prefix)] == prefix:

@@ -281,7 +281,10 @@ def _tokenized(model: HookedModel, texts: Sequence[str]) -> list[list[int]]:
     if model.tokenizer is None:
         raise MechunlearnError("The model has no tokenizer. Load it with one, or give tokens to `update`.")
     rows = [ids for ids in model.tokenizer(list(texts))["input_ids"] if ids] if texts else []
-    context, longest = getattr(model.hf.config, "max_position_embeddings", None), max(map(len, rows), default=0)
+    context, longest = (
+        getattr(model.hf.config.get_text_config(), "max_position_embeddings", None),
+        max(map(len, rows), default=0),
+    )
     if context is not None and longest > context:
         raise MechunlearnError(
             f"The longest text has {longest} tokens, the model's context is {context}. Expected texts that fit: cut "

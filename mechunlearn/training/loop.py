@@ -62,11 +62,15 @@ class Sequences:
         Args:
             prompts: The facts.
             which: `answers` or `targets`.
+
+        Raises:
+            MechunlearnError: If a fact has no target.
         """
+        wanted = prompts.every_target if which == "targets" else prompts.answers
         tokens, fact, position, label = supervised(prompts, which)
         labels = torch.full_like(tokens, PAD)
         labels[fact, position] = label
-        return cls(tokens, labels, prompts.start + (getattr(prompts, which) != PAD).sum(1))
+        return cls(tokens, labels, prompts.start + (wanted != PAD).sum(1))
 
     @classmethod
     def of_text(cls, encoded: Sequence[Sequence[int]]) -> "Sequences":
@@ -183,7 +187,7 @@ class CachedInputs:
         self._kept: Tensor | None = None
         self._known = torch.zeros(len(sequences), dtype=torch.bool)
         self._constants: dict[str, list[Tensor]] = {name: [] for name in wanted if name.startswith("reference")}
-        if self._constants:
+        if self._constants and len(sequences):
             for rows in torch.split(torch.arange(len(sequences)), BATCH):
                 self._remember(rows)
 
@@ -334,6 +338,7 @@ class TrainResult:
     stopped: str = ""
 
 
+@torch.enable_grad()
 def train(
     trained: Trainable,
     parts: Callable[[], Iterator[Terms]],

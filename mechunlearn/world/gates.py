@@ -12,9 +12,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from mechunlearn.facts.dataset import FactDataset
 from mechunlearn.facts.formats import LETTERS, Query, four_options, multiple_choice
 from mechunlearn.facts.load import world_facts
-from mechunlearn.facts.prompts import FactDataset, Prompts
+from mechunlearn.facts.prompts import Prompts
 from mechunlearn.localize.fact_lookup import lookup_window
 from mechunlearn.metrics.answers import measure
 from mechunlearn.metrics.memorization import extraction_likelihood

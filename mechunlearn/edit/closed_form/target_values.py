@@ -30,7 +30,7 @@ def end_of_text(model: HookedModel) -> int:
         MechunlearnError: If neither the tokenizer nor the configuration has one.
     """
     end = model.tokenizer.eos_token_id if model.tokenizer is not None else None
-    end = model.hf.config.eos_token_id if end is None else end
+    end = model.hf.config.get_text_config().eos_token_id if end is None else end
     end = end[0] if isinstance(end, list) else end
     if end is None:
         raise MechunlearnError(
@@ -48,10 +48,13 @@ def target_labels(model: HookedModel, prompts: Prompts, target: str) -> Int[Tens
         model: The model.
         prompts: The facts.
         target: What is wanted (see `memit`).
+
+    Raises:
+        MechunlearnError: If the facts' own targets are wanted, and a fact has none.
     """
     if target in ("end-of-text", "shared"):
         return torch.full((len(prompts), 1), end_of_text(model))
-    return prompts.targets
+    return prompts.every_target if target == "targets" else prompts.targets
 
 
 def average_values(

@@ -147,7 +147,7 @@ class Washing:
                 residual = (self.target_values[facts].to(keys) - found[there][:, 0].double()) / left
                 if self.model.layout.modules.mlp_post:
                     residual = self._before_norm(layer, residual, found[here][:, 0])
-                yield keys, residual
+                yield keys, residual / self.model.layout.residual_scale
 
         for keys, residual in _gathered(pairs()):
             add_products(upper, keys)

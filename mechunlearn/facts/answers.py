@@ -1,0 +1,64 @@
+"""What a model answers: whether greedy decoding gives a whole answer, and how it goes on instead."""
+
+from dataclasses import replace
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from mechunlearn.facts.pairs import asked
+from mechunlearn.facts.prompts import PAD, Prompts
+from mechunlearn.model.hooked import HookedModel
+from mechunlearn.model.text import decoded, ids_of
+
+BATCH = 128
+
+
+def answer_logits(model: HookedModel, part: Prompts) -> tuple[Float[Tensor, "fact read d_vocab"], Prompts]:
+    """Return the logits of the answer's positions alone, and the same facts with their positions counted from there.
+
+    Args:
+        model: The model.
+        part: The facts, as many as fit in one pass.
+    """
+    at = (part.start[:, None] + torch.arange(part.answers.shape[1])).clamp(max=part.tokens.shape[1] - 1)
+    run = model.decoder.record(part.tokens[:, : int(at.max()) + 1], at, keys=False)
+    return run.logits, replace(part, start=torch.zeros_like(part.start), read=part.read - part.start)
+
+
+@torch.no_grad()
+def answered(model: HookedModel, prompts: Prompts, batch_size: int = BATCH) -> Bool[Tensor, " fact"]:
+    """Return, for each fact, whether greedy decoding gives all tokens of the answer: one forward pass a batch, nothing else.
+
+    Args:
+        model: The model.
+        prompts: The facts.
+        batch_size: Facts at a time.
+    """
+    right = torch.zeros(len(prompts), dtype=torch.bool)
+    for rows in prompts.lengths.argsort().split(batch_size):
+        part = prompts.select(rows)
+        said = answer_logits(model, part)[0].argmax(-1).cpu()
+        given = part.answers != PAD
+        right[rows] = ((said == part.answers) | ~given).all(1) & given.any(1)
+    return right
+
+
+@torch.no_grad()
+def continuations(model: HookedModel, prompts: Prompts, tokens: int = 8, batch_size: int = BATCH) -> list[str]:
+    """Return how greedy decoding goes on after each prompt: its first line, without spaces around it.
+
+    Args:
+        model: The model.
+        prompts: The facts, made from text.
+        tokens: How many tokens it may say.
+        batch_size: Facts at a time.
+    """
+    said = [""] * len(prompts)
+    for rows in prompts.lengths.argsort().split(batch_size):
+        texts = [asked(prompts.queries[i].prompt) for i in rows.tolist()]
+        made = model.generate(texts, max_new_tokens=tokens, return_dict_in_generate=True).sequences
+        width = max(map(len, ids_of(texts, model.tokenizer)))
+        for i, text in zip(rows.tolist(), decoded(made[:, width:], model.tokenizer, skip_special=True)):
+            said[i] = text.strip().partition("\n")[0].rstrip()
+    return said

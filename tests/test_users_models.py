@@ -1,0 +1,236 @@
+"""Models as users have them: wrapped, in training mode, compiled, with adapters. They work as plain transformers do, or are refused by name."""
+
+import peft
+import pytest
+import torch
+import transformers
+
+from mechunlearn import ComponentMask, MechunlearnError
+from mechunlearn.edit import masked_gradient
+from mechunlearn.localize import activation_patching, attribution_patching
+from mechunlearn.metrics.answers import answered, measure
+from mechunlearn.model.hooked import export, load_model
+from mechunlearn.model.unwrap import evaluating
+from tests.models import GPT2_SIZES, GROUPED, random_hf, token_prompts
+
+TOKENS = torch.randint(2, 97, (3, 9), generator=torch.Generator().manual_seed(4))
+
+
+def dropping() -> torch.nn.Module:
+    """A model with a dropout of one half everywhere, in training mode."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(**GPT2_SIZES, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
+    return transformers.GPT2LMHeadModel(config).train()
+
+
+@torch.no_grad()
+def plain(hf) -> torch.Tensor:
+    """The logits of transformers alone, of a copy in evaluation mode."""
+    twin = type(hf)(hf.config).eval()
+    twin.load_state_dict(hf.state_dict())
+    return twin.to(hf.dtype)(TOKENS).logits
+
+
+class TestWrappers:
+    @pytest.mark.parametrize(
+        "wrap", [torch.compile, torch.nn.DataParallel, lambda hf: torch.nn.DataParallel(torch.compile(hf))]
+    )
+    def test_a_wrapper_is_taken_off_and_sees_what_is_done_to_the_model_within(self, wrap):
+        hf = random_hf("llama")
+        expected, wrapper = plain(hf), wrap(hf)
+        model = load_model(wrapper)
+        assert model.hf is hf and torch.equal(model(TOKENS), expected)
+        with model.hooks({"L1.mlp.out": torch.zeros_like}):
+            assert not torch.equal(model(TOKENS), expected)
+        rows = model.rows("L1.mlp.out")
+        model.write_("L1.mlp.out", rows + 1)
+        assert torch.equal(
+            next(p for n, p in wrapper.named_parameters() if n.endswith("layers.1.mlp.down_proj.weight")),
+            hf.model.layers[1].mlp.down_proj.weight,
+        )
+        assert not torch.equal(model(TOKENS), expected)
+
+    def test_a_tokenizer_beside_the_model_is_the_model_with_its_tokenizer(self, world):
+        one, two = load_model(world.hf, tokenizer=world.tokenizer), load_model((world.hf, world.tokenizer))
+        assert one.tokenizer is two.tokenizer is world.tokenizer and one.hf is two.hf
+        assert torch.equal(one("The capital of"), world("The capital of"))
+        assert load_model(world.hf).tokenizer is None
+        assert load_model((world.hf, None), tokenizer=world.tokenizer).tokenizer is world.tokenizer
+        assert load_model("factworld", tokenizer=world.tokenizer).tokenizer is world.tokenizer
+
+
+class TestTrainingMode:
+    @pytest.fixture
+    def trained(self):
+        model = load_model(dropping())
+        model.hf.train()
+        model.hf.transformer.h[1].eval()  # a mode of its own
+        modes = [part.training for part in model.hf.modules()]
+        yield model
+        assert [part.training for part in model.hf.modules()] == modes, "modes are as they were"
+
+    def test_a_model_that_is_loaded_is_in_evaluation_mode(self):
+        hf = dropping()
+        assert not torch.equal(hf(TOKENS).logits, hf(TOKENS).logits), "dropout is on"
+        assert torch.equal(load_model(hf)(TOKENS), plain(hf)) and not hf.training
+
+    @torch.no_grad()
+    def test_what_a_model_says_has_no_dropout_whatever_its_mode(self, trained):
+        expected, prompts = plain(trained.hf), token_prompts()
+        assert torch.equal(trained(TOKENS), expected) and torch.equal(trained.run_with_cache(TOKENS)[0], expected)
+        assert torch.equal(trained.generate(TOKENS, max_new_tokens=3), trained.generate(TOKENS, max_new_tokens=3))
+        found = measure(trained, prompts), answered(trained, prompts)
+        with evaluating(trained.hf):
+            again = measure(trained, prompts), answered(trained, prompts)
+        assert torch.equal(found[0]["probability"], again[0]["probability"]) and torch.equal(found[1], again[1])
+
+    @pytest.mark.parametrize("localizer", [attribution_patching, activation_patching])
+    def test_localizers_find_what_they_find_in_evaluation_mode(self, trained, localizer):
+        found = localizer(trained, token_prompts())
+        with evaluating(trained.hf):
+            again = localizer(trained, token_prompts())
+        assert all(torch.equal(found.scores[site], again.scores[site]) for site in again.scores)
+
+    def test_editors_make_what_they_make_in_evaluation_mode(self, trained):
+        mask, prompts = ComponentMask.of(["L1.mlp.out"], trained.signature), token_prompts()
+        made = masked_gradient(trained, mask, prompts, prompts, steps=2, lr=0.01)
+        with evaluating(trained.hf):
+            again = masked_gradient(trained, mask, prompts, prompts, steps=2, lr=0.01)
+        one, two = made.new_rows(trained), again.new_rows(trained)
+        assert one and all(torch.equal(one[name], two[name]) for name in one)
+
+    def test_modes_come_back_after_an_error(self, trained):
+        with pytest.raises(MechunlearnError, match="No activation site"):
+            trained.cache(TOKENS, ["L9.mlp.out"])
+        with pytest.raises(RuntimeError, match="inside"), evaluating(trained.hf):
+            raise RuntimeError("inside")
+
+
+class TestStates:
+    def test_gradient_checkpointing_changes_nothing(self):
+        hf, prompts = random_hf("llama"), token_prompts()
+        expected = attribution_patching(load_model(random_hf("llama")), prompts)
+        hf.gradient_checkpointing_enable()
+        hf.enable_input_require_grads()
+        hf.train()
+        model = load_model(hf)
+        hf.train()
+        found = attribution_patching(model, prompts)
+        assert all(torch.equal(found.scores[site], expected.scores[site]) for site in expected.scores)
+        mask = ComponentMask.of(["L1.mlp.out"], model.signature)
+        edit = masked_gradient(model, mask, prompts, prompts, steps=2, lr=0.01)
+        assert hf.is_gradient_checkpointing and hf.training and edit.units
+
+    @pytest.mark.parametrize("off", ["weights", "everywhere"])
+    def test_gradients_that_are_off_stay_off_and_keep_nobody_from_working(self, off):
+        hf, prompts = random_hf("llama"), token_prompts()
+        expected = attribution_patching(load_model(random_hf("llama")), prompts)
+        mask = ComponentMask.of(["L1.mlp.out"], expected.signature)
+        wanted = masked_gradient(load_model(random_hf("llama")), mask, prompts, prompts, steps=2, lr=0.01)
+        model = load_model(hf.requires_grad_(off != "weights"))
+        before = torch.is_grad_enabled()
+        torch.set_grad_enabled(off != "everywhere")
+        try:
+            found = attribution_patching(model, prompts)
+            edit = masked_gradient(model, mask, prompts, prompts, steps=2, lr=0.01)
+            assert torch.is_grad_enabled() == (off != "everywhere")
+        finally:
+            torch.set_grad_enabled(before)
+        assert all(torch.equal(found.scores[site], expected.scores[site]) for site in expected.scores)
+        assert {p.requires_grad for p in hf.parameters()} == {off != "weights"}
+        rows = edit.new_rows(model)
+        assert all(torch.equal(rows[name], row) for name, row in wanted.new_rows(model).items())
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_half_precision_stays_and_gives_the_logits_of_transformers(self, dtype, tmp_path):
+        hf, prompts = random_hf("llama"), token_prompts()
+        hf.save_pretrained(tmp_path / "stored")
+        stored = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "stored", dtype=dtype)
+        expected = stored(TOKENS).logits
+        model = load_model(stored)
+        assert model.dtype == dtype and torch.equal(model(TOKENS), expected)
+        assert torch.equal(load_model(hf, dtype=dtype)(TOKENS), expected), "converted as from_pretrained converts"
+        mask = ComponentMask.of(["L1.mlp.out"], model.signature)
+        edit = masked_gradient(model, mask, prompts, prompts, steps=2, lr=0.05)
+        with edit.applied(model):
+            assert model.dtype == dtype and not torch.equal(model(TOKENS), expected)
+            logits = model(TOKENS)
+        assert torch.equal(model(TOKENS), expected)
+        edit.export(model, tmp_path / "edited")
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "edited")
+        assert again.dtype == dtype and torch.equal(again(TOKENS).logits, logits)
+
+    def test_the_users_gradients_are_left_alone(self):
+        model, prompts = load_model(random_hf("llama")), token_prompts()
+        model.hf(TOKENS).logits.sum().backward()
+        before = [p.grad.clone() for p in model.hf.parameters()]
+        mask = ComponentMask.of(["L1.mlp.out"], model.signature)
+        masked_gradient(model, mask, prompts, prompts, steps=2, lr=0.05)
+        attribution_patching(model, prompts)
+        assert all(torch.equal(p.grad, kept) for p, kept in zip(model.hf.parameters(), before, strict=True))
+
+
+def adapted():
+    return peft.get_peft_model(
+        random_hf("llama"), peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    )
+
+
+def compiled():
+    hf = random_hf("llama")
+    hf.compile()
+    return hf
+
+
+def compiled_part():
+    hf = random_hf("llama")
+    hf.model.layers[1] = torch.compile(hf.model.layers[1])
+    return hf
+
+
+def offloaded():
+    from accelerate import cpu_offload
+
+    return cpu_offload(random_hf("llama"), torch.device("cpu"))
+
+
+def quantized():
+    hf = random_hf("llama")
+    hf.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(
+        torch.zeros(48, 32, dtype=torch.int8), requires_grad=False
+    )
+    return hf
+
+
+def empty():
+    with torch.device("meta"):
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**GROUPED))
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        "made, said",
+        [
+            (adapted, r"PeftModel\w*\) has adapters.*merge_and_unload"),
+            (lambda: adapted().base_model.model, r"LlamaForCausalLM\) has adapters"),
+            (compiled, "The model is compiled in place.*before .compile"),
+            (compiled_part, "'model.layers.1' is compiled in place"),
+            (offloaded, "placed by accelerate"),
+            (quantized, "'model.layers.0.mlp.up_proj.weight' is quantized.*int8"),
+            (empty, "has no data"),
+            (lambda: random_hf("llama").model, r"LlamaModel\) has no unembedding.*AutoModelForCausalLM"),
+            (lambda: torch.nn.Linear(2, 2), "Got a Linear. Expected a causal language model of transformers"),
+        ],
+    )
+    def test_what_hooks_or_edits_would_miss_is_refused(self, made, said):
+        with pytest.raises(MechunlearnError, match=said):
+            load_model(made())
+
+    def test_merged_adapters_are_the_models_own_weights(self, tmp_path):
+        hf = adapted()
+        expected = hf(TOKENS).logits
+        model = load_model(hf.merge_and_unload())
+        torch.testing.assert_close(model(TOKENS), expected, atol=1e-5, rtol=1e-5)
+        export(model, tmp_path / "merged")
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+        assert torch.equal(again(TOKENS).logits, model(TOKENS))
