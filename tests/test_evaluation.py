@@ -366,3 +366,76 @@ class TestSamples:
         report = evaluate(toy.model, silenced(0), forget=toy.prompts([0]), retain=toy.prompts([1]), control=silenced(2))
         assert len(report.samples) == 0 and "writes" not in report._repr_html_()
         assert str(report).strip() and "0 rows" not in repr(report)
+
+
+KNOWN = (
+    *(("France", "Paris"), ("Italy", "Rome"), ("Spain", "Madrid"), ("Germany", "Berlin"), ("Japan", "Tokyo")),
+    *(("Russia", "Moscow"), ("Egypt", "Cairo"), ("Greece", "Athens"), ("Austria", "Vienna"), ("Poland", "Warsaw")),
+    *(("Hungary", "Budapest"), ("Portugal", "Lisbon"), ("Ireland", "Dublin"), ("Sweden", "Stockholm")),
+    *(("Norway", "Oslo"), ("Denmark", "Copenhagen"), ("Cuba", "Havana"), ("Peru", "Lima"), ("Iran", "Tehran")),
+    *(("Iraq", "Baghdad"), ("Kenya", "Nairobi"), ("Thailand", "Bangkok"), ("Chile", "Santiago"), ("China", "Beijing")),
+)
+
+
+@pytest.fixture(scope="module")
+def capitals(smollm2):
+    """Capitals that the model knows: eight to forget, eight to retain, the rest unseen."""
+    facts = tuple(
+        Fact(name, "capital", {"statement": Query(f"The capital of {name} is", city, "", "", name)}) for name, city in KNOWN
+    )
+    known = FactDataset("capitals", facts).known(smollm2)
+    prompts = FactDataset(known.name, known.facts).prompts(smollm2)
+    return prompts.select([*range(8)]), prompts.select([*range(8, 16)])
+
+
+@pytest.mark.real
+class TestRealModel:
+    def noisy(self, model, scale: float) -> WeightEdit:
+        """Noise on all neurons of an MLP, in units of its rows' own spread."""
+        rows = model.rows("L12.mlp.out")
+        noise = torch.randn(rows.shape, generator=torch.Generator().manual_seed(0))
+        units = {"L12.mlp.out": torch.arange(len(rows))}
+        return WeightEdit(units, {"L12.mlp.out": rows + scale * rows.std() * noise}, model.signature, RunCard("noise"))
+
+    def test_a_wrecked_model_is_damaged_and_a_hardly_touched_one_is_not(self, smollm2, capitals, monkeypatch):
+        """The noise is the edit; beside it, a thousandth of it."""
+        texts = cells.neutral_texts()[:6]
+        monkeypatch.setattr(cells, "neutral_texts", lambda: texts)
+        monkeypatch.setattr(cells, "OWN_COUNT", 6)
+        forget, retain = capitals
+        wrecked, touched = self.noisy(smollm2, 10), self.noisy(smollm2, 0.01)
+        report = evaluate(smollm2, wrecked, forget=forget, retain=retain, control=touched, progress=False)
+        assert {"neutral", "own samples"} == set(report.frame.format[report.frame.split == "text"])
+        assert report.status()[0] == "collapsed" and "damaged the model" in str(report) and not report.harm("control")
+        assert report.value("text", "neutral", "kl_to_before", "control") < 0.01
+        unseen = report.frame[(report.frame.split == "unseen") & (report.frame.metric == "kept")].iloc[0]
+        assert unseen["n"] >= 4 and unseen["control"] == 1
+        assert "forget, chat" in report.samples.index and "chat" in set(report.frame.format)
+        assert "capital of" in report.samples.loc["forget, chat", "prompt"]
+
+    @pytest.mark.slow
+    @pytest.mark.training
+    def test_an_edit_that_keeps_what_it_was_shown_and_wrecks_the_rest_is_never_gone(self, smollm2, capitals):
+        forget, retain = capitals
+        forget = replace(forget, targets=forget.answers.roll(1, 0))
+        mask = attribution_patching(smollm2, forget).top(weights=0.05)
+        settings = {"text_loss": losses.cross_entropy, "text_weight": 0}
+        edit = masked_gradient(smollm2, mask, forget, retain, lr=2e-3, steps=50, **settings)
+        report = evaluate(smollm2, edit, forget=forget, retain=retain, control=edit, attacks=["quantization"])
+        assert report.value("forget", "statement", "accuracy") < 0.2
+        assert report.status()[0] == "collapsed", report
+        assert "nats a token" in report.status()[1]
+'''
+python3 - <<'E'
+p='tests/test_evaluation.py'; s=open(p).read()
+s=s.replace('''from mechunlearn.localize import fact_lookup
+''','''from mechunlearn.facts.dataset import FactDataset
+from mechunlearn.facts.formats import Fact, Query
+from mechunlearn.localize import attribution_patching, fact_lookup
+''').replace('''import inspect
+
+import pandas''','''import inspect
+from dataclasses import replace
+
+import pandas''')
+open(p,'w').write(s)
