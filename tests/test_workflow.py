@@ -11,6 +11,7 @@ import transformers
 
 import mechunlearn as mu
 from mechunlearn.artifacts.weight_edit import WeightEdit
+from mechunlearn.core.runcard import RunCard
 from mechunlearn.edit import masked_gradient
 from mechunlearn.evaluation.preview import preview
 from mechunlearn.evaluation.workflow import SHARE, edit_facts, edit_prompts
@@ -22,7 +23,7 @@ from mechunlearn.world.toy import planted_facts
 def quicker(patch: pytest.MonkeyPatch) -> None:
     """Edits take fewer and smaller steps, `evaluate` looks at fewer facts."""
     patch.setattr("mechunlearn.evaluation.cells.LIMIT", 20)
-    for name, value in {"steps": 12, "batch_size": 24}.items():
+    for name, value in {"steps": 12, "lr": 2e-3, "batch_size": 24}.items():
         patch.setitem(inspect.unwrap(masked_gradient).__kwdefaults__, name, value)
 
 
@@ -107,7 +108,12 @@ def test_without_a_window_attribution_patching_chooses_and_it_is_said(monkeypatc
         if rule == "probe":
             raise mu.MechunlearnError("there is nothing to classify")
         return mu.localize.random_units(model).__class__(
-            {"L0.mlp.out": torch.zeros(32)}, model.signature, {"mlp.out": 48}, 1536, note="token identity, no window"
+            {"L0.mlp.out": torch.zeros(32)},
+            model.signature,
+            {"mlp.out": 48},
+            1536,
+            RunCard("fact_lookup"),
+            note="token identity, no window",
         )
 
     monkeypatch.setattr("mechunlearn.evaluation.workflow.fact_lookup", nothing)
