@@ -1,6 +1,7 @@
 """The report says what was measured, and its control is a real one."""
 
 import inspect
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -15,7 +16,9 @@ from mechunlearn.evaluation.controls import random_mask
 from mechunlearn.evaluation.damage import DAMAGED_KL, DAMAGED_LOSS, damage, harm_was_measured
 from mechunlearn.evaluation.drift import text_drift
 from mechunlearn.evaluation.words import against_random
-from mechunlearn.localize import fact_lookup
+from mechunlearn.facts.dataset import FactDataset
+from mechunlearn.facts.formats import Fact, Query
+from mechunlearn.localize import attribution_patching, fact_lookup
 from mechunlearn.metrics.answers import measure
 from mechunlearn.metrics.stats import bootstrap_interval
 from mechunlearn.metrics.text import text_loss
@@ -381,7 +384,8 @@ KNOWN = (
 def capitals(smollm2):
     """Capitals that the model knows: eight to forget, eight to retain, the rest unseen."""
     facts = tuple(
-        Fact(name, "capital", {"statement": Query(f"The capital of {name} is", city, "", "", name)}) for name, city in KNOWN
+        Fact(name, "capital", {"statement": Query(f"The capital of {name} is", city, "", "", name)})
+        for name, city in KNOWN
     )
     known = FactDataset("capitals", facts).known(smollm2)
     prompts = FactDataset(known.name, known.facts).prompts(smollm2)
@@ -425,17 +429,3 @@ class TestRealModel:
         assert report.value("forget", "statement", "accuracy") < 0.2
         assert report.status()[0] == "collapsed", report
         assert "nats a token" in report.status()[1]
-'''
-python3 - <<'E'
-p='tests/test_evaluation.py'; s=open(p).read()
-s=s.replace('''from mechunlearn.localize import fact_lookup
-''','''from mechunlearn.facts.dataset import FactDataset
-from mechunlearn.facts.formats import Fact, Query
-from mechunlearn.localize import attribution_patching, fact_lookup
-''').replace('''import inspect
-
-import pandas''','''import inspect
-from dataclasses import replace
-
-import pandas''')
-open(p,'w').write(s)
