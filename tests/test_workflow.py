@@ -22,7 +22,7 @@ from mechunlearn.world.toy import planted_facts
 def quicker(patch: pytest.MonkeyPatch) -> None:
     """Edits take fewer and smaller steps, `evaluate` looks at fewer facts."""
     patch.setattr("mechunlearn.evaluation.cells.LIMIT", 20)
-    for name, value in {"steps": 12, "batch_size": 24}.items():
+    for name, value in {"steps": 12, "lr": 2e-3, "batch_size": 24}.items():
         patch.setitem(inspect.unwrap(masked_gradient).__kwdefaults__, name, value)
 
 
