@@ -90,10 +90,8 @@ def test_targets_and_options(facts):
             assert query.answer != query.target and len(query.options) <= MOST_OPTIONS
         assert set(fact.queries["statement"].options) == (answers if len(answers) <= MOST_OPTIONS else set())
         choice = fact.queries.get("multiple_choice")
-        assert (
-            choice is None
-            or f"{fact.answer} {choice.answer}" in choice.prompt
-            and f"{fact.target} {choice.target}" in choice.prompt
+        assert choice is None or (
+            f"{fact.answer} {choice.answer}" in choice.prompt and f"{fact.target} {choice.target}" in choice.prompt
         )
 
 
