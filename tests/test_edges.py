@@ -15,6 +15,7 @@ from mechunlearn.patching.faithfulness import faithfulness
 from mechunlearn.patching.paths import Reader
 from tests.models import random_hf, token_prompts
 
+
 def streams(model, tokens) -> list[torch.Tensor]:
     """What each reader index reads, by a run of its own."""
     layers = range(model.signature.layers)
