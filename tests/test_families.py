@@ -31,8 +31,13 @@ def tokens():
 
 @pytest.fixture
 def register():
-    """`register_family`, undone after the test."""
+    """`register_family`, with nothing registered before the test (pages do) and after it."""
+    forget()
     yield register_family
+    forget()
+
+
+def forget() -> None:
     for name in list(REGISTERED):
         REGISTERED.remove(name)
         del FAMILIES[name], MODULES[name]
@@ -170,7 +175,7 @@ class TestRefused:
         with pytest.raises(MechunlearnError, match=f"model type '{family}'.*{reason}.*Supported: cohere"):
             Layout.of(config())
 
-    def test_an_unknown_family_says_what_to_do(self):
+    def test_an_unknown_family_says_what_to_do(self, register):
         with pytest.raises(MechunlearnError, match=r"'arcee'.*register_family.*Supported: cohere.*stablelm"):
             load_model((arcee(), None))
 

@@ -241,7 +241,7 @@ def register_family(name: str, table: Table, modules: Modules | None = None) -> 
         MechunlearnError: The name is built in, or the table is malformed.
 
     >>> from mechunlearn.model.families import FAMILIES, Matrix, Modules, register_family
-    >>> register_family("arcee", {
+    >>> register_family("my_model", {
     ...     **{kind: FAMILIES["llama"][kind] for kind in ("attn.q", "attn.k", "attn.v", "attn.o")},
     ...     "mlp.in": (Matrix("model.layers.{layer}.mlp.up_proj.weight", "unit d_model"),),
     ...     "mlp.out": (Matrix("model.layers.{layer}.mlp.down_proj.weight", "d_model unit"),),
