@@ -117,7 +117,12 @@ def against_random(frame: pd.DataFrame) -> str:
         return ""
     told = []
     efficacy, kept = _first_of(frame, EFFICACY), _first_of(frame, KEPT)
-    if efficacy and kept and efficacy[1] > AS_WELL and all(other > mine - AS_WELL for _, mine, other in (efficacy, kept)):
+    if (
+        efficacy
+        and kept
+        and efficacy[1] > AS_WELL
+        and all(other > mine - AS_WELL for _, mine, other in (efficacy, kept))
+    ):
         numbers = "; ".join(f"{what} {other:.2f}, the chosen mask {mine:.2f}" for what, mine, other in (efficacy, kept))
         told.append(f"A random mask of the same kinds and weight does as well: {numbers}.")
     if harm := damage(frame, "control"):
