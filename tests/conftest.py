@@ -115,7 +115,7 @@ def _edited(world, sixteen, sites: list[str], seed: int) -> "WeightEdit":
 
     forget, retain = sixteen
     mask = ComponentMask.of(sites, world.signature)
-    return masked_gradient(world, mask, forget, retain.select(range(48)), steps=40, batch_size=16, seed=seed)
+    return masked_gradient(world, mask, forget, retain.select(range(48)), steps=40, lr=2e-3, batch_size=16, seed=seed)
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from mechunlearn import ComponentMask, MechunlearnError, evaluate, load_facts
 from mechunlearn.artifacts.weight_edit import WeightEdit
 from mechunlearn.core.runcard import RunCard
 from mechunlearn.edit import losses, masked_gradient
+from mechunlearn.edit.goal import OWN, OWN_TOKENS
 from mechunlearn.evaluation import cells
 from mechunlearn.evaluation.controls import random_mask
 from mechunlearn.evaluation.damage import DAMAGED_KL, DAMAGED_LOSS, damage, harm_was_measured
@@ -237,9 +238,9 @@ class TestOrdinaryText:
         assert "tokenizer cannot write it" in cells.ordinary_texts(world, sport[0])[1][0]
 
     def test_samples_are_not_those_that_editors_train_on(self, world, sport):
-        texts = cells.ordinary_texts(world, sport[0])[0]["own samples"]
-        others = own_texts(world)
-        assert len(set(texts) & set(others)) < len(texts) / 4, "a model that is sure of itself writes some texts twice"
+        texts = set(cells.ordinary_texts(world, sport[0])[0]["own samples"])
+        held = set(own_texts(world, OWN, OWN_TOKENS))
+        assert len(texts & held) < len(texts) / 4, "a model this small says some sentences often"
 
     @pytest.mark.training
     def test_loss_and_drift_are_those_of_each_text_alone(self, world, edit):

@@ -66,7 +66,7 @@ def test_prompt_and_answer_are_the_tokens_of_one_piece(real, asked):
 
 def test_a_beginning_of_text_is_there_if_and_only_if_the_tokenizer_puts_it(real, asked):
     begin = real.tokenizer("x")["input_ids"][:-1]
-    assert begin == ([2] if "gemma" in real.signature.model_type else [])
+    assert begin == ([real.tokenizer.bos_token_id] if "gemma" in real.hf.config.model_type else [])
     for i in range(len(asked)):
         assert asked.tokens[i, : len(begin)].tolist() == begin == asked.corrupt[i, : len(begin)].tolist()
         assert asked.spans[i, 0] == -1 or asked.spans[i, 0] >= len(begin)
@@ -209,7 +209,7 @@ FRAMES = ("The capital of {} is the city of", "Question: What is the capital of 
 
 @pytest.fixture
 def capitals(tmp_path):
-    """Sixty prompts, of which the models know some."""
+    """Some forty prompts, of which the models know some."""
     pairs = list(zip(COUNTRIES[::2], COUNTRIES[1::2]))
     rows = [(country, frame.format(country), city) for frame in FRAMES for country, city in pairs]
     pd.DataFrame(rows, columns=["subject", "prompt", "answer"]).to_csv(tmp_path / "capitals.csv", index=False)
@@ -217,16 +217,16 @@ def capitals(tmp_path):
 
 
 def test_known_is_what_greedy_generation_says(real, capitals):
-    said = capitals.said(real, tokens=6)
+    said = capitals.said(real, tokens=4)
     alone = []
     for row in said.itertuples():
         ids = real.tokenizer(row.prompt, return_tensors="pt")["input_ids"]
         size = ids.shape[1]
-        made = real.hf.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=6)[0]
+        made = real.hf.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=4)[0]
         assert real.tokenizer.decode(made[size:], skip_special_tokens=True).strip().split("\n")[0].strip() == row.said
         answer = real.tokenizer(f"{row.prompt} {row.answer}")["input_ids"][size:]
         alone.append(made[size : size + len(answer)].tolist() == answer)
-    assert said.known.tolist() == alone and 5 < sum(alone) < 60
+    assert said.known.tolist() == alone and 3 < sum(alone) < len(alone)
     assert answered(real, capitals.prompts(real), batch_size=7).tolist() == alone
     known, unknown = capitals.known(real), capitals.unknown(real)
     assert len(known) == sum(alone) and len(known) + len(unknown) == len(capitals)

@@ -28,7 +28,7 @@ LOOK_UP = [f"L{layer}.mlp.{kind}" for layer in (1, 2) for kind in ("in", "gate",
 
 def edited(model, sites, forget, retain, **settings):
     mask = ComponentMask.of(sites, model.signature)
-    return masked_gradient(model, mask, forget, retain, batch_size=12, **settings)
+    return masked_gradient(model, mask, forget, retain, batch_size=12, **{"lr": 2e-3} | settings)
 
 
 def in_few_ways(prompts, *formats):

@@ -60,7 +60,8 @@ def test_every_element_is_there():
 
 
 def test_every_fact_has_every_format(facts):
-    assert set(facts.formats) == FORMATS and facts.formats[0] == "statement"
+    without = {"multiple_choice"} if facts.name == "words/opposite" else set()  # its options would name the subject
+    assert set(facts.formats) == FORMATS - without and facts.formats[0] == "statement"
     assert len(facts.subjects) == len(facts)  # nobody twice
 
 
@@ -88,8 +89,10 @@ def test_targets_and_options(facts):
         for query in fact.queries.values():
             assert query.answer != query.target and len(query.options) <= MOST_OPTIONS
         assert set(fact.queries["statement"].options) == (answers if len(answers) <= MOST_OPTIONS else set())
-        choice = fact.queries["multiple_choice"]
-        assert f"{fact.answer} {choice.answer}" in choice.prompt and f"{fact.target} {choice.target}" in choice.prompt
+        choice = fact.queries.get("multiple_choice")
+        assert choice is None or (
+            f"{fact.answer} {choice.answer}" in choice.prompt and f"{fact.target} {choice.target}" in choice.prompt
+        )
 
 
 def test_sentences_are_grammatical(facts):
@@ -220,7 +223,7 @@ def test_a_template_that_refuses_is_named():
 )
 @pytest.mark.parametrize("real", ["smollm2", "gemma3"])
 def test_real_models_know_the_facts(request, real, name, smallest):
-    """Of 24 facts drawn by seed; measured: 10, 16, 22, 17 (SmolLM2) and 15, 20, 21, 18 (Gemma 3)."""
+    """Of 24 facts drawn by seed. Gemma 3 knows 14, 19, 20 and 19 of them, SmolLM2 10 of the first."""
     model, facts = request.getfixturevalue(real), load_facts(name)
     some = facts.select(random.Random(0).sample(range(len(facts)), 24))
     assert int(answered(model, some.prompts(model)).sum()) >= smallest

@@ -163,7 +163,7 @@ class TestOnTheTwin:
         units = {site: torch.arange(len(each)) for site, each in rows.items()}
         removed = WeightEdit(units, rows, twin.signature, RunCard("put back"))
         last = ComponentMask.of(["L7.attn.o", "L7.mlp.out"], twin.signature)
-        hidden = masked_gradient(twin, last, forget, retain, steps=60, batch_size=16, seed=seed)
+        hidden = masked_gradient(twin, last, forget, retain, steps=60, lr=2e-3, batch_size=16, seed=seed)
         given = {"extra_edits": {"hidden": hidden}, "seed": seed}
         return {
             None: unlearning_depth(twin, removed, forget, retain, **given),

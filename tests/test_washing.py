@@ -24,7 +24,7 @@ from tests.models import random_hf
 
 pytestmark = pytest.mark.training
 
-FAMILIES = ("gpt2", "gptj", "gpt_neox", "llama", "gemma2")
+FAMILIES = ("gpt2", "gptj", "gpt_neox", "llama", "gemma2", "olmo2", "granite")
 BLOCKS = {"gpt2": "transformer.h", "gptj": "transformer.h", "gpt_neox": "gpt_neox.layers"}
 W_OUT = {"gpt2": "mlp.c_proj", "gptj": "mlp.fc_out", "gpt_neox": "mlp.dense_4h_to_h"}
 PREFIXES = ([11, 12, 13], [21, 22, 23, 24, 25])
@@ -155,11 +155,14 @@ class Naive:
         keys, bare, now = self.columns(prompts, layer, max(layers), **how)
         left = len([other for other in layers if other >= layer])
         wanted = (targets.double().T - now) / left
-        if self.family == "gemma2":
+        if self.family == "granite":
+            wanted = wanted / 0.7
+        if self.family in ("gemma2", "olmo2"):
             norm = self.blocks[layer].post_feedforward_layernorm
+            offset, size = (1, 1e-6) if self.family == "gemma2" else (0, 1e-5)
             for i in range(wanted.shape[1]):
                 raw = self.weight(layer).double() @ bare[:, i]
-                slope = (1 + norm.weight.data.double()) / ((raw**2).mean() + 1e-6) ** 0.5
+                slope = (offset + norm.weight.data.double()) / ((raw**2).mean() + size) ** 0.5
                 wanted[:, i] = wanted[:, i] * slope / (slope**2 + (0.01 * slope.abs().max()) ** 2)
         return keys, wanted
 

@@ -34,7 +34,7 @@ from mechunlearn.training.loop import (
 from mechunlearn.training.parameterizations import LowRank, SelectedRows
 
 CHECK_EVERY = 5
-LADDER, STEPS, PATIENCE = (5e-4, 2e-3, 8e-3), 50, 15
+LADDER, STEPS, PATIENCE = (5e-4, 2e-3, 8e-3, 3.2e-2), 50, 15
 """Learning rates to try, as shares of the root mean square of what is trained, the steps of each, and how many of them
 an attempt has to show that it gets somewhere."""
 OBJECTIVES: dict[str, dict[str, Any]] = {
@@ -203,7 +203,8 @@ def descend_on(
         retain: Facts to hold.
         objective: What is minimised.
         goal: What is wanted. `Goal.search` tries the learning rates of `LADDER`; an attempt ends as soon as the facts
-            are edited, and early if its forget term falls too slowly to be halved; the next one goes on from there.
+            are edited, and early if its forget term falls too slowly to be halved and a larger rate is left; that one
+            goes on from there.
         lr: Largest learning rate. Giving it, or the steps, turns the search off.
         steps: Optimiser steps.
         schedule: The rest of `Schedule`: warm-up, clipping, weight decay.
@@ -242,7 +243,9 @@ def descend_on(
         judge = Judge(upper, forget, retain, "target_" in removed.streams, whole=searching)
         name = losses.described(objective.loss)["name"]
 
-        def trajectory(schedule: Schedule, enough: float | None, search: bool = False) -> TrainResult:
+        def trajectory(
+            schedule: Schedule, enough: float | None, search: bool = False, last: bool = True
+        ) -> TrainResult:
             shuffled, entries = torch.Generator(), []
             shuffled.manual_seed(seed)
             draws = {
@@ -276,7 +279,7 @@ def descend_on(
                 entries.append(entry)
                 reached = enough is not None and entry.get("efficacy", -1) >= enough
                 reached &= not entry.get("retention", 1) < goal.min_retention
-                return bool(entry.get("stop")) or reached or (search and _hopeless(entries))
+                return bool(entry.get("stop")) or reached or (not last and _hopeless(entries))
 
             return train(trained, parts, schedule, objective=name, after=after, until=until, progress=progress)
 
@@ -288,12 +291,12 @@ def descend_on(
             whole, rungs = TrainResult(), [share * typical(trained) for share in LADDER]
 
             def attempt(lr: float) -> tuple[tuple[TrainResult, list[Tensor]], dict[str, Any], Reached]:
-                part = trajectory(Schedule(STEPS, lr, *schedule), goal.efficacy, search=True)
+                part = trajectory(Schedule(STEPS, lr, *schedule), goal.efficacy, search=True, last=lr == rungs[-1])
                 whole.trajectory += [
                     {**entry, "step": i} for i, entry in enumerate(part.trajectory, len(whole.trajectory) + 1)
                 ]
                 if part.stopped == "interrupted":
-                    rungs.clear()
+                    rungs.clear()  # this ends the search
                 leaves = [leaf.detach().clone() for leaf in trained.leaves]
                 made = TrainResult([*whole.trajectory], part.stopped), leaves
                 return made, {"lr": lr, "steps": len(part.trajectory)}, judge.reached()

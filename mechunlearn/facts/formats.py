@@ -167,7 +167,8 @@ def queries(
         asked, truth = yes_no(relation, subject, answer, named)
         made["yes_no"] = Query(asked, truth, "no" if truth == "yes" else "yes", "", subject, ("yes", "no"))
     if "choose" in relation:
-        shown = four_options(relation, (answer, target), rng)
+        others = [option for option in relation["answers"] if option != subject]  # opposites are answers and subjects
+        shown = four_options({"answers": others}, (answer, target), rng)
         asked, letters = multiple_choice(relation, subject, shown), dict(zip(shown, LETTERS, strict=False))
         made["multiple_choice"] = Query(asked, letters[answer], letters[target], "", subject, tuple(LETTERS))
     return made
@@ -188,7 +189,7 @@ def ask_all(relation: Mapping[str, Any], name: str, facts: Mapping[str, str], se
     pairs = list(facts.items())
     made = []
     for i, (subject, answer) in enumerate(pairs):
-        others = [o for o in relation["answers"] if not (o.startswith(answer) or answer.startswith(o))]
+        others = [o for o in relation["answers"] if not (o.startswith(answer) or answer.startswith(o)) and o != subject]
         target = rng.choice(others)
         example = pairs[(i + 1 + rng.randrange(len(pairs) - 1)) % len(pairs)]
         made.append(Fact(subject, name, queries(relation, subject, answer, target, example, rng)))

@@ -10,6 +10,7 @@ from mechunlearn.metrics.answers import Metric, answer_probability
 from mechunlearn.metrics.stats import bootstrap_interval
 from mechunlearn.model.hooked import HookedModel
 from mechunlearn.model.layout import KINDS
+from mechunlearn.patching.cost import BUDGET
 from mechunlearn.patching.scores import from_effects, localizer
 from mechunlearn.patching.sweep import effects
 
@@ -25,6 +26,7 @@ def causal_tracing(
     sigma: float = 3.0,
     metric: Metric = answer_probability,
     neurons: int = 1,
+    budget: float | None = BUDGET,
     seed: int = 0,
     batch_size: int = 32,
     progress: bool | None = None,
@@ -49,6 +51,7 @@ def causal_tracing(
         sigma: Size of the noise, in standard deviations of the embeddings.
         metric: A function of `(logits, prompts)`, one number a fact.
         neurons: How many neurons are restored together.
+        budget: Minutes that the sweep may take, by an estimate from one timed forward pass; None for any time.
         seed: Seed of the noise.
         batch_size: Facts a batch.
         progress: Show a bar; None shows one on a terminal or in a notebook. True says before what the sweep will cost.
@@ -58,7 +61,7 @@ def causal_tracing(
         `evidence["intervals"]` has the 95 % bootstrap interval of every site and row but single neurons'.
 
     Raises:
-        MechunlearnError: A window below 1 or of single units, or an unknown kind.
+        MechunlearnError: A window below 1 or of single units, an unknown kind, or more work than the budget allows.
 
     >>> from mechunlearn.world.toy import planted_facts
     >>> toy = planted_facts()
@@ -72,7 +75,7 @@ def causal_tracing(
         raise MechunlearnError(
             "A window restores whole layers. Use kinds such as 'mlp_out', 'attn_out' or 'resid_post'."
         )
-    run: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "progress": progress}
+    run: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "budget": budget, "progress": progress}
     noise: dict[str, Any] = {"denoise": True, "corrupt": "noise", "sigma": sigma}
     found = effects(model, prompts, metric, kinds, by=by, neurons=neurons, window=window, **noise, **run)
     intervals = {

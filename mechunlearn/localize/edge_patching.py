@@ -10,6 +10,7 @@ from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.metrics.answers import Metric, logit_diff
 from mechunlearn.model.hooked import HookedModel
+from mechunlearn.patching.cost import BUDGET
 from mechunlearn.patching.paths import edge_effects
 from mechunlearn.patching.scores import circuit, localizer
 
@@ -21,6 +22,7 @@ def edge_patching(
     names: Sequence[str],
     *,
     metric: Metric = logit_diff,
+    budget: float | None = BUDGET,
     seed: int = 0,
     batch_size: int = 32,
     progress: bool | None = None,
@@ -35,6 +37,7 @@ def edge_patching(
         prompts: The facts.
         names: Edges such as `a0.h1->a3.h2<q>`, `input->m0` or `m3->logits`.
         metric: A function of `(logits, prompts)`, one number a fact.
+        budget: Minutes that it may take, by an estimate from one timed forward pass; None for any time.
         seed: Recorded only: nothing is drawn.
         batch_size: Facts a batch.
         progress: Show a bar; None shows one on a terminal or in a notebook.
@@ -43,7 +46,7 @@ def edge_patching(
         The circuit of these edges, with the mean change of the metric by edge.
 
     Raises:
-        MechunlearnError: A name that is no edge of the model.
+        MechunlearnError: A name that is no edge of the model, or more work than the budget allows.
 
     >>> from mechunlearn.world.toy import planted_facts
     >>> toy = planted_facts()
@@ -61,7 +64,7 @@ def edge_patching(
                 "'m1->logits'."
             )
         pairs.append((rows[source], columns[target]))
-    effect = edge_effects(model, prompts, pairs, metric, batch_size, progress).mean(1)
+    effect = edge_effects(model, prompts, pairs, metric, batch_size, budget, progress).mean(1)
     scores, chosen = torch.zeros(len(rows), len(columns)), torch.zeros(len(rows), len(columns), dtype=torch.bool)
     at = tuple(torch.tensor(pairs, dtype=torch.long).view(-1, 2).T)
     scores[at], chosen[at] = effect, True

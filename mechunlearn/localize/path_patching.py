@@ -8,6 +8,7 @@ from mechunlearn.artifacts.localization import Localization
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.metrics.answers import Metric, logit_diff
 from mechunlearn.model.hooked import HookedModel
+from mechunlearn.patching.cost import BUDGET
 from mechunlearn.patching.paths import path_effects, readers_named
 from mechunlearn.patching.scores import localization, localizer, note_of
 
@@ -23,6 +24,7 @@ def path_patching(
     receivers: Sequence[str] = ("logits",),
     through: str = "direct",
     metric: Metric = logit_diff,
+    budget: float | None = BUDGET,
     seed: int = 0,
     batch_size: int = 32,
     progress: bool | None = None,
@@ -40,6 +42,7 @@ def path_patching(
             attention keys and values are received by the group.
         through: `direct`, along the residual stream alone, or `total`, along every path from sender to receivers.
         metric: A function of `(logits, prompts)`, one number a fact.
+        budget: Minutes that it may take, by an estimate from one timed forward pass; None for any time.
         seed: Recorded only: nothing is drawn.
         batch_size: Facts a batch.
         progress: Show a bar; None shows one on a terminal or in a notebook.
@@ -48,7 +51,7 @@ def path_patching(
         The mean change by unit, in units of the metric; every neuron of an MLP gets its MLP's score.
 
     Raises:
-        MechunlearnError: A receiver that the model does not have, or unknown paths.
+        MechunlearnError: A receiver that the model does not have, unknown paths, or more work than the budget allows.
 
     >>> from mechunlearn.world.toy import planted_facts
     >>> toy = planted_facts()
@@ -59,7 +62,7 @@ def path_patching(
     into = readers_named(model, receivers)
     names = writers(model.signature)
     effect, clean, corrupt = path_effects(
-        model, prompts, range(1, len(names)), into, metric, through, batch_size, progress=progress
+        model, prompts, range(1, len(names)), into, metric, through, batch_size, budget=budget, progress=progress
     )
     scores: dict[str, torch.Tensor] = {}
     by_layer = effect.mean(1).view(model.signature.layers, -1)

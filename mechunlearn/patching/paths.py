@@ -17,6 +17,7 @@ from mechunlearn.model.decoder import Run
 from mechunlearn.model.hooked import HookedModel
 from mechunlearn.model.layout import Layout
 from mechunlearn.patching.corruption import Paired, check_prompts, paired
+from mechunlearn.patching.cost import TOKENS, check_budget
 from mechunlearn.patching.edges import (
     EdgePatch,
     check_streams,
@@ -26,7 +27,7 @@ from mechunlearn.patching.edges import (
     writer_sites,
     written,
 )
-from mechunlearn.patching.sweep import TOKENS, sweep
+from mechunlearn.patching.sweep import sweep
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,7 @@ def edge_effects(
     pairs: Sequence[tuple[int, int]],
     metric: Metric,
     batch_size: int = 32,
+    budget: float | None = None,
     progress: bool | None = False,
 ) -> Float[Tensor, "edge fact"]:
     """Measure exactly how the metric changes when one reader alone sees the corrupt output of one writer, for each edge.
@@ -138,10 +140,11 @@ def edge_effects(
         pairs: Edges as (writer, reader) indices.
         metric: What is measured.
         batch_size: Facts a batch.
-        progress: Show a bar (see `progress.track`).
+        budget: Minutes that it may take (see `cost.check_budget`); None for any time.
+        progress: Show a bar (see `progress.track`); True says before what it will cost.
 
     Raises:
-        MechunlearnError: A pair is no edge.
+        MechunlearnError: A pair is no edge, or there is more work than the budget allows.
     """
     check_prompts(model, prompts, batch_size)
     valid = edges(model.signature, model.layout.parallel)
@@ -156,6 +159,9 @@ def edge_effects(
     for cell, (source, index) in enumerate(pairs):
         reader = Reader.of(index, model.layout)
         by_place.setdefault((reader.layer, reader.kind), []).append((cell, source, reader.head))
+    behind = sum(len(entries) * (model.signature.layers - layer) for (layer, _), entries in by_place.items())
+    share = behind / model.signature.layers / max(len(pairs), 1)
+    check_budget(model, prompts, len(pairs), share, batch_size, budget, progress)
     with counter(len(pairs) * -(-len(prompts) // batch_size), "patched edges", progress) as done:
         for rows in torch.split(torch.arange(len(prompts)), batch_size):
             setting = _setting(model, prompts.select(rows), metric, None)
@@ -194,6 +200,7 @@ def path_effects(
     through: str = "direct",
     batch_size: int = 32,
     where: Bool[Tensor, "fact pos"] | None = None,
+    budget: float | None = None,
     progress: bool | None = False,
 ) -> tuple[Float[Tensor, "sender fact"], Float[Tensor, " fact"], Float[Tensor, " fact"]]:
     """Measure how the metric changes when all receivers see a sender's corrupt output.
@@ -210,17 +217,21 @@ def path_effects(
         through: `direct`, along the residual stream alone, or `total`, along every path from sender to receivers.
         batch_size: Facts a batch.
         where: Positions at which the sender is corrupt; by default all.
-        progress: Show a bar (see `progress.track`).
+        budget: Minutes that it may take (see `cost.check_budget`); None for any time.
+        progress: Show a bar (see `progress.track`); True says before what it will cost.
 
     Returns:
         The change by sender, and the metric of the clean and the corrupt run.
 
     Raises:
-        MechunlearnError: `through` is neither.
+        MechunlearnError: `through` is neither, or there is more work than the budget allows.
     """
     if through not in ("direct", "total"):
         raise MechunlearnError(f"Cannot follow paths '{through}'. Expected through='direct' or through='total'.")
     check_prompts(model, prompts, batch_size)
+    layers, first = model.signature.layers, min(Reader.of(receiver, model.layout).layer for receiver in receivers)
+    share = (1 - first / layers) + (through == "total")
+    check_budget(model, prompts, len(senders), share, batch_size, budget, progress)
     found, clean, corrupt = [], [], []
     with counter(len(senders) * -(-len(prompts) // batch_size), "patched paths", progress) as done:
         for rows in torch.split(torch.arange(len(prompts)), batch_size):

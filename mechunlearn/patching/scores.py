@@ -25,7 +25,7 @@ from mechunlearn.patching.sweep import Effects
 
 SAME = "no difference: clean and corrupt prompts are the same, so nothing can be found"
 WHOLE = {"attn_out": "attn.o", "mlp_out": "mlp.out"}
-NOT_SETTINGS = ("model", "prompts", "against", "dictionary", "names", "seed", "batch_size", "progress")
+NOT_SETTINGS = ("model", "prompts", "against", "dictionary", "names", "seed", "batch_size", "budget", "progress")
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 

@@ -5,14 +5,12 @@ lies before is the same as in the base run, whose residual stream, keys and valu
 layers join the batch of those already under way.
 """
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
-from rich import get_console
 from torch import Tensor
 
 from mechunlearn.core.batches import counter, enough_memory
@@ -32,8 +30,7 @@ from mechunlearn.patching.corruption import (
     unchanged,
     with_corruption,
 )
-
-TOKENS = 8192
+from mechunlearn.patching.cost import TOKENS, check_budget
 
 
 @dataclass(frozen=True)
@@ -196,31 +193,6 @@ def _patched(entries: list[Entry], facts: int, start: int, activation: Tensor) -
     return seen.flatten(0, 1)
 
 
-def preview(model: HookedModel, prompts: Prompts, cells: int, entered: float, batch_size: int) -> str:
-    """Say what a sweep will cost, from one timed forward pass: "3,240 cells, about 2 min, 1.1 GB".
-
-    Args:
-        model: The model.
-        prompts: The facts.
-        cells: The number of cells.
-        entered: The mean share of a forward pass that a cell recomputes.
-        batch_size: Facts a batch.
-    """
-    part = prompts.select(range(min(batch_size, len(prompts))))
-    at = torch.zeros(len(part), 1, dtype=torch.long, device=model.device)
-    model.decoder.record(part.tokens[:, :1], at)
-    begun = time.perf_counter()
-    run = model.decoder.record(part.tokens, at)
-    if model.device.type == "cuda":
-        torch.cuda.synchronize()
-    seconds = (time.perf_counter() - begun) * entered * cells * len(prompts) / len(part)
-    kept = sum(t.nbytes for t in (*run.resid, *run.keys, *run.values))
-    working = min(TOKENS, cells * part.tokens.numel()) * run.resid[0].element_size()
-    working *= 4 * model.signature.d_model + 3 * model.signature.d_mlp
-    took = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
-    return f"{cells:,} cells, about {took}, {(2 * kept + working) / 1e9:.1f} GB beside the weights"
-
-
 @dataclass(frozen=True)
 class Effects:
     """What patching did to the metric.
@@ -256,6 +228,7 @@ def effects(
     seed: int = 0,
     batch_size: int = 32,
     sigma: float = 3.0,
+    budget: float | None = None,
     progress: bool | None = False,
     only: Mapping[str, Bool[Tensor, "_block _unit"]] | None = None,
 ) -> Effects:
@@ -274,11 +247,13 @@ def effects(
         seed: Seed of what a corruption draws.
         batch_size: Facts a batch.
         sigma: Size of the noise, in standard deviations of the embeddings.
+        budget: Minutes that the sweep may take (see `cost.check_budget`); None for any time.
         progress: Show a bar (see `progress.track`); True says before what the sweep will cost.
         only: The sites and units to patch instead of those of `kinds`, each row as one.
 
     Raises:
-        MechunlearnError: Unknown kind, corruption or `by`, or facts that do not fit the model.
+        MechunlearnError: Unknown kind, corruption or `by`, facts that do not fit the model, or more work than the
+            budget allows.
     """
     if only is None:
         check_kinds(model, kinds)
@@ -293,8 +268,9 @@ def effects(
     means = role_means(model, prompts, list(blocks), batch_size) if corrupt == "mean" else None
     counts = {site: 1 if chosen is None else len(chosen) for site, chosen in blocks.items()}
     cells = len(names) * sum(counts.values())
-    if progress:
-        get_console().print(preview(model, prompts, cells, 0.5 if by is None else 0.3, batch_size))
+    behind = [count * (1 - int(site[1:].split(".")[0]) / model.signature.layers) for site, count in counts.items()]
+    share = sum(behind) / sum(counts.values())
+    check_budget(model, prompts, cells, share, batch_size, budget, progress)
     changes: list[Tensor] = []
     pairs: list[tuple[Tensor, Tensor]] = []
     with counter(cells * -(-len(prompts) // batch_size), "patched runs", progress) as done:

@@ -269,7 +269,8 @@ class Washing:
         norm: Any = self.model.decoder.part(layer, "mlp_post")
         gain = (self.model.layout.modules.offset + norm.weight.detach()).double()
         raw = keys.double() @ self.model.rows(site(layer)).double()
-        slope = gain / (raw.square().mean(1, keepdim=True) + getattr(norm, "eps", 1e-6)).sqrt()
+        eps = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
+        slope = gain / (raw.square().mean(1, keepdim=True) + eps).sqrt()
         damping = (POST_NORM_DAMPING * slope.abs().amax(1, keepdim=True)).square()
         moved: Tensor = residual * slope / (slope.square() + damping)
         return moved
