@@ -11,7 +11,6 @@ import transformers
 
 import mechunlearn as mu
 from mechunlearn.artifacts.weight_edit import WeightEdit
-from mechunlearn.core.runcard import RunCard
 from mechunlearn.edit import masked_gradient
 from mechunlearn.evaluation.preview import preview
 from mechunlearn.evaluation.workflow import SHARE, edit_facts, edit_prompts
@@ -107,14 +106,7 @@ def test_without_a_window_attribution_patching_chooses_and_it_is_said(monkeypatc
     def nothing(model, prompts, rule, **_):
         if rule == "probe":
             raise mu.MechunlearnError("there is nothing to classify")
-        return mu.localize.random_units(model).__class__(
-            {"L0.mlp.out": torch.zeros(32)},
-            model.signature,
-            {"mlp.out": 48},
-            1536,
-            RunCard("fact_lookup"),
-            note="token identity, no window",
-        )
+        return replace(mu.localize.random_units(model), scores={"L0.mlp.out": torch.zeros(32)}, note="token identity")
 
     monkeypatch.setattr("mechunlearn.evaluation.workflow.fact_lookup", nothing)
     toy = planted_facts()
@@ -122,7 +114,7 @@ def test_without_a_window_attribution_patching_chooses_and_it_is_said(monkeypatc
     job = edit_prompts(toy.model, forget, retain, say=told.append)
     assert told[1:4] == [
         "fact_lookup, probe: there is nothing to classify",
-        "fact_lookup, paths: token identity, no window",
+        "fact_lookup, paths: token identity",
         "attribution_patching: the largest units of 5% of the weights are edited",
     ]
     assert job.mask == attribution_patching(toy.model, forget).top(weights=SHARE)
