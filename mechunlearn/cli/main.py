@@ -103,8 +103,8 @@ def demo(
     device: Device = "cpu",
 ) -> None:
     """The whole job: 64 invented athletes forget their sport, or a language model some capitals."""
-    facts = "factworld/sport" if model.startswith("factworld") else "countries/capital"
-    _run(model, facts, output, None, seed, device, None, [])
+    facts, forget = ("factworld/sport", None) if model.startswith("factworld") else ("countries/capital", 8)
+    _run(model, facts, output, forget, seed, device, None, [])
 
 
 @app.command(epilog="Example: mechunlearn localize factworld factworld/sport --weights 0.05 -o sport.mask.json")

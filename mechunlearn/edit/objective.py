@@ -34,9 +34,9 @@ from mechunlearn.training.loop import (
 from mechunlearn.training.parameterizations import LowRank, SelectedRows
 
 CHECK_EVERY = 5
-LADDER, STEPS, PATIENCE = (5e-4, 2e-3, 8e-3, 3.2e-2), 50, 15
-"""Learning rates to try, as shares of the root mean square of what is trained, the steps of each, and how many of them
-an attempt has to show that it gets somewhere."""
+LADDER, RUNG, PATIENCE, STEPS = (5e-4, 2e-3, 8e-3, 3.2e-2), 30, 15, 50
+"""Learning rates to try, as shares of the root mean square of what is trained; the steps of each; how many of them an
+attempt has to show that it gets somewhere; the steps of a call that gives a rate alone."""
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "injection": {"loss": losses.injection},
     "log_one_minus_p": {"loss": losses.log_one_minus_p},
@@ -248,10 +248,11 @@ def descend_on(
         ) -> TrainResult:
             shuffled, entries = torch.Generator(), []
             shuffled.manual_seed(seed)
+            size = min(batch, len(forget)) if search else batch
             draws = {
-                "forget": epochs(len(forget), batch, shuffled),
-                "retain": epochs(len(retain), batch, shuffled),
-                "text": epochs(len(texts), max(1, min(batch, len(forget)) // 4), shuffled),
+                "forget": epochs(len(forget), size, shuffled),
+                "retain": epochs(len(retain), min(batch, 2 * size), shuffled),
+                "text": epochs(len(texts), max(1, size // 4), shuffled),
             }
             used = [name for name in draws if name in terms or f"{name}_" in removed.streams]
 
@@ -291,7 +292,7 @@ def descend_on(
             whole, rungs = TrainResult(), [share * typical(trained) for share in LADDER]
 
             def attempt(lr: float) -> tuple[tuple[TrainResult, list[Tensor]], dict[str, Any], Reached]:
-                part = trajectory(Schedule(STEPS, lr, *schedule), goal.efficacy, search=True, last=lr == rungs[-1])
+                part = trajectory(Schedule(RUNG, lr, *schedule), goal.efficacy, search=True, last=lr == rungs[-1])
                 whole.trajectory += [
                     {**entry, "step": i} for i, entry in enumerate(part.trajectory, len(whole.trajectory) + 1)
                 ]
@@ -327,5 +328,5 @@ def _hopeless(entries: Sequence[Mapping[str, Any]]) -> bool:
     if step < PATIENCE or step % CHECK_EVERY:
         return False
     first, now = entries[0]["forget"], entries[-1]["forget"]
-    spent = step / STEPS + math.sin(math.pi * step / STEPS) / math.pi  # share of the summed learning rate
+    spent = step / RUNG + math.sin(math.pi * step / RUNG) / math.pi  # share of the summed learning rate
     return bool(first > 0 and first - (first - now) / spent > first / 2)

@@ -8,6 +8,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mechunlearn.core.runcard import peak_mib
+from mechunlearn.edit.goal import OWN_TOKENS
+from mechunlearn.edit.objective import RUNG
 from mechunlearn.evaluation.cells import LIMIT, OWN_COUNT, formats, neutral_texts, splits
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.metrics.text import encode
@@ -15,16 +17,16 @@ from mechunlearn.model.hooked import HookedModel
 
 BATCH = 16
 """Facts in the batch that is timed."""
-STEPS, PER_STEP, TEXTS = 50, 64, 16
-"""Steps of an edit; forget facts a step, and as many retain facts; texts a step."""
-EDITS, MODELS = 3, 4
-"""Edits that are trained (the mask, a rival, the random control) and models that are measured (these and the unedited)."""
+PER_STEP = 64
+"""Forget facts a step, at most."""
 TEXT_TOKENS = 48
 ATTACKED = {"relearning": (5, 20)}
 """Attacks that train: their settings and steps."""
 
 
-def preview(model: HookedModel, forget: Prompts, retain: Prompts, attacks: Sequence[str] = ()) -> list[str]:
+def preview(
+    model: HookedModel, forget: Prompts, retain: Prompts, attacks: Sequence[str] = (), edits: int = 2
+) -> list[str]:
     """Estimate seconds and memory of the whole job: one forward and backward pass on a batch, times the counts of steps.
 
     An editor that tries several learning rates trains as often; that is not known before it runs.
@@ -34,6 +36,7 @@ def preview(model: HookedModel, forget: Prompts, retain: Prompts, attacks: Seque
         forget: The facts to edit.
         retain: The facts to keep.
         attacks: Names of attacks that will run.
+        edits: How many edits are trained; they and the unedited model are measured.
 
     Returns:
         Lines to print.
@@ -46,22 +49,23 @@ def preview(model: HookedModel, forget: Prompts, retain: Prompts, attacks: Seque
     tokens = forget.tokens[forget.lengths.argsort()[-BATCH:]]
     forward, both = seconds_a_token(model, tokens)
     width = float(torch.cat([forget.lengths, retain.lengths]).float().mean())
-    text = TEXTS * TEXT_TOKENS if model.tokenizer is not None else 0
-    step = both * (width * (min(PER_STEP, len(forget)) + min(PER_STEP, len(retain))) + text)
-    read = MODELS * (width * _prompts(model, forget, retain) + _text_tokens(model, forget)) * forward
+    size = min(PER_STEP, len(forget))
+    text = max(1, size // 4) * OWN_TOKENS if model.tokenizer is not None else 0
+    step = both * (width * (size + min(PER_STEP, 2 * size, len(retain))) + text)
+    read = (edits + 1) * (width * _prompts(model, forget, retain) + _text_tokens(model, forget)) * forward
     training = sum(settings * steps for name, (settings, steps) in ATTACKED.items() if name in attacks)
     weights = sum(parameter.numel() for parameter in model.hf.parameters())
     memory = peak_mib() / 1024 + (16 * weights / 2**30 if training else 0)
-    editing, reading = _time(EDITS * STEPS * step), _time(read)
+    editing, reading = _time(edits * RUNG * step), _time(read)
     lines = [
         (
-            f"cost, measured on one batch: about {editing} for {EDITS} edits of {STEPS} steps at each learning rate that is "
-            f"tried, {reading} to measure {MODELS} models, {memory:.1f} GB of memory"
+            f"cost, measured on one batch: about {editing} for {edits} edits of {RUNG} steps at each learning rate that is "
+            f"tried, {reading} to measure {edits + 1} models, {memory:.1f} GB of memory"
         )
     ]
     if attacks:
         attack = 2 * training * step  # on the edited model and, as its ceiling, on the unedited one
-        others = len(set(attacks) - set(ATTACKED)) * read / MODELS
+        others = len(set(attacks) - set(ATTACKED)) * read / (edits + 1)
         lines.append(f"attacks: about {_time(attack + others)} more; without them: attacks=() or --attacks none")
     return lines
 

@@ -32,6 +32,7 @@ from mechunlearn.model.hooked import HookedModel, load_model
 
 ATTACKS = ("prompting", "quantization", "unlearning_depth", "relearning")
 SHARE = 0.05
+SMALL = 2**26  # parameters: a second edit beside a larger model's costs minutes
 RULES = ("probe", "paths")
 LEAST = 8
 """Facts that the model knows, at least: a forget and a retain set, and some that no edit sees."""
@@ -100,8 +101,8 @@ def edit_facts(
     The steps, each a function of its own: facts that the model does not give are dropped, `fact_lookup` chooses the
     mask (by its probe, else by its paths; where neither finds a look-up window, `attribution_patching`'s largest units
     of 5 % of the weights), `masked_gradient` trains it towards the edit targets, `evaluate` measures it in every format
-    and on unseen facts and ordinary text, beside a random mask and attribution patching's of the same weight, and
-    `attacks` try to get the truth back. The model is left as it was: use `edit.apply_(model)`, `edit.export(model,
+    and on unseen facts and ordinary text, beside a random mask of the same weight (beside attribution patching's too,
+    of a model below 2**26 parameters), and `attacks` try to get the truth back. The model is left as it was: use `edit.apply_(model)`, `edit.export(model,
     folder)` or `save(model, folder)`.
 
     It uses default settings, and one edit is one seed. To compare masks or objectives use `compare`.
@@ -162,7 +163,8 @@ def edit_prompts(
         say: Called with a line on each step.
     """
     names = check_attacks(attacks) if attacks else []
-    for line in preview(model, forget, retain, names):
+    small = sum(parameter.numel() for parameter in model.hf.parameters()) < SMALL
+    for line in preview(model, forget, retain, names, edits=3 if small else 2):
         say(line)
     attributed = attribution_patching(model, forget, progress=progress)
     looked_up = _looked_up(model, forget, seed, progress, say)
@@ -173,7 +175,9 @@ def edit_prompts(
     share = attributed.share(mask)
     say(f"mask: {len(mask)} units, {share:.2%} of the editable weights")
     bars = is_watched() if progress is None else progress
-    masks = {"the mask": mask} | ({"patching": attributed.top(weights=share)} if looked_up else {})
+    masks = {"the mask": mask}
+    if looked_up and small:
+        masks["patching"] = attributed.top(weights=share)
     edits = {}
     for name, each in masks.items():
         beside = "attribution patching's units of the same weight" if name == "patching" else name
