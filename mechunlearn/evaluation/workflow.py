@@ -102,8 +102,8 @@ def edit_facts(
     mask (by its probe, else by its paths; where neither finds a look-up window, `attribution_patching`'s largest units
     of 5 % of the weights), `masked_gradient` trains it towards the edit targets, `evaluate` measures it in every format
     and on unseen facts and ordinary text, beside a random mask of the same weight (beside attribution patching's too,
-    of a model below 2**26 parameters), and `attacks` try to get the truth back. The model is left as it was: use `edit.apply_(model)`, `edit.export(model,
-    folder)` or `save(model, folder)`.
+    of a model below 2**26 parameters), and `attacks` try to get the truth back. The model is left as it was: use
+    `edit.apply_(model)`, `edit.export(model, folder)` or `save(model, folder)`.
 
     It uses default settings, and one edit is one seed. To compare masks or objectives use `compare`.
 
