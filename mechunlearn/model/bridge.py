@@ -77,7 +77,7 @@ class Bridge:
             bridge = _boot(self._second, self._tokenizer, self._name)
             difference = float((bridge(tokens).float() - expected).abs().max())
         except (RuntimeError, ValueError, KeyError, AttributeError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = str(error).strip().split(". ")[0] + "."
         else:
             reason = f"Its logits differ from those of the model by {difference:.2g}."
             if difference <= 0.05 * float(expected.abs().max()):

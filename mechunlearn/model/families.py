@@ -215,7 +215,7 @@ def why_refused(family: str, text: object) -> str:
     layers = getattr(text, "moe_layers", None) or ()
     if family in FAMILIES:
         chosen = family == "llama4_text" and layers
-        return f"Its layers {', '.join(map(str, layers))} are mixtures of experts. {mixture}" if chosen else ""
+        return f"{len(layers)} of its layers are mixtures of experts. {mixture}" if chosen else ""
     experts = next((field for field in _EXPERTS if getattr(text, field, None)), None)
     if "moe" in family or (experts and family not in _REFUSED):
         return f"It is a mixture of experts{f' ({experts} = {getattr(text, experts)})' if experts else ''}. {mixture}"
