@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from mechunlearn.core.files import data_folder
 from mechunlearn.errors import MechunlearnError
@@ -34,7 +41,11 @@ def checkpoint(
     local = Path(folder).is_dir()
     try:
         with no_bar() if local else nullcontext():
-            found: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", output_loading_info=True)
+            kind = type(AutoConfig.from_pretrained(folder))  # Mistral 3 is no causal language model to transformers
+            auto: Any = (
+                AutoModelForCausalLM if kind in AutoModelForCausalLM._model_mapping else AutoModelForImageTextToText
+            )
+            found: Any = auto.from_pretrained(folder, dtype=dtype or "auto", output_loading_info=True)
         hf, loaded = found
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(folder)
