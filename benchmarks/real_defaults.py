@@ -34,7 +34,7 @@ EDITORS = ("masked_gradient", "fisher_lora", "memit", "mlp_washing", "null_space
 AIMED = ("masked_gradient",)  # these train towards targets; the others erase
 MASKS = ("fact_lookup", "attribution", "random")
 SOURCES = ("countries/capital", "countries/language")
-FORGET, RETAIN, MOST = 8, 16, 60
+FORGET, MOST = 8, 60
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Draw:
 
 def draw(known: FactDataset, seed: int, model: mu.HookedModel) -> Draw:
     """Split a relation, and name what is measured beside it."""
-    forget, retain = known.prompts(model).split(forget=FORGET, retain=RETAIN, seed=seed)
+    forget, retain = known.prompts(model).split(forget=FORGET, seed=seed)
     assert forget.facts is not None and retain.facts is not None
     shown = forget.facts.subjects | retain.facts.subjects
     relations = {fact.relation for fact in forget.facts}

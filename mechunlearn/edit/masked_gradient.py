@@ -49,7 +49,7 @@ def masked_gradient(
 
     with AdamW, linear warm-up, cosine schedule and gradient clipping, as in Mechanistic Unlearning (arXiv 2410.12949).
     Without `lr` and `steps` it takes the gentlest learning rate, relative to the size of the weights, that reaches
-    `efficacy` in 30 steps or fewer; where that is not enough a larger one goes on from there. The card's `search` has
+    `efficacy` in 50 steps or fewer; where that is not enough a larger one goes on from there. The card's `search` has
     them. If the edit moves ordinary text by more than `max_kl`, or keeps fewer than `min_retention` of the retain
     facts, a warning says so. `lr` or `steps` train once, as given.
     Ctrl-C ends training with the edit so far. The model is left as it was. Cost is that of the mask: gradient,

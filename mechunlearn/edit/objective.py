@@ -34,9 +34,9 @@ from mechunlearn.training.loop import (
 from mechunlearn.training.parameterizations import LowRank, SelectedRows
 
 CHECK_EVERY = 5
-LADDER, RUNG, PATIENCE, STEPS = (5e-4, 2e-3, 8e-3, 3.2e-2), 30, 15, 50
-"""Learning rates to try, as shares of the root mean square of what is trained; the steps of each; how many of them an
-attempt has to show that it gets somewhere; the steps of a call that gives a rate alone."""
+LADDER, STEPS, PATIENCE = (5e-4, 2e-3, 8e-3, 3.2e-2), 50, 15
+"""Learning rates to try, as shares of the root mean square of what is trained; the steps of each, at most; how many of
+them an attempt has to show that it gets somewhere."""
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "injection": {"loss": losses.injection},
     "log_one_minus_p": {"loss": losses.log_one_minus_p},
@@ -292,7 +292,7 @@ def descend_on(
             whole, rungs = TrainResult(), [share * typical(trained) for share in LADDER]
 
             def attempt(lr: float) -> tuple[tuple[TrainResult, list[Tensor]], dict[str, Any], Reached]:
-                part = trajectory(Schedule(RUNG, lr, *schedule), goal.efficacy, search=True, last=lr == rungs[-1])
+                part = trajectory(Schedule(STEPS, lr, *schedule), goal.efficacy, search=True, last=lr == rungs[-1])
                 whole.trajectory += [
                     {**entry, "step": i} for i, entry in enumerate(part.trajectory, len(whole.trajectory) + 1)
                 ]
@@ -328,5 +328,5 @@ def _hopeless(entries: Sequence[Mapping[str, Any]]) -> bool:
     if step < PATIENCE or step % CHECK_EVERY:
         return False
     first, now = entries[0]["forget"], entries[-1]["forget"]
-    spent = step / RUNG + math.sin(math.pi * step / RUNG) / math.pi  # share of the summed learning rate
+    spent = step / STEPS + math.sin(math.pi * step / STEPS) / math.pi  # share of the summed learning rate
     return bool(first > 0 and first - (first - now) / spent > first / 2)

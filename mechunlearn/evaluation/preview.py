@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mechunlearn.core.runcard import peak_mib
 from mechunlearn.edit.goal import OWN_TOKENS
-from mechunlearn.edit.objective import RUNG
+from mechunlearn.edit.objective import STEPS
 from mechunlearn.evaluation.cells import LIMIT, OWN_COUNT, formats, neutral_texts, splits
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.metrics.text import encode
@@ -56,10 +56,10 @@ def preview(
     training = sum(settings * steps for name, (settings, steps) in ATTACKED.items() if name in attacks)
     weights = sum(parameter.numel() for parameter in model.hf.parameters())
     memory = peak_mib() / 1024 + (16 * weights / 2**30 if training else 0)
-    editing, reading = _time(edits * RUNG * step), _time(read)
+    editing, reading = _time(edits * STEPS * step), _time(read)
     lines = [
         (
-            f"cost, measured on one batch: about {editing} for {edits} edits of {RUNG} steps at each learning rate that is "
+            f"cost, measured on one batch: about {editing} for {edits} edits of {STEPS} steps at each learning rate that is "
             f"tried, {reading} to measure {edits + 1} models, {memory:.1f} GB of memory"
         )
     ]
