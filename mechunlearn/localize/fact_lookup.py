@@ -12,14 +12,14 @@ from mechunlearn.artifacts.localization import Localization
 from mechunlearn.core.progress import track
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import Prompts
-from mechunlearn.metrics.answers import logit_diff
+from mechunlearn.metrics.answers import answered, logit_diff
 from mechunlearn.metrics.probes import probe_curve, residuals
 from mechunlearn.model.hooked import HookedModel
 from mechunlearn.patching.paths import path_effects, readers_named
 from mechunlearn.patching.scores import localization, localizer
 
 CLASSES, EACH = 64, 4
-HEADS, SHARE, ALONE, BATCH = 10, 0.02, 0.7, 64
+HEADS, SHARE, ALONE, BATCH = 10, 0.02, 0.9, 64
 RULES = ("probe", "paths")
 Found = tuple[dict[int, float], dict[str, Any], str]  # each layer's share, evidence, a sentence
 
@@ -30,16 +30,16 @@ def fact_lookup(
 ) -> Localization:
     """Find the MLPs that look the fact up at the subject. `found.above(0)` is the mask; all other units score zero.
 
-    Give facts that the model knows. What it does not know is not looked up, and nothing here checks that.
+    Give facts that the model knows (`facts.known(model)`): what it does not know is not looked up.
 
     `rule="probe"` (arXiv 2410.12949 for facts with few answers; the window was chosen by eye there): a linear probe for
-    the answer is trained at every depth on other subjects of the same data set and tested on these and a fifth of the
-    others (without a larger data set: 80 / 20 of these). The window is the smallest run of MLP layers that covers the
-    rise of its accuracy from 10 % to 90 %, or to within two standard errors of its best; every neuron in it scores its
-    layer's share of the rise. If the probe never gets half of the way from the majority class to 1, is nearly as good
-    at the embedding, or rises by less than two standard errors, no window is found. Use it where answers are shared: it
-    takes the answers (64 at most) that four training subjects or more have, leaves the facts with other answers out and
-    counts them. Cost: one forward pass over the data set and one regression a depth.
+    the answer is trained at every depth on other subjects of the same data set that the model knows, and tested on
+    these and a fifth of the others (without a larger data set: 80 / 20 of these). The window is the smallest run of MLP
+    layers that covers the rise of its accuracy from 10 % to 90 %, or to within two standard errors of its best; every
+    neuron in it scores its layer's share of the rise. If the probe never gets half of the way from the majority class
+    to 1, is nearly as good at the embedding, or rises by less than two standard errors, no window is found. Use it
+    where answers are shared: it takes the answers (64 at most) that four training subjects or more have, leaves the
+    facts with other answers out and counts them. Cost: two forward passes over the data set and one regression a depth.
 
     `rule="paths"` (the same paper, for CounterFact): path patching in two hops. First the 10 heads with the largest
     direct effect on the logits (fact extraction); then every MLP, at the subject's last token, through the inputs of
@@ -48,7 +48,7 @@ def fact_lookup(
 
     An early MLP often writes which token this is, and has the largest effect for any relation. So each MLP's output at
     the subject's last token is compared with its output for the same token behind another fact's subject, without the
-    prompt: the cosine of the two, each minus its mean over facts, is averaged over facts. Above .7 (half of the
+    prompt: the cosine of the two, each minus its mean over facts, is averaged over facts. Above .9 (four fifths of the
     variance) it is token identity, and left out, unless nothing else is above .02: a subject of one token may be looked
     up in an MLP that needs no context, which this cannot tell from identity, and the note says so. With one fact,
     or facts that all end in one token, nothing is left out. Needs no shared answers. Cost: a few runs a component.
@@ -92,7 +92,7 @@ def fact_lookup(
 
 
 def _by_probe(model: HookedModel, prompts: Prompts, seed: int, progress: bool | None) -> Found:
-    train, test, dropped = _train_and_test(model, prompts, seed)
+    train, test, dropped, unknown = _train_and_test(model, prompts, seed)
     labels, held_out = _labels(train), _labels(test)
     depths = list(zip(*(residuals(model, part, _subject_last(part)) for part in (train, test)), strict=True))
     probes = track(depths, "probes", progress=progress)
@@ -102,7 +102,8 @@ def _by_probe(model: HookedModel, prompts: Prompts, seed: int, progress: bool | 
     window, rise = lookup_window(curve, majority, len(test)), top - start
     inside = range(window[0], window[1] + 1) if window else ()
     shares = {layer: max((curve[layer + 1] - curve[layer]) / rise, 0.01) for layer in inside}
-    evidence = {"curve": curve, "majority": majority, "train": len(train), "test": len(test), "dropped": dropped}
+    evidence = {"curve": curve, "majority": majority, "train": len(train), "test": len(test)}
+    evidence |= {"dropped": dropped, "unknown": unknown}
     readable, best = (1 + majority) / 2, f"best probe {top:.2f}, majority {majority:.2f}"
     said = []
     if not window and top < readable:
@@ -115,6 +116,8 @@ def _by_probe(model: HookedModel, prompts: Prompts, seed: int, progress: bool | 
         )
     if dropped:
         said.append(f"{dropped} of {len(train) + len(test) + dropped} facts have a rare answer and were left out")
+    if unknown:
+        said.append(f"{unknown} more are not known to the model")
     return shares, evidence, "; ".join(said)
 
 
@@ -214,10 +217,11 @@ def lookup_window(curve: list[float], majority: float, tested: int | None = None
     return max(begun - 1, 0), max(reached - 1, begun - 1, 0)
 
 
-def _train_and_test(model: HookedModel, prompts: Prompts, seed: int) -> tuple[Prompts, Prompts, int]:
+def _train_and_test(model: HookedModel, prompts: Prompts, seed: int) -> tuple[Prompts, Prompts, int, int]:
     """Train on 80 % of the data set's other subjects, test on the rest of them and on these facts.
 
-    Facts whose answer fewer than `EACH` training facts have are in neither; the third value counts them.
+    Facts whose answer fewer than `EACH` training facts have are in neither, nor other subjects' facts that the model
+    does not know; the third and fourth value count them.
     """
     generator, source = torch.Generator().manual_seed(seed), prompts.facts and prompts.facts.source
     parts = []
@@ -227,6 +231,7 @@ def _train_and_test(model: HookedModel, prompts: Prompts, seed: int) -> tuple[Pr
         mine = torch.tensor([fact.subject in prompts.facts.subjects for fact in everyone.facts])
         asked, others = mine.nonzero().flatten(), (~mine).nonzero().flatten()
         others = others[torch.randperm(len(others), generator=generator)]
+        others = others[answered(model, everyone.select(others))]
         cut = len(others) // 5
         parts.append((everyone, asked, others[cut:], torch.cat([asked, others[:cut]])))
     shuffled = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed))
@@ -239,7 +244,8 @@ def _train_and_test(model: HookedModel, prompts: Prompts, seed: int) -> tuple[Pr
         train, test = ([i for i in half.tolist() if labels[i] in frequent] for half in halves)
         kept = sum(labels[i] in frequent for i in asked.tolist())
         if len(frequent) > 1 and test and kept >= len(asked) / 2:
-            return all_of.select(train), all_of.select(test), len(labels) - len(train) - len(test)
+            used = sum(map(len, halves))
+            return all_of.select(train), all_of.select(test), used - len(train) - len(test), len(labels) - used
     raise MechunlearnError(
         f"The probe needs two answers or more that {EACH} training subjects share, and half of the facts with such "
         f"answers. These {len(labels)} facts, {len(halves[0])} of them for training, have {len(set(labels))} different "
