@@ -163,10 +163,9 @@ def test_adapters_from_the_command_line(call, tmp_path, seed):
 
 def test_every_method_localizes(call, tmp_path):
     for method in ready_methods("localize"):
-        if method != "activation_patching":
-            code, out, err = call(*LOCALIZE, "-o", f"{method}.json", "--method", method, *FEW)
-            assert code == 0, err
-            assert ComponentMask.load(f"{method}.json").signature.family == "qwen2", out
+        code, out, err = call(*LOCALIZE, "-o", f"{method}.json", "--method", method, *FEW)
+        assert code == 0, err
+        assert ComponentMask.load(f"{method}.json").signature.family == "qwen2", out
 
 
 FEW = ["--forget", 4, "--weights", 0.02]

@@ -7,6 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mechunlearn import MechunlearnError
+from mechunlearn.facts.formats import Query
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.localize import fact_lookup
 from mechunlearn.model.hooked import load_model
@@ -162,3 +163,36 @@ class TestProbe:
         unreadable = Prompts.from_tokens(prompts.corrupt, tokens, answers, answers + 10, prompts.spans)
         never = fact_lookup(load_model((random_hf("llama"), None)), unreadable)
         assert never.note.startswith("no window found: the answer is never readable at the subject (best probe")
+
+
+KNOWN = {  # by SmolLM2, after "The capital city of ... is"
+    "Nigeria": "Abuja",
+    "Canada": "Ottawa",
+    "Egypt": "Cairo",
+    "France": "Paris",
+    "Germany": "Berlin",
+    "Italy": "Rome",
+    "Japan": "Tokyo",
+    "Spain": "Madrid",
+    "Russia": "Moscow",
+    "Peru": "Lima",
+    "Kenya": "Nairobi",
+    "Norway": "Oslo",
+}
+
+
+@pytest.mark.real
+def test_on_a_real_model_mlp_0_is_token_identity_and_what_stays_is_above_the_threshold(smollm2):
+    prompts = Prompts.from_text(
+        [Query(f"The capital city of {of} is", city, "", of) for of, city in KNOWN.items()], smollm2.tokenizer
+    )
+    found = fact_lookup(smollm2, prompts, rule="paths")
+    shares, alike = found.evidence["mlps"], found.evidence["token_identity"]
+    assert shares["m0"] == max(shares.values()) > 0.3 and alike["m0"] > 0.95
+    assert sorted(alike.values())[-2] < 0.9, "no other MLP writes the same for the token alone"
+    layers = found.evidence["layers"]
+    assert layers == [layer for layer in range(1, 30) if shares[f"m{layer}"] > 0.02] and {7, 8} <= set(layers)
+    assert {unit.layer for unit in found.above(0)} == set(layers)
+    assert "MLP 0 (0." in found.note and found.note.endswith(
+        "writes the same for the token alone: token identity, left out"
+    )

@@ -25,6 +25,7 @@ from mechunlearn.localize import (
     feature_discovery,
 )
 from mechunlearn.metrics.answers import measure
+from mechunlearn.model.component import SCORED
 from mechunlearn.model.hooked import load_model
 from mechunlearn.training.covariance import Covariance
 from tests.handmade import axes, entering, mask_of, planted, random_codebook, random_sae
@@ -109,13 +110,12 @@ def test_every_localizer_takes_a_seed_and_shows_progress(localizer):
 def test_a_data_set_is_as_good_as_its_prompts(localizer, world):
     """And the card says how the result was made, whatever the method."""
     facts, localizer = load_facts("factworld/sport").select(range(4)), methods("localize")[localizer]
-    settings = {"neurons": 96, "seed": 3}
-    one, two = localizer(world, facts, **settings), localizer(world, facts.prompts(world), **settings)
+    one, two = localizer(world, facts, seed=3), localizer(world, facts.prompts(world), seed=3)
     one, two = (found if isinstance(found, Localization) else found.nodes() for found in (one, two))
     assert all(torch.equal(one.scores[site], two.scores[site]) for site in two.scores)
     card = {"method": localizer.name, "model": world.fingerprint, "data": facts.prompts(world).fingerprint, "seed": 3}
     assert all(getattr(one.card, name) == value for name, value in card.items()) and one.card.seconds > 0
-    recorded = {"model", "prompts", "seed", "batch_size", "progress"}
+    recorded = {"model", "prompts", "seed", "batch_size", "budget", "progress"}
     assert set(one.card.settings) == set(localizer.takes) - recorded
     with pytest.raises(MechunlearnError, match="the prompts are empty"):
         localizer(world, facts.prompts(world).select([]))
@@ -174,9 +174,8 @@ def test_a_padded_batch_gives_the_scores_of_single_facts(localizer, world, sport
     forget, _ = sport
     chosen = forget.select(range(6))
     assert len(set(chosen.lengths.tolist())) > 1, "the batch must be ragged"
-    settings = {"neurons": 64} if takes(localizer, "neurons") else {}
-    together = located(localizer, world, chosen, **settings)
-    single = [located(localizer, world, _unpadded(chosen, i), **settings) for i in range(6)]
+    together = located(localizer, world, chosen)
+    single = [located(localizer, world, _unpadded(chosen, i)) for i in range(6)]
     assert max(scores.abs().max() for scores in together.scores.values()) > 1e-2
     for site, scores in together.scores.items():
         mean = torch.stack([found.scores[site] for found in single]).mean(0)
@@ -400,7 +399,7 @@ def test_scores_given_for_a_mask_say_how_to_make_one():
 def test_the_localizer_finds_exactly_the_planted_neuron(localizer, toy, fact):
     found = localizer(toy.model, toy.prompts([fact]), kinds=("mlp.out",))
     assert list(found.above(1e-4)) == [toy.neuron(fact)]
-    everything = localizer(toy.model, toy.prompts([fact]))
+    everything = localizer(toy.model, toy.prompts([fact]), kinds=SCORED)
     assert list(everything.above(1e-4)) == [toy.neuron(fact), Component(1, "attn.o", 0)]
 
 

@@ -8,10 +8,18 @@ import torch
 
 from mechunlearn import Localization, MechunlearnError
 from mechunlearn.facts.prompts import ROLES
-from mechunlearn.localize import activation_patching, attribution_patching, edge_attribution, path_patching
+from mechunlearn.localize import (
+    activation_patching,
+    attribution_patching,
+    causal_tracing,
+    edge_attribution,
+    edge_patching,
+    path_patching,
+)
 from mechunlearn.metrics.answers import answer_logprob, logit_diff
 from mechunlearn.model.decoder import Decoder
 from mechunlearn.model.hooked import load_model
+from mechunlearn.patching import preview
 from mechunlearn.patching.corruption import with_corruption
 from tests.models import random_hf, token_prompts
 
@@ -99,7 +107,43 @@ def test_the_cost_is_said_before_the_work(prompts, capsys):
     model = load_model((random_hf("llama"), None))
     activation_patching(model, prompts, kinds=["attn.o"], progress=True)
     out = capsys.readouterr().out
-    assert "12 cells, about 0 s" in out and "GB beside the weights" in out
+    assert "12 patched runs, about 0 s" in out and "GB beside the weights" in out
+
+
+def test_a_sweep_above_its_budget_is_refused_before_it_begins(prompts, monkeypatch):
+    """The estimate is of the layers and positions that are computed: 3 layers of 48 neurons, positions 2 to 6 of 7."""
+    model, begun = load_model((random_hf("llama"), None)), []
+    monkeypatch.setattr("mechunlearn.patching.cost._timed", lambda model, prompts, copies: (30.0, 0))
+    monkeypatch.setattr("mechunlearn.patching.sweep.sweep", lambda *given: begun.append(given))
+    monkeypatch.setattr("mechunlearn.patching.paths.sweep", lambda *given: begun.append(given))
+    cost = preview(model, prompts, runs=144, share=2 / 3)  # (1 + 2/3 + 1/3) / 3
+    assert cost.runs == 144 and cost.seconds == pytest.approx(144 * 30 * 2 / 3 * 5 / 7)
+    minutes = cost.seconds / 60
+    for call in (activation_patching, causal_tracing):
+        said = f"144 patched runs, about {minutes:.0f} min.*budget is 20 minutes.*neurons=64.*attribution_patching"
+        with pytest.raises(MechunlearnError, match=said):
+            call(model, prompts, kinds=["mlp.out"])
+    with pytest.raises(MechunlearnError, match="15 patched runs, .* budget is 0.1 minutes"):
+        path_patching(model, prompts, budget=0.1)
+    with pytest.raises(MechunlearnError, match="1 patched runs, .* budget is 0.1 minutes"):
+        edge_patching(model, prompts, ["m0->m1"], budget=0.1)
+    with pytest.raises(MechunlearnError, match="A budget of 0 minutes is out of range"):
+        activation_patching(model, prompts, budget=0)
+    assert not begun
+    monkeypatch.undo()
+    activation_patching(model, prompts, kinds=["attn.o"], budget=None)
+
+
+def test_whole_mlps_and_heads_are_what_is_patched_unless_neurons_are_asked_for(prompts):
+    model = load_model((random_hf("llama"), None))
+    usual, asked = activation_patching(model, prompts), activation_patching(model, prompts, kinds=["attn.o", "mlp_out"])
+    assert list(usual.scores) == list(asked.scores) and len(usual.scores) == 6
+    for site, scores in usual.scores.items():
+        assert torch.equal(scores, asked.scores[site]) and len(scores.unique()) == (1 if "mlp" in site else 4)
+    whole = torch.ones(4, 7, dtype=torch.bool)
+    assert float(usual.scores["L1.mlp.out"][5]) == pytest.approx(
+        naive(model, prompts, "L1.mlp_out", None, whole), abs=1e-5
+    )
 
 
 def test_neurons_in_blocks_share_a_score(prompts):
@@ -297,6 +341,7 @@ class TestBadInput:
             ({"by": "fact"}, "Cannot patch by 'fact'"),
             ({"corrupt": "zero", "denoise": True}, "no corrupt run to restore"),
             ({"neurons": 0}, "Cannot patch 0 neurons"),
+            ({"neurons": 64}, "Cannot patch 64 neurons at a time with kinds .*Expected .*'mlp.out' among the kinds"),
             ({"kinds": []}, "Expected some, such as"),
             ({"kinds": ["attn.o", "attn.o"]}, "name one twice"),
             ({"batch_size": 0}, "A batch of 0 facts is out of range"),

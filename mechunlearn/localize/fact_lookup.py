@@ -1,5 +1,6 @@
 """Fact-lookup MLPs: the layers in which an attribute of the subject becomes readable at its last token."""
 
+import math
 from collections import Counter
 from typing import Any
 
@@ -11,7 +12,7 @@ from mechunlearn.artifacts.localization import Localization
 from mechunlearn.core.progress import track
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import Prompts
-from mechunlearn.metrics.answers import logit_diff
+from mechunlearn.metrics.answers import answered, logit_diff
 from mechunlearn.metrics.probes import probe_curve, residuals
 from mechunlearn.model.hooked import HookedModel
 from mechunlearn.patching.paths import path_effects, readers_named
@@ -29,15 +30,16 @@ def fact_lookup(
 ) -> Localization:
     """Find the MLPs that look the fact up at the subject. `found.above(0)` is the mask; all other units score zero.
 
-    Give facts that the model knows. What it does not know is not looked up, and nothing here checks that.
+    Give facts that the model knows (`facts.known(model)`): what it does not know is not looked up.
 
     `rule="probe"` (arXiv 2410.12949 for facts with few answers; the window was chosen by eye there): a linear probe for
-    the answer is trained at every depth on other subjects of the same data set and tested on these and a fifth of the
-    others (without a larger data set: 80 / 20 of these). The window is the smallest run of MLP layers that covers the
-    rise of its accuracy from 10 % to 90 %; every neuron in it scores its layer's share of the rise. If the probe never
-    gets half of the way from the majority class to 1, or is nearly as good at the embedding, no window is found. Use it
+    the answer is trained at every depth on other subjects of the same data set that the model knows, and tested on
+    these and a fifth of the others (without a larger data set: 80 / 20 of these). The window is the smallest run of MLP
+    layers that covers the rise of its accuracy from 10 % to 90 %, or to within two standard errors of its best; every
+    neuron in it scores its layer's share of the rise. If the probe never gets half of the way from the majority class
+    to 1, is nearly as good at the embedding, or rises by less than two standard errors, no window is found. Use it
     where answers are shared: it takes the answers (64 at most) that four training subjects or more have, leaves the
-    facts with other answers out and counts them. Cost: one forward pass over the data set and one regression a depth.
+    facts with other answers out and counts them. Cost: two forward passes over the data set and one regression a depth.
 
     `rule="paths"` (the same paper, for CounterFact): path patching in two hops. First the 10 heads with the largest
     direct effect on the logits (fact extraction); then every MLP, at the subject's last token, through the inputs of
@@ -90,26 +92,32 @@ def fact_lookup(
 
 
 def _by_probe(model: HookedModel, prompts: Prompts, seed: int, progress: bool | None) -> Found:
-    train, test, dropped = _train_and_test(model, prompts, seed)
+    train, test, dropped, unknown = _train_and_test(model, prompts, seed)
     labels, held_out = _labels(train), _labels(test)
     depths = list(zip(*(residuals(model, part, _subject_last(part)) for part in (train, test)), strict=True))
     probes = track(depths, "probes", progress=progress)
     curve = [probe_curve(x[None], labels, unseen[None], held_out)[0] for x, unseen in probes]
     majority = max(Counter(held_out).values()) / len(held_out)
-    window, rise = lookup_window(curve, majority), max(curve) - curve[0]
+    start, top = curve[0], max(curve)
+    window, rise = lookup_window(curve, majority, len(test)), top - start
     inside = range(window[0], window[1] + 1) if window else ()
     shares = {layer: max((curve[layer + 1] - curve[layer]) / rise, 0.01) for layer in inside}
-    evidence = {"curve": curve, "majority": majority, "train": len(train), "test": len(test), "dropped": dropped}
-    readable, best = (1 + majority) / 2, f"best probe {max(curve):.2f}, majority {majority:.2f}"
+    evidence = {"curve": curve, "majority": majority, "train": len(train), "test": len(test)}
+    evidence |= {"dropped": dropped, "unknown": unknown}
+    readable, best = (1 + majority) / 2, f"best probe {top:.2f}, majority {majority:.2f}"
     said = []
-    if not window and max(curve) < readable:
+    if not window and top < readable:
         said.append(f"the answer is never readable at the subject ({best})")
-    elif not window and curve[0] >= readable:
-        said.append(f"the answer is readable from the embedding on ({curve[0]:.2f}), so there is no rise to locate")
+    elif not window and start >= readable:
+        said.append(f"the answer is readable from the embedding on ({start:.2f}), so there is no rise to locate")
     elif not window:
-        said.append(f"the probe rises too little from the embedding ({curve[0]:.2f}; {best})")
+        said.append(
+            f"the probe rises from {start:.2f} to {top:.2f}, too little to locate with {len(test)} test subjects"
+        )
     if dropped:
         said.append(f"{dropped} of {len(train) + len(test) + dropped} facts have a rare answer and were left out")
+    if unknown:
+        said.append(f"{unknown} more are not known to the model")
     return shares, evidence, "; ".join(said)
 
 
@@ -177,29 +185,43 @@ def _runs(layers: list[int]) -> list[list[int]]:
     ]
 
 
-def lookup_window(curve: list[float], majority: float) -> tuple[int, int] | None:
+def lookup_window(curve: list[float], majority: float, tested: int | None = None) -> tuple[int, int] | None:
     """Find the first and last MLP of the 10 to 90 % rise of a probe curve; None if it does not rise enough.
+
+    With `tested`, a rise of less than two standard errors is none, and the window ends at the latest where the curve is
+    within two standard errors of its best: a peak behind a plateau is often chance.
 
     Args:
         curve: Accuracy after 0, 1, ... all blocks.
         majority: The share of the most frequent answer.
+        tested: How many facts the accuracy is of. None: the curve is taken as it is.
 
     >>> lookup_window([0.25, 0.3, 0.7, 0.95, 1.0], majority=0.25)
     (1, 2)
     >>> lookup_window([0.25, 0.3, 0.35, 0.3, 0.34], majority=0.25) is None
     True
+    >>> plateau = [0.68, 0.7, 0.8, 0.9, 0.89, 0.9, 0.95]
+    >>> lookup_window(plateau, majority=0.5), lookup_window(plateau, majority=0.5, tested=60)
+    ((1, 5), (1, 2))
     """
     start, top = curve[0], max(curve)
+    reached_at = start + 0.9 * (top - start)
     if top < (1 + majority) / 2 or top - start < 0.25 * (1 - majority):
         return None
-    reached = [next(k for k, y in enumerate(curve) if y >= start + share * (top - start)) for share in (0.1, 0.9)]
-    return max(reached[0] - 1, 0), reached[1] - 1
+    if tested:
+        if top - start <= 2 * math.sqrt((start * (1 - start) + top * (1 - top)) / tested):
+            return None
+        reached_at = min(reached_at, top - 2 * math.sqrt(top * (1 - top) / tested))
+    begun_at = start + 0.1 * (top - start)
+    begun, reached = (next(k for k, y in enumerate(curve) if y >= level) for level in (begun_at, reached_at))
+    return max(begun - 1, 0), max(reached - 1, begun - 1, 0)
 
 
-def _train_and_test(model: HookedModel, prompts: Prompts, seed: int) -> tuple[Prompts, Prompts, int]:
+def _train_and_test(model: HookedModel, prompts: Prompts, seed: int) -> tuple[Prompts, Prompts, int, int]:
     """Train on 80 % of the data set's other subjects, test on the rest of them and on these facts.
 
-    Facts whose answer fewer than `EACH` training facts have are in neither; the third value counts them.
+    Facts whose answer fewer than `EACH` training facts have are in neither, nor other subjects' facts that the model
+    does not know; the third and fourth value count them.
     """
     generator, source = torch.Generator().manual_seed(seed), prompts.facts and prompts.facts.source
     parts = []
@@ -209,6 +231,7 @@ def _train_and_test(model: HookedModel, prompts: Prompts, seed: int) -> tuple[Pr
         mine = torch.tensor([fact.subject in prompts.facts.subjects for fact in everyone.facts])
         asked, others = mine.nonzero().flatten(), (~mine).nonzero().flatten()
         others = others[torch.randperm(len(others), generator=generator)]
+        others = others[answered(model, everyone.select(others))]
         cut = len(others) // 5
         parts.append((everyone, asked, others[cut:], torch.cat([asked, others[:cut]])))
     shuffled = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed))
@@ -221,7 +244,8 @@ def _train_and_test(model: HookedModel, prompts: Prompts, seed: int) -> tuple[Pr
         train, test = ([i for i in half.tolist() if labels[i] in frequent] for half in halves)
         kept = sum(labels[i] in frequent for i in asked.tolist())
         if len(frequent) > 1 and test and kept >= len(asked) / 2:
-            return all_of.select(train), all_of.select(test), len(labels) - len(train) - len(test)
+            used = sum(map(len, halves))
+            return all_of.select(train), all_of.select(test), used - len(train) - len(test), len(labels) - used
     raise MechunlearnError(
         f"The probe needs two answers or more that {EACH} training subjects share, and half of the facts with such "
         f"answers. These {len(labels)} facts, {len(halves[0])} of them for training, have {len(set(labels))} different "

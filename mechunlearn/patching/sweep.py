@@ -257,6 +257,11 @@ def effects(
     """
     if only is None:
         check_kinds(model, kinds)
+    if neurons < 1 or (neurons > 1 and "mlp.out" not in kinds):
+        raise MechunlearnError(
+            f"Cannot patch {neurons} neurons at a time with kinds {list(kinds)}. Expected neurons=1 or more, and "
+            "'mlp.out' among the kinds for more."
+        )
     if denoise and corrupt in ("zero", "mean"):
         raise MechunlearnError(f"There is no corrupt run to restore with corrupt='{corrupt}'. Use denoise=False.")
     check_prompts(model, prompts, batch_size)
@@ -316,8 +321,6 @@ def _blocks(model: HookedModel, kind: str, neurons: int) -> Bool[Tensor, "block 
     units = model.signature.units(kind)
     assert units is not None
     size = neurons if kind == "mlp.out" else 1
-    if size < 1:
-        raise MechunlearnError(f"Cannot patch {neurons} neurons at a time. Expected neurons=1 or more.")
     return torch.arange(units)[None] // size == torch.arange(-(-units // size))[:, None]
 
 

@@ -34,7 +34,7 @@ from mechunlearn.localize import (
 )
 from mechunlearn.metrics.answers import measure
 from mechunlearn.metrics.text import text_loss
-from mechunlearn.model.component import Component
+from mechunlearn.model.component import SCORED, Component
 from mechunlearn.model.hooked import HookedModel
 from mechunlearn.reproduce.engine import Found, finished, model_in, options, world_folder
 
@@ -57,7 +57,7 @@ LOCALIZERS: dict[str, Callable[[HookedModel, Prompts, int], Localization]] = {
     OUTPUT_TRACING[1]: lambda model, facts, seed: attribution_patching(model, facts, kinds=["mlp.out"]),
     "causal_tracing": lambda model, facts, seed: causal_tracing(model, facts, seed=seed),
     "attribution_patching": lambda model, facts, seed: attribution_patching(model, facts),
-    "activation_patching": lambda model, facts, seed: activation_patching(model, facts, neurons=16),
+    "activation_patching": lambda model, facts, seed: activation_patching(model, facts, kinds=SCORED, neurons=16),
     "edge_attribution": lambda model, facts, seed: edge_attribution(model, facts, ig_steps=5).nodes(),
     "path_patching": lambda model, facts, seed: path_patching(model, facts),
     "direct_logit_attribution": lambda model, facts, seed: direct_logit_attribution(model, facts),
