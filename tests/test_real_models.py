@@ -79,7 +79,6 @@ def trace(model) -> dict:
         "forwards": [name for name, module in modules.items() if "forward" in vars(module)],
         "kernel": model.hf.config._attn_implementation,
         "random": torch.get_rng_state().tolist(),
-        "gradients on": torch.is_grad_enabled(),
     }
 
 
@@ -95,8 +94,12 @@ def untouched(real):
     assert [name for name in before if before[name] != after[name]] == []
 
 
-@torch.no_grad()
 class TestForward:
+    @pytest.fixture(autouse=True)
+    def without_gradients(self):
+        with torch.no_grad():
+            yield
+
     def test_tokens_logits_and_hidden_states_are_those_of_plain_transformers(self, real, plain, untouched):
         hf, tokenizer = plain
         for text in TEXTS:
