@@ -203,8 +203,8 @@ def descend_on(
         retain: Facts to hold.
         objective: What is minimised.
         goal: What is wanted. `Goal.search` tries the learning rates of `LADDER`; an attempt ends as soon as the facts
-            are edited, and early if its forget term falls too slowly to be halved and a larger rate is left; that one
-            goes on from there.
+            are edited, and early if it gets nowhere (`_hopeless`) and a larger rate is left; that one goes on from
+            there.
         lr: Largest learning rate. Giving it, or the steps, turns the search off.
         steps: Optimiser steps.
         schedule: The rest of `Schedule`: warm-up, clipping, weight decay.
@@ -323,10 +323,12 @@ def typical(trained: SelectedRows | LowRank) -> float:
 
 
 def _hopeless(entries: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the forget term would not be halved at the end if it went on to fall as it did, along the cosine."""
+    """Whether no fact is edited half-way, or the forget term would not be halved at the end if it fell as it did so far."""
     step = len(entries)
     if step < PATIENCE or step % CHECK_EVERY:
         return False
+    if step >= STEPS / 2 and not entries[-1]["efficacy"]:
+        return True
     first, now = entries[0]["forget"], entries[-1]["forget"]
     spent = step / STEPS + math.sin(math.pi * step / STEPS) / math.pi  # share of the summed learning rate
     return bool(first > 0 and first - (first - now) / spent > first / 2)
