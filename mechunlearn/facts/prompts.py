@@ -100,7 +100,9 @@ class Prompts:
         """The targets, where every fact has one. Raises `MechunlearnError` if some have none."""
         without = (self.targets == PAD).all(1).nonzero().flatten().tolist()
         if without:
-            names = [self.queries[i].subject or self.queries[i].prompt for i in without[:3]] if self.queries else without
+            names = (
+                [self.queries[i].subject or self.queries[i].prompt for i in without[:3]] if self.queries else without
+            )
             more = f" and {len(without) - 3} more" if len(without) > 3 else ""
             raise MechunlearnError(
                 f"{len(without)} of {len(self)} facts have no target to inject, because no other fact of their relation "
