@@ -123,6 +123,8 @@ def test_a_corrupt_prompt_is_the_text_with_another_subject_in_it(real):
         Query("Oslo is the capital of", "Norway", "", "", "Oslo"),
         Query("Lima is the capital of", "Peru", "", "", "Lima"),
         Query("I like Rome, the capital of", "Italy", "", "", "Rome"),
+        Query("London lies in", "England", "", "", "London"),
+        Query("Paris lies in", "France", "", "", "Paris"),
         Query("Paris is large; Paris is the capital of", "France", "", "", "Paris"),
         Query("London is large; London is the capital of", "England", "", "", "London"),
         Query("We were in Cairo, the capital of", "Egypt", "", "", "Cairo"),
