@@ -76,9 +76,9 @@ def test_prompts_contain_their_subject_where_it_is_looked_for(facts):
 
 
 def test_a_subject_is_found_as_a_word_of_its_own():
-    prompt = "Which language do people speak in Oman ? Romanian A, Arabic B. Answer:"
-    (row,) = paired([Query(prompt, "Oslo", "", "Answer:", "Oman")], made(False), 0)
-    assert row.span == (6, 6)  # not in "Romanian"
+    prompt = "Which language do people speak in Albania ? Albanian A, Arabic B. Answer:"
+    (row,) = paired([Query(prompt, "Oslo", "", "Answer:", "Albania")], made(False), 0)
+    assert row.span == (6, 6)  # not in "Albanian"
 
 
 def test_targets_and_options(facts):

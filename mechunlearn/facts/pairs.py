@@ -179,7 +179,7 @@ class _Others:
 
 def _find(query: Query, offsets: Sequence[tuple[int, int]]) -> tuple[int, int]:
     whole = [match.start() for match in re.finditer(rf"(?<!\w){re.escape(query.subject)}(?!\w)", query.prompt)]
-    start = whole[-1] if whole else query.prompt.rfind(query.subject)  # "Oman" is not looked for in "Romanian"
+    start = whole[-1] if whole else query.prompt.rfind(query.subject)  # "Albania" is not looked for in "Albanian"
     if start < 0:
         raise MechunlearnError(
             f"The subject '{query.subject}' is not in its prompt '{query.prompt}'. "
