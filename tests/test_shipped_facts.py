@@ -90,10 +90,8 @@ def test_targets_and_options(facts):
             assert query.answer != query.target and len(query.options) <= MOST_OPTIONS
         assert set(fact.queries["statement"].options) == (answers if len(answers) <= MOST_OPTIONS else set())
         choice = fact.queries.get("multiple_choice")
-        assert (
-            choice is None
-            or f"{fact.answer} {choice.answer}" in choice.prompt
-            and f"{fact.target} {choice.target}" in choice.prompt
+        assert choice is None or (
+            f"{fact.answer} {choice.answer}" in choice.prompt and f"{fact.target} {choice.target}" in choice.prompt
         )
 
 
@@ -225,7 +223,7 @@ def test_a_template_that_refuses_is_named():
 )
 @pytest.mark.parametrize("real", ["smollm2", "gemma3"])
 def test_real_models_know_the_facts(request, real, name, smallest):
-    """Of 24 facts drawn by seed. Gemma 3 knows 14, 19, 20 and 19 of them, SmolLM2 10 of the first."""
+    """Of 24 facts drawn by seed."""
     model, facts = request.getfixturevalue(real), load_facts(name)
     some = facts.select(random.Random(0).sample(range(len(facts)), 24))
     assert int(answered(model, some.prompts(model)).sum()) >= smallest
