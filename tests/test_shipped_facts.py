@@ -76,9 +76,9 @@ def test_prompts_contain_their_subject_where_it_is_looked_for(facts):
 
 
 def test_a_subject_is_found_as_a_word_of_its_own():
-    prompt = "Which language do people speak in Oman ? Romanian A, Arabic B. Answer:"
-    (row,) = paired([Query(prompt, "Oslo", "", "Answer:", "Oman")], made(False), 0)
-    assert row.span == (6, 6)  # not in "Romanian"
+    prompt = "Which language do people speak in Albania ? Albanian A, Arabic B. Answer:"
+    (row,) = paired([Query(prompt, "Oslo", "", "Answer:", "Albania")], made(False), 0)
+    assert row.span == (6, 6)  # not in "Albanian"
 
 
 def test_targets_and_options(facts):
@@ -223,7 +223,7 @@ def test_a_template_that_refuses_is_named():
 )
 @pytest.mark.parametrize("real", ["smollm2", "gemma3"])
 def test_real_models_know_the_facts(request, real, name, smallest):
-    """Of 24 facts drawn by seed. Gemma 3 knows 14, 19, 20 and 19 of them, SmolLM2 10 of the first."""
+    """Of 24 facts drawn by seed."""
     model, facts = request.getfixturevalue(real), load_facts(name)
     some = facts.select(random.Random(0).sample(range(len(facts)), 24))
     assert int(answered(model, some.prompts(model)).sum()) >= smallest

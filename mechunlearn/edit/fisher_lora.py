@@ -76,6 +76,10 @@ def fisher_lora(
     gain over `pissa` and `random` is in docs/reproductions/loku.md: where adapters are not wanted, `masked_gradient`
     with `losses.inverted_hinge` is simpler.
 
+    Without `lr` and `steps` it searches as `masked_gradient` does. Pushing truths down, with no other answer to put in
+    their place, spreads to the relation: `evaluate`'s unseen facts say how far. Not for facts whose neighbours must
+    stay, unless the retain set has many of them.
+
     Args:
         model: The model to edit.
         mask: The units that may move.
