@@ -27,6 +27,11 @@ TEXTS = [
     "2 + 2 = 4, and 1234567.89",
     "Zürich 🙂  two spaces\n\tand a tab",
 ]
+CONTINENTS = {
+    "Europe": "France, Norway, Italy, Poland, Spain, Austria, Greece, Sweden",
+    "Asia": "Japan, China, India, Thailand, Vietnam, Nepal, Mongolia, Pakistan",
+    "Africa": "Kenya, Egypt, Nigeria, Ghana, Morocco, Angola, Mali, Chad",
+}
 SITE = "L3.resid_post"
 CHEAP = {
     "activation_patching": {"kinds": ("mlp_out",)},
@@ -223,8 +228,25 @@ def test_an_exported_edit_is_an_ordinary_checkpoint_with_the_same_logits(real, p
     assert load_model(tmp_path / "copy").fingerprint == fingerprint
 
 
+@pytest.fixture(scope="module")
+def continents(real, tmp_path_factory):
+    """Facts with shared answers, as probes need them."""
+    path = tmp_path_factory.mktemp("facts") / "continents.csv"
+    rows = [
+        f"{name},{name} is a country in,{where}" for where, names in CONTINENTS.items() for name in names.split(", ")
+    ]
+    path.write_text("\n".join(["subject,prompt,answer", *rows]), encoding="utf-8")
+    return load_facts(path).prompts(real)
+
+
 @pytest.mark.parametrize("attack", list(methods("attack").values()), ids=lambda attack: attack.name)
-def test_an_attack_leaves_no_trace(attack, real, prompts, untouched):
-    edit = small_edit(real, prompts)
-    rows = attack(real, edit, prompts.select(range(4)), prompts.select(range(4, 8)), **ATTACKS, progress=False)
+def test_an_attack_leaves_no_trace(attack, real, prompts, continents, untouched):
+    settings, facts = dict(ATTACKS), prompts
+    if attack.name == "relearning":
+        settings["lrs"] = {"lora": (1e-4,)}
+    if attack.name == "probing":
+        facts = continents
+    edit = small_edit(real, facts)
+    sets = facts.select(range(0, len(facts), 2)), facts.select(range(1, len(facts), 2))
+    rows = attack(real, edit, *sets, **settings, progress=False)
     assert len(rows) and {"edited", "unedited"} <= set(rows["state"])
