@@ -385,14 +385,14 @@ KNOWN = (
 
 @pytest.fixture(scope="module")
 def capitals(smollm2):
-    """Capitals that the model knows: eight to forget, eight to retain, the rest unseen."""
+    """Capitals that the model knows: four to forget, four to retain, the rest unseen."""
     facts = tuple(
         Fact(name, "capital", {"statement": Query(f"The capital of {name} is", city, "", "", name)})
         for name, city in KNOWN
     )
     known = FactDataset("capitals", facts).known(smollm2)
     prompts = FactDataset(known.name, known.facts).prompts(smollm2)
-    return prompts.select([*range(8)]), prompts.select([*range(8, 16)])
+    return prompts.select([*range(4)]), prompts.select([*range(4, 8)])
 
 
 @pytest.mark.real
@@ -416,7 +416,7 @@ class TestRealModel:
         assert report.status()[0] == "collapsed" and "damaged the model" in str(report) and not report.harm("control")
         assert report.value("text", "neutral", "kl_to_before", "control") < 0.01
         unseen = report.frame[(report.frame.split == "unseen") & (report.frame.metric == "kept")].iloc[0]
-        assert unseen["n"] >= 4 and unseen["control"] == 1
+        assert unseen["n"] >= 8 and unseen["control"] == 1
         assert "forget, chat" in report.samples.index and "chat" in set(report.frame.format)
         assert "capital of" in report.samples.loc["forget, chat", "prompt"]
 

@@ -125,7 +125,7 @@ class TestText:
     def test_it_shows_what_the_model_writes(self, page):
         text = page.read_text()
         table = text.split("What the model writes</h2>")[1].split("</table>")[0]
-        assert "<td>golf.\nHe</td>" in table and "<td>was late</td>" in table
+        assert "<td>golf.\nHe</td>" in table and "<td>was late</td><td>(nothing)</td>" in table
         assert table.count("&lt;script&gt;document.title") == 2
 
     @pytest.mark.parametrize("edited", [None, 0.9], ids=["not attacked", "attacked"])
