@@ -1,9 +1,6 @@
 """`mechunlearn doctor`: what a model is, what working on it will cost, and which shipped relations it knows."""
 
-import time
 from collections.abc import Iterator
-from importlib import import_module
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -69,26 +66,16 @@ def _tokenizer(tokenizer: "PreTrainedTokenizerBase | None") -> Iterator[tuple[st
 
 
 def _speed(model: "HookedModel") -> Iterator[tuple[str, str]]:
-    """One forward pass, and one with its backward pass, on a batch of random tokens; the first is not timed."""
+    """A forward pass, and one with its backward pass, on a batch of random tokens."""
     import torch
+
+    from mechunlearn.evaluation.preview import seconds_a_token
 
     generator, vocabulary = torch.Generator().manual_seed(0), model.hf.config.get_text_config().vocab_size
     tokens = torch.randint(0, vocabulary, (BATCH, LENGTH), generator=generator)
-
-    def seconds(backward: bool) -> float:
-        start = time.perf_counter()
-        logits, kept = model.cache(tokens, ["L0.resid_pre"], grad=backward)
-        total = logits.float().logsumexp(-1).sum()
-        if backward:
-            total = torch.autograd.grad(total, kept["L0.resid_pre"])[0].sum()
-        total.item()  # waits for an accelerator
-        return (time.perf_counter() - start) / BATCH
-
-    seconds(True)
-    yield (
-        "seconds a fact",
-        f"{seconds(False):.3g} forward, {seconds(True):.3g} forward and back (measured, {BATCH} facts of {LENGTH} tokens)",
-    )
+    forward, both = (LENGTH * seconds for seconds in seconds_a_token(model, tokens))
+    measured = f"measured, {BATCH} facts of {LENGTH} tokens"
+    yield "seconds a fact", f"{forward:.3g} forward, {both:.3g} forward and back ({measured})"
 
 
 def _memory(model: "HookedModel") -> Iterator[tuple[str, str]]:
@@ -115,13 +102,12 @@ def _memory(model: "HookedModel") -> Iterator[tuple[str, str]]:
 
 def _relations(model: str) -> list[str]:
     """The shipped relations: of real facts, or of the shipped world for its own models."""
+    from mechunlearn.facts.shipped import shipped_sets
     from mechunlearn.model.load import SHIPPED
 
     if model in SHIPPED:
         return [f"factworld/{name}" for name in ("sport", "city", "country")]
-    if find_spec("mechunlearn.facts.shipped") is None:
-        return []
-    sets: dict[str, tuple[str, ...]] = import_module("mechunlearn.facts.shipped").shipped_sets()
+    sets = shipped_sets()
     return [f"{name}/{relation}" for name, relations in sets.items() for relation in relations]
 
 
