@@ -1,6 +1,7 @@
 """Families: tables that fit, tables that do not, models that no table describes, and tables of a user's own."""
 
 import copy
+import subprocess
 from dataclasses import replace
 
 import pytest
@@ -268,3 +269,11 @@ class TestRegistered:
         with pytest.raises(MechunlearnError) as refused:
             load_model((arcee(), None))
         assert "The table of 'arcee' does not fit this model" in str(refused.value) and said in str(refused.value)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "mistral3"])
+def test_a_bridge_of_a_model_that_sees_images_installs_nothing(family, monkeypatch):
+    called = []
+    monkeypatch.setattr(subprocess, "check_call", lambda *command, **_: called.append(command))
+    model = load_model((random_hf(family), None))
+    assert model.bridge is not None and called == []

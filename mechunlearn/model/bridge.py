@@ -8,12 +8,13 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.model.component import Component
@@ -117,7 +118,8 @@ class Bridge:
 def _boot(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str) -> Any:
     """The bridge of a module, which is rewritten by it. Parameters that this adds are frozen.
 
-    Booting reads the tokenizer again from its path, or else from the hub, so it is given a placeholder.
+    Booting reads the tokenizer again from its path, or else from the hub, so it is given a placeholder. Of a model that
+    also sees images it would read a processor, and run `pip install torchvision` where that fails: text needs neither.
     """
     from transformer_lens.model_bridge import TransformerBridge  # seconds to import
 
@@ -128,7 +130,8 @@ def _boot(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: 
         rotary.register_forward_hook(_by_halves)
     hf.config = copy.copy(hf.config)
     hf.config.architectures = [type(hf).__name__]
-    with tempfile.TemporaryDirectory() as folder:
+    no_images = patch.object(AutoProcessor, "from_pretrained", return_value=None)
+    with tempfile.TemporaryDirectory() as folder, no_images:
         bridge = TransformerBridge.boot_transformers(
             "local/" + (re.sub(r"[^\w.-]", "-", Path(name).name) or "model"),
             hf_model=hf,
