@@ -297,10 +297,10 @@ class TestDamage:
 
 
 class TestAgainstRandom:
-    def told(self, efficacy: float, kept: float) -> str:
+    def told(self, efficacy: float, kept: float, chosen: float = 0.98) -> str:
         return against_random(
             rows_of(
-                ("forget", "statement", "target_accuracy", 16, 0.0, 0.98, efficacy),
+                ("forget", "statement", "target_accuracy", 16, 0.0, chosen, efficacy),
                 ("unseen", "statement", "kept", 24, 1.0, 0.95, kept),
             )
         )
@@ -313,6 +313,7 @@ class TestAgainstRandom:
         assert "does as well" in self.told(1.0, 1.0)
 
     def test_one_that_edits_less_or_keeps_less_is_not(self):
+        assert self.told(0.0, 0.95, chosen=0.0) == "", "neither edits anything"
         assert self.told(0.5, 0.95) == "" and "does as well" not in self.told(0.98, 0.7)
 
 
