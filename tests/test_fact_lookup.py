@@ -6,10 +6,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mechunlearn import MechunlearnError
+from mechunlearn import MechunlearnError, load_facts
 from mechunlearn.facts.formats import Query
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.localize import fact_lookup
+from mechunlearn.metrics.answers import answered
 from mechunlearn.model.hooked import load_model
 from mechunlearn.world import toy as planted
 from tests.models import random_hf, token_prompts
@@ -184,7 +185,7 @@ KNOWN = {  # by SmolLM2, after "The capital city of ... is"
 @pytest.mark.real
 def test_on_a_real_model_mlp_0_is_token_identity_and_what_stays_is_above_the_threshold(smollm2):
     prompts = Prompts.from_text(
-        [Query(f"The capital city of {of} is", city, "", of) for of, city in KNOWN.items()], smollm2.tokenizer
+        [Query(f"The capital city of {of} is", city, subject=of) for of, city in KNOWN.items()], smollm2.tokenizer
     )
     found = fact_lookup(smollm2, prompts, rule="paths")
     shares, alike = found.evidence["mlps"], found.evidence["token_identity"]
@@ -196,3 +197,20 @@ def test_on_a_real_model_mlp_0_is_token_identity_and_what_stays_is_above_the_thr
     assert "MLP 0 (0." in found.note and found.note.endswith(
         "writes the same for the token alone: token identity, left out"
     )
+
+
+@pytest.mark.real
+def test_on_a_real_model_the_probe_rises_over_the_first_layers_and_unknown_facts_are_left_out(smollm2):
+    cities = load_facts("cities/continent")
+    cities = replace(cities, facts=cities.facts[::2])
+    forget, _ = cities.prompts(smollm2).split(forget=8, seed=0)
+    found = fact_lookup(smollm2, forget)
+    curve, (first, last) = found.evidence["curve"], found.evidence["window"]
+    assert curve[0] < 0.8 and curve[8] > 0.9 > found.evidence["majority"] + 0.3
+    assert first <= 2 and 4 <= last <= 12 and {unit.layer for unit in found.above(0)} == set(range(first, last + 1))
+    everyone = forget.facts.source.prompts(smollm2)
+    theirs = [i for i, fact in enumerate(everyone.facts) if fact.subject not in forget.facts.subjects]
+    unknown = int((~answered(smollm2, everyone.select(theirs))).sum())
+    assert found.evidence["unknown"] == unknown > 10
+    used = found.evidence["train"] + found.evidence["test"] + found.evidence["dropped"]
+    assert used == len(everyone) - unknown and f"{unknown} more are not known to the model" in found.note
