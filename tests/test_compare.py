@@ -143,6 +143,7 @@ class TestRun:
         found = localize.attribution_patching(world, forget)
         mask = found.top(weights=window)
         settings = {"loss": getattr(losses, objective), "lr": row.lr, "forget_weight": 1.0}
+        settings["text_loss"] = losses.cross_entropy
         edit = masked_gradient(world, mask, forget, retain, steps=3, seed=1, **settings)
 
         def accuracy(prompts, name="accuracy"):

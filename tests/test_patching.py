@@ -391,8 +391,8 @@ def test_a_bar_is_shown_when_asked_for_and_never_in_a_pipe(toy, capsys):
     assert capsys.readouterr().out == ""
     activation_patching(toy.model, toy.prompts([1, 2]), kinds=["attn.o"], batch_size=1, progress=True)
     out = capsys.readouterr().out
-    assert "4 cells, about" in out and "patched runs" in out and "8/8" in out
+    assert "4 patched runs, about" in out and "patched runs" in out and "8/8" in out
     for localizer, title in ((attribution_patching, "attribution patching"), (path_patching, "patched paths")):
         localizer(toy.model, toy.prompts([1, 2]), progress=True)
         out = capsys.readouterr().out
-        assert title in out and "about" not in out
+        assert title in out and ("patched runs, about" in out) == (localizer is path_patching)
