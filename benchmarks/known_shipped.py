@@ -1,6 +1,6 @@
 """How many of the shipped real facts a model knows, by relation and format, as a markdown table.
 
-    python benchmarks/known_shipped.py /opt/models/smollm2 /opt/models/gemma3
+    python benchmarks/known_shipped.py smollm2 gemma3
 
 A fact is known if greedy decoding gives its whole answer. `statement` is asked of every fact, the other formats of a
 sample (`--sample`; 0 leaves them out). `--free` adds a second table, for models with a chat template: the format `chat`, in which the
