@@ -192,6 +192,7 @@ def test_both_rules_find_the_look_up_of_the_shipped_world(world, sport, rule, se
     layers = {unit.layer for unit in found.above(0)}
     assert layers == set(found.evidence["layers"]) >= {1, 2} and len(found.above(0)) == len(layers) * 384
     assert rule == "paths" or layers == {1, 2}
+    assert found.evidence["window"] == [1, 2]
     if rule == "paths":
         assert all(name.startswith(("a5", "a6", "a7")) for name in found.evidence["heads"])
         assert found.evidence["mlps"]["m2"] > 0.2

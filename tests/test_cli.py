@@ -221,7 +221,7 @@ def files(tmp_path):
         (["localize", "factworld", "empty.csv", "-o", "m.json"], "holds no facts"),
         (["localize", "factworld", "columns.csv", "-o", "m.json"], "has the columns a, b"),
         (["localize", "factworld", "latin.csv", "-o", "m.json"], "not UTF-8"),
-        (["localize", "factworld", "subject.csv", "-o", "m.json"], "Cannot forget 64 of 1 facts"),
+        (["localize", "factworld", "subject.csv", "-o", "m.json"], "1 fact skipped: 1 subject not in its prompt"),
         (
             ["localize", "factworld", "long.csv", "-o", "m.json", "--method", "edge_attribution", "--forget", "1"],
             "tokens, the model's context is 512",

@@ -1,7 +1,9 @@
 """Settings that come from a goal: the search, what it measures, and the texts that it measures on."""
 
+import gc
 import math
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -144,6 +146,14 @@ class TestOwnTexts:
         before = own_texts(model, count=4, tokens=8)
         model.write_("L0.mlp.out", torch.zeros_like(model.rows("L0.mlp.out")))
         assert own_texts(model, count=4, tokens=8) != before
+
+    def test_what_a_model_wrote_does_not_keep_it_alive(self):
+        model = mu.load_model("factworld")
+        own_texts(model, count=2, tokens=4)
+        alive = weakref.ref(model)
+        del model
+        gc.collect()
+        assert alive() is None
 
     def test_a_model_without_a_tokenizer_writes_none(self):
         with pytest.raises(mu.MechunlearnError, match="without a tokenizer writes no text"):

@@ -51,7 +51,7 @@ def masked_gradient(
     Without `lr` and `steps` it takes the gentlest learning rate, relative to the size of the weights, that reaches
     `efficacy` in 50 steps or fewer; where that is not enough a larger one goes on from there. The card's `search` has
     them. If the edit moves ordinary text by more than `max_kl`, or keeps fewer than `min_retention` of the retain
-    facts, a warning says so. `lr` or `steps` train once, as given.
+    facts, you get a warning. Given `lr` or `steps`, it trains once, with that.
     Ctrl-C ends training with the edit so far. The model is left as it was. Cost is that of the mask: gradient,
     optimiser state and float32 copy for the selected rows alone, no backward pass below the lowest masked layer.
     bfloat16 weights are trained through float32 copies of the selected rows. For thousands of facts a closed form is

@@ -131,7 +131,7 @@ def against_random(frame: pd.DataFrame) -> str:
 
 
 def _first_of(frame: pd.DataFrame, measures: dict[str, tuple[str, str, str]]) -> tuple[str, float, float] | None:
-    """The first of some measures that there is, of the edit and of its control."""
+    """Return the first of these measures that the report has, for the edit and for its control."""
     for name, place in measures.items():
         for row in cell(frame, *place).to_dict("records"):
             flip = name == NO_LONGER

@@ -238,7 +238,7 @@ def _told(say: Callable[[str], object], names: Sequence[str]) -> Callable[[Repor
 def _known(
     data: FactDataset, model: HookedModel, wanted: int | Sequence[str] | None, say: Callable[[str], object]
 ) -> FactDataset:
-    """The facts whose whole answer the model gives; what it says to the others is told."""
+    """Return the facts whose whole answer the model gives, and say what it answers to the others."""
     known = data.known(model)
     kept = {id(fact) for fact in known}
     unknown = data.select([i for i, fact in enumerate(data) if id(fact) not in kept])

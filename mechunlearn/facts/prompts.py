@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from mechunlearn.core.runcard import digest
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.formats import Query
+from mechunlearn.facts.odd import line
 from mechunlearn.facts.pairs import paired
 
 if TYPE_CHECKING:
@@ -169,7 +170,11 @@ class Prompts:
             MechunlearnError: If there are not that many facts.
         """
         if not 0 < forget < len(self):
-            raise MechunlearnError(f"Cannot forget {forget} of {len(self)} facts. Expected 1 to {len(self) - 1}.")
+            odd = line(self.facts.odd) if self.facts is not None else ""
+            expected = f"Expected 1 to {len(self) - 1}" if len(self) > 1 else "Expected two facts or more"
+            raise MechunlearnError(
+                f"Cannot forget {forget} of {len(self)} facts. {expected}: at least one is left to retain.{odd and f' {odd}.'}"
+            )
         rest = len(self) - forget
         kept = max(1, rest // 2) if retain is None else retain
         if not 0 < kept <= rest:

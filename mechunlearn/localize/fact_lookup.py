@@ -50,7 +50,7 @@ def fact_lookup(
     the subject's last token is compared with its output for the same token behind another fact's subject, without the
     prompt: the cosine of the two, each minus its mean over facts, is averaged over facts. Above .9 (four fifths of the
     variance) it is token identity, and left out, unless nothing else is above .02: a subject of one token may be looked
-    up in an MLP that needs no context, which this cannot tell from identity, and the note says so. With one fact,
+    up in an MLP that needs no context, which this cannot tell from identity; the note then names both. With one fact,
     or facts that all end in one token, nothing is left out. Needs no shared answers. Cost: a few runs a component.
 
     Args:

@@ -1,6 +1,6 @@
 """Ordinary text for a model to keep: what it writes itself."""
 
-from functools import lru_cache
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -12,6 +12,8 @@ OPENINGS = (
     *("As", "You", "At", "My", "With", "What", "He", "She", "Some", "But", "Most", "To", "From", "By", "How", "All"),
 )
 BATCH = 32
+_SAMPLED: "WeakKeyDictionary[HookedModel, dict[tuple[str, int, int, int], tuple[str, ...]]]" = WeakKeyDictionary()
+"""What each model wrote, as long as the model lives."""
 
 
 def own_texts(model: HookedModel, count: int = 64, tokens: int = 48, seed: int = 0) -> tuple[str, ...]:
@@ -38,11 +40,13 @@ def own_texts(model: HookedModel, count: int = 64, tokens: int = 48, seed: int =
     >>> own_texts(model, count=2, tokens=8) == own_texts(model, count=2, tokens=8)
     True
     """
-    return _sampled(model, model.fingerprint, count, tokens, seed)
+    kept, asked = _SAMPLED.setdefault(model, {}), (model.fingerprint, count, tokens, seed)
+    if asked not in kept:
+        kept[asked] = _sampled(model, count, tokens, seed)
+    return kept[asked]
 
 
-@lru_cache(maxsize=32)
-def _sampled(model: HookedModel, state: str, count: int, tokens: int, seed: int) -> tuple[str, ...]:
+def _sampled(model: HookedModel, count: int, tokens: int, seed: int) -> tuple[str, ...]:
     if model.tokenizer is None:
         raise MechunlearnError("A model without a tokenizer writes no text. Give texts.")
     known = [word for word in OPENINGS if model.tokenizer.unk_token_id not in model.tokenizer(word)["input_ids"]]
