@@ -12,7 +12,7 @@ import mechunlearn as mu
 from mechunlearn.artifacts.mask import ComponentMask
 from mechunlearn.edit import fisher_lora, losses, masked_gradient, memit
 from mechunlearn.edit.goal import Goal, Judge, Reached
-from mechunlearn.edit.objective import LADDER, STEPS
+from mechunlearn.edit.objective import HELD_LADDER, STEPS
 from mechunlearn.metrics.answers import measure
 from mechunlearn.model.samples import own_texts
 from mechunlearn.training.loop import TopLayers
@@ -77,7 +77,7 @@ class TestEditors:
         assert len(chosen) == 1 and chosen[0]["efficacy"] == 1 and world.fingerprint == before
         rates = [entry["lr"] for entry in edit.card.search]
         size = float(torch.cat([world.rows(f"L{i}.mlp.out").float() for i in (1, 2)]).square().mean().sqrt())
-        assert rates == pytest.approx([share * size for share in LADDER[: len(rates)]])
+        assert rates == pytest.approx([share * size for share in HELD_LADDER[: len(rates)]])
         assert [entry["step"] for entry in edit.card.trajectory] == [*range(1, len(edit.card.trajectory) + 1)]
         assert sum(entry["steps"] for entry in edit.card.search) == len(edit.card.trajectory) <= STEPS * len(rates)
         with edit.applied(world):
@@ -94,7 +94,7 @@ class TestEditors:
         mask, before = ComponentMask.of([toy.neuron(5)], toy.model.signature), toy.model.fingerprint
         with pytest.warns(UserWarning, match=r"No setting met the goal.*efficacy 0\.00"):
             edit = masked_gradient(toy.model, mask, toy.prompts([0]), toy.prompts([1, 2]))
-        assert len(edit.card.search) == len(LADDER) and toy.model.fingerprint == before
+        assert len(edit.card.search) == len(HELD_LADDER) and toy.model.fingerprint == before
 
     def test_the_rank_of_adapters_fits_the_mask(self, toy):
         mask = ComponentMask.of([toy.neuron(0), toy.neuron(1)], toy.model.signature)
@@ -178,7 +178,7 @@ def test_a_real_model_keeps_its_text_while_its_facts_change(smollm2):
     known = mu.load_facts("countries/capital")[:60].known(smollm2)
     forget, retain = known.prompts(smollm2).split(forget=4, retain=6, seed=0)
     mask = ComponentMask.of([f"L{layer}.mlp.out" for layer in range(16, 20)], smollm2.signature)
-    gentle = float(LADDER[0] * smollm2.rows("L17.mlp.out").float().square().mean().sqrt())
+    gentle = float(HELD_LADDER[0] * smollm2.rows("L17.mlp.out").float().square().mean().sqrt())
     edit = masked_gradient(smollm2, mask, forget, retain, lr=gentle, steps=4)
     terms = edit.card.trajectory
     assert terms[-1]["forget"] < terms[0]["forget"] and terms[0]["text"] == pytest.approx(0, abs=1e-4)

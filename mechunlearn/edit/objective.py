@@ -32,11 +32,14 @@ from mechunlearn.training.loop import (
     train,
 )
 from mechunlearn.training.parameterizations import LowRank, SelectedRows
+from mechunlearn.training.preconditioning import MatrixAdam, turned_away
 
 CHECK_EVERY = 5
 LADDER, STEPS, PATIENCE = (5e-4, 2e-3, 8e-3, 3.2e-2), 50, 15
 """Learning rates to try, as shares of the root mean square of what is trained; the steps of each, at most; how many of
 them an attempt has to show that it gets somewhere."""
+HOLD, HELD_LADDER = 100.0, (4e-3, 1.6e-2, 6.4e-2)
+"""Weight of the second moment of held text, and the learning rates of gradients that are turned away from it."""
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "injection": {"loss": losses.injection},
     "log_one_minus_p": {"loss": losses.log_one_minus_p},
@@ -191,6 +194,7 @@ def descend_on(
     measure: Measure | None,
     seed: int,
     progress: bool,
+    held_weight: float | None = 0.0,
 ) -> WeightEdit:
     """Minimise an objective over rows or adapters of a model, and return what they have become.
 
@@ -212,6 +216,8 @@ def descend_on(
             training.
         seed: Seed of the order of the facts.
         progress: Whether to show a bar.
+        held_weight: Of the inputs that held text gives the trained rows, which gradients are turned away from
+            (`preconditioning.turned_away`). None: `HOLD` where the learning rate is searched, else 0.
 
     Returns:
         The edit, with the trajectory, the reason of its end and what was searched on its card.
@@ -226,6 +232,13 @@ def descend_on(
     answers, retained = partial(Sequences.of, forget), partial(Sequences.of, retain)
     targets = partial(Sequences.of, forget, "targets")
     texts = text_sequences(model, held_texts(model, forget, objective.texts) if objective.text_weight else ())
+    searching = lr is None and steps is None
+    weight = (HOLD if searching else 0.0) if held_weight is None else held_weight
+    ladder: tuple[float, ...] = LADDER
+    turned = bool(weight) and isinstance(trained, SelectedRows)
+    if weight and isinstance(trained, SelectedRows):
+        held = [texts, *([retained()] if objective.retain_weight else [])]
+        trained.turns, ladder = turned_away(trained, held, weight), HELD_LADDER
     with ExitStack() as attached:
         attached.enter_context(trained.attached())
         attached.callback(trained.restore)
@@ -239,9 +252,9 @@ def descend_on(
         if len(texts):
             ordinary = LossInputs(objective.text_loss, upper, {"": ("text", lambda: texts)})
             terms["text"] = (objective.text_weight, ordinary)
-        searching = lr is None and steps is None
         judge = Judge(upper, forget, retain, "target_" in removed.streams, whole=searching)
         name = losses.described(objective.loss)["name"]
+        optimiser = MatrixAdam if turned else torch.optim.AdamW
 
         def trajectory(
             schedule: Schedule, enough: float | None, search: bool = False, last: bool = True
@@ -282,14 +295,23 @@ def descend_on(
                 reached &= not entry.get("retention", 1) < goal.min_retention
                 return bool(entry.get("stop")) or reached or (not last and _hopeless(entries))
 
-            return train(trained, parts, schedule, objective=name, after=after, until=until, progress=progress)
+            return train(
+                trained,
+                parts,
+                schedule,
+                objective=name,
+                after=after,
+                until=until,
+                optimiser=optimiser,
+                progress=progress,
+            )
 
         search: list[dict[str, Any]] = []
         if not searching:
-            usual = LADDER[1] * typical(trained) if lr is None else lr
+            usual = ladder[1] * typical(trained) if lr is None else lr
             done = trajectory(Schedule(STEPS if steps is None else steps, usual, *schedule), stop_at)
         else:
-            whole, rungs = TrainResult(), [share * typical(trained) for share in LADDER]
+            whole, rungs = TrainResult(), [share * typical(trained) for share in ladder]
 
             def attempt(lr: float) -> tuple[tuple[TrainResult, list[Tensor]], dict[str, Any], Reached]:
                 part = trajectory(Schedule(STEPS, lr, *schedule), goal.efficacy, search=True, last=lr == rungs[-1])

@@ -48,7 +48,7 @@ NUMBERS: dict[str, Range] = {
     **dict.fromkeys(("steps", "batch_size", "accumulate", "rank"), WHOLE),
     **dict.fromkeys(("warmup", "prefixes"), FROM_0),
     **dict.fromkeys(("clip", "alpha", "covariance_weight", "overshoot", "ridge"), ABOVE_0),
-    **dict.fromkeys(("forget_weight", "retain_weight", "text_weight", "weight_decay", "scale"), WEIGHT),
+    **dict.fromkeys(("forget_weight", "retain_weight", "text_weight", "held_weight", "weight_decay", "scale"), WEIGHT),
     **dict.fromkeys(("stop_at", "quantile", "efficacy", "min_retention"), SHARE),
     "max_kl": ABOVE_0,
 }

@@ -347,6 +347,7 @@ def train(
     objective: str,
     after: Callable[[int], dict[str, Any]] = lambda step: {},
     until: Callable[[dict[str, Any]], bool] = lambda entry: False,
+    optimiser: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
     progress: bool = False,
 ) -> TrainResult:
     """Minimise a weighted sum of terms; the model is left as trained.
@@ -360,16 +361,17 @@ def train(
         objective: Its name, for messages.
         after: Measures more after a step; what it returns goes into the trajectory.
         until: Whether an entry of the trajectory ends training.
+        optimiser: Makes the optimiser.
         progress: Whether to show a bar.
 
     Raises:
         MechunlearnError: If a term is not finite, naming step and objective; nothing of that step is then written.
     """
-    optimiser = torch.optim.AdamW(trained.leaves, lr=schedule.lr, weight_decay=schedule.weight_decay)
-    done, rates = TrainResult(), schedule.rates(optimiser)
+    mover = optimiser(trained.leaves, lr=schedule.lr, weight_decay=schedule.weight_decay)
+    done, rates = TrainResult(), schedule.rates(mover)
     with interruptible() as asked:
         for step in track(range(schedule.steps), "training", disable=not progress, transient=True):
-            optimiser.zero_grad()
+            mover.zero_grad()
             entry: dict[str, Any] = {}
             for terms in parts():
                 total = sum((share * weight * value for share, weight, value in terms.values()), torch.zeros(()))
@@ -383,10 +385,10 @@ def train(
                         )
                     entry[name] = entry.get(name, 0.0) + share * value
                 trained.gradient(total)
-            for group in optimiser.param_groups:
+            for group in mover.param_groups:
                 group["lr"] = rates[step]
             nn.utils.clip_grad_norm_(trained.leaves, schedule.clip)
-            optimiser.step()
+            mover.step()
             trained.write()
             entry = {"step": step + 1, **{name: round(value, 6) for name, value in entry.items()}}
             entry |= after(step + 1)

@@ -184,6 +184,9 @@ class SelectedRows:
     Args:
         model: The model.
         mask: The units.
+
+    Attributes:
+        turns: What is done to each leaf's gradient; nothing by default.
     """
 
     def __init__(self, model: HookedModel, mask: ComponentMask) -> None:
@@ -192,6 +195,7 @@ class SelectedRows:
         self.before = [part.read() for part in self.slices]
         self.leaves = [kept.float().clone().requires_grad_() for kept in self.before]
         self.lowest: int | None = lowest_layer(mask)
+        self.turns: Sequence[Callable[[Tensor], Tensor] | None] = ()
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -212,7 +216,7 @@ class SelectedRows:
         Args:
             loss: A scalar.
         """
-        add_gradients(loss, self.leaves, self.leaves)
+        add_gradients(loss, self.leaves, self.leaves, self.turns)
 
     def write(self) -> None:
         """Write the leaves into the model."""
@@ -414,16 +418,24 @@ class Everything:
             parameter.copy_(kept)
 
 
-def add_gradients(loss: Tensor, of: Sequence[Tensor], to: Sequence[Tensor]) -> None:
+def add_gradients(
+    loss: Tensor,
+    of: Sequence[Tensor],
+    to: Sequence[Tensor],
+    turns: Sequence[Callable[[Tensor], Tensor] | None] = (),
+) -> None:
     """Add the loss's gradient with respect to some tensors to the `.grad` of others; parameters' own stay as they are.
 
     Args:
         loss: A scalar.
         of: What it is differentiated by.
         to: What the gradients are added to, one each.
+        turns: What is done to each gradient before (`preconditioning.turned_away`).
     """
-    for leaf, gradient in zip(to, torch.autograd.grad(loss, of, allow_unused=True), strict=True):
+    gradients = torch.autograd.grad(loss, of, allow_unused=True)
+    for leaf, gradient, turn in zip(to, gradients, turns or [None] * len(to), strict=True):
         new = torch.zeros_like(leaf) if gradient is None else gradient.to(leaf.dtype)
+        new = turn(new) if turn else new
         leaf.grad = new if leaf.grad is None else leaf.grad + new
 
 
