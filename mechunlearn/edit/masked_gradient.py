@@ -85,7 +85,7 @@ def masked_gradient(
         lr: Largest learning rate. Giving it, or `steps`, turns the search off.
         steps: Optimiser steps, at most; 50 where only `lr` is given.
         held_weight: Weight of C. A larger one holds the rest more, and changes the facts less for the same `lr`.
-            0: plain AdamW. None: 100 where the learning rate is searched, else 0.
+            0: plain AdamW. None: 400 where the learning rate is searched, else 0.
         forget_weight: Weight of the forget term.
         retain_weight: Weight of the retain term; at 0 the retain facts are not read.
         text_weight: Weight of the text term; at 0 no text is held.

@@ -38,7 +38,7 @@ CHECK_EVERY = 5
 LADDER, STEPS, PATIENCE = (5e-4, 2e-3, 8e-3, 3.2e-2), 50, 15
 """Learning rates to try, as shares of the root mean square of what is trained; the steps of each, at most; how many of
 them an attempt has to show that it gets somewhere."""
-HOLD, HELD_LADDER = 100.0, (4e-3, 1.6e-2, 6.4e-2)
+HOLD, HELD_LADDER = 400.0, (3e-3, 1.2e-2, 4.8e-2)
 """Weight of the second moment of held text, and the learning rates of gradients that are turned away from it."""
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "injection": {"loss": losses.injection},
