@@ -38,6 +38,8 @@ CHECK_EVERY = 5
 LADDER, STEPS, PATIENCE = (5e-4, 2e-3, 8e-3, 3.2e-2), 50, 15
 """Learning rates to try, as shares of the root mean square of what is trained; the steps of each, at most; how many of
 them an attempt has to show that it gets somewhere."""
+LOW = 6
+"""An attempt gets somewhere if its forget term is on the way to this part of what it was."""
 HOLD, HELD_LADDER = 400.0, (3e-3, 1.2e-2, 4.8e-2)
 """Weight of the second moment of held text, and the learning rates of gradients that are turned away from it."""
 OBJECTIVES: dict[str, dict[str, Any]] = {
@@ -345,12 +347,17 @@ def typical(trained: SelectedRows | LowRank) -> float:
 
 
 def _hopeless(entries: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether no fact is edited half-way, or the forget term would not be halved at the end if it fell as it did so far."""
+    """Whether no fact is edited half-way, or the forget term would not be low at the end if it went on as it did of late.
+
+    It is taken to fall by the same factor for the same sum of learning rates, the cosine's.
+    """
     step = len(entries)
-    if step < PATIENCE or step % CHECK_EVERY:
+    if step < PATIENCE or step % CHECK_EVERY or entries[-1]["efficacy"] >= 0.5:
         return False
     if step >= STEPS / 2 and not entries[-1]["efficacy"]:
         return True
-    first, now = entries[0]["forget"], entries[-1]["forget"]
-    spent = step / STEPS + math.sin(math.pi * step / STEPS) / math.pi  # share of the summed learning rate
-    return bool(first > 0 and first - (first - now) / spent > first / 2)
+    first, then, now = (entries[i]["forget"] for i in (0, -1 - CHECK_EVERY, -1))
+    spent_then, spent = (i / STEPS + math.sin(math.pi * i / STEPS) / math.pi for i in (step - CHECK_EVERY, step))
+    if not 0 < now < then:
+        return bool(first > 0)
+    return bool(now * (now / then) ** ((1 - spent) / (spent - spent_then)) > first / LOW)
