@@ -9,9 +9,10 @@ import nbformat
 import pytest
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
-NAMES = ("1-find", "2-remove", "3-prove", "4-features", "5-wash", "6-your-own")
+NAMES = ("1-find", "2-remove", "3-prove", "4-features", "5-wash", "6-your-own", "7-which-layers")
+REAL = ("6-your-own", "7-which-layers")
 FIGURE, PICTURE = "application/vnd.plotly.v1+json", "image/svg+xml"
-FIGURES = {"1-find": 8, "2-remove": 2, "3-prove": 4, "5-wash": 2, "6-your-own": 2}
+FIGURES = {"1-find": 8, "2-remove": 2, "3-prove": 4, "5-wash": 2, "6-your-own": 2, "7-which-layers": 3}
 PRIVATE = re.compile(r"/(?:work|root|tmp|home|Users|mnt)/|\b0x[0-9a-f]{6,}")
 NOISE = re.compile(r"Warning|it/s\]|Loading weights|Traceback")
 BASE64 = re.compile(r"[A-Za-z0-9+/]{200,}")  # pictures and arrays
@@ -90,10 +91,13 @@ def test_every_figure_is_interactive_and_has_a_picture(notebook):
         assert "".join(output.data[PICTURE]).startswith("<svg") and len(output.data[PICTURE]) > 4000
 
 
-def test_every_notebook_says_that_the_world_was_trained_so_and_begins_with_a_title(notebook):
+def test_every_notebook_begins_with_a_title_and_says_what_its_model_is(notebook):
     told = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
     assert re.match(rf"# {notebook.metadata['name'][0]} · \w+", told[0])
-    assert sum("*trained*" in text and "docs/world.md" in text for text in told) == 1
+    if notebook.metadata["name"] in REAL:
+        assert "real language model, SmolLM2" in " ".join(told[0].split()) and "one seed" in " ".join(told[0].split())
+    else:
+        assert sum("*trained*" in text and "docs/world.md" in text for text in told) == 1
 
 
 def test_links_lead_to_files_that_are_there(notebook):
