@@ -178,7 +178,7 @@ class TestNavigation:
 
     def test_every_notebook_is_listed(self):
         listed = [entry for entry in NAV if entry.endswith(".ipynb")]
-        assert len(listed) == 6 and listed == [f"notebooks/{path.name}" for path in NOTEBOOKS]
+        assert len(listed) == 7 and listed == [f"notebooks/{path.name}" for path in NOTEBOOKS]
 
 
 class TestExamples:
