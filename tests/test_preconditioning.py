@@ -7,7 +7,7 @@ from mechunlearn.artifacts.mask import ComponentMask
 from mechunlearn.edit import masked_gradient
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.model.hooked import load_model
-from mechunlearn.training.loop import Sequences
+from mechunlearn.training.loop import Sequences, text_sequences
 from mechunlearn.training.parameterizations import SelectedRows
 from mechunlearn.training.preconditioning import Inputs, MatrixAdam, turned_away
 from mechunlearn.world.toy import planted_facts
@@ -52,23 +52,20 @@ class TestFormula:
         assert torch.equal(inputs.turn(100.0)(gradient), gradient)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "gpt_neox", "gemma3"])
-def test_the_inputs_are_those_of_each_matrix_on_real_tokens(family):
+SITES = [
+    "L0.attn.q[1]",
+    "L0.attn.v[0]",
+    "L1.attn.o[2]",
+    "L1.mlp.in[4]",
+    "L1.mlp.in[9]",
+    "L2.mlp.out[3]",
+    "L2.mlp.out[8]",
+]
+
+
+def check_against_single_runs(model, held):
     """Against a run of each text alone on plain transformers, with a hook on every linear map."""
-    model = load_model((random_hf(family), None))
-    sites = [
-        "L0.attn.q[1]",
-        "L0.attn.v[0]",
-        "L1.attn.o[2]",
-        "L1.mlp.in[4]",
-        "L1.mlp.in[9]",
-        "L2.mlp.out[3]",
-        "L2.mlp.out[8]",
-    ]
-    rows = SelectedRows(model, ComponentMask.of(sites, model.signature))
-    torch.manual_seed(0)
-    tokens, lengths = torch.randint(2, 97, (5, 9)), torch.tensor([9, 4, 6, 9, 3])
-    held = Sequences(tokens, torch.full_like(tokens, -1), lengths)
+    rows = SelectedRows(model, ComponentMask.of(SITES, model.signature))
     seen: dict[str, list[torch.Tensor]] = {}
     handles = [
         module.register_forward_pre_hook(
@@ -78,12 +75,12 @@ def test_the_inputs_are_those_of_each_matrix_on_real_tokens(family):
         if name in {part.module for part in rows.slices}
     ]
     with torch.no_grad():
-        for row, length in zip(tokens, lengths, strict=True):
+        for row, length in zip(held.tokens, held.lengths, strict=True):
             model.hf(row[None, :length])
     for handle in handles:
         handle.remove()
     before = model.fingerprint
-    turns = turned_away(rows, [held.select(torch.tensor([0, 1])), held.select(torch.tensor([2, 3, 4]))], 100.0)
+    turns = turned_away(rows, [held.select(torch.tensor([0, 1])), held.select(torch.arange(2, len(held)))], 100.0)
     assert model.fingerprint == before and not any(module._forward_pre_hooks for module in model.hf.modules())
     for part, turn in zip(rows.slices, turns, strict=True):
         gradient = torch.randn(part.shape)
@@ -95,6 +92,27 @@ def test_the_inputs_are_those_of_each_matrix_on_real_tokens(family):
             x = x[:, part.index]
         want = expected(x, gradient.T if transposed else gradient, 100.0)
         torch.testing.assert_close(turn(gradient).double(), want.T if transposed else want, atol=2e-4, rtol=2e-3)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "gpt_neox", "gemma3"])
+def test_the_inputs_are_those_of_each_matrix_on_real_tokens(family):
+    torch.manual_seed(0)
+    tokens, lengths = torch.randint(2, 97, (5, 9)), torch.tensor([9, 4, 6, 9, 3])
+    held = Sequences(tokens, torch.full_like(tokens, -1), lengths)
+    check_against_single_runs(load_model((random_hf(family), None)), held)
+
+
+@pytest.mark.real
+def test_so_they_are_on_a_real_model_with_other_languages_numbers_and_a_long_text(smollm2):
+    torch.manual_seed(0)
+    texts = [
+        "The bus was late.",
+        "挪威的首都是奥斯陆。",
+        "1234567 and 0.5",
+        "Столица Норвегии - Осло",
+        "On and on it went. " * 60,
+    ]
+    check_against_single_runs(smollm2, text_sequences(smollm2, texts))
 
 
 class TestOptimiser:

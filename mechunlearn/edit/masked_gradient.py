@@ -56,8 +56,7 @@ def masked_gradient(
 
     so that of two changes that do as much to the facts it takes the one that does less to the rest (the input factor of
     K-FAC, arXiv 1503.05671; C is that of MEMIT, arXiv 2210.07229). Such a gradient moves by its own direction, with one
-    second moment a matrix. The facts are changed in more wordings than by plain AdamW, and a subject's other facts
-    can change with them; measure what yours does (`evaluate`).
+    second moment a matrix. A subject's other facts can change with the edited one: `evaluate` measures them.
 
     Given `lr` or `steps` it trains once, as published: AdamW, linear warm-up, cosine schedule and gradient clipping, as
     in Mechanistic Unlearning (arXiv 2410.12949).

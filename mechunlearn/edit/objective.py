@@ -237,10 +237,11 @@ def descend_on(
     searching = lr is None and steps is None
     weight = (HOLD if searching else 0.0) if held_weight is None else held_weight
     ladder: tuple[float, ...] = LADDER
-    turned = bool(weight) and isinstance(trained, SelectedRows)
+    optimiser: type[torch.optim.Optimizer] = torch.optim.AdamW
     if weight and isinstance(trained, SelectedRows):
         held = [texts, *([retained()] if objective.retain_weight else [])]
-        trained.turns, ladder = turned_away(trained, held, weight), HELD_LADDER
+        trained.turns = turned_away(trained, held, weight)
+        ladder, optimiser = HELD_LADDER, MatrixAdam
     with ExitStack() as attached:
         attached.enter_context(trained.attached())
         attached.callback(trained.restore)
@@ -256,7 +257,6 @@ def descend_on(
             terms["text"] = (objective.text_weight, ordinary)
         judge = Judge(upper, forget, retain, "target_" in removed.streams, whole=searching)
         name = losses.described(objective.loss)["name"]
-        optimiser = MatrixAdam if turned else torch.optim.AdamW
 
         def trajectory(
             schedule: Schedule, enough: float | None, search: bool = False, last: bool = True

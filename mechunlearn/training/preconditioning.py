@@ -29,6 +29,7 @@ class Inputs:
         self.index, self.tokens = index, 0
         self.rows: list[Tensor] = []
         self.sums: Tensor | None = None
+        self.device = torch.device("cpu")
 
     def add(self, x: Float[Tensor, "token _in"]) -> None:
         """Add what enters at some tokens.
@@ -38,9 +39,10 @@ class Inputs:
         """
         x = (x if self.index is None else x.index_select(1, self.index)).float()
         self.rows.append(x)
+        self.device = x.device
         self.tokens += len(x)
         if self.tokens >= x.shape[1]:
-            together = torch.cat(self.rows)
+            together = _wide(torch.cat(self.rows))
             self.sums = together.T @ together + (0.0 if self.sums is None else self.sums)
             self.rows = []
 
@@ -53,18 +55,23 @@ class Inputs:
         if self.sums is not None:
             share = weight / (float(self.sums.diagonal().mean()) or 1.0)
             inverse = _inverse(share * self.sums)
+            inverse = inverse.to(self.device, torch.float32)
             return lambda gradient: gradient @ inverse
-        x = torch.cat(self.rows)
-        x = x * math.sqrt(weight / (float(x.pow(2).sum()) / x.shape[1] or 1.0))
-        inverse = _inverse(x @ x.T)
-        return lambda gradient: gradient - ((gradient @ x.T) @ inverse) @ x
+        x = _wide(torch.cat(self.rows))
+        x *= math.sqrt(weight / (float(x.pow(2).sum()) / x.shape[1] or 1.0))
+        right = (_inverse(x @ x.T) @ x).to(self.device, torch.float32)
+        left = x.T.to(self.device, torch.float32)
+        return lambda gradient: gradient - (gradient @ left) @ right
+
+
+def _wide(x: Float[Tensor, "token _in"]) -> Float[Tensor, "token _in"]:
+    """Return a float64 copy: a few inputs of real models are thousands of times larger than the others."""
+    return (x.cpu() if x.device.type == "mps" else x).to(torch.float64, copy=True)  # MPS has no float64
 
 
 def _inverse(products: Float[Tensor, "one other"]) -> Float[Tensor, "one other"]:
-    """Return (products + 1)^-1, computed in float64."""
-    wide = products.double()
-    wide.diagonal().add_(1)
-    return torch.cholesky_inverse(torch.linalg.cholesky(wide)).to(products)
+    """Return (products + 1)^-1."""
+    return torch.cholesky_inverse(torch.linalg.cholesky(products + torch.eye(len(products)).to(products)))
 
 
 class MatrixAdam(torch.optim.Optimizer):
