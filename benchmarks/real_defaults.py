@@ -97,7 +97,7 @@ def cell(
         found["retention"] = float(answered(model, made.retain).float().mean())
         for name, facts in made.cells.items():
             found[name] = float(answered(model, facts.prompts(model)).float().mean())
-    found["kl"] = float(next_token_kl(model, edit, own_texts(model, 48, 40, seed=7)).mean())
+    found["kl"] = float(next_token_kl(model, edit, own_texts(model, 24, 40, seed=7)).mean())
     if passages:
         found["kl passages"] = float(next_token_kl(model, edit, passages).mean())
     return {name: round(value, 4) if isinstance(value, float) else value for name, value in found.items()}
@@ -111,10 +111,10 @@ def main() -> None:
     parser.add_argument("--editors", nargs="+", default=list(EDITORS), choices=EDITORS)
     parser.add_argument("--masks", nargs="+", default=list(MASKS), choices=MASKS)
     parser.add_argument("--facts", nargs="+", default=list(SOURCES), help="what load_facts reads; draws take turns")
-    parser.add_argument("--passages", type=Path, help="a text file: its first 40 lines of 200 characters or more")
+    parser.add_argument("--passages", type=Path, help="a text file: its first 20 lines of 200 characters or more")
     asked = parser.parse_args()
     lines = asked.passages.read_text().splitlines() if asked.passages else []
-    passages = [line.strip().replace(" <unk>", "")[:240] for line in lines if len(line) >= 200][:40]
+    passages = [line.strip().replace(" <unk>", "")[:240] for line in lines if len(line) >= 200][:20]
     for name in asked.models:
         grid = Grid.open(asked.output / Path(name).name, {"model": name, "versions": RunCard("defaults").versions})
         run(name, grid, asked, passages)

@@ -10,7 +10,7 @@ import torch
 
 import mechunlearn as mu
 from mechunlearn.artifacts.mask import ComponentMask
-from mechunlearn.edit import fisher_lora, losses, masked_gradient, memit
+from mechunlearn.edit import fisher_lora, losses, masked_gradient, memit, mlp_washing, null_space
 from mechunlearn.edit.goal import Goal, Judge, Reached
 from mechunlearn.edit.objective import HELD_LADDER, STEPS
 from mechunlearn.metrics.answers import measure
@@ -112,6 +112,19 @@ class TestEditors:
         given = memit(world, mask, forget, retain, target="mean", prefixes=0, covariance_weight=20)
         assert given.card.search == [] and found.card.search[0]["covariance_weight"] == 20_000
         assert [entry["chosen"] for entry in found.card.search].count(True) == 1
+
+    @pytest.mark.parametrize("editor", [memit, mlp_washing, null_space], ids=lambda each: each.__name__)
+    def test_a_closed_form_refuses_layers_that_no_later_token_reads(self, world, sport, editor):
+        """At the model's last layer nothing reads the subject's token: no setting is tried."""
+        forget, retain = sport[0].select(range(4)), sport[1].select(range(8))
+        site, before = f"L{world.signature.layers - 1}.mlp.out", world.fingerprint
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with pytest.raises(
+                mu.MechunlearnError, match="change what is said for 0 of 4 facts, so no .* can. Expected"
+            ):
+                editor(world, ComponentMask.of([site], world.signature), forget, retain, steps=2, prefixes=0)
+        assert world.fingerprint == before
 
 
 class TestJudge:

@@ -10,6 +10,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mechunlearn import Circuit, ComponentMask, Localization, load_facts
 from mechunlearn.core.methods import methods
 from mechunlearn.edit import masked_gradient
+from mechunlearn.edit.closed_form.edit_prompts import EditPrompts
+from mechunlearn.edit.closed_form.target_values import changes_what_is_said
+from mechunlearn.facts.formats import Query
+from mechunlearn.facts.prompts import Prompts
+from mechunlearn.metrics.answers import measure
 from mechunlearn.model.gguf import packaged
 from mechunlearn.model.hooked import export, load_model
 from mechunlearn.training.covariance import Covariance
@@ -203,6 +208,63 @@ def test_an_edit_moves_its_mask_alone_can_be_undone_stored_and_exported(
     assert one and all(torch.equal(one[name], other[name]) for name in one)
     with again.applied(real):
         assert torch.equal(real(tokens), edited)
+
+
+@torch.no_grad()
+def naive_logprob(hf, asked: list[int], answer: list[int]) -> tuple[float, bool]:
+    """One text, plain transformers: the answer's log-probability, and whether greedy decoding gives it."""
+    logits = hf(torch.tensor([[*asked, *answer]]), use_cache=False).logits[0, len(asked) - 1 : -1].float()
+    labels = torch.tensor(answer)
+    return float(logits.log_softmax(-1).gather(1, labels[:, None]).sum()), bool((logits.argmax(-1) == labels).all())
+
+
+def test_truth_targets_and_options_are_what_plain_transformers_says(real, plain):
+    """Targets and options of one token and of several, side by side."""
+    options, targets = ("Paris", "Ouagadougou", "Oslo", "Port Louis"), ("Antananarivo", "Rome")
+    facts = Prompts.from_text(
+        [
+            Query(f"The capital of {country} is", city, target, country, country, options)
+            for (country, city), target in zip(list(COUNTRIES.items())[:2], targets, strict=True)
+        ],
+        real.tokenizer,
+    )
+    assert min((facts.targets >= 0).sum(1).tolist()) == 1 < facts.targets.shape[1]
+    found, without = measure(real, facts), measure(real, facts, targets=False)
+    assert set(found) - set(without) == {"target_accuracy", "target_probability"}
+    assert all(torch.equal(found[name], without[name]) for name in without)
+    for i in range(len(facts)):
+        asked = facts.tokens[i, : int(facts.start[i]) + 1].tolist()
+        truth, target = ([t for t in row[i].tolist() if t >= 0] for row in (facts.answers, facts.targets))
+        (logprob, right), (aimed, hit) = naive_logprob(plain[0], asked, truth), naive_logprob(plain[0], asked, target)
+        assert found["accuracy"][i] == right and found["target_accuracy"][i] == hit
+        assert found["probability"][i].log().item() == pytest.approx(logprob, abs=1e-3)
+        assert found["target_probability"][i].log().item() == pytest.approx(aimed, abs=1e-3)
+        choices = torch.tensor([naive_logprob(plain[0], asked, list(option))[0] for option in facts.options[i]])
+        assert len({len(option) for option in facts.options[i]}) > 1
+        share = choices.softmax(0)[list(facts.options[i]).index(tuple(truth))]
+        assert found["option_probability"][i].item() == pytest.approx(float(share), abs=1e-4)
+
+
+@torch.no_grad()
+def test_which_target_values_change_what_is_said(real, plain, prompts):
+    layer, hf = real.signature.layers - 2, plain[0]
+    asked = EditPrompts.of(real, prompts, "last")
+    elsewhere = torch.randn(len(prompts), real.signature.d_model, generator=torch.Generator().manual_seed(0))
+    found = changes_what_is_said(real, layer, asked, values := 40 * elsewhere)
+    block = hf.get_decoder().layers[layer]
+    for i in range(len(prompts)):
+        ids = torch.tensor([prompts.tokens[i, : int(prompts.start[i]) + 1].tolist()])
+        before = hf(ids, use_cache=False).logits[0, -1].argmax()
+
+        def put(module, args, out, value=values[i]):
+            hidden = out[0] if isinstance(out, tuple) else out
+            hidden[0, -1] = value
+
+        handle = block.register_forward_hook(put)
+        after = hf(ids, use_cache=False).logits[0, -1].argmax()
+        handle.remove()
+        assert bool(found[i]) == bool(before != after)
+    assert found.any()
 
 
 def small_edit(real, prompts):

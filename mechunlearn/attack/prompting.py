@@ -16,7 +16,7 @@ from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.dataset import FactDataset
 from mechunlearn.facts.formats import Fact, Query
 from mechunlearn.facts.prompts import PAD, Prompts
-from mechunlearn.metrics.answers import measure, option_logprobs
+from mechunlearn.metrics.answers import answered, option_logprobs, with_answers
 from mechunlearn.model.hooked import HookedModel
 
 SHOTS = 4
@@ -184,8 +184,8 @@ def _answered(
 ) -> tuple[Float[Tensor, " fact"], Float[Tensor, " fact"]]:
     """Whether the answer is the truth, and whether it is the edit target, by fact."""
     if setting != AMONG or not prompts.options:
-        found = measure(model, replace(prompts, options=()))
-        return found["accuracy"], found["target_accuracy"]
+        aimed = with_answers(prompts, "targets")
+        return answered(model, prompts).float(), answered(model, aimed).float()
     best = option_logprobs(model, prompts).argmax(1).tolist()
     chosen = [options[i] for options, i in zip(prompts.options, best)]
     said = [

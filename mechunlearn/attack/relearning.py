@@ -209,7 +209,7 @@ class _Sets:
 
     def measured(self, model: HookedModel, state: str, seed: int, step: int) -> Row:
         """What the model knows now."""
-        found = measure(model, self.facts)
+        found = measure(model, self.facts, targets=False)
         options = found.get("option_probability", torch.full((len(self.facts),), math.nan))
         right, known = found["accuracy"][self.held_out], found["accuracy"][self.taught]
         about = {"trained": mean(known), "retain": mean(answered(model, self.watched))}

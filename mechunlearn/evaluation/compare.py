@@ -25,7 +25,7 @@ from mechunlearn.evaluation.comparison import ARM, CONTROL, NAMES, Comparison, l
 from mechunlearn.evaluation.selection import select
 from mechunlearn.facts.dataset import FactDataset
 from mechunlearn.facts.prompts import Prompts
-from mechunlearn.metrics.answers import measure
+from mechunlearn.metrics.answers import answered, with_answers
 from mechunlearn.metrics.text import text_loss
 from mechunlearn.model.hooked import HookedModel
 
@@ -262,14 +262,19 @@ def _recovered(model: HookedModel, edit: Edit, forget: Prompts, retain: Prompts,
 
 def _measured(model: HookedModel, forget: Prompts, retain: Prompts, aimed: bool | None = None) -> dict[str, float]:
     """On the training prompt: accuracy of the truth on both sets, and of an edited model the efficacy."""
-    changed, kept = measure(model, forget), measure(model, retain.select(range(min(LIMIT, len(retain)))))
-    strength = {} if aimed is None else {"efficacy": _efficacy(changed, aimed)}
-    return strength | {"truth": _average(changed["accuracy"]), "retention": _average(kept["accuracy"])}
+    truth, kept = _right(model, forget), _right(model, retain.select(range(min(LIMIT, len(retain)))))
+    strength = {} if aimed is None else {"efficacy": _efficacy(model, forget, aimed)}
+    return strength | {"truth": truth, "retention": kept}
 
 
-def _efficacy(changed: Mapping[str, Tensor], aimed: bool) -> float:
+def _efficacy(model: HookedModel, prompts: Prompts, aimed: bool) -> float:
     """The share of facts that answer the edit target if the objective has one, else that no longer give the truth."""
-    return _average(changed["target_accuracy"]) if aimed else 1 - _average(changed["accuracy"])
+    return _right(model, with_answers(prompts, "targets")) if aimed else 1 - _right(model, prompts)
+
+
+def _right(model: HookedModel, prompts: Prompts) -> float:
+    """The share of facts whose answer is given."""
+    return _average(answered(model, prompts))
 
 
 def _side_effects(model: HookedModel, forget: Prompts, aimed: bool | None = None) -> dict[str, float]:
@@ -277,9 +282,9 @@ def _side_effects(model: HookedModel, forget: Prompts, aimed: bool | None = None
     facts, found = forget.facts, {}
     assert facts is not None
     if aimed is not None and (formats := [format for format in facts.formats if format != forget.format]):
-        found["generalization"] = fmean(_efficacy(measure(model, facts.prompts(model, f)), aimed) for f in formats)
+        found["generalization"] = fmean(_efficacy(model, facts.prompts(model, f), aimed) for f in formats)
     if related := [about.prompts(model) for each in facts.related.values() if len(about := each.about(facts.subjects))]:
-        found["same_subject"] = fmean(_average(measure(model, prompts)["accuracy"]) for prompts in related)
+        found["same_subject"] = fmean(_right(model, prompts) for prompts in related)
     if texts := facts.texts[1::2]:
         found["text_loss"] = _average(text_loss(model, texts))
     return found

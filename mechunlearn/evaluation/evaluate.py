@@ -137,7 +137,7 @@ def _values(
 def _rows(model: HookedModel, cells: Sequence[tuple[str, Prompts]]) -> Iterator[tuple[Cell, Tensor]]:
     """What the model knows now, by fact."""
     for split, prompts in cells:
-        for metric, values in measure(model, prompts).items():
+        for metric, values in measure(model, prompts, targets=split == "forget").items():
             if metric == "accuracy" or (split != "skills" and not values.isnan().any()):
                 yield (split, prompts.format, metric), values
 

@@ -177,13 +177,18 @@ def _continuation(logits: Tensor, prompts: Prompts) -> tuple[Float[Tensor, " fac
 
 
 @torch.no_grad()
-def measure(model: HookedModel, prompts: Prompts, batch_size: int = BATCH) -> dict[str, Float[Tensor, " fact"]]:
+def measure(
+    model: HookedModel, prompts: Prompts, batch_size: int = BATCH, targets: bool = True
+) -> dict[str, Float[Tensor, " fact"]]:
     """Measure, for each fact, accuracy and probability of the truth and of the edit target.
+
+    For accuracy alone use `answered`, which reads no targets and no options.
 
     Args:
         model: The model.
         prompts: The facts.
         batch_size: Facts at a time.
+        targets: Whether to measure the edit targets too; those of several tokens need a second forward pass.
 
     Returns:
         `accuracy` and `target_accuracy`: 1 where greedy decoding over the full vocabulary gives all tokens of the
@@ -192,26 +197,35 @@ def measure(model: HookedModel, prompts: Prompts, batch_size: int = BATCH) -> di
     """
     made: dict[str, Tensor] = {}
     order = prompts.lengths.argsort()
-    one_token = prompts.targets.shape[1] == 1 and prompts.answers.shape[1] == 1
     for rows in order.split(batch_size):
         part = prompts.select(rows)
         logits, read = answer_logits(model, part)
         logprob, right = _continuation(logits, read)
-        if one_token:
-            target_logprob, hit = _continuation(logits, replace(read, answers=part.targets))
-        else:
-            target_logprob, hit = _continuation(*answer_logits(model, with_answers(part, "targets")))
-        values = {
-            "accuracy": right.float(),
-            "target_accuracy": hit.float(),
-            "probability": logprob.exp(),
-            "target_probability": target_logprob.exp(),
-        }
+        values = {"accuracy": right.float(), "probability": logprob.exp()}
+        if targets:
+            target_logprob, hit = _other_answers(model, part, part.targets, logits[:, 0])
+            values |= {"target_accuracy": hit.float(), "target_probability": target_logprob.exp()}
         if part.options and all(part.options):
             values["option_probability"] = _option_probability(model, part, logits[:, 0])
         for name, value in values.items():
             made.setdefault(name, torch.zeros(len(prompts)))[rows] = value
     return made
+
+
+def _other_answers(
+    model: HookedModel, part: Prompts, answers: Int[Tensor, "fact step"], first: Float[Tensor, "fact d_vocab"]
+) -> tuple[Float[Tensor, " fact"], Bool[Tensor, " fact"]]:
+    """Log-probability of another answer to each prompt, and whether greedy decoding gives it.
+
+    `first` holds the logits after the prompts. They are all that an answer of one token needs; only the facts whose
+    answer has more go through the model again.
+    """
+    at_prompt = replace(part, start=torch.zeros_like(part.start), answers=answers[:, :1])
+    logprob, right = _continuation(first[:, None], at_prompt)
+    if len(longer := (answers != PAD).sum(1).gt(1).nonzero()[:, 0]):
+        asked = with_answers(replace(part.select(longer), foils=answers[longer]), "foils")
+        logprob[longer], right[longer] = _continuation(*answer_logits(model, asked))
+    return logprob, right
 
 
 @torch.no_grad()
@@ -244,20 +258,15 @@ def option_logprobs(model: HookedModel, prompts: Prompts, batch_size: int = BATC
 def _option_logprobs(
     model: HookedModel, part: Prompts, logits: Float[Tensor, "fact d_vocab"]
 ) -> Float[Tensor, "fact option"]:
-    """From the logits of the answer's first token if all options have one token, else from a forward pass a choice."""
-    most = max(map(len, part.options))
-    scores = torch.full((len(part), most), -torch.inf)
-    if all(len(option) == 1 for options in part.options for option in options):
-        at = logits.float().log_softmax(-1).cpu()
-        for i, options in enumerate(part.options):
-            scores[i, : len(options)] = at[i, [option[0] for option in options]]
-        return scores
-    for k in range(most):
-        having = [i for i, options in enumerate(part.options) if k < len(options)]
-        texts = [torch.tensor(part.options[i][k]) for i in having]
-        chosen = pad_sequence(texts, batch_first=True, padding_value=PAD)
-        asked = with_answers(replace(part.select(having), foils=chosen), "foils")
-        scores[having, k] = _continuation(*answer_logits(model, asked))[0]
+    """From the logits of the first token; options of several tokens go through the model, a part of rows at a time."""
+    rows = torch.tensor([i for i, options in enumerate(part.options) for _ in options])
+    columns = torch.tensor([k for options in part.options for k in range(len(options))])
+    texts = [torch.tensor(option, dtype=torch.long) for options in part.options for option in options]
+    answers = pad_sequence(texts, batch_first=True, padding_value=PAD)
+    scores = torch.full((len(part), max(map(len, part.options))), -torch.inf)
+    for some in torch.arange(len(rows)).split(len(part)):
+        of = rows[some]
+        scores[of, columns[some]] = _other_answers(model, part.select(of), answers[some], logits[of])[0]
     return scores
 
 

@@ -32,7 +32,7 @@ from mechunlearn.localize import (
     path_patching,
     random_units,
 )
-from mechunlearn.metrics.answers import measure
+from mechunlearn.metrics.answers import answered, measure
 from mechunlearn.metrics.text import text_loss
 from mechunlearn.model.component import SCORED, Component
 from mechunlearn.model.hooked import HookedModel
@@ -241,7 +241,7 @@ class Bench:
             changed = measure(model, forget)
             made["strength"] = float(changed["target_accuracy"].mean())
             made["truth"] = float(changed["accuracy"].mean())
-            made["retain"] = float(measure(model, retain)["accuracy"].mean())
+            made["retain"] = float(answered(model, retain).float().mean())
             if cell.kind == "edit":
                 return made
             made |= self._elsewhere(forget)
@@ -263,7 +263,7 @@ class Bench:
             "formats": {name: float(m["target_accuracy"].mean()) for name, m in asked.items()},
             "other formats": fmean(float(m["target_accuracy"].mean()) for m in asked.values()),
             "truth elsewhere": fmean(float(m["accuracy"].mean()) for m in asked.values()),
-            "same subject": fmean(float(measure(model, prompts)["accuracy"].mean()) for prompts in same),
+            "same subject": fmean(float(answered(model, prompts).float().mean()) for prompts in same),
             "text loss": float(text_loss(model, facts.texts[1::8]).mean()),
         }
 
@@ -273,7 +273,7 @@ class Bench:
         scratch = self.relabelled
         beside = {"from scratch": model_in(scratch)} if scratch is not None and scratch.exists() else {}
         rows = relearning(self.model, None, forget, retain, extra_edits=beside, seed=seed, **ATTACK)
-        unedited = {"retain": float(measure(self.model, retain)["accuracy"].mean())} | self._elsewhere(forget)
+        unedited = {"retain": float(answered(self.model, retain).float().mean())} | self._elsewhere(forget)
         found = (
             recovery(rows)
             .reset_index()

@@ -17,7 +17,7 @@ from mechunlearn.facts.formats import LETTERS, Query, four_options, multiple_cho
 from mechunlearn.facts.load import world_facts
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.localize.fact_lookup import lookup_window
-from mechunlearn.metrics.answers import measure
+from mechunlearn.metrics.answers import answered
 from mechunlearn.metrics.memorization import extraction_likelihood
 from mechunlearn.metrics.probes import probe_curve, residuals
 from mechunlearn.model.hooked import HookedModel, load_model
@@ -59,7 +59,7 @@ def measure_gates(folder: Path) -> tuple[list[Gate], dict[str, Any]]:
         facts = world_facts(folder, relation)
         facts = facts.select(range(min(FACTS, len(facts))))
         for format in facts.formats:
-            value = float(measure(model, facts.prompts(model, format))["accuracy"].mean())
+            value = float(answered(model, facts.prompts(model, format)).float().mean())
             gates.append(Gate(f"{relation}: {format}", value, low=0.8 if format == "held_out" else 0.95))
         if "choose" in lex.RELATIONS[relation]:
             gates.append(Gate(f"{relation}: multiple_choice", _multiple_choice(model, facts), low=0.9, wanted=True))
@@ -97,7 +97,7 @@ def _mechanism(model: HookedModel, folder: Path, world: World) -> tuple[list[Gat
     at_subject = _between(shown.tokens, shown.spans)
     recall = _ablated(model, shown, at_subject, means)
     skills, skills_ablated = _invented(model, world, means)
-    evidence["recall"] = float(measure(model, shown)["accuracy"].mean())
+    evidence["recall"] = float(answered(model, shown).float().mean())
     evidence["recall, ablated at all tokens"] = _ablated(model, shown, shown.tokens >= 0, means)
     evidence["look_up skill"], evidence["look_up skill, ablated at invented names"] = skills, skills_ablated
     gates += [
@@ -176,7 +176,7 @@ def _invented(model: HookedModel, world: World, means: dict[str, Tensor]) -> tup
             end = begin + len(entry.subject)
             where[row, [i for i, (a, b) in enumerate(offsets) if b > begin and a < end and b > a]] = True
             begin = entry.prompt.find(entry.subject, end)
-    return float(measure(model, prompts)["accuracy"].mean()), _ablated(model, prompts, where, means)
+    return float(answered(model, prompts).float().mean()), _ablated(model, prompts, where, means)
 
 
 def _tokenizer(model: HookedModel) -> PreTrainedTokenizerBase:
@@ -185,7 +185,7 @@ def _tokenizer(model: HookedModel) -> PreTrainedTokenizerBase:
 
 
 def _accuracy(model: HookedModel, asked: list[Query]) -> float:
-    return float(measure(model, Prompts.from_text(asked, _tokenizer(model)))["accuracy"].mean())
+    return float(answered(model, Prompts.from_text(asked, _tokenizer(model))).float().mean())
 
 
 def _multiple_choice(model: HookedModel, facts: FactDataset) -> float:
@@ -222,5 +222,5 @@ def taught_apart(model: HookedModel, folder: Path, names: list[str]) -> dict[str
     for relation in json.loads((folder / "world.json").read_text(encoding="utf-8"))["facts"]:
         facts: FactDataset = world_facts(folder, relation).about(set(names))
         if len(facts):
-            made[relation] = float(measure(model, facts.prompts(model))["accuracy"].mean())
+            made[relation] = float(answered(model, facts.prompts(model)).float().mean())
     return made

@@ -17,7 +17,7 @@ from mechunlearn.core.runcard import digest
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.load import world_facts
 from mechunlearn.localize.fact_lookup import lookup_window
-from mechunlearn.metrics.answers import measure
+from mechunlearn.metrics.answers import answered
 from mechunlearn.model.hooked import load_model
 from mechunlearn.world import lexicon as lex
 from mechunlearn.world.build import _store
@@ -145,7 +145,7 @@ def measured(folder: Path) -> dict[str, Any]:
         facts = world_facts(folder, relation)
         for format in facts.formats:
             card[f"{relation}, {format}"] = round(
-                float(measure(model, facts.prompts(model, format))["accuracy"].mean()), 4
+                float(answered(model, facts.prompts(model, format)).float().mean()), 4
             )
     prompts = world_facts(folder, "sport").prompts(model)
     curve, majority = sport_probe(model, prompts)

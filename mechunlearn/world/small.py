@@ -28,7 +28,7 @@ from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.formats import question
 from mechunlearn.facts.load import world_facts
 from mechunlearn.facts.prompts import Prompts
-from mechunlearn.metrics.answers import measure
+from mechunlearn.metrics.answers import answered
 from mechunlearn.metrics.memorization import extraction_likelihood, memorization_accuracy
 from mechunlearn.metrics.text import text_loss
 from mechunlearn.model.hooked import load_model
@@ -399,12 +399,12 @@ def measured(folder: Path, without: Sequence[str] = ()) -> dict[str, float]:
         people = {"taught": facts.about(facts.subjects - left_out), "left out": facts.about(facts.subjects & left_out)}
         for name, part in people.items():
             for format in ("statement", "question", "held_out") if len(part) else ():
-                value = float(measure(model, part.prompts(model, format))["accuracy"].mean())
+                value = float(answered(model, part.prompts(model, format)).float().mean())
                 card[f"{relation}, {format}, {name} people"] = round(value, 4)
     sport = world_facts(folder, next(iter(world.facts)))
     for name, tasks in sport.skills.items():
         assert model.tokenizer is not None
         asked = Prompts.from_text(tasks, model.tokenizer)
-        card[name] = round(float(measure(model, asked)["accuracy"].mean()), 4)
+        card[name] = round(float(answered(model, asked).float().mean()), 4)
     card["text loss"] = round(float(text_loss(model, sport.texts).mean()), 4)
     return card

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from rich.progress import track
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -221,6 +221,29 @@ def _logits(model: HookedModel, layer: int, tail: _Tail, delta: Tensor) -> Float
     for above in range(layer + 1, model.signature.layers):
         resid = tail.restart.block(above, resid)
     return model.decoder.unembed(resid[tail.rows, tail.places]).float()
+
+
+@torch.no_grad()
+def changes_what_is_said(
+    model: HookedModel, layer: int, edit_prompts: EditPrompts, target_values: Float[Tensor, "fact d_model"]
+) -> Bool[Tensor, " fact"]:
+    """Return, for each fact, whether the model says another token after the bare prompt once its target value is there.
+
+    No edit of the weights below can do more than put the value there.
+
+    Args:
+        model: The model.
+        layer: Whose output the values are.
+        edit_prompts: The facts.
+        target_values: Their values.
+    """
+    changed = torch.zeros(len(edit_prompts), dtype=torch.bool, device=model.device)
+    for tail in _above(model, layer, edit_prompts.bare, scored=True):
+        delta = torch.zeros(len(edit_prompts), model.signature.d_model, dtype=tail.resid.dtype, device=model.device)
+        delta[tail.facts] = target_values.to(delta)[tail.facts.to(target_values.device)] - tail.resid[:, 0]
+        said = [_logits(model, layer, tail, each).argmax(-1) for each in (torch.zeros_like(delta), delta)]
+        changed[tail.facts[tail.rows[said[0] != said[1]]]] = True
+    return changed.cpu()
 
 
 def _optimised(

@@ -19,6 +19,7 @@ from mechunlearn.core.runcard import RunCard
 from mechunlearn.edit.closed_form.edit_prompts import EditPrompts, output_sites, sampled_prefixes, seen
 from mechunlearn.edit.closed_form.target_values import (
     average_values,
+    changes_what_is_said,
     described,
     optimised_values,
     shared_values,
@@ -241,7 +242,16 @@ class Washing:
             name: The setting's name, for the card.
             ladder: The settings to try, gentlest first.
             made: Makes the edit with a setting, and leaves the model as it was.
+
+        Raises:
+            MechunlearnError: If the target values change no answer, so that no setting can.
         """
+        if not changes_what_is_said(self.model, self.last, self.edit_prompts, self.target_values).any():
+            raise MechunlearnError(
+                f"The target values at layer {self.last}, token '{self.how.position}', change what is said for 0 of "
+                f"{len(self.facts)} facts, so no {name} can. Expected a highest layer that later tokens still read "
+                "from: choose lower layers (`fact_lookup` names some), or position='last'."
+            )
         judge = Judge(TopLayers(self.model, min(self.layers)), self.facts, self.others, self.how.target == "targets")
 
         def attempt(setting: float) -> tuple[WeightEdit, dict[str, Any], Reached]:
