@@ -7,16 +7,20 @@ editor erases), `retention` (facts it was shown), `specificity` (the same relati
 relations of the forgotten subjects), `other relations` (of all other subjects), and the KL of the next token on held-out
 text: samples of the model that no editor sees, and a text file if one is given.
 
-Finished cells are kept in the folder: a killed run goes on. Prints a markdown table of medians over draws.
+Finished cells are kept in the folder: a killed run goes on. Prints a markdown table of medians over draws; `seconds` are
+CPU-seconds of the edit alone, `warned` counts edits that warned of a missed goal, `refused` those that raised an error.
 """
 
 import argparse
+import json
 import time
 import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import pandas as pd
 
 import mechunlearn as mu
 from mechunlearn.core.grid import Grid
@@ -35,6 +39,10 @@ AIMED = ("masked_gradient",)  # these train towards targets; the others erase
 MASKS = ("fact_lookup", "attribution", "random")
 SOURCES = ("countries/capital", "countries/language")
 FORGET, MOST = 8, 60
+COLUMNS = {
+    "efficacy": 2, "retention": 2, "specificity": 2, "other relations": 2, "same subject": 2, "kl": 3, "kl passages": 3, "seconds": 0
+}  # fmt: skip
+"""What the table shows, with digits."""
 
 
 @dataclass
@@ -112,13 +120,19 @@ def main() -> None:
     parser.add_argument("--masks", nargs="+", default=list(MASKS), choices=MASKS)
     parser.add_argument("--facts", nargs="+", default=list(SOURCES), help="what load_facts reads; draws take turns")
     parser.add_argument("--passages", type=Path, help="a text file: its first 20 lines of 200 characters or more")
+    parser.add_argument("--json", type=Path, help="write all cells of these models here")
     asked = parser.parse_args()
     lines = asked.passages.read_text().splitlines() if asked.passages else []
     passages = [line.strip().replace(" <unk>", "")[:240] for line in lines if len(line) >= 200][:20]
+    done: dict[str, list[dict[str, Any]]] = {}
     for name in asked.models:
         grid = Grid.open(asked.output / Path(name).name, {"model": name, "versions": RunCard("defaults").versions})
         run(name, grid, asked, passages)
-        table(name, grid)
+        done[name] = grid.frame().astype(object).where(lambda frame: frame.notna(), None).to_dict("records")
+        done[name] = [{k: v for k, v in cell.items() if v is not None} for cell in done[name]]
+        print(f"\n{name}\n\n{table(done[name])}", flush=True)
+    if asked.json:
+        asked.json.write_text(json.dumps(done, indent=1) + "\n")
 
 
 def run(name: str, grid: Grid, asked: argparse.Namespace, passages: list[str]) -> None:
@@ -142,24 +156,25 @@ def run(name: str, grid: Grid, asked: argparse.Namespace, passages: list[str]) -
                 print(what, grid.cell(what, partial(cell, model, once, kind, editor, passages)), flush=True)
 
 
-def table(name: str, grid: Grid) -> None:
-    """Medians over draws."""
-    frame = grid.frame()
-    columns = [
-        "efficacy",
-        "retention",
-        "specificity",
-        "same subject",
-        "other relations",
-        "kl",
-        "kl passages",
-        "seconds",
-    ]
-    columns = [column for column in columns if column in frame]
-    shown = frame.groupby(["editor", "mask"])[columns].median().round(3)
-    shown.insert(0, "draws", frame.groupby(["editor", "mask"])["efficacy"].count())
-    shown["warned"] = frame.groupby(["editor", "mask"])["warned"].sum() if "warned" in frame else 0
-    print(f"\n{name}, medians over draws:\n\n{shown.reset_index().to_markdown(index=False)}")
+def table(cells: list[dict[str, Any]]) -> str:
+    """The cells of one model as markdown: the median over draws, and the smallest and the largest value.
+
+    With five draws of any distribution these two hold its median in 15 of 16 cases (1 - 2 / 2**5).
+    """
+    frame, rows = pd.DataFrame(cells), []
+    for (editor, kind), found in frame.groupby(["editor", "mask"], sort=False):
+        row: dict[str, str] = {"editor": editor, "mask": kind, "draws": str(len(found))}
+        for column, digits in COLUMNS.items():
+            values = found[column].dropna() if column in found else pd.Series(dtype=float)
+            row[column] = (
+                f"{values.median():.{digits}f} [{values.min():.{digits}f}, {values.max():.{digits}f}]"
+                if len(values)
+                else "–"
+            )
+        row["warned"] = str(int(found["warned"].fillna(False).astype(bool).sum())) if "warned" in found else "0"
+        row["refused"] = str(int(found["note"].notna().sum())) if "note" in found else "0"
+        rows.append(row)
+    return str(pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ def label(column: str) -> str:
     return LABELS.get(column, column.replace("_", " "))
 
 
-def interval(mean: float, low: float, high: float, short: bool = False, sign: str = "") -> str:
+def interval(mean: float, low: float, high: float, short: bool = False, sign: str = "", digits: int = 2) -> str:
     """Return a number with its interval as text; a dash for NaN.
 
     Args:
@@ -29,14 +29,16 @@ def interval(mean: float, low: float, high: float, short: bool = False, sign: st
         high: The upper end.
         short: Whether half the width of the interval stands for its ends.
         sign: "+" shows the sign of numbers above zero too.
+        digits: How many digits to show behind the point.
 
     >>> interval(0.5, 0.25, 0.75), interval(0.5, 0.25, 0.75, short=True)
     ('0.50 [0.25, 0.75]', '0.50±0.25')
     """
     if pd.isna(mean):
         return NOTHING
-    around = f"±{(high - low) / 2:.2f}" if short else f" [{low:{sign}.2f}, {high:{sign}.2f}]"
-    return f"{mean:{sign}.2f}{around}"
+    spec = f"{sign}.{digits}f"
+    around = f"±{(high - low) / 2:.{digits}f}" if short else f" [{low:{spec}}, {high:{spec}}]"
+    return f"{mean:{spec}}{around}"
 
 
 def intervals(frame: pd.DataFrame, mean: str, low: str, high: str, short: bool = False) -> list[str]:

@@ -19,7 +19,7 @@ from mechunlearn.artifacts.weight_edit import WeightEdit
 from mechunlearn.core.display import by_kind, card, unit_name
 from mechunlearn.core.files import whole_file
 from mechunlearn.core.runcard import RunCard
-from mechunlearn.core.tables import Table, intervals, label, numbers
+from mechunlearn.core.tables import Table, interval, intervals, label, numbers
 from mechunlearn.evaluation.cells import OTHER, UNSEEN
 from mechunlearn.evaluation.damage import damage, harm_was_measured
 from mechunlearn.evaluation.robustness import Attacked, status
@@ -101,7 +101,8 @@ class Report:
         rows = frame.iloc[list(dict.fromkeys((*first, *forget, *others)))].reset_index(drop=True)
         shown = Table({"what": [describe(*row) for row in zip(rows.split, rows.format, rows.metric)], "n": rows["n"]})
         for name in self.columns:
-            shown[name] = intervals(rows, name, f"{name}_low", f"{name}_high", short)
+            found = zip(rows[name], rows[f"{name}_low"], rows[f"{name}_high"], rows.metric == "kl_to_before")
+            shown[name] = [interval(*row, short=short, digits=3 if drift else 2) for *row, drift in found]
         return shown
 
     def outcomes(self) -> pd.DataFrame:
@@ -186,7 +187,7 @@ class Report:
         tiles = []
         for what, place in TILES:
             for row in self._rows(*place).to_dict("records"):
-                spec = ".2f" if place[0] == "text" else ".0%"
+                spec = ".3f" if place[0] == "text" else ".0%"
                 before, after, low, high = (
                     format(row[name], spec) for name in ("before", "after", "after_low", "after_high")
                 )
