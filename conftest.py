@@ -3,12 +3,16 @@
 import importlib
 import inspect
 import os
+import signal
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # there are as many test processes as cores
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import pytest
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # so a shell starts what runs in its background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 USED = (
     "transformers.modeling_utils",

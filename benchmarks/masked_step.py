@@ -38,7 +38,7 @@ from mechunlearn.artifacts.mask import ComponentMask
 from mechunlearn.localize import random_units
 from mechunlearn.model.component import Component
 from mechunlearn.model.hooked import HookedModel, load_model
-from mechunlearn.training.loop import CachedInputs, Sequences, TopLayers
+from mechunlearn.training.inputs import CachedInputs, Sequences, TopLayers
 from mechunlearn.training.parameterizations import SelectedRows
 
 SHARE = 0.10

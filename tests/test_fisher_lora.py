@@ -12,7 +12,7 @@ from mechunlearn.edit import fisher_lora, masked_gradient
 from mechunlearn.edit.fisher_lora import INITS, fisher_information, row_weights, weighted_low_rank
 from mechunlearn.metrics.answers import measure
 from mechunlearn.model.hooked import load_model
-from mechunlearn.training.parameterizations import LowRank
+from mechunlearn.training.adapters import LowRank
 from tests.models import CONFIGS, random_hf, token_prompts
 
 pytestmark = pytest.mark.training

@@ -15,7 +15,7 @@ from mechunlearn.edit.goal import Goal, Judge, Reached
 from mechunlearn.edit.objective import HELD_LADDER, STEPS
 from mechunlearn.metrics.answers import measure
 from mechunlearn.model.samples import own_texts
-from mechunlearn.training.loop import TopLayers
+from mechunlearn.training.inputs import TopLayers
 from mechunlearn.world.toy import planted_facts
 
 GOAL = Goal(efficacy=0.9, max_kl=0.1, min_retention=0.9)

@@ -7,7 +7,7 @@ from mechunlearn.artifacts.mask import ComponentMask
 from mechunlearn.edit import masked_gradient
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.model.hooked import load_model
-from mechunlearn.training.loop import Sequences, text_sequences
+from mechunlearn.training.inputs import Sequences, text_sequences
 from mechunlearn.training.parameterizations import SelectedRows
 from mechunlearn.training.preconditioning import Inputs, MatrixAdam, turned_away
 from mechunlearn.world.toy import planted_facts

@@ -15,8 +15,10 @@ from mechunlearn.edit import losses, masked_gradient
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.metrics.answers import measure
 from mechunlearn.model.hooked import load_model
-from mechunlearn.training.loop import CachedInputs, Schedule, Sequences, TopLayers, train
-from mechunlearn.training.parameterizations import Everything, LowRank, SelectedRows
+from mechunlearn.training.adapters import LowRank
+from mechunlearn.training.inputs import CachedInputs, Sequences, TopLayers
+from mechunlearn.training.loop import Schedule, train
+from mechunlearn.training.parameterizations import Everything, SelectedRows
 from tests.models import CONFIGS, random_hf, token_prompts
 
 pytestmark = pytest.mark.training

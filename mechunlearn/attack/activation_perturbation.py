@@ -37,7 +37,7 @@ from mechunlearn.model.component import Component
 from mechunlearn.model.hook_points import layer_of
 from mechunlearn.model.hooked import HookedModel, frozen
 from mechunlearn.model.taps import Hook
-from mechunlearn.training.loop import CachedInputs, Sequences, TopLayers
+from mechunlearn.training.inputs import CachedInputs, Sequences, TopLayers
 from mechunlearn.training.parameterizations import add_gradients
 
 REMOVED = "edited, hook removed"

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from mechunlearn.attack.states import Row
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.training.loop import CachedInputs, Schedule, Terms, epochs, train
+from mechunlearn.training.inputs import CachedInputs
+from mechunlearn.training.loop import Schedule, Terms, epochs, train
 from mechunlearn.training.parameterizations import Trainable
 
 Loss = Callable[[], Tensor]

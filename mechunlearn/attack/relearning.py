@@ -33,8 +33,9 @@ from mechunlearn.facts.prompts import Prompts
 from mechunlearn.metrics.answers import answered, measure
 from mechunlearn.metrics.text import text_loss
 from mechunlearn.model.hooked import HookedModel
-from mechunlearn.training.loop import CachedInputs, Sequences, TopLayers, text_sequences
-from mechunlearn.training.parameterizations import Everything, LowRank, Trainable, lora_start, slices
+from mechunlearn.training.adapters import LowRank, lora_start
+from mechunlearn.training.inputs import CachedInputs, Sequences, TopLayers, text_sequences
+from mechunlearn.training.parameterizations import Everything, Trainable, slices
 
 __all__ = ["recovery", "relearning"]
 

@@ -17,9 +17,10 @@ from mechunlearn.edit.remake import editor
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.model.hooked import HookedModel
+from mechunlearn.training.adapters import LowRank, lora_start
 from mechunlearn.training.fisher import DiagonalFisher
-from mechunlearn.training.loop import BATCH, Sequences
-from mechunlearn.training.parameterizations import LowRank, lora_start, matrices
+from mechunlearn.training.inputs import BATCH, Sequences
+from mechunlearn.training.parameterizations import matrices
 
 Init = Literal["fila", "fila-code-eps", "fila-row-sums", "forget-fisher", "pissa", "random"]
 INITS: tuple[str, ...] = get_args(Init)

@@ -11,7 +11,7 @@ import torch
 from mechunlearn.edit.losses import kl_retain
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.model.samples import own_texts
-from mechunlearn.training.loop import BATCH, CachedInputs, Sequences, TopLayers, text_sequences
+from mechunlearn.training.inputs import BATCH, CachedInputs, Sequences, TopLayers, text_sequences
 
 OWN, OWN_TOKENS = 64, 32  # samples of the model: editors hold every other one, and are judged on the rest
 Made = TypeVar("Made")

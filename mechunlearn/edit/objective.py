@@ -20,18 +20,10 @@ from mechunlearn.facts.prompts import Prompts
 from mechunlearn.model.component import Component
 from mechunlearn.model.hooked import HookedModel
 from mechunlearn.model.samples import own_texts
-from mechunlearn.training.loop import (
-    CachedInputs,
-    Schedule,
-    Sequences,
-    Terms,
-    TopLayers,
-    TrainResult,
-    epochs,
-    text_sequences,
-    train,
-)
-from mechunlearn.training.parameterizations import LowRank, SelectedRows
+from mechunlearn.training.adapters import LowRank
+from mechunlearn.training.inputs import CachedInputs, Sequences, TopLayers, text_sequences
+from mechunlearn.training.loop import Schedule, Terms, TrainResult, epochs, train
+from mechunlearn.training.parameterizations import SelectedRows
 from mechunlearn.training.preconditioning import MatrixAdam, turned_away
 
 CHECK_EVERY = 5

@@ -101,8 +101,8 @@ class Report:
         rows = frame.iloc[list(dict.fromkeys((*first, *forget, *others)))].reset_index(drop=True)
         shown = Table({"what": [describe(*row) for row in zip(rows.split, rows.format, rows.metric)], "n": rows["n"]})
         for name in self.columns:
-            found = zip(rows[name], rows[f"{name}_low"], rows[f"{name}_high"], rows.metric == "kl_to_before")
-            shown[name] = [interval(*row, short=short, digits=3 if drift else 2) for *row, drift in found]
+            found = zip(rows[name], rows[f"{name}_low"], rows[f"{name}_high"], rows.metric)
+            shown[name] = [interval(a, b, c, short, digits=3 if m == "kl_to_before" else 2) for a, b, c, m in found]
         return shown
 
     def outcomes(self) -> pd.DataFrame:

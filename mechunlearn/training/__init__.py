@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING
 from mechunlearn.core.lazy import lazy
 
 if TYPE_CHECKING:
+    from mechunlearn.training.adapters import LowRank as LowRank
     from mechunlearn.training.covariance import Covariance as Covariance
     from mechunlearn.training.fisher import DiagonalFisher as DiagonalFisher
+    from mechunlearn.training.inputs import Sequences as Sequences
     from mechunlearn.training.loop import Schedule as Schedule
-    from mechunlearn.training.loop import Sequences as Sequences
-    from mechunlearn.training.parameterizations import LowRank as LowRank
     from mechunlearn.training.parameterizations import SelectedRows as SelectedRows
     from mechunlearn.training.solve import Spectrum as Spectrum
 else:

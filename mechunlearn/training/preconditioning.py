@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechunlearn.model.component import Component
-from mechunlearn.training.loop import BATCH, Sequences, real
+from mechunlearn.training.inputs import BATCH, Sequences, real
 from mechunlearn.training.parameterizations import SelectedRows
 
 BETAS, EPSILON = (0.9, 0.999), 1e-12

@@ -34,7 +34,7 @@ from mechunlearn.model.component import Component
 from mechunlearn.model.hooked import HookedModel
 from mechunlearn.model.samples import own_texts
 from mechunlearn.training.covariance import Covariance
-from mechunlearn.training.loop import TopLayers
+from mechunlearn.training.inputs import TopLayers
 from mechunlearn.training.solve import add_products, symmetric
 
 Target = Literal["end-of-text", "targets", "shared", "mean"]
