@@ -324,8 +324,8 @@ def test_columns_and_template(tmp_path):
     named = {"subject": "Land", "answer": "City", "target": "No"}
     facts = load_facts(tmp_path / "own.csv", columns=named, template="The capital of {} is ")
     assert [(f.subject, f.queries["statement"].prompt, f.answer, f.target) for f in facts] == [
-        ("France", "The capital of France is", "Paris", "x"),
-        ("Peru", "The capital of Peru is", "Lima", "y"),
+        ("France", "The capital of France is ", "Paris", "x"),
+        ("Peru", "The capital of Peru is ", "Lima", "y"),
     ]
     numbered = load_facts(tmp_path / "own.csv", columns={"subject": "id", "answer": "Land"}, template="No. {} is")
     assert [f.subject for f in numbered] == ["01", "02"]

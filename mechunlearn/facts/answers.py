@@ -6,10 +6,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mechunlearn.facts.pairs import asked
 from mechunlearn.facts.prompts import PAD, Prompts
 from mechunlearn.model.hooked import HookedModel
-from mechunlearn.model.text import decoded, ids_of
+from mechunlearn.model.text import decoded
 
 BATCH = 128
 
@@ -50,15 +49,15 @@ def continuations(model: HookedModel, prompts: Prompts, tokens: int = 8, batch_s
 
     Args:
         model: The model.
-        prompts: The facts, made from text.
+        prompts: The facts.
         tokens: How many tokens it may say.
         batch_size: Facts at a time.
     """
     said = [""] * len(prompts)
     for rows in prompts.lengths.argsort().split(batch_size):
-        texts = [asked(prompts.queries[i].prompt) for i in rows.tolist()]
-        made = model.generate(texts, max_new_tokens=tokens, return_dict_in_generate=True).sequences
-        width = max(map(len, ids_of(texts, model.tokenizer)))
+        asked = [prompts.tokens[i, : int(prompts.start[i]) + 1].tolist() for i in rows.tolist()]
+        made = model.generate(asked, max_new_tokens=tokens, return_dict_in_generate=True).sequences
+        width = max(map(len, asked))
         for i, text in zip(rows.tolist(), decoded(made[:, width:], model.tokenizer, skip_special=True)):
             said[i] = text.strip().partition("\n")[0].rstrip()
     return said

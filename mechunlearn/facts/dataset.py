@@ -107,7 +107,10 @@ class FactDataset:
         if not rows:
             raise MechunlearnError(f"No fact of '{self.name}' has the format '{format}'. Formats: {self.formats}.")
         chosen = self if len(rows) == len(self) else self.select(rows)
-        queries = [replace(fact.queries[format], subject=fact.subject) for fact in chosen]
+        queries = [fact.queries[format] for fact in chosen]
+        queries = [
+            query if query.subject else replace(query, subject=fact.subject) for query, fact in zip(queries, chosen)
+        ]
 
         def said(i: int, j: int) -> str:
             mine, other = chosen.facts[i], chosen.facts[j]

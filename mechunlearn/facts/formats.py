@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mechunlearn.facts.join import separator
+
 LETTERS = "ABCD"
 MOST_OPTIONS = 32
 """With more answers than these, a fact lists none to choose among: each would have to be scored."""
@@ -25,6 +27,7 @@ class Query:
         foil: A wrong answer. Empty: `Prompts.from_text` takes the answer of the corrupt partner.
         subject: What the fact is about, as it is written in the prompt. Empty: there is none, and no corrupt partner.
         options: The answers to choose among, if there are few.
+        separator: What stands between the prompt and any answer. None: `join.separator` says it.
     """
 
     prompt: str
@@ -33,6 +36,12 @@ class Query:
     foil: str = ""
     subject: str = ""
     options: tuple[str, ...] = ()
+    separator: str | None = None
+
+    @property
+    def joined_by(self) -> str:
+        """What stands between the prompt and any answer."""
+        return separator(self.prompt, self.answer) if self.separator is None else self.separator
 
 
 @dataclass(frozen=True)

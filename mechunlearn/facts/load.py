@@ -12,7 +12,7 @@ from mechunlearn.core.files import data_folder
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.dataset import FactDataset
 from mechunlearn.facts.formats import MOST_OPTIONS, Fact, Query, ask_all
-from mechunlearn.facts.odd import checked, line
+from mechunlearn.facts.odd import as_written, checked, line
 from mechunlearn.facts.readers import read_facts
 from mechunlearn.facts.shipped import shipped_facts, shipped_sets
 
@@ -25,6 +25,7 @@ def load_facts(
     columns: Mapping[str, str] | None = None,
     template: str | None = None,
     subset: str | None = None,
+    separator: str | None = None,
     seed: int = 0,
 ) -> FactDataset:
     """Load a relation of the shipped world, a shipped set of real facts, a file, or a data set known to `datasets`.
@@ -44,6 +45,9 @@ def load_facts(
         template: A prompt with `{}` in the place of the subject, such as "The capital of {} is". It takes the place of
             the file's prompts, if there are any.
         subset: A relation of the file, or a value of its column `split`; of a data set one of its splits.
+        separator: What stands between a file's prompts and answers. None: a space, unless the prompt ends in white space, an
+            open quote or bracket, or in a script that parts words by nothing (`join.separator`). Prompts are kept to the
+            character.
         seed: Draws the edit targets that a file does not give, from the other answers of the relation. A fact without a
             subject, and one whose relation has no other answer, gets none.
 
@@ -81,7 +85,9 @@ def load_facts(
             target = options[drawn + (drawn >= own)]
         shown = record.options or (options if 1 < len(options) <= MOST_OPTIONS else ())
         asked = {
-            format: Query(prompt, record.answer, target, record.foil, record.subject, shown)
+            format: Query(
+                prompt, record.answer, target, record.foil, as_written(record.subject, prompt), shown, separator
+            )
             for format, prompt in {"statement": record.prompt, **record.others}.items()
         }
         facts.append(Fact(record.subject, record.relation, asked))

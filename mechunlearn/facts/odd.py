@@ -82,13 +82,13 @@ def checked(records: Iterable[Record]) -> tuple[list[Record], list[OddRow]]:
     asked: dict[str, str] = {}
     for given in records:
         record, repairs = _mended(given)
-        said = asked.get(record.prompt)
+        said = asked.get(record.prompt.rstrip())
         reason = _wrong(record) or ("" if said is None else "duplicate" if said == record.answer else OTHER)
         text = f"{record.prompt} -> {record.answer} (subject '{record.subject}', target '{record.target}')"
         if reason:
             odd.append(OddRow(record.row, reason, text))
             continue
-        asked[record.prompt] = record.answer
+        asked[record.prompt.rstrip()] = record.answer
         kept.append(record)
         odd += [OddRow(record.row, repair, text, kept=True) for repair in repairs]
     return kept, odd
@@ -133,16 +133,30 @@ def _mended(record: Record) -> tuple[Record, list[str]]:
         others = dict(zip(record.others, more))
         record = replace(record, subject=subject, prompt=prompt, answer=answer, target=target, others=others)
         repairs.append("escaped twice, decoded")
-    at = re.search(re.escape(record.subject), record.prompt, re.IGNORECASE)
-    if at and record.subject not in record.prompt:
-        record = replace(record, subject=at[0])
+    written = as_written(record.subject, record.prompt)
+    if written != record.subject:
+        record = replace(record, subject=written)
         repairs.append("subject in another case, taken as in its prompt")
     if len(places(record.prompt, record.subject)) > 1:
         repairs.append("subject twice, the last one is its span")
-    others = {name: text for name, text in record.others.items() if record.subject in text}
+    others = {name: text for name, text in record.others.items() if as_written(record.subject, text) in text}
     if len(others) < len(record.others):
         repairs.append("paraphrase without its subject, left out")
     return replace(record, others=others), repairs
+
+
+def as_written(subject: str, prompt: str) -> str:
+    """Return a subject in the case in which a prompt has it; as it is, if the prompt does not have it in any.
+
+    Args:
+        subject: The subject.
+        prompt: The prompt.
+
+    >>> as_written("The Eiffel Tower", "Where is the Eiffel Tower?")
+    'the Eiffel Tower'
+    """
+    at = None if subject in prompt else re.search(re.escape(subject), prompt, re.IGNORECASE)
+    return at[0] if at else subject
 
 
 def _decoded(text: str) -> str:

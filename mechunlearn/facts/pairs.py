@@ -1,20 +1,16 @@
 """Queries as tokens, each with its corrupt partner and its foil."""
 
 import random
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.formats import Query, places
-
-Ids = tuple[int, ...]
-UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3000-\u30ff\u3400-\u9fff\uf900-\ufaff\uff01-\uff65]")
-"""Letters and marks of scripts that part words by nothing: Thai, Lao, Burmese, Khmer, Chinese, Japanese."""
+from mechunlearn.facts.join import Ids, Joiner, Offsets, common
 
 
 class Fit(NamedTuple):
@@ -92,31 +88,6 @@ class Row:
         return tuple(changed)
 
 
-def asked(prompt: str) -> str:
-    """Return a prompt as it is tokenized: a space at its end belongs to the answer.
-
-    Args:
-        prompt: The prompt.
-    """
-    return prompt.rstrip(" ")
-
-
-def continued(prompt: str, answer: str) -> str:
-    r"""Return an answer as it follows a prompt: behind a space, unless a line ends there or neither script has spaces.
-
-    Args:
-        prompt: The prompt.
-        answer: The answer.
-
-    >>> continued("The capital of France is", "Paris"), continued("Answer:\n", "Paris"), continued("首都是", "巴黎")
-    (' Paris', 'Paris', '巴黎')
-    """
-    answer = answer.lstrip()
-    if prompt.endswith("\n") or (UNSPACED.match(prompt[-1:]) and UNSPACED.match(answer)):
-        return answer
-    return " " + answer
-
-
 def paired(
     queries: Sequence[Query],
     tokenizer: PreTrainedTokenizerBase,
@@ -137,7 +108,7 @@ def paired(
             same tokens.
     """
     others = _Others(queries, tokenizer, said or (lambda i, j: queries[j].answer), random.Random(seed))
-    return [others.paired(i, len(tokenizer)) for i in range(len(queries))]
+    return others.paired(len(tokenizer))
 
 
 class _Others:
@@ -150,46 +121,50 @@ class _Others:
         said: Callable[[int, int], str],
         rng: random.Random,
     ) -> None:
-        self.said, self.rng = said, rng
-        self.tokens = cache(lambda text: tuple(tokenizer(text, add_special_tokens=False)["input_ids"]))
-        self.prompt = cache(lambda text: tuple(tokenizer(asked(text))["input_ids"]))
-        encoded = tokenizer([asked(query.prompt) for query in queries], return_offsets_mapping=True)
+        self.said, self.rng, self.join = said, rng, Joiner(tokenizer)
+        self.joins = [query.joined_by for query in queries]
         self.rows = []
-        for query, prompt, offsets in zip(queries, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            answer = self._ids(query, query.answer)
-            if not answer:
+        self.prompts = [query.prompt for query in queries]
+        self.answers = [join + query.answer.lstrip() for join, query in zip(self.joins, queries)]
+        self.joined = self.join(self.prompts, self.answers)
+        for query, (ids, count, offsets) in zip(queries, self.joined):
+            if not query.answer.strip() or count == len(ids):
                 raise MechunlearnError(f"The answer of '{query.prompt}' is empty. Expected at least one token.")
-            row = Row(query, (*prompt, *answer[:-1]), len(prompt), answer, None)
-            self.rows.append(_found(row, offsets) if query.subject else row)
-        self.answers = {row.answer for row in self.rows}
+            row = Row(query, ids[:-1], count, ids[count:], None)
+            self.rows.append(_found(row, offsets[:count]) if query.subject else row)
+        self.given = {query.answer.strip() for query in queries}
         self.everyone = rng.sample(range(len(queries)), len(queries))
         self.alike: dict[Fit | None, list[int]] = {}
         for i in self.everyone:
             self.alike.setdefault(self.rows[i].fits, []).append(i)
 
-    def paired(self, i: int, vocabulary: int) -> Row:
-        """The row with everything that depends on other rows."""
+    def paired(self, vocabulary: int) -> list[Row]:
+        """The rows with everything that depends on other rows."""
+        rows = [self._with_partner(i, vocabulary) for i in range(len(self.rows))]
+        texts = [list(dict.fromkeys((q.foil, q.target, *q.options))) for q in (row.query for row in rows)]
+        wanted = [(i, text) for i, each in enumerate(texts) for text in each if text.strip()]
+        following = [(i, self._text(i, text)) for i, text in wanted]
+        others: list[dict[str, Ids]] = [{} for _ in rows]
+        for (i, text), ids in zip(wanted, self.join.following(self.prompts, self.answers, self.joined, following)):
+            others[i][text] = ids
+        return [_with_others(row, each) for row, each in zip(rows, others)]
+
+    def _with_partner(self, i: int, vocabulary: int) -> Row:
+        """The row with its corrupt partner and its foil, as text."""
         row = self.rows[i]
-        query, given = row.query, self._ids(row.query, row.query.foil)
-        if given and not self._differs(i, query.foil):
+        query, given = row.query, row.query.foil.strip()
+        if given and not self._differs(i, given):
             raise MechunlearnError(
                 f"Answer '{query.answer}' and foil '{query.foil}' of '{query.prompt}' are the same tokens "
                 "(or one begins with the other): give a foil that differs."
             )
-        wanted = given if given in self.answers else ()
         among = self.alike[row.fits] if row.span else []
-        if len(row.places) > 1:
-            among = [j for j in among if self._swapped(row, j)]
-        partner = self._another(i, among, wanted) if among else None
+        partner = self._another(i, among, given if given in self.given else "", len(row.places) > 1) if among else None
         random_tokens = tuple(self.rng.randrange(vocabulary) for _ in row.subject) if partner is None else ()
         foil = query.foil or self._foil(i, partner)
-        query = replace(query, foil=foil, target=query.target or foil)
         return replace(
             row,
-            query=query,
-            foil=self._ids(query, foil),
-            target=self._ids(query, query.target),
-            options=tuple(self._ids(query, option) for option in query.options),
+            query=replace(query, foil=foil, target=query.target or foil),
             corrupt=row.with_subject(random_tokens) if partner is None else self._swapped(row, partner),
             at_random=bool(random_tokens),
         )
@@ -205,9 +180,9 @@ class _Others:
         text, size = row.query.prompt, len(row.query.subject)
         for at in reversed(row.places):
             text = text[:at] + other.query.subject + text[at + size :]
-        ids = self.prompt(text)
-        kept = (a == b for k, (a, b) in enumerate(zip(ids, row.ids)) if k not in row.within)
-        return (*ids, *row.ids[row.prompt_length :]) if len(ids) == row.prompt_length and all(kept) else ()
+        (found,) = self.join([text], [row.query.joined_by + row.query.answer.lstrip()])
+        kept = (a == b for k, (a, b) in enumerate(zip(found.ids, row.ids)) if k not in row.within)
+        return found.ids[:-1] if len(found.ids) == len(row.ids) + 1 and all(kept) else ()
 
     def _foil(self, i: int, partner: int | None) -> str:
         """The partner's answer; without one another fact's, or another option. Empty if all are the truth."""
@@ -218,8 +193,11 @@ class _Others:
         others = [text for text in self.rows[i].query.options if self._differs(i, text)]
         return self.rng.choice(others) if others else ""
 
-    def _another(self, i: int, among: Sequence[int], foil: Ids = ()) -> int | None:
-        """A row about another subject, whose answer is the foil if there is such a row, else any but the truth."""
+    def _another(self, i: int, among: Sequence[int], foil: str = "", swap: bool = False) -> int | None:
+        """A row about another subject, whose answer is the foil if there is such a row, else any but the truth.
+
+        With `swap` its subject has to fit in all places of the prompt.
+        """
         row, best, count = self.rows[i], None, len(among)
         first = self.rng.randrange(count)
         for k in range(first, first + count):
@@ -227,25 +205,57 @@ class _Others:
             if j == i or (row.span and self.rows[j].query.subject == row.query.subject):
                 continue
             text = self.said(i, j)
-            if foil and self._ids(row.query, text) == foil:
+            if foil and text.strip() == foil and not (swap and not self._swapped(row, j)):
                 return j
-            if best is None and self._differs(i, text):
+            if best is None and self._differs(i, text) and not (swap and not self._swapped(row, j)):
                 best = j
                 if not foil:
                     break
         return best
 
     def _differs(self, i: int, text: str) -> bool:
-        """Whether a text can be told from the answer: neither begins with the other."""
-        answer, ids = self.rows[i].answer, self._ids(self.rows[i].query, text)
-        return bool(ids) and answer[: len(ids)] != ids[: len(answer)]
+        """Whether a text can be told from the answer: neither begins with the other, as tokens."""
+        row, other = self.rows[i], text.strip()
+        answer = row.query.answer.strip()
+        if not other or not answer.startswith(other[: len(answer)]):
+            return bool(other)
+        whole, (found,) = (*row.ids, row.answer[-1]), self.join([row.query.prompt], [self._text(i, text)])
+        return whole[: len(found.ids)] != found.ids[: len(whole)]
 
-    def _ids(self, query: Query, text: str) -> Ids:
-        """The tokens of a text behind this query's prompt, with a space between unless the prompt ends in one."""
-        return self.tokens(continued(query.prompt, text)) if text.strip() else ()
+    def _text(self, i: int, text: str) -> str:
+        """A text as it follows the prompt of a row."""
+        return self.joins[i] + text.lstrip()
 
 
-def _found(row: Row, offsets: Sequence[tuple[int, int]]) -> Row:
+def _with_others(row: Row, others: Mapping[str, Ids]) -> Row:
+    """The row with the tokens of its foil, target and options.
+
+    Where one of them takes the end of the prompt into its own first token, the prompt ends before that for all.
+    """
+    query, whole = row.query, (*row.ids, row.answer[-1])
+    start = common((whole, *others.values()), row.prompt_length)
+    if not start:
+        raise MechunlearnError(
+            f"The tokenizer makes one token of the prompt '{query.prompt}' and the beginning of an answer, so no token "
+            "predicts that. Expected a longer prompt, or a word or a mark at its end."
+        )
+    if row.span and row.span[1] >= start:
+        raise MechunlearnError(
+            f"The subject '{query.subject}' ends in one token with the beginning of an answer to '{query.prompt}'. "
+            "Expected a word or a mark between the two."
+        )
+    tokens = {text: ids[start:] for text, ids in others.items()}
+    return replace(
+        row,
+        prompt_length=start,
+        answer=whole[start:],
+        foil=tokens.get(query.foil, ()),
+        target=tokens.get(query.target, ()),
+        options=tuple(tokens[option] for option in query.options if option in tokens),
+    )
+
+
+def _found(row: Row, offsets: Offsets) -> Row:
     """The row with its subject's place, by the characters that each token covers."""
     prompt, subject = row.query.prompt, row.query.subject
     starts = places(prompt, subject)
@@ -257,6 +267,11 @@ def _found(row: Row, offsets: Sequence[tuple[int, int]]) -> Row:
     covers = [
         [i for i, (a, b) in enumerate(offsets) if b > start and a < start + len(subject) and b > a] for start in starts
     ]
+    if not all(covers):
+        raise MechunlearnError(
+            f"The subject '{subject}' ends in one token with the beginning of the answer to '{prompt}'. Expected a word "
+            "or a mark between the two."
+        )
     start, stop = starts[-1], starts[-1] + len(subject)
     first, last = covers[-1][0], covers[-1][-1]
     before, after = prompt[offsets[first][0] : start], prompt[stop : offsets[last][1]]

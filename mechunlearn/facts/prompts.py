@@ -72,6 +72,8 @@ class Prompts:
     def __repr__(self) -> str:
         what = self.facts.name if self.facts is not None else "tokens"
         first = f"; '{self.queries[0].prompt}' -> '{self.queries[0].answer}'" if self.queries else ""
+        if self.queries and (joined := self.queries[0].joined_by) != " ":
+            first += f", joined by {joined!r}"
         random = f", {self.random_corruptions} corrupted at random" if self.random_corruptions else ""
         return (
             f"Prompts({what}, {len(self)} facts, format {self.format}, {self.tokens.shape[1]} positions{random}{first})"

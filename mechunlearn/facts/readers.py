@@ -75,7 +75,7 @@ def read_facts(
             f"{_listed(relations)}."
         )
     return [
-        replace(record, prompt=template.replace("{}", record.subject).rstrip()) if record.subject else record
+        replace(record, prompt=template.replace("{}", record.subject)) if record.subject else record
         for record in records
     ], odd
 
@@ -150,14 +150,14 @@ def _text(row: Row, *names: str) -> str:
         while isinstance(value, list):
             value = value[0] if value else None
         if isinstance(value, str) and value.strip():
-            return value.strip() if name not in ("prompt", "src") else value.rstrip()
+            return value if name == "prompt" else value.strip() if name != "src" else value.rstrip()
     return ""
 
 
 def _plain(row: Row) -> list[Record]:
     subject = _text(row, "subject")
     others = {
-        name: value.rstrip().replace("{}", subject)
+        name: value.replace("{}", subject)
         for name, value in row.items()
         if name.startswith(("paraphrase", "question")) and isinstance(value, str) and value.strip()
     }

@@ -27,7 +27,7 @@ from mechunlearn.model.layout import Layout, Signature, flat
 from mechunlearn.model.load import checkpoint
 from mechunlearn.model.table_check import check_registered
 from mechunlearn.model.taps import Hook
-from mechunlearn.model.text import Given, continued, decoded, ids_of, padded, padding_token
+from mechunlearn.model.text import Begun, Given, continued, decoded, ids_of, padded, padding_token
 from mechunlearn.model.unwrap import evaluating, unwrapped
 
 
@@ -156,13 +156,13 @@ class HookedModel:
         sites = self.decoder.sites if names is None else [names] if isinstance(names, str) else names
         return self.cache(tokens, sites)
 
-    def generate(self, text: Given, max_new_tokens: int = 10, **settings: Any) -> Any:
+    def generate(self, text: Begun, max_new_tokens: int = 10, **settings: Any) -> Any:
         """Continue texts with `hf.generate`, by the most likely token unless the settings say otherwise.
 
         Hooks are on. After the first step they see new positions only; with `use_cache=False` all positions each time.
 
         Args:
-            text: A text, several texts, or tokens (rows without padding).
+            text: A text, several texts, or tokens (rows without padding, as a tensor or as lists).
             max_new_tokens: The number of tokens to add, unless a text ends before.
             settings: Keywords of `hf.generate`, such as `do_sample=True`.
 

@@ -1,6 +1,7 @@
 """Text to tokens and back, with whatever tokenizer a model has."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mechunlearn.errors import MechunlearnError
 
 Given = Int[Tensor, "fact pos"] | str | Sequence[str]
+Begun = Given | Sequence[Sequence[int]]
 
 
 def ids_of(text: str | Sequence[str], tokenizer: PreTrainedTokenizerBase | None) -> list[list[int]]:
@@ -75,15 +77,29 @@ def decoded(tokens: Any, tokenizer: PreTrainedTokenizerBase | None, skip_special
     return texts
 
 
+def _rows(given: Begun, tokenizer: PreTrainedTokenizerBase | None) -> list[list[int]]:
+    """The tokens that are continued."""
+    if isinstance(given, Tensor):
+        return [list(row) for row in given.tolist()]
+    if not isinstance(given, str) and given and not isinstance(given[0], str):
+        return [[int(token) for token in row] for row in given]
+    rows = ids_of(given, tokenizer)  # type: ignore[arg-type]
+    assert tokenizer is not None
+    mask = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
+    added = len(list(takewhile(bool, reversed(mask)))) if not all(mask) else 0
+    return [row[: len(row) - added] for row in rows]
+
+
 def continued(
-    hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, given: Given, settings: Mapping[str, Any]
+    hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, given: Begun, settings: Mapping[str, Any]
 ) -> Any:
     """Continue texts or tokens, by the most likely token unless the settings say otherwise.
 
     Args:
         hf: The model.
         tokenizer: Its tokenizer.
-        given: Tokens (rows without padding), a text or several texts; these are padded on the left.
+        given: Tokens (rows without padding, as a tensor or as lists), a text or several texts; these are padded on the
+            left. An end of text that the tokenizer adds is left out: nothing would follow it.
         settings: Keywords of `hf.generate`.
 
     Returns:
@@ -91,12 +107,12 @@ def continued(
         no tensor.
     """
     pad = padding_token(tokenizer)
-    rows = given.tolist() if isinstance(given, Tensor) else ids_of(given, tokenizer)
+    rows = _rows(given, tokenizer)
     ids = padded(rows, pad, "left").to(hf.device)
     mask = padded([[1] * len(row) for row in rows], 0, "left").to(hf.device)
     generate: Any = hf.generate
     made = generate(ids, attention_mask=mask, **{"do_sample": False, "pad_token_id": pad} | dict(settings))
-    if isinstance(given, Tensor) or not isinstance(made, Tensor):
+    if isinstance(given, Tensor) or not isinstance(given[0], str) or not isinstance(made, Tensor):
         return made
     each = len(made) // len(rows)  # num_return_sequences
     real = [row[ids.shape[1] - len(rows[i // each]) :] for i, row in enumerate(made)]
