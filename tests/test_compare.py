@@ -196,7 +196,7 @@ class TestRun:
         assert all(name in page for name in ("unedited", "fact_lookup", "same subject", "log_one_minus_p, window"))
 
     def test_a_second_call_makes_nothing_again(self, made, world, facts, folder, monkeypatch):
-        for name in ("masked_gradient", "measure", "text_loss"):
+        for name in ("masked_gradient", "answered", "text_loss"):
             monkeypatch.setattr(module, name, pytest.fail)
         before = cells(folder)
         again = compare(world, facts, folder=folder, **GRID)

@@ -68,9 +68,7 @@ def check_against_single_runs(model, held):
     rows = SelectedRows(model, ComponentMask.of(SITES, model.signature))
     seen: dict[str, list[torch.Tensor]] = {}
     handles = [
-        module.register_forward_pre_hook(
-            lambda module, args, name=name: seen.setdefault(name, []).append(args[0][0, 1:])
-        )
+        module.register_forward_pre_hook(lambda module, args, name=name: seen.setdefault(name, []).append(args[0][0]))
         for name, module in model.hf.named_modules()
         if name in {part.module for part in rows.slices}
     ]
@@ -87,7 +85,10 @@ def check_against_single_runs(model, held):
         if part.parameter.ndim < 2:
             assert turn is None
             continue
-        x, transposed = torch.cat(seen[part.module]), part.transposed(model)
+        each, transposed = seen[part.module], part.transposed(model)
+        later, first = torch.cat([x[1:] for x in each]), torch.stack([x[0] for x in each])
+        size = later.double().square().sum(1).mean().sqrt()
+        x = torch.cat([later.double(), size * first.double() / first.double().norm(dim=1, keepdim=True)])
         if part.index is not None and (part.dim == 0) == transposed:
             x = x[:, part.index]
         want = expected(x, gradient.T if transposed else gradient, 100.0)

@@ -91,8 +91,7 @@ def memit(
 
     Raises:
         MechunlearnError: For a mask without `mlp.out` sites, statistics of another model or of too few tokens, no known
-            fact, no subject where the position needs one, numbers out of range, and, where a weight is searched,
-            target values that change no answer because the mask's highest layer lies too high.
+            fact, no subject where the position needs one, and numbers out of range.
 
     >>> from mechunlearn.world.toy import planted_facts
     >>> toy = planted_facts()

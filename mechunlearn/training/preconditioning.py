@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from mechunlearn.model.component import Component
 from mechunlearn.training.inputs import BATCH, Sequences, real
@@ -26,18 +26,26 @@ class Inputs:
     """
 
     def __init__(self, index: Tensor | None) -> None:
-        self.index, self.tokens = index, 0
+        self.index, self.tokens, self.squares = index, 0, 0.0
         self.rows: list[Tensor] = []
+        self.firsts: list[Tensor] = []
         self.sums: Tensor | None = None
         self.device = torch.device("cpu")
 
-    def add(self, x: Float[Tensor, "token _in"]) -> None:
+    def add(self, x: Float[Tensor, "token _in"], first: Float[Tensor, "text _in"] | None = None) -> None:
         """Add what enters at some tokens.
 
         Args:
             x: One row a token.
+            first: What enters at the first token of each text. It counts as large as the others are on average.
         """
-        x = (x if self.index is None else x.index_select(1, self.index)).float()
+        self.squares += float(x.float().pow(2).sum())
+        self._keep(x.float())
+        if first is not None:
+            self.firsts.append(nn.functional.normalize(first.float(), dim=1))
+
+    def _keep(self, x: Float[Tensor, "token _in"]) -> None:
+        x = x if self.index is None else x.index_select(1, self.index)
         self.rows.append(x)
         self.device = x.device
         self.tokens += len(x)
@@ -52,6 +60,12 @@ class Inputs:
         Args:
             weight: Of C.
         """
+        if self.firsts:
+            first, self.firsts = torch.cat(self.firsts), []
+            self._keep(first * math.sqrt(self.squares / max(1, self.tokens)))
+        if self.sums is not None and self.rows:
+            left = _wide(torch.cat(self.rows))
+            self.sums, self.rows = self.sums + left.T @ left, []
         if self.sums is not None:
             share = weight / (float(self.sums.diagonal().mean()) or 1.0)
             inverse = _inverse(share * self.sums)
@@ -116,7 +130,8 @@ def turned_away(rows: SelectedRows, held: Sequence[Sequences], weight: float) ->
     C = E[x x^T] over the inputs x of the matrix on held text, c the mean of its diagonal. A step along it is the
     steepest descent where a change D costs weight * E|D x|^2 / c + |D|^2: of two changes that do as much to the facts
     it takes the one that does less to the text. C is the input factor of K-FAC (arXiv 1503.05671), and that of MEMIT
-    (arXiv 2210.07229). The first token of a sequence does not count: its activations are far larger in many models.
+    (arXiv 2210.07229). The first token of a sequence has far larger activations in many models, and counts as if it had
+    those of the others: a change of what it gives would change all text.
 
     Memory: for each matrix the smaller of in x in and tokens x in. Matrices that read the same tensor share it.
 
@@ -143,7 +158,7 @@ def turned_away(rows: SelectedRows, held: Sequence[Sequences], weight: float) ->
             shared[name] = last[1]
             return
         last[:] = args[0], name
-        inputs[name].add(args[0][counted.to(args[0].device)])
+        inputs[name].add(args[0][counted.to(args[0].device)], args[0][:, 0])
 
     with ExitStack() as stack:
         for name in inputs:

@@ -242,16 +242,15 @@ class Washing:
             name: The setting's name, for the card.
             ladder: The settings to try, gentlest first.
             made: Makes the edit with a setting, and leaves the model as it was.
-
-        Raises:
-            MechunlearnError: If the target values change no answer, so that no setting can.
         """
         if not changes_what_is_said(self.model, self.last, self.edit_prompts, self.target_values).any():
-            raise MechunlearnError(
+            warnings.warn(
                 f"The target values at layer {self.last}, token '{self.how.position}', change what is said for 0 of "
-                f"{len(self.facts)} facts, so no {name} can. Expected a highest layer that later tokens still read "
-                "from: choose lower layers (`fact_lookup` names some), or position='last'."
+                f"{len(self.facts)} facts, so no {name} can: the gentlest one is taken. Expected a highest layer that "
+                "later tokens still read from. Choose lower layers (`fact_lookup` names some), or position='last'.",
+                stacklevel=4,
             )
+            ladder = tuple(ladder)[:1]
         judge = Judge(TopLayers(self.model, min(self.layers)), self.facts, self.others, self.how.target == "targets")
 
         def attempt(setting: float) -> tuple[WeightEdit, dict[str, Any], Reached]:
