@@ -45,7 +45,15 @@ CHEAP = {
     "path_patching": {"receivers": ("logits",)},
     "edge_patching": {"names": ["m0->m3", "a1.h1->logits", "m0->a3.h0<v>"]},
 }
-SHORT = {"steps": 2, "rank": 1, "energy": 0.6, "eliminate": False, "prefixes": 0, "progress": False}
+SHORT = {
+    "steps": 2,
+    "rank": 1,
+    "covariance_weight": 20_000,
+    "energy": 0.6,
+    "eliminate": False,
+    "prefixes": 0,
+    "progress": False,
+}
 ATTACKS = {"steps": 1, "eval_every": 1, "lrs": (1e-4,), "min_retention": 0.0, "bits": (8,), "tokens": 2, "size": 0.1}
 
 
@@ -267,14 +275,17 @@ def test_which_target_values_change_what_is_said(real, plain, prompts):
     assert found.any()
 
 
+@pytest.fixture(scope="module")
 def small_edit(real, prompts):
     mask = ComponentMask.of(["L3.mlp.out[1]", "L3.mlp.out[7]"], real.signature)
-    return masked_gradient(real, mask, prompts.select(range(2)), prompts.select(range(2, 5)), steps=2, lr=0.05)
+    return masked_gradient(
+        real, mask, prompts.select(range(2)), prompts.select(range(2, 5)), steps=2, lr=0.05, texts=TEXTS
+    )
 
 
 @torch.no_grad()
-def test_an_exported_edit_is_an_ordinary_checkpoint_with_the_same_logits(real, prompts, tmp_path):
-    edit = small_edit(real, prompts)
+def test_an_exported_edit_is_an_ordinary_checkpoint_with_the_same_logits(real, small_edit, tmp_path):
+    edit = small_edit
     edit.export(real, tmp_path / "edited")
     hf = AutoModelForCausalLM.from_pretrained(tmp_path / "edited")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "edited")
@@ -302,13 +313,12 @@ def continents(real, tmp_path_factory):
 
 
 @pytest.mark.parametrize("attack", list(methods("attack").values()), ids=lambda attack: attack.name)
-def test_an_attack_leaves_no_trace(attack, real, prompts, continents, untouched):
-    settings, facts = dict(ATTACKS), prompts
+def test_an_attack_leaves_no_trace(attack, real, prompts, small_edit, continents, untouched):
+    settings, facts = dict(ATTACKS), prompts.select(range(4))
     if attack.name == "relearning":
         settings["lrs"] = {"lora": (1e-4,)}
     if attack.name == "probing":
         facts = continents
-    edit = small_edit(real, facts)
     sets = facts.select(range(0, len(facts), 2)), facts.select(range(1, len(facts), 2))
-    rows = attack(real, edit, *sets, **settings, progress=False)
+    rows = attack(real, small_edit, *sets, **settings, progress=False)
     assert len(rows) and {"edited", "unedited"} <= set(rows["state"])
