@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mechunlearn.cli.shared import console, open_model
+from mechunlearn.errors import MechunlearnError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -115,7 +116,10 @@ def _known(model: "HookedModel", relation: str) -> str:
     from mechunlearn.facts.load import load_facts
     from mechunlearn.metrics.answers import answered
 
-    prompts = load_facts(relation).prompts(model)
+    try:
+        prompts = load_facts(relation).prompts(model)
+    except MechunlearnError as error:
+        return f"   cannot be asked: {error}"
     right = answered(model, prompts)
     row = int(right.float().argmax())
     query = prompts.queries[row]
