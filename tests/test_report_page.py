@@ -136,7 +136,7 @@ class TestText:
         for shown in (str(made), repr(made), made._repr_html_(), captured.file.getvalue()):
             assert ("idden" in shown or edited is None) and "95" in shown and "…" not in shown
         for shown in (str(made), made._repr_html_()):
-            assert all(number in shown for number in ("0.95±0.08", "0.12±0.10", "0.750±0.100", "0.50±0.10")), (
+            assert all(number in shown for number in ("0.95±0.08", "0.125±0.100", "0.750±0.100", "0.50±0.10")), (
                 "the control too"
             )
             assert "was late" in shown and "(nothing)" in shown
