@@ -7,6 +7,7 @@ import json
 import pkgutil
 import re
 import shlex
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -261,3 +262,16 @@ class TestHooks:
         said = SimpleNamespace(docstring=SimpleNamespace(value="Add.\n\n>>> f(\n...     [0, 0])\n[0, 0]\n\nMore."))
         loaded("doctests").Doctests().on_object(obj=said)
         assert said.docstring.value == "Add.\n\n```pycon\n>>> f(\n...     [0, 0])\n[0, 0]\n```\n\nMore."
+
+
+def test_the_page_of_defaults_on_a_real_model_has_the_numbers_of_its_cells():
+    """The table is made anew from the committed cells."""
+    root = Path(__file__).parents[1]
+    spec = importlib.util.spec_from_file_location("real_defaults", root / "benchmarks" / "real_defaults.py")
+    bench = importlib.util.module_from_spec(spec)
+    sys.modules["real_defaults"] = bench
+    spec.loader.exec_module(bench)
+    cells = json.loads((root / "docs" / "real-models.json").read_text(encoding="utf-8"))
+    page = (root / "docs" / "real-models.md").read_text(encoding="utf-8")
+    for name, found in cells.items():
+        assert bench.table(found) in page, f"paste what real_defaults.py prints for {name}"
