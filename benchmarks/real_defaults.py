@@ -166,11 +166,8 @@ def table(cells: list[dict[str, Any]]) -> str:
         row: dict[str, str] = {"editor": editor, "mask": kind, "draws": str(len(found))}
         for column, digits in COLUMNS.items():
             values = found[column].dropna() if column in found else pd.Series(dtype=float)
-            row[column] = (
-                f"{values.median():.{digits}f} [{values.min():.{digits}f}, {values.max():.{digits}f}]"
-                if len(values)
-                else "–"
-            )
+            low, middle, high = (round(value, digits) + 0.0 for value in (values.min(), values.median(), values.max()))
+            row[column] = f"{middle:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]" if len(values) else "–"
         row["warned"] = str(int(found["warned"].fillna(False).astype(bool).sum())) if "warned" in found else "0"
         row["refused"] = str(int(found["note"].notna().sum())) if "note" in found else "0"
         rows.append(row)
