@@ -202,6 +202,10 @@ def quantized():
     return hf
 
 
+def packed():
+    return torch.ao.quantization.quantize_dynamic(random_hf("llama"), {torch.nn.Linear})
+
+
 def empty():
     with torch.device("meta"):
         return transformers.LlamaForCausalLM(transformers.LlamaConfig(**GROUPED))
@@ -217,6 +221,7 @@ class TestRefusals:
             (compiled_part, "'model.layers.1' is compiled in place"),
             (offloaded, "placed by accelerate"),
             (quantized, "'model.layers.0.mlp.up_proj.weight' is quantized.*int8"),
+            (packed, r"'model.layers.0.self_attn.q_proj' is quantized \(torch.ao"),
             (empty, "has no data"),
             (lambda: random_hf("llama").model, r"LlamaModel\) has no unembedding.*AutoModelForCausalLM"),
             (lambda: torch.nn.Linear(2, 2), "Got a Linear. Expected a causal language model of transformers"),

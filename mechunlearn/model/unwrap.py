@@ -52,6 +52,11 @@ def unwrapped(given: Any) -> PreTrainedModel:
                 f"{what} is compiled in place, and compiled code does not see hooks. Load the model before .compile(), "
                 "or give torch.compile(model), which keeps the plain module within."
             )
+        if callable(getattr(module, "weight", None)):  # torch.ao's: a method that unpacks it
+            raise MechunlearnError(
+                f"{what} is quantized ({type(module).__module__}.{type(module).__name__}). Load the model in float32, "
+                "bfloat16 or float16."
+            )
         if hasattr(module, "_hf_hook"):
             raise MechunlearnError(
                 f"{what} was placed by accelerate (device_map). Load the model on one device: "
