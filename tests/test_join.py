@@ -197,6 +197,11 @@ def test_the_separator_is_the_data_s_or_the_caller_s(tokenizer):
         assert [*row.tokens[0].tolist(), row.answers[0].tolist()[-1]] == whole
 
 
+@pytest.mark.parametrize("prompt", ["The capital of France is ____", "It is 'Lima'", "Answer:", "in (the) end", "1969"])
+def test_a_space_stands_behind_what_opens_nothing(prompt):
+    assert separator(prompt, "Paris") == " "
+
+
 def test_a_beginning_that_the_prompt_writes_itself_stands_once():
     tokenizer = KINDS["byte-level BPE with a beginning"]()
     row = Prompts.from_text([Query("<s>The capital of France is", "Paris", "Rome")], tokenizer)

@@ -15,7 +15,7 @@ UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3000-\u30ff\u34
 """Letters and marks of scripts that part words by nothing: Thai, Lao, Burmese, Khmer, Chinese, Japanese."""
 WIDE = re.compile("[\u3000-\u30ff\u3400-\u9fff\uf900-\ufaff\uff01-\uff65]")
 """Those of them that put nothing before a word of another script either: Chinese and Japanese."""
-OPEN = re.compile(r"""[(\[{<“‘«„‚‹¿¡$€£¥#@/\\_~]$|(?:^|[\s(\[{“«])["'`*]+$""")
+OPEN = re.compile(r"""[(\[{<“‘«„‚‹¿¡$€£¥#@/\\]$|(?:^|[\s(\[{“«])["'`*]+$""")
 """The end of a prompt that an answer follows at once: an open bracket or quote, the sign of a currency, a slash."""
 
 
