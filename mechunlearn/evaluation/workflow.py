@@ -86,7 +86,7 @@ class EditedFacts:
 
 
 def edit_facts(
-    facts: str | Path | FactDataset,
+    facts: Any,
     model: str | Path | HookedModel,
     *,
     forget: int | Sequence[str] | None = None,
@@ -108,7 +108,8 @@ def edit_facts(
     It uses default settings, and one edit is one seed. To compare masks or objectives use `compare`.
 
     Args:
-        facts: What `load_facts` reads (a table with subject, prompt, answer and perhaps target), or a loaded data set.
+        facts: What `load_facts` reads (a file or a `DataFrame` with subject, prompt, answer and perhaps target), or a
+            loaded data set.
             Edit targets that are missing are drawn from the other answers.
         model: What `load_model` reads, or a loaded model.
         forget: The facts to edit: a number drawn by `seed`, or subjects by name; None draws a quarter of them, at

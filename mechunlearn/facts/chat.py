@@ -1,6 +1,6 @@
 """Facts as a user asks a chat model: through the tokenizer's own template."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from jinja2 import TemplateError
@@ -45,9 +45,44 @@ def with_chat(facts: Sequence[Fact], tokenizer: PreTrainedTokenizerBase) -> tupl
     return tuple(replace(fact, queries={**fact.queries, CHAT: _chat_query(fact, tokenizer)}) for fact in facts)
 
 
+def rendered(query: Query, tokenizer: PreTrainedTokenizerBase) -> Query:
+    r"""Return a query whose conversation the chat template has written out, with what it puts before an answer.
+
+    Args:
+        query: The query. One without `turns` is returned as it is.
+        tokenizer: Its chat template is used.
+
+    Raises:
+        MechunlearnError: If there is no chat template, or it refuses the conversation.
+
+    >>> from transformers import PreTrainedTokenizerFast
+    >>> from tokenizers import Tokenizer, models
+    >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"?": 0}, unk_token="?")))
+    >>> tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}; {% endfor %}[assistant]"
+    >>> rendered(Query("", "Oslo", turns=(("user", "Norway's capital?"),)), tokenizer).prompt
+    "[user] Norway's capital?; [assistant]"
+    """
+    if not query.turns:
+        return query
+    if not tokenizer.chat_template:
+        raise MechunlearnError(
+            "These facts are conversations, and this model's tokenizer has no chat template to write them out. Expected an "
+            "instruct model, or facts with the columns prompt and answer."
+        )
+    turns = [{"role": role, "content": text} for role, text in query.turns]
+    prompt = _written(tokenizer, turns, add_generation_prompt=True)
+    whole = _written(tokenizer, [*turns, {"role": "assistant", "content": query.answer}])
+    between, found, _ = whole[len(prompt) :].partition(query.answer)
+    stands = whole.startswith(prompt) and bool(found) and not between.strip()
+    separator = between if query.separator is None and stands else query.separator
+    return replace(query, prompt=prompt, separator=separator, turns=())
+
+
 def _chat_query(fact: Fact, tokenizer: PreTrainedTokenizerBase) -> Query:
     """The question as the user's turn, and the beginning of the assistant's."""
     statement = fact.queries["statement"]
+    if statement.turns:
+        return rendered(statement, tokenizer)
     asked = fact.queries.get("question", statement)
     user, is_question, reply = asked.prompt.removeprefix("Question: ").partition(" Answer:")
     if not is_question and asked is statement:
@@ -55,17 +90,22 @@ def _chat_query(fact: Fact, tokenizer: PreTrainedTokenizerBase) -> Query:
     if not reply.strip():
         reply = "" if " Answer:" in statement.prompt else statement.prompt
     turns = [{"role": "user", "content": user}]
+    if reply:
+        turns.append({"role": "assistant", "content": reply.strip()})
+        text = _written(tokenizer, turns, continue_final_message=True)
+    else:
+        text = _written(tokenizer, turns, add_generation_prompt=True)
+    return replace(asked, prompt=text)
+
+
+def _written(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Mapping[str, str]], **how: bool) -> str:
+    """The turns as the template writes them, without a beginning of text that the tokenizer puts there itself."""
     try:
-        if reply:
-            turns.append({"role": "assistant", "content": reply.strip()})
-            text = tokenizer.apply_chat_template(turns, tokenize=False, continue_final_message=True)
-        else:
-            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        text = str(tokenizer.apply_chat_template(list(turns), tokenize=False, **how))  # type: ignore[arg-type]
     except (TemplateError, ValueError) as error:
-        raise MechunlearnError(
-            f"The tokenizer's chat template refuses a user's turn followed by an assistant's: {error}"
-        ) from None
+        roles = ", ".join(turn["role"] for turn in turns)
+        raise MechunlearnError(f"The tokenizer's chat template refuses turns of {roles}: {error}") from None
     begin = tokenizer.bos_token
     if begin and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]:
-        text = str(text).removeprefix(begin)
-    return replace(asked, prompt=str(text))
+        text = text.removeprefix(begin)
+    return text

@@ -9,8 +9,8 @@ from mechunlearn.core.display import card
 from mechunlearn.core.tables import Table
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.answers import answered, continuations
-from mechunlearn.facts.chat import CHAT, with_chat
-from mechunlearn.facts.formats import Fact, Query, answer_of
+from mechunlearn.facts.chat import CHAT, rendered, with_chat
+from mechunlearn.facts.formats import Fact, Query
 from mechunlearn.facts.odd import OddRow, line
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.model.hooked import HookedModel
@@ -109,15 +109,10 @@ class FactDataset:
         chosen = self if len(rows) == len(self) else self.select(rows)
         queries = [fact.queries[format] for fact in chosen]
         queries = [
-            query if query.subject else replace(query, subject=fact.subject) for query, fact in zip(queries, chosen)
+            rendered(query if query.subject else replace(query, subject=fact.subject), model.tokenizer)
+            for query, fact in zip(queries, chosen)
         ]
-
-        def said(i: int, j: int) -> str:
-            mine, other = chosen.facts[i], chosen.facts[j]
-            usual = queries[j].answer if mine.relation == other.relation else ""
-            return usual and answer_of(format, queries[i].prompt, other.answer, usual)
-
-        return Prompts.from_text(queries, model.tokenizer, seed, chosen, format, said)
+        return Prompts.from_text(queries, model.tokenizer, seed, chosen, format)
 
     def known(self, model: HookedModel) -> "FactDataset":
         """Keep the facts that a model gives: greedy decoding after the statement says the whole answer.

@@ -11,6 +11,8 @@ from mechunlearn.facts.join import separator
 LETTERS = "ABCD"
 MOST_OPTIONS = 32
 """With more answers than these, a fact lists none to choose among: each would have to be scored."""
+PROMPTED = ("yes_no", "multiple_choice")
+"""Formats whose right answer depends on what the prompt names, so that the same subject may need another word."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class Query:
         subject: What the fact is about, as it is written in the prompt. Empty: there is none, and no corrupt partner.
         options: The answers to choose among, if there are few.
         separator: What stands between the prompt and any answer. None: `join.separator` says it.
+        turns: The conversation before the answer, as (role, text). The chat template of the model's tokenizer makes the
+            prompt of it (`chat.rendered`).
     """
 
     prompt: str
@@ -37,6 +41,7 @@ class Query:
     subject: str = ""
     options: tuple[str, ...] = ()
     separator: str | None = None
+    turns: tuple[tuple[str, str], ...] = ()
 
     @property
     def joined_by(self) -> str:

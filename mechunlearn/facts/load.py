@@ -15,12 +15,13 @@ from mechunlearn.facts.formats import MOST_OPTIONS, Fact, Query, ask_all
 from mechunlearn.facts.odd import as_written, checked, line
 from mechunlearn.facts.readers import read_facts
 from mechunlearn.facts.shipped import shipped_facts, shipped_sets
+from mechunlearn.facts.tables import in_words
 
 TWO_HOP = "{s} lives in the country of"
 
 
 def load_facts(
-    source: str | Path,
+    source: Any,
     *,
     columns: Mapping[str, str] | None = None,
     template: str | None = None,
@@ -28,7 +29,7 @@ def load_facts(
     separator: str | None = None,
     seed: int = 0,
 ) -> FactDataset:
-    """Load a relation of the shipped world, a shipped set of real facts, a file, or a data set known to `datasets`.
+    """Load a relation of the shipped world, a shipped set of real facts, a file, a data set, or rows in memory.
 
     Shipped sets of real facts: `shipped_sets()` names them and their relations. "countries/capital" is one relation of
     a set, with the others of the same subjects in `related`; "countries" is all of its relations in one data set.
@@ -36,11 +37,14 @@ def load_facts(
     Files: CSV, TSV, JSON, JSON lines or parquet with the columns `subject`, `prompt`, `answer` and perhaps `target`,
     `foil`, `relation`, `paraphrase...`; CounterFact (nested, flat), MQuAKE, zsRE, known facts (`attribute`), LRE, T-REx
     with PARAREL's patterns or LAMA's templates beside it, questions and answers (TOFU, MUSE, RWKU: without a subject,
-    if they name none), RAVEL, and the sports data. Values are read as text. Rows that make no sense are skipped or
-    repaired as `facts.odd` says; the data set counts them when it is shown, and lists them as `skipped` and `repaired`.
+    if they name none), RAVEL, the sports data, prompt and completion, and conversations (`messages`, `conversations`: the
+    answer is the last message; the tokenizer's chat template writes out the others). Values are read as text. Rows that
+    make no sense are skipped or repaired as `facts.odd` says; the data set counts them when it is shown, and lists them
+    as `skipped` and `repaired`.
 
     Args:
-        source: "factworld/sport" or "countries/capital" and their like, a file, or a data set's name.
+        source: "factworld/sport" or "countries/capital" and their like, a file, a data set's name, or rows in memory: a
+            `DataFrame`, a `datasets.Dataset`, a list of mappings or a mapping of columns.
         columns: The file's own names of the plain columns, such as `{"subject": "athlete", "answer": "sport"}`.
         template: A prompt with `{}` in the place of the subject, such as "The capital of {} is". It takes the place of
             the file's prompts, if there are any.
@@ -57,8 +61,10 @@ def load_facts(
     >>> facts = load_facts("factworld/sport")
     >>> len(facts), facts[0].queries["question"].prompt[:32]
     (800, 'Question: What sport does Jelen ')
+    >>> load_facts([{"subject": "Oslo", "prompt": "{} lies in", "answer": "Norway"}])
+    FactDataset(the given list, 1 facts, formats statement; 'Oslo lies in' -> 'Norway')
     """
-    name = str(source)
+    name = str(source) if isinstance(source, str | Path) else in_words(source)
     if name == "factworld" or name.startswith("factworld/"):
         return world_facts(data_folder() / "factworld", name.partition("/")[2] or subset or "sport", seed)
     if name.partition("/")[0] in shipped_sets() and not Path(name).is_file():
@@ -90,6 +96,7 @@ def load_facts(
             )
             for format, prompt in {"statement": record.prompt, **record.others}.items()
         }
+        asked["statement"] = replace(asked["statement"], turns=record.turns)
         facts.append(Fact(record.subject, record.relation, asked))
     return FactDataset(Path(name).stem + (f"/{subset}" if subset else ""), tuple(facts), odd=tuple(odd))
 

@@ -33,6 +33,7 @@ class Record:
         foil: What the truth is compared with; empty if the file has none.
         options: The answers to choose among, if the row lists them.
         row: The number of the row that it stands in, from 1.
+        turns: The conversation before the answer, as (role, text).
     """
 
     subject: str
@@ -44,6 +45,7 @@ class Record:
     foil: str = ""
     options: tuple[str, ...] = ()
     row: int = 0
+    turns: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,10 @@ def _mended(record: Record) -> tuple[Record, list[str]]:
         subject, answer, target = (_decoded(text) for text in (record.subject, record.answer, record.target))
         prompt, *more = map(_decoded, texts.values())
         others = dict(zip(record.others, more))
-        record = replace(record, subject=subject, prompt=prompt, answer=answer, target=target, others=others)
+        turns = tuple((role, _decoded(text)) for role, text in record.turns)
+        record = replace(
+            record, subject=subject, prompt=prompt, answer=answer, target=target, others=others, turns=turns
+        )
         repairs.append("escaped twice, decoded")
     written = as_written(record.subject, record.prompt)
     if written != record.subject:

@@ -1,16 +1,22 @@
 """Queries as tokens, each with its corrupt partner and its foil."""
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain, islice
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.facts.formats import Query, places
+from mechunlearn.facts.formats import PROMPTED, Fact, Query, answer_of, places
 from mechunlearn.facts.join import Ids, Joiner, Offsets, common
+
+STEPS = 64
+"""So many rows are tried one by one before the search goes from answer to answer."""
 
 
 class Fit(NamedTuple):
@@ -92,7 +98,8 @@ def paired(
     queries: Sequence[Query],
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
-    said: Callable[[int, int], str] | None = None,
+    facts: Sequence[Fact] | None = None,
+    format: str = "statement",
 ) -> list[Row]:
     """Tokenize queries, and give each its corrupt partner and its foil (see `Prompts.from_text`).
 
@@ -100,15 +107,54 @@ def paired(
         queries: The queries.
         tokenizer: Makes tokens and says which characters each one covers.
         seed: Draws partners and, where there is none, random tokens.
-        said: How the subject of the second query answers the prompt of the first, by their indices; empty if it does
-            not.
+        facts: The facts that they ask for: partners are of one relation. None: the queries are of one relation.
+        format: The format they are in: how an answer to one is an answer to another (`formats.answer_of`).
 
     Raises:
         MechunlearnError: If a subject is not in its prompt, an answer is empty, or an answer and its foil are the
             same tokens.
     """
-    others = _Others(queries, tokenizer, said or (lambda i, j: queries[j].answer), random.Random(seed))
-    return others.paired(len(tokenizer))
+    says = [
+        Says(fact.relation, fact.answer, query.answer)
+        for fact, query in zip(facts or [Fact("", "", {"statement": query}) for query in queries], queries)
+    ]
+    return _Others(queries, tokenizer, says, format, random.Random(seed)).paired(len(tokenizer))
+
+
+class Says(NamedTuple):
+    """What a row says where it stands in for another one.
+
+    Attributes:
+        relation: It answers prompts of this relation alone.
+        statement: Its answer in the format `statement`.
+        usual: Its answer in the format asked.
+    """
+
+    relation: str
+    statement: str
+    usual: str
+
+
+class _Pool:
+    """Rows that can stand in for each other, in a drawn order; the search within a relation meets no other rows."""
+
+    def __init__(self, order: Sequence[int], says: Sequence[Says], subjects: Sequence[str]) -> None:
+        self.order = order
+        self.of: dict[str, list[int]] = defaultdict(list)  # of each relation, the places in the order
+        self.saying: dict[tuple[str, str], list[int]] = defaultdict(list)  # of each relation and answer
+        self.kinds: dict[str, dict[Says, list[int]]] = defaultdict(lambda: defaultdict(list))
+        self.subjects: dict[str, set[str]] = defaultdict(set)
+        for place, j in enumerate(order):
+            relation, usual = says[j].relation, says[j].usual.strip()
+            self.of[relation].append(place)
+            self.saying[relation, usual].append(place)
+            self.kinds[relation][says[j]].append(place)
+            self.subjects[relation].add(subjects[j])
+
+    def rows(self, places: Sequence[int], first: int) -> Iterator[int]:
+        """The rows at these places, from one place on and around."""
+        begin = bisect_left(places, first)
+        return (self.order[places[k]] for k in chain(range(begin, len(places)), range(begin)))
 
 
 class _Others:
@@ -118,10 +164,12 @@ class _Others:
         self,
         queries: Sequence[Query],
         tokenizer: PreTrainedTokenizerBase,
-        said: Callable[[int, int], str],
+        says: Sequence[Says],
+        format: str,
         rng: random.Random,
     ) -> None:
-        self.said, self.rng, self.join = said, rng, Joiner(tokenizer)
+        self.says, self.format, self.rng, self.join = says, format, rng, Joiner(tokenizer)
+        self.told_apart: dict[tuple[str, ...], bool] = {}
         self.joins = [query.joined_by for query in queries]
         self.rows = []
         self.prompts = [query.prompt for query in queries]
@@ -133,10 +181,12 @@ class _Others:
             row = Row(query, ids[:-1], count, ids[count:], None)
             self.rows.append(_found(row, offsets[:count]) if query.subject else row)
         self.given = {query.answer.strip() for query in queries}
-        self.everyone = rng.sample(range(len(queries)), len(queries))
-        self.alike: dict[Fit | None, list[int]] = {}
-        for i in self.everyone:
-            self.alike.setdefault(self.rows[i].fits, []).append(i)
+        everyone, alike = rng.sample(range(len(queries)), len(queries)), defaultdict[Fit | None, list[int]](list)
+        for i in everyone:
+            alike[self.rows[i].fits].append(i)
+        subjects = [query.subject for query in queries]
+        self.everyone = _Pool(everyone, says, subjects)
+        self.alike = {fits: _Pool(order, says, subjects) for fits, order in alike.items()}
 
     def paired(self, vocabulary: int) -> list[Row]:
         """The rows with everything that depends on other rows."""
@@ -158,8 +208,8 @@ class _Others:
                 f"Answer '{query.answer}' and foil '{query.foil}' of '{query.prompt}' are the same tokens "
                 "(or one begins with the other): give a foil that differs."
             )
-        among = self.alike[row.fits] if row.span else []
-        partner = self._another(i, among, given if given in self.given else "", len(row.places) > 1) if among else None
+        sought, swap = given if given in self.given else "", len(row.places) > 1
+        partner = self._another(i, self.alike[row.fits], sought, swap) if row.span else None
         random_tokens = tuple(self.rng.randrange(vocabulary) for _ in row.subject) if partner is None else ()
         foil = query.foil or self._foil(i, partner)
         return replace(
@@ -193,25 +243,58 @@ class _Others:
         others = [text for text in self.rows[i].query.options if self._differs(i, text)]
         return self.rng.choice(others) if others else ""
 
-    def _another(self, i: int, among: Sequence[int], foil: str = "", swap: bool = False) -> int | None:
+    def said(self, i: int, j: int) -> str:
+        """How the subject of the second row answers the prompt of the first; empty if it does not."""
+        says = self.says[j]
+        return answer_of(self.format, self.rows[i].query.prompt, says.statement, says.usual)
+
+    def _another(self, i: int, among: _Pool, foil: str = "", swap: bool = False) -> int | None:
         """A row about another subject, whose answer is the foil if there is such a row, else any but the truth.
 
-        With `swap` its subject has to fit in all places of the prompt.
+        With `swap` its subject has to fit in all places of the prompt; of these so many are tried as `STEPS` says.
         """
-        row, best, count = self.rows[i], None, len(among)
-        first = self.rng.randrange(count)
-        for k in range(first, first + count):
-            j = among[k % count]
-            if j == i or (row.span and self.rows[j].query.subject == row.query.subject):
-                continue
-            text = self.said(i, j)
-            if foil and text.strip() == foil and not (swap and not self._swapped(row, j)):
+        row, relation = self.rows[i], self.says[i].relation
+        first = self.rng.randrange(len(among.order))
+        if row.span and among.subjects[relation] == {row.query.subject}:
+            return None
+        if foil:
+            prompted = self.format in PROMPTED
+            places = among.of[relation] if prompted else among.saying.get((relation, foil), [])
+            rows = (j for j in among.rows(places, first) if not prompted or self.said(i, j).strip() == foil)
+            partner = next((j for j in islice(rows, STEPS if swap else None) if self._can_stand(i, j, swap)), None)
+            if partner is not None:
+                return partner
+        return self._that_differs(i, among, first, swap)
+
+    def _that_differs(self, i: int, among: _Pool, first: int, swap: bool) -> int | None:
+        """The first row about another subject that does not say the truth.
+
+        Rows that say the same are judged once: where most of them say the truth, the search stays short.
+        """
+        relation = self.says[i].relation
+        kinds, judged = among.kinds[relation], dict[Says, bool]()
+
+        def differs(says: Says, j: int) -> bool:
+            if says not in judged:
+                judged[says] = self._differs(i, self.said(i, j))
+            return judged[says]
+
+        for j in islice(among.rows(among.of[relation], first), STEPS):
+            if differs(self.says[j], j) and self._can_stand(i, j, swap):
                 return j
-            if best is None and self._differs(i, text) and not (swap and not self._swapped(row, j)):
-                best = j
-                if not foil:
-                    break
-        return best
+            if len(judged) == len(kinds) and not any(judged.values()):
+                return None
+        others = [] if swap else [at for says, at in kinds.items() if differs(says, among.order[at[0]])]
+        nearest = sorted(others, key=lambda at: (at[bisect_left(at, first) % len(at)] - first) % len(among.order))
+        rows = (j for at in nearest for j in among.rows(at, first) if self._can_stand(i, j, swap))
+        return next(rows, None)
+
+    def _can_stand(self, i: int, j: int, swap: bool) -> bool:
+        """Whether the subject of the second row is another one, and fits where the first row's stands."""
+        row, other = self.rows[i], self.rows[j]
+        if j == i or (row.span and other.query.subject == row.query.subject):
+            return False
+        return not swap or bool(self._swapped(row, j))
 
     def _differs(self, i: int, text: str) -> bool:
         """Whether a text can be told from the answer: neither begins with the other, as tokens."""
@@ -219,8 +302,13 @@ class _Others:
         answer = row.query.answer.strip()
         if not other or not answer.startswith(other[: len(answer)]):
             return bool(other)
-        whole, (found,) = (*row.ids, row.answer[-1]), self.join([row.query.prompt], [self._text(i, text)])
-        return whole[: len(found.ids)] != found.ids[: len(whole)]
+        if other == answer:
+            return False
+        key = (answer, other, self.joins[i], row.query.prompt[-8:])
+        if key not in self.told_apart:
+            whole, (found,) = (*row.ids, row.answer[-1]), self.join([row.query.prompt], [self._text(i, text)])
+            self.told_apart[key] = whole[: len(found.ids)] != found.ids[: len(whole)]
+        return self.told_apart[key]
 
     def _text(self, i: int, text: str) -> str:
         """A text as it follows the prompt of a row."""

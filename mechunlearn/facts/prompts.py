@@ -4,7 +4,7 @@ Text becomes tokens once, here. A row is the prompt followed by its answer (all 
 right; the same prompt with another subject of equal token length is its corrupt partner.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -160,12 +160,12 @@ class Prompts:
     def split(self, forget: int, retain: int | None = None, seed: int = 0) -> tuple["Prompts", "Prompts"]:
         """Draw a forget set, and a retain set disjoint from it.
 
-        What is left is in neither. Of it, `evaluate` measures as neighbours only the facts whose subject shares a
-        word with a forgotten subject.
+        No subject of the one is in the other. What is left is in neither. Of it, `evaluate` measures as neighbours only
+        the facts whose subject shares a word with a forgotten subject.
 
         Args:
             forget: How many facts to forget.
-            retain: How many facts to retain. None: half of the others.
+            retain: How many facts to retain. None: half of those about other subjects.
             seed: Draws both.
 
         Raises:
@@ -177,12 +177,19 @@ class Prompts:
             raise MechunlearnError(
                 f"Cannot forget {forget} of {len(self)} facts. {expected}: at least one is left to retain.{odd and f' {odd}.'}"
             )
-        rest = len(self) - forget
-        kept = max(1, rest // 2) if retain is None else retain
-        if not 0 < kept <= rest:
-            raise MechunlearnError(f"Cannot retain {kept} facts: {rest} are left beside the {forget} to forget.")
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-        return self.select(order[:forget]), self.select(order[forget : forget + kept])
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
+        chosen, rest = order[:forget], order[forget:]
+        about = ""
+        if self.facts is not None:
+            subjects = {self.facts[i].subject for i in chosen} - {""}
+            rest = [i for i in rest if self.facts[i].subject not in subjects]
+            about = " about other subjects"
+        kept = max(1, len(rest) // 2) if retain is None else retain
+        if not 0 < kept <= len(rest):
+            raise MechunlearnError(
+                f"Cannot retain {kept} facts: {len(rest)}{about} are left beside the {forget} to forget."
+            )
+        return self.select(chosen), self.select(rest[:kept])
 
     @classmethod
     def from_text(
@@ -192,7 +199,6 @@ class Prompts:
         seed: int = 0,
         facts: "FactDataset | None" = None,
         format: str = "statement",
-        said: Callable[[int, int], str] | None = None,
     ) -> "Prompts":
         """Tokenize queries, find their subjects, and give each a corrupt partner and a foil.
 
@@ -200,22 +206,21 @@ class Prompts:
         beginning of one of the two. Its answer is the foil: what the model should say on the corrupt prompt. Where
         there is no such subject, random tokens stand for it, and the foil is another fact's answer. A query that
         brings a foil keeps it; its partner is one with that answer, if there is one. A query without a subject has no
-        corrupt prompt.
+        corrupt prompt. Of facts, only those of one relation are partners.
 
         Args:
             queries: What is asked, as text.
             tokenizer: A fast tokenizer: it says which characters each token covers.
             seed: Draws the partners.
             facts: The data set the queries come from, kept with the prompts.
-            format: The format they are in.
-            said: How the subject of the second query answers the prompt of the first, given their indices; empty if
-                it does not, and then they are no partners. By default it gives the second query's answer.
+            format: The format they are in. In `yes_no` and `multiple_choice` the answer of a partner depends on the
+                prompt (`formats.answer_of`).
 
         Raises:
             MechunlearnError: If a subject is not in its prompt, an answer is empty, or an answer and its foil are the
                 same tokens.
         """
-        rows = paired(queries, tokenizer, seed, said)
+        rows = paired(queries, tokenizer, seed, None if facts is None else facts.facts, format)
         numbers = [(len(row.ids), row.prompt_length - 1, row.differs_at, *(row.span or (PAD, PAD))) for row in rows]
         lengths, start, differs, *spans = torch.tensor(numbers).T
         made = {"lengths": lengths, "start": start, "read": start + differs, "spans": torch.stack(spans, 1)}

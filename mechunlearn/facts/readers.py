@@ -1,6 +1,7 @@
 """Layouts of facts files in the wild: which columns hold subject, prompt and answer, and how a row becomes facts."""
 
 import ast
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -10,20 +11,20 @@ from typing import Any
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.formats import question
 from mechunlearn.facts.odd import OddRow, Record
-from mechunlearn.facts.tables import Row, is_file, names_of, read_rows
+from mechunlearn.facts.tables import Row, has_splits, in_words, names_of, read_rows
 
 COLUMNS = (
     "subject, prompt, answer (plain); athlete, sport, prompt (sports); requested_rewrite, or subject, prompt, target_true or "
     "ground_truth (CounterFact, MQuAKE); subject, src, answers or alt (zsRE); subject, attribute, prompt (known facts); "
-    "prompt_templates, samples (LRE); sub_label, obj_label (T-REx); question or query, answer (TOFU, MUSE, RWKU). For "
-    "other names give columns={'subject': ..., 'answer': ...}, and template='The capital of {} is' where there is no "
-    "prompt."
+    "prompt_templates, samples (LRE); sub_label, obj_label (T-REx); question or query, answer (TOFU, MUSE, RWKU); messages "
+    "or conversations (chat); prompt, completion. For other names give columns={'subject': ..., 'answer': ...}, and "
+    "template='The capital of {} is' where there is no prompt."
 )
 BLANK = re.compile(r"_{2,}")
 
 
 def read_facts(
-    source: str | Path,
+    source: Any,
     *,
     columns: Mapping[str, str] | None = None,
     template: str | None = None,
@@ -32,9 +33,9 @@ def read_facts(
     """Read the facts of a file, or of a data set that `datasets` can reach, as it has them.
 
     Args:
-        source: A .csv, .tsv, .json, .jsonl or .parquet file, or a data set's name.
-        columns: The file's own names of `subject`, `prompt`, `answer`, `target`, `foil`, `relation` and of what begins
-            with `paraphrase` or `question`.
+        source: A .csv, .tsv, .json, .jsonl or .parquet file, a data set's name, or rows in memory.
+        columns: The file's own names of `subject`, `prompt`, `answer`, `target`, `foil`, `relation`, `messages` and of
+            what begins with `paraphrase` or `question`.
         template: A prompt with `{}` in the place of the subject. It takes the place of the file's prompts.
         subset: A relation, or a value of the file's column `split`; of a data set a split. None: everything; of a data
             set `train`.
@@ -48,13 +49,14 @@ def read_facts(
     """
     if template is not None and template.count("{}") != 1:
         raise MechunlearnError(f"The template is {template!r}. Expected one {{}} in it: 'The capital of {{}} is'.")
-    rows = read_rows(source, subset)
+    rows, is_table = read_rows(source, subset), not has_splits(source)
+    source = source if isinstance(source, str | Path) else in_words(source)
     if not rows:
         raise MechunlearnError(f"'{source}' holds no facts. Expected rows with columns {COLUMNS}")
-    reader = _plain if columns else _reader(rows, source, template)
+    reader = _conversation if "messages" in (columns or ()) else _plain if columns else _reader(rows, source, template)
     numbered = list(enumerate(_renamed(rows, columns, str(source)) if columns else rows, start=1))
     parts = {row.get("split") for row in rows}
-    if is_file(source) and subset in parts:
+    if is_table and subset in parts:
         numbered = [(number, row) for number, row in numbered if row.get("split") == subset]
     records: list[Record] = []
     odd: list[OddRow] = []
@@ -64,7 +66,7 @@ def read_facts(
         except (KeyError, TypeError, IndexError, ValueError, SyntaxError, AttributeError) as error:
             why = f"no {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
             odd.append(OddRow(number, why, str(row)))
-    if subset is not None and is_file(source) and subset not in parts:
+    if subset is not None and is_table and subset not in parts:
         records = _of_relation(records, subset, str(source))
     if template is None:
         return records, odd
@@ -111,6 +113,9 @@ def _reader(rows: Sequence[Row], source: str | Path, template: str | None) -> Ca
         ({"prompt", "gt"}, lambda row: _plain({"answer": row["gt"], **row})),
         ({"question", "answer"}, _asked),
         ({"query", "answer"}, _queried),
+        ({"messages"}, _conversation),
+        ({"conversations"}, lambda row: _conversation({**row, "messages": row["conversations"]})),
+        ({"prompt", "completion"}, _completed),
     )
     found = next((reader for needed, reader in layouts if needed <= names), None)
     if found is not None:
@@ -131,7 +136,7 @@ def _reader(rows: Sequence[Row], source: str | Path, template: str | None) -> Ca
 
 def _renamed(rows: Sequence[Row], columns: Mapping[str, str], source: str) -> list[Row]:
     """The rows with the columns that `_plain` reads."""
-    known = ("subject", "prompt", "answer", "target", "foil", "relation")
+    known = ("subject", "prompt", "answer", "target", "foil", "relation", "messages")
     for ours, theirs in columns.items():
         if ours not in known and not ours.startswith(("paraphrase", "question")):
             raise MechunlearnError(
@@ -242,6 +247,33 @@ def _asked(row: Row) -> list[Record]:
     subject, relation = _text(row, "subject"), _text(row, "relation") or "question"
     prompt = question(asked) if asked else ""
     return [Record(subject, relation, prompt, _text(row, "answer"), target, others, options=options)]
+
+
+def _turns(given: Any) -> list[tuple[str, str]]:
+    """The messages of a conversation, as (role, text); ShareGPT's names of the roles become the usual ones."""
+    made = []
+    for message in json.loads(given) if isinstance(given, str) else given:
+        role, content = message.get("role") or message.get("from"), message.get("content", message.get("value"))
+        parts = content if isinstance(content, list) else [{"text": content or ""}]
+        named = {"human": "user", "gpt": "assistant", "model": "assistant"}.get(role, role)
+        made.append((str(named), "".join(str(part.get("text") or "") for part in parts)))
+    return made
+
+
+def _conversation(row: Row) -> list[Record]:
+    """A conversation: the answer is its last message, if that is the assistant's."""
+    *turns, (role, answer) = _turns(row["messages"])
+    turns, answer = (turns, answer.strip()) if role == "assistant" else ([*turns, (role, answer)], "")
+    prompt = "\n".join(f"{who}: {text}" for who, text in turns)
+    made = Record(_text(row, "subject"), _text(row, "relation") or "conversation", prompt, answer, _text(row, "target"))
+    return [replace(made, foil=_text(row, "foil"), turns=tuple(turns))]
+
+
+def _completed(row: Row) -> list[Record]:
+    """A prompt and its completion, as texts or as messages."""
+    if isinstance(row["prompt"], list):
+        return _conversation({**row, "messages": [*row["prompt"], *row["completion"]]})
+    return _plain({**row, "answer": row["completion"]})
 
 
 def _queried(row: Row) -> list[Record]:

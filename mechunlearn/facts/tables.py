@@ -9,13 +9,18 @@ from typing import Any
 
 import pandas as pd
 
+from mechunlearn.core.hub import is_hub_name, look_up
 from mechunlearn.errors import MechunlearnError
 
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 Row = dict[str, Any]
+EXPECTED = (
+    "factworld/<relation>, a shipped set such as countries/capital, a .csv, .tsv, .json, .jsonl or .parquet file, rows in "
+    "memory, or a data set"
+)
 
 
-def read_rows(source: str | Path, split: str | None = None) -> list[Row]:
+def read_rows(source: Any, split: str | None = None) -> list[Row]:
     r"""Read a table without giving its values a type: 007 stays "007", NA stays "NA", true stays "true".
 
     JSON may be an array of objects, one object a line (whatever the suffix), an object of columns, an object of objects
@@ -23,7 +28,8 @@ def read_rows(source: str | Path, split: str | None = None) -> list[Row]:
     of a CSV or TSV file, whichever its first line has more of.
 
     Args:
-        source: A .csv, .tsv, .json, .jsonl or .parquet file, or the name of a data set.
+        source: A .csv, .tsv, .json, .jsonl or .parquet file, the name of a data set, or rows in memory: a `DataFrame`, a
+            `datasets.Dataset`, a list of mappings or a mapping of columns.
         split: The split of a data set. None: `train`.
 
     Returns:
@@ -39,8 +45,10 @@ def read_rows(source: str | Path, split: str | None = None) -> list[Row]:
     ...     read_rows(path)
     [{'answer': '1.50', 'known': 'true'}, {'answer': 'NA', 'known': None}]
     """
+    if not isinstance(source, str | Path):
+        return _in_memory(source, split)
     path = Path(source)
-    if not is_file(source):
+    if has_splits(source):
         return _from_datasets(str(source), split)
     if not path.is_file():
         raise MechunlearnError(f"There is no facts file '{source}'.")
@@ -59,16 +67,30 @@ def read_rows(source: str | Path, split: str | None = None) -> list[Row]:
         raise MechunlearnError(f"'{source}' could not be read as {kind}: {reason}") from None
 
 
-def is_file(source: str | Path) -> bool:
-    """Return whether a source is a file, by its suffix, and not the name of a data set.
+def in_words(source: Any) -> str:
+    """Return a name for rows that are in memory.
+
+    Args:
+        source: The rows.
+
+    >>> in_words([{"subject": "Oslo"}])
+    'the given list'
+    """
+    return f"the given {type(source).__name__}"
+
+
+def has_splits(source: Any) -> bool:
+    """Return whether a source is one of several splits: the name of a data set, or a `DatasetDict`; all others are a table.
 
     Args:
         source: The source.
 
-    >>> is_file("my_facts.csv"), is_file("counterfact")
-    (True, False)
+    >>> has_splits("my_facts.csv"), has_splits("owner/name"), has_splits([{"subject": "Oslo"}])
+    (False, True, False)
     """
-    return Path(source).suffix.lower() in SUFFIXES
+    if isinstance(source, str | Path):
+        return Path(source).suffix.lower() not in SUFFIXES
+    return isinstance(source, Mapping) and hasattr(source, "num_rows")
 
 
 def read_text(path: Path) -> str:
@@ -153,7 +175,10 @@ def as_text(value: Any) -> Any:
         return {str(name): as_text(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
         return [as_text(each) for each in value]
-    return None if isinstance(value, float) and isnan(value) else str(value)
+    if hasattr(value, "tolist"):  # numpy's
+        return as_text(value.tolist())
+    missing = value is pd.NA or value is pd.NaT or (isinstance(value, float) and isnan(value))
+    return None if missing else str(value)
 
 
 def _from_csv(path: Path, text: str) -> list[Row]:
@@ -162,6 +187,28 @@ def _from_csv(path: Path, text: str) -> list[Row]:
     separator = comma if first.count(",") == first.count("\t") else max(",\t", key=first.count)
     frame = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig")
     return frame.to_dict("records")  # type: ignore[return-value]  # its columns are texts
+
+
+def _in_memory(given: Any, split: str | None) -> list[Row]:
+    """The rows of a table that is no file."""
+    name = in_words(given)
+    if isinstance(given, pd.DataFrame):
+        columns = {str(title): _whole(given.iloc[:, place]) for place, title in enumerate(given.columns)}
+        return [as_text(dict(zip(columns, values))) for values in zip(*columns.values())]
+    if has_splits(given):
+        wanted = split or ("train" if "train" in given else next(iter(given), ""))
+        if wanted not in given:
+            raise MechunlearnError(f"{name} has no split '{wanted}'. Its splits: {', '.join(given)}.")
+        given = given[wanted]
+    rows = given if isinstance(given, Mapping) else list(given) if isinstance(given, Iterable) else [given]
+    return _checked(_rows_of(as_text(rows)), name)
+
+
+def _whole(column: "pd.Series[Any]") -> list[Any]:
+    """A column's values; whole numbers that pandas made floats of, because one is missing, are whole again."""
+    if column.dtype.kind == "f" and column.isna().any() and (column.dropna() % 1 == 0).all():
+        return [None if isnan(value) else int(value) for value in column]
+    return list(column)
 
 
 def _from_json(text: str, source: str) -> list[Row]:
@@ -173,7 +220,11 @@ def _from_json(text: str, source: str) -> list[Row]:
             given = [json.loads(line, **as_written) for line in text.split("\n") if line.strip()]
         except json.JSONDecodeError:
             raise whole from None
-    rows = _rows_of(as_text(given))
+    return _checked(_rows_of(as_text(given)), source)
+
+
+def _checked(rows: list[Any], source: str) -> list[Row]:
+    """The rows, if each is an object."""
     if wrong := next((i for i, row in enumerate(rows, start=1) if not isinstance(row, dict)), 0):
         raise MechunlearnError(
             f"'{source}', row {wrong}: {str(rows[wrong - 1])[:40]!r} is no object. Expected objects with the columns "
@@ -203,11 +254,18 @@ def _from_datasets(name: str, split: str | None) -> list[Row]:
     import datasets
 
     hub = {"counterfact": "NeelNanda/counterfact-tracing", "zsre": "zjunlp/KnowEdit"}.get(name, name)
+    local = Path(name).is_dir()
+    if not local and not is_hub_name(hub):
+        raise MechunlearnError(
+            f"'{name}' is not a facts file ({', '.join(SUFFIXES)}) and not a name on the hub (owner/name). Expected "
+            f"{EXPECTED} that can be reached."
+        )
     try:
+        if not local:
+            look_up(hub, "dataset")
         return [as_text(row) for row in datasets.load_dataset(hub, split=split or "train")]
     except Exception as error:  # whatever the library raises, the user asked for a name that gives no data
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise MechunlearnError(
-            f"Could not load facts '{name}': {reason} Expected factworld/<relation>, a .csv, .tsv, .json, .jsonl or "
-            ".parquet file, or a data set that can be reached."
+            f"Could not load facts '{name}': {reason.rstrip('.')}. Expected {EXPECTED} that can be reached."
         ) from None

@@ -1,6 +1,5 @@
 """Models on disk and on the hub."""
 
-import re
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,11 @@ from transformers import (
 )
 
 from mechunlearn.core.files import data_folder
+from mechunlearn.core.hub import is_hub_name, look_up
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.model.gguf import PACKAGED, converted, no_bar, packaged
 
 SHIPPED = ("factworld", "factworld-twin", "factworld-naive")
-HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 KINDS = f"{', '.join((*SHIPPED, *PACKAGED))}, a folder written by save_pretrained (with its tokenizer), a .gguf file"
 
 
@@ -40,6 +39,8 @@ def checkpoint(
     folder = _folder(source)
     local = Path(folder).is_dir()
     try:
+        if not local:
+            look_up(folder, "model")
         with no_bar() if local else nullcontext():
             kind = type(AutoConfig.from_pretrained(folder))  # Mistral 3 is no causal language model to transformers
             auto: Any = (
@@ -49,7 +50,7 @@ def checkpoint(
         hf, loaded = found
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, MechunlearnError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         where = "in this folder" if local else "as a folder, a shipped model or a hub name"
         raise MechunlearnError(
@@ -79,7 +80,7 @@ def _folder(source: str) -> str:
         )
     if path.is_dir():
         return str(_with_weights(path, source))
-    if source.endswith((".gguf", ".safetensors", ".bin", ".pt", ".pth")) or not HUB_NAME.fullmatch(source):
+    if not is_hub_name(source):
         kind = "file" if source.endswith(".gguf") else "folder"
         raise MechunlearnError(f"There is no {kind} '{source}'. Expected one of {KINDS}, or a hub name.")
     return source
