@@ -28,6 +28,7 @@ from mechunlearn.attack.states import (
     halved,
     mean,
 )
+from mechunlearn.core.arguments import validated
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.features.dictionaries import Codebook, check
@@ -46,6 +47,7 @@ ALIKE = 1e-4
 Site = tuple[str, FeaturePart | None]
 
 
+@validated
 def activation_perturbation(
     model: HookedModel,
     edit: Edit,

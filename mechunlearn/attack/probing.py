@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from mechunlearn.artifacts.weight_edit import Edit
 from mechunlearn.attack.states import GATE, WATCHED, Attack, Row, Rows, State, cell, chance, mean
+from mechunlearn.core.arguments import validated
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import PAD, Prompts
 from mechunlearn.metrics.answers import BATCH, answered
@@ -23,6 +24,7 @@ LEAST = 10
 RIDGE, ROUNDING = 1.0, 1e-9  # the second where all facts have one stream, as before the first block
 
 
+@validated
 def probing(
     model: HookedModel,
     edit: Edit | None,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mechunlearn.artifacts.weight_edit import Edit
 from mechunlearn.attack.states import GATE, WATCHED, Attack, Rows, State, cell, chance, mean
+from mechunlearn.core.arguments import validated
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.dataset import FactDataset
 from mechunlearn.facts.formats import Fact, Query
@@ -26,6 +27,7 @@ OPTIONS = range(2, 27)
 Ask = Callable[[HookedModel, Prompts], Prompts | None]
 
 
+@validated
 def prompting(
     model: HookedModel,
     edit: Edit | None,

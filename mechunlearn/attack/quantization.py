@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mechunlearn.artifacts.weight_edit import Edit
 from mechunlearn.attack.states import GATE, WATCHED, Attack, Rows, State, cell, chance, check_sizes, mean
+from mechunlearn.core.arguments import validated
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.metrics.answers import answered
@@ -22,6 +23,7 @@ from mechunlearn.model.hooked import HookedModel
 Rounding = Callable[[Tensor], Tensor]
 
 
+@validated
 def quantization(
     model: HookedModel,
     edit: Edit | None,

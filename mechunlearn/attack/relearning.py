@@ -28,6 +28,7 @@ from mechunlearn.attack.states import (
     mean,
     recovery,
 )
+from mechunlearn.core.arguments import validated
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.metrics.answers import answered, measure
@@ -45,6 +46,7 @@ RANK, SCALE = 16, 2.0
 PASSAGES = 32
 
 
+@validated
 def relearning(
     model: HookedModel,
     edit: Edit | None,

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from mechunlearn.artifacts.weight_edit import Edit
 from mechunlearn.attack.curves import batch_losses, check_training, training_curve
 from mechunlearn.attack.states import GATE, WATCHED, Attack, Row, Rows, State, cell, chance, check_sizes, halved, mean
+from mechunlearn.core.arguments import validated
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import PAD, Prompts
 from mechunlearn.metrics.answers import BATCH, answer_logprob, positions_read
@@ -24,6 +25,7 @@ from mechunlearn.training.parameterizations import add_gradients
 RATES = (3e-3, 3e-2)
 
 
+@validated
 def soft_prompt(
     model: HookedModel,
     edit: Edit | None,

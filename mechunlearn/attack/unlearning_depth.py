@@ -10,7 +10,20 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechunlearn.artifacts.weight_edit import Edit
-from mechunlearn.attack.states import GATE, NEVER_TAUGHT, WATCHED, Attack, Row, Rows, State, cell, chance, mean
+from mechunlearn.attack.states import (
+    GATE,
+    NEVER_TAUGHT,
+    WATCHED,
+    Attack,
+    Row,
+    Rows,
+    State,
+    cell,
+    chance,
+    check_sizes,
+    mean,
+)
+from mechunlearn.core.arguments import validated
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import PAD, Prompts
 from mechunlearn.metrics.answers import BATCH, answer_logprob, at_answers, per_fact, positions_read
@@ -27,6 +40,7 @@ THRESHOLD = 0.05
 SCORE = ("score", "score_low", "score_high", "scored")
 
 
+@validated
 def unlearning_depth(
     model: HookedModel,
     edit: Edit | None,
@@ -98,6 +112,7 @@ def unlearning_depth(
     >>> rows[["state", "setting", "held_out", "erased"]].values.tolist()[1]
     ['edited', 'after 1 blocks', 0.0, 1.0]
     """
+    check_sizes(forget, retain, least=1)
     for name, prompts in (("forget", forget), ("retain", retain)):
         subject_ends(prompts, name)
     retain = retain.select(range(min(WATCHED, len(retain))))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from mechunlearn.cli.shared import checked_suffix, console, names, new_folder, open_model
+from mechunlearn.cli.shared import MOST_SEED, MOST_STEPS, checked_suffix, console, names, new_folder, open_model
 from mechunlearn.errors import MechunlearnError
 
 if TYPE_CHECKING:
@@ -47,13 +47,13 @@ def train(
     text: Text,
     output: Annotated[Path, typer.Option("--output", "-o", help="A new folder.")],
     kind: Annotated[Kind, typer.Option(help="codebook or sae (TopK).")] = Kind.codebook,
-    size: Annotated[int, typer.Option(help="Codes, or features.", min=1)] = 512,
-    used: Annotated[int, typer.Option(help="How many are used at a token.", min=1)] = 8,
-    steps: Annotated[int, typer.Option(help="Steps of reconstruction.", min=1)] = 1500,
+    size: Annotated[int, typer.Option(help="Codes, or features.", min=1, max=2**24)] = 512,
+    used: Annotated[int, typer.Option(help="How many are used at a token.", min=1, max=2**24)] = 8,
+    steps: Annotated[int, typer.Option(help="Steps of reconstruction.", min=1, max=MOST_STEPS)] = 1500,
     spliced_steps: Annotated[
-        int, typer.Option(help="Of a codebook: steps in which it stands in the model.", min=0)
+        int, typer.Option(help="Of a codebook: steps in which it stands in the model.", min=0, max=MOST_STEPS)
     ] = 200,
-    seed: Annotated[int, typer.Option(help="Seed of start and order.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of start and order.", min=0, max=MOST_SEED)] = 0,
     device: Device = "cpu",
     dtype: Dtype = None,
 ) -> None:
@@ -66,6 +66,8 @@ def train(
     texts = read_texts(text)
     if len(texts) < 10:
         raise MechunlearnError(f"'{text}' holds {len(texts)} texts. Expected ten or more: a tenth is held out.")
+    if used > size:
+        raise MechunlearnError(f"--used {used} is more than --size {size}. Expected at most as many as there are.")
     hooked = open_model(model, device, dtype)
     shown = [each for i, each in enumerate(texts) if i % 10 != 9]
     settings: dict[str, Any] = {"size": size, "used": used, "steps": steps, "seed": seed, "progress": True}
@@ -89,7 +91,7 @@ def explore(
     units: Annotated[
         str | None, typer.Option(help="Numbers separated by commas; by default the ten most frequent.")
     ] = None,
-    examples: Annotated[int, typer.Option(help="Examples a unit.", min=1)] = 5,
+    examples: Annotated[int, typer.Option(help="Examples a unit.", min=1, max=10_000)] = 5,
     device: Device = "cpu",
     dtype: Dtype = None,
 ) -> None:
@@ -124,7 +126,7 @@ def delete(
     how: Annotated[How, typer.Option(help="Of a codebook: reselect or zero.")] = How.reselect,
     scale: Annotated[float, typer.Option(help="Of an SAE: clamp to minus so many times the maximum.", min=0)] = 1.0,
     export: Annotated[Path | None, typer.Option(help="Also write a folder with a loader to this new folder.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the swap.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the swap.", min=0, max=MOST_SEED)] = 0,
     device: Device = "cpu",
     dtype: Dtype = None,
 ) -> None:

@@ -14,8 +14,9 @@ from rich.table import Table
 from mechunlearn.cli.dictionary import app as dictionary_app
 from mechunlearn.cli.doctor import doctor
 from mechunlearn.cli.reproduce import app as reproduce_app
-from mechunlearn.cli.shared import checked_suffix, console, names, new_folder, open_model
+from mechunlearn.cli.shared import MOST_SEED, MOST_STEPS, checked_suffix, console, names, new_folder, open_model
 from mechunlearn.cli.world import app as world_app
+from mechunlearn.core.files import writable
 from mechunlearn.core.methods import method_named, ready_methods
 from mechunlearn.errors import MechunlearnError
 
@@ -52,11 +53,11 @@ Model = Annotated[
 Facts = Annotated[str, typer.Argument(help="factworld/<relation>, a facts file, or a data set.", metavar="FACTS")]
 LOCALIZERS, EDITORS, ATTACKS = (", ".join(ready_methods(folder)) for folder in ("localize", "edit", "attack"))
 WASHERS = ", ".join(ready_methods("edit", taking="covariance"))
-Forget = Annotated[int, typer.Option(help="How many facts to forget, drawn by --seed.")]
-Seed = Annotated[int, typer.Option(help="Seed of the forget set and of the method.")]
+Forget = Annotated[int, typer.Option(help="How many facts to forget, drawn by --seed.", min=1)]
+Seed = Annotated[int, typer.Option(help="Seed of the forget set and of the method.", min=0, max=MOST_SEED)]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16; by default as stored.")]
-Steps = Annotated[int, typer.Option(help="Optimiser steps.", min=1)]
+Steps = Annotated[int, typer.Option(help="Optimiser steps.", min=1, max=MOST_STEPS)]
 Rate = Annotated[float, typer.Option(help="Learning rate.", min=0)]
 Weights = Annotated[
     float | None, typer.Option(help="Share of the editable weights to select, by rank.", metavar="SHARE")
@@ -164,7 +165,9 @@ def edit(
             show_default="injection",
         ),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps.", min=1, show_default="the method's")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Optimiser steps.", min=1, max=MOST_STEPS, show_default="the method's")
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.", min=0, show_default="the method's")] = None,
     stop_at: Annotated[
         float | None, typer.Option(help="Stop once this share of the forget facts is edited.", min=0, max=1)
@@ -188,7 +191,8 @@ def edit(
     new_folder(adapter)
     if adapter is not None and rank is None:
         raise MechunlearnError("--adapter needs low-rank factors to write. Give --rank too, for example --rank 8.")
-    editor = method_named("edit", method or ("masked_gradient" if rank is None else "fisher_lora"))
+    usual = "masked_gradient" if rank is None else "fisher_lora"
+    editor = method_named("edit", usual if method is None else method)
     options = {"loss": objective, "steps": steps, "lr": lr, "stop_at": stop_at, "rank": rank}
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     if unknown := [name for name in given if name not in editor.takes]:
@@ -202,7 +206,7 @@ def edit(
     from mechunlearn.edit.objective import objective_named
 
     if "loss" in editor.takes:
-        given |= objective_named(objective or "injection", chosen)
+        given |= objective_named("injection" if objective is None else objective, chosen)
     made = editor(hooked, chosen, forgotten, retained, **given, seed=seed, progress=True)
     if made.card.stopped:
         console.print(f"{made.card.stopped} after {len(made.card.trajectory)} steps")
@@ -241,7 +245,7 @@ def wash(
     ] = None,
     overshoot: Annotated[float, typer.Option(help="How far beyond their targets values are set.")] = 1.0,
     retain_weight: Annotated[float, typer.Option(help="Of the retain facts' keys (memit, mlp_washing).")] = 1.0,
-    prefixes: Annotated[int, typer.Option(help="Beginnings of texts before each prompt.", min=0)] = 5,
+    prefixes: Annotated[int, typer.Option(help="Beginnings of texts before each prompt.", min=0, max=10_000)] = 5,
     text: Annotated[
         str | None,
         typer.Option(help="What to collect the covariance from: .txt, a table with a text column, a data set."),
@@ -423,13 +427,15 @@ def compare(
     budgets: Annotated[
         str, typer.Option(help="Shares of the editable weights, or 'window': as many as fact_lookup finds.")
     ] = "window",
-    seeds: Annotated[int, typer.Option(help="How many forget sets to test on, drawn by seeds 0, 1, ...")] = 5,
+    seeds: Annotated[
+        int, typer.Option(help="How many forget sets to test on, drawn by seeds 0, 1, ...", min=1, max=10_000)
+    ] = 5,
     lrs: Annotated[str, typer.Option(help="Learning rates to choose from.")] = "1e-3, 2e-3, 3e-3",
     forget_weights: Annotated[str, typer.Option(help="Weights of the objective to choose from.")] = "0.2, 1",
-    validation: Annotated[int, typer.Option(help="How many forget sets to choose on.")] = 2,
+    validation: Annotated[int, typer.Option(help="How many forget sets to choose on.", min=0, max=10_000)] = 2,
     attack: Annotated[bool, typer.Option("--attack", help="Try to get the facts back by relearning, too.")] = False,
     steps: Steps = 50,
-    forget: Annotated[int, typer.Option(help="How many facts to forget.")] = 64,
+    forget: Annotated[int, typer.Option(help="How many facts to forget.", min=1)] = 64,
     device: Device = "cpu",
     dtype: Dtype = None,
 ) -> None:
@@ -452,6 +458,9 @@ def compare(
         "validation": validation,
     }
     check_grid(**grid)
+    if output.resolve() == Path.cwd() and not (output / "about.json").is_file():
+        raise MechunlearnError(f"'{output}' is the folder that you are in. Give the name of a new one.")
+    writable(output / "cells")
     hooked, forgotten, _ = _load(model, facts, forget, 0, device, dtype)
     assert forgotten.facts is not None and forgotten.facts.source is not None
     grid |= {"forget": forget, "steps": steps, "attack": attack}

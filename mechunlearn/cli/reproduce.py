@@ -6,10 +6,11 @@ from typing import Annotated
 import typer
 
 from mechunlearn.cli.shared import checked_suffix, console
+from mechunlearn.core.files import writable
 
 app = typer.Typer(help="A paper's claims on worlds of our own, with controls and intervals.", no_args_is_help=True)
 Output = Annotated[Path, typer.Option("--output", "-o", help="A folder; a half-done run in it is continued.")]
-Jobs = Annotated[int, typer.Option(help="Processes, one thread each.", min=1)]
+Jobs = Annotated[int, typer.Option(help="Processes, one thread each.", min=1, max=1024)]
 Page = Annotated[Path | None, typer.Option(help="Where to write the page, if not in the folder: .md")]
 
 
@@ -69,6 +70,7 @@ def _reproduce(paper: str, output: Path, quick: bool, jobs: int, page: Path | No
     """Run a paper's plan; write the page and, beside it, its numbers; the headline comparisons on the console."""
     written = page or output / f"{paper}.md"
     checked_suffix(written, ".md")
+    writable(output / "cells")
     from mechunlearn.reproduce.summary import PAPERS, headlines
     from mechunlearn.reproduce.tables import shown
 

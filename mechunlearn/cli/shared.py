@@ -5,12 +5,15 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from mechunlearn.core.files import writable
 from mechunlearn.errors import MechunlearnError
 
 if TYPE_CHECKING:
     from mechunlearn.model.hooked import HookedModel
 
 console = Console(highlight=False)
+MOST_SEED = 2**32 - 1
+MOST_STEPS = 1_000_000
 
 
 def open_model(model: str, device: str = "cpu", dtype: str | None = None) -> "HookedModel":
@@ -22,18 +25,13 @@ def open_model(model: str, device: str = "cpu", dtype: str | None = None) -> "Ho
         dtype: Such as `bfloat16`; by default as stored.
 
     Raises:
-        MechunlearnError: There is no such device.
+        MechunlearnError: There is no such model or device.
     """
-    import torch
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     from mechunlearn.model.hooked import load_model
 
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError):
-        raise MechunlearnError(f"Device '{device}' is not available on this machine. Use --device cpu.") from None
     with console.status(f"loading {model}"):
         return load_model(model, device=device, dtype=dtype)
 
@@ -61,6 +59,9 @@ def checked_suffix(path: Path, *allowed: str) -> None:
         raise MechunlearnError(
             f"'{path}' is not named {' or '.join(f'*{s}' for s in allowed)}. Give such a name to -o."
         )
+    if path.is_dir():
+        raise MechunlearnError(f"'{path}' is a folder. Give the name of a file.")
+    writable(path)
 
 
 def new_folder(path: Path | None) -> None:
@@ -76,3 +77,5 @@ def new_folder(path: Path | None) -> None:
         raise MechunlearnError(f"'{path}' is the folder that you are in. Give the name of a new one.")
     if path is not None and path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise MechunlearnError(f"'{path}' exists and is not an empty folder. Give another name, or remove it first.")
+    if path is not None:
+        writable(path)

@@ -75,6 +75,27 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
 
 
+def writable(path: str | Path) -> None:
+    """Raise an error if nothing can be written at a path, before any work is done for it. Nothing is made.
+
+    Args:
+        path: The file or folder to write. Missing folders above it are made when it is written.
+
+    Raises:
+        MechunlearnError: A folder above it is a file, or files cannot be made there.
+    """
+    above = Path(path).absolute().parent
+    while not above.exists() and above != above.parent:
+        above = above.parent
+    try:
+        if not above.is_dir():
+            raise NotADirectoryError(20, f"'{above}' is not a folder")
+        with tempfile.TemporaryFile(dir=above):
+            pass
+    except OSError as error:
+        raise MechunlearnError(f"Cannot write '{path}': {error.strerror or error}.") from None
+
+
 def data_folder() -> Path:
     """Return the folder of the shipped data: inside the installed package, or beside it in a checkout."""
     package = Path(__file__).resolve().parent.parent

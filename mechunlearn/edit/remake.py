@@ -4,23 +4,22 @@ Checks of its numbers, a run card of its arguments, and the call, to make the ed
 """
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import wraps
-from inspect import Signature, signature
-from numbers import Integral, Number, Real
-from typing import Any, Literal, ParamSpec, TypeVar, get_args, get_origin
+from inspect import signature
+from numbers import Number
+from typing import Any, ParamSpec, TypeVar
 
 from torch import Tensor, enable_grad, uint8
 
 from mechunlearn.artifacts.calls import Call
 from mechunlearn.artifacts.weight_edit import WeightEdit
+from mechunlearn.core.arguments import check_arguments
 from mechunlearn.core.runcard import Stopwatch, digest
 from mechunlearn.edit import losses
 from mechunlearn.edit.objective import training_texts
-from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.features.feature_edit import FeatureEdit
 from mechunlearn.features.places import fingerprint_of
@@ -32,34 +31,15 @@ from mechunlearn.training.fisher import DiagonalFisher
 
 Arguments = ParamSpec("Arguments")
 Made = TypeVar("Made", WeightEdit, FeatureEdit)
-Range = tuple[type, Callable[[Any], bool], str]
 
 NOT_SETTINGS = ("model", "mask", "forget", "retain", "seed", "progress")
-WHOLE: Range = (Integral, lambda n: n >= 1, "a whole number, 1 or more")
-FROM_0: Range = (Integral, lambda n: n >= 0, "a whole number, 0 or more")
-ABOVE_0: Range = (Real, lambda x: x > 0, "a number above 0")
-WEIGHT: Range = (Real, lambda x: x >= 0, "a number, 0 or more")
-SHARE: Range = (Real, lambda x: 0 <= x <= 1, "a share, from 0 to 1")
-NUMBERS: dict[str, Range] = {
-    "seed": (Integral, lambda n: 0 <= n < 2**63, "a whole number from 0 to 2**63 - 1"),
-    "lr": (Real, lambda x: 0 <= x <= 1000, "a learning rate from 0 to 1000, such as 2e-3"),
-    "energy": (Real, lambda x: 0 < x < 1, "a share between 0 and 1"),
-    "growth": (Real, lambda x: 1 <= x < 1e30, "a number, 1 or more"),
-    **dict.fromkeys(("steps", "batch_size", "accumulate", "rank"), WHOLE),
-    **dict.fromkeys(("warmup", "prefixes"), FROM_0),
-    **dict.fromkeys(("clip", "alpha", "covariance_weight", "overshoot", "ridge"), ABOVE_0),
-    **dict.fromkeys(("forget_weight", "retain_weight", "text_weight", "held_weight", "weight_decay", "scale"), WEIGHT),
-    **dict.fromkeys(("stop_at", "quantile", "efficacy", "min_retention"), SHARE),
-    "max_kl": ABOVE_0,
-}
-"""What the numbers of editors may be, by the names of their parameters: one name means the same in every editor."""
 
 
 def editor(function: Callable[Arguments, Made]) -> Callable[Arguments, Made]:
     """Make an editor of a function `(model, mask, forget, retain, *, ..., seed) -> Edit`.
 
-    Before it runs, numbers out of range (`NUMBERS`), words that are none of a `Literal` annotation's, and a bare
-    string in place of `texts` are refused. The edit's run card is filled in: the function's name, hashes of the model
+    Before it runs, arguments of another kind than their annotations say, numbers out of range, and a bare string in
+    place of `texts` are refused (`core.arguments`). The edit's run card is filled in: the function's name, hashes of the model
     and the sets, the seed, and as `settings` a description of every other argument. So the function writes on the
     card only what it alone knows (`RunCard("", trajectory=...)`). The edit remembers the call, for
     `edit.remake(mask=..., seed=...)`: references to the arguments, no copies.
@@ -77,7 +57,7 @@ def editor(function: Callable[Arguments, Made]) -> Callable[Arguments, Made]:
         bound = known.bind(*args, **kwargs)
         bound.apply_defaults()
         given = bound.arguments
-        _check(function.__name__, known, given)
+        check_arguments(function, given)
         settings = {name: described(value) for name, value in given.items() if name not in NOT_SETTINGS}
         model = given["model"]
         with enable_grad(), evaluating(model.hf) if isinstance(model, HookedModel) else nullcontext():
@@ -137,18 +117,3 @@ def described(value: Any) -> Any:
     if isinstance(site, str):
         return site
     return losses.described(value) if callable(value) else {"type": type(value).__name__}
-
-
-def _check(name: str, known: Signature, given: dict[str, Any]) -> None:
-    """Raise `MechunlearnError` for numbers and words that cannot be."""
-    for key, value in given.items():
-        words = get_args(known.parameters[key].annotation)
-        if get_origin(known.parameters[key].annotation) is Literal and value not in words:
-            raise MechunlearnError(f"{name} got {key}='{value}'. Expected one of {', '.join(words)}.")
-        kind, within, expected = NUMBERS.get(key, (object, lambda x: True, ""))
-        left_out = value is None and known.parameters[key].default is None
-        number = isinstance(value, kind) and not isinstance(value, bool) and within(value)
-        if expected and not left_out and not (number and math.isfinite(given[key])):
-            raise MechunlearnError(f"{name} got {key}={value}. Expected {expected}.")
-    if isinstance(given.get("texts"), str):
-        raise MechunlearnError(f"{name} got one string as texts. Expected a list of texts: texts=[...].")

@@ -73,8 +73,9 @@ def load_facts(
     records, odd = checked(given)
     odd = [*unread, *odd]
     if not records:
+        first = " ".join(odd[0].text.split())
         raise MechunlearnError(
-            f"'{name}': no row can be used. {line(odd)}. The first: row {odd[0].row}, {odd[0].reason}: {odd[0].text}"
+            f"'{name}': no row can be used. {line(odd)}. The first: row {odd[0].row}, {odd[0].reason}: {first}"
         )
     rng = random.Random(seed)
     numbers: dict[str, dict[str, int]] = {}  # of the answers of each relation

@@ -28,7 +28,7 @@ from mechunlearn.model.load import checkpoint
 from mechunlearn.model.table_check import check_registered
 from mechunlearn.model.taps import Hook
 from mechunlearn.model.text import Begun, Given, continued, decoded, ids_of, padded, padding_token
-from mechunlearn.model.unwrap import evaluating, unwrapped
+from mechunlearn.model.unwrap import DTYPES, evaluating, unwrapped
 
 
 class HookedModel:
@@ -375,7 +375,8 @@ def load_model(
 
     Raises:
         MechunlearnError: There is no such model, its package is not installed, its architecture has no layout, it is
-            wrapped in a way that hooks or edits would miss (adapters, quantization), or the dtype is unknown.
+            wrapped in a way that hooks or edits would miss (adapters, quantization), or the dtype is unknown, or the
+            device is not there.
 
     >>> model = load_model("factworld")
     >>> model.signature.family, model.signature.layers
@@ -383,9 +384,10 @@ def load_model(
     >>> load_model(model.hf, tokenizer=model.tokenizer).fingerprint == model.fingerprint
     True
     """
-    wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if dtype is not None and not isinstance(wanted, torch.dtype):
-        raise MechunlearnError(f"Unknown dtype '{dtype}'. Expected float32, bfloat16 or float16.")
+    wanted = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    if dtype is not None and wanted not in DTYPES:
+        raise MechunlearnError(f"Unknown dtype '{dtype}'. Expected float32, bfloat16, float16 or float64.")
+    _check_device(device)
     if isinstance(source, str | Path):
         hf, tokenizer = checkpoint(str(source), wanted, tokenizer)
         name, device = str(source), device or "cpu"
@@ -393,13 +395,23 @@ def load_model(
         given, own = source if isinstance(source, tuple) else (source, None)
         hf, tokenizer = unwrapped(given), own if tokenizer is None else tokenizer
         name = hf.name_or_path or "model"
-        for (
-            weight
-        ) in hf.parameters():  # not the buffers: rotary frequencies stay in float32, as from_pretrained has them
+        # not the buffers: rotary frequencies stay in float32, as from_pretrained has them
+        for weight in hf.parameters():
             weight.data = weight.data.to(dtype=wanted)
     module: nn.Module = hf
     module.to(device=device)
     return HookedModel(hf, tokenizer, name)
+
+
+def _check_device(device: str | torch.device | None) -> None:
+    """Raise an error if no weights can be put on a device."""
+    try:
+        if device is not None and torch.empty(1, device=device).is_meta:
+            raise MechunlearnError("The device 'meta' holds no numbers. Expected cpu, cuda or mps.")
+    except (RuntimeError, AssertionError, TypeError):
+        raise MechunlearnError(
+            f"Device '{device}' is not available on this machine. Expected cpu, or cuda, cuda:1 or mps where there is one."
+        ) from None
 
 
 def export(model: HookedModel, folder: str | Path, beside_it: Mapping[str, str] | None = None) -> None:

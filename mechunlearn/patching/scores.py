@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mechunlearn.artifacts.circuit import Circuit
 from mechunlearn.artifacts.localization import Localization
+from mechunlearn.core.arguments import check_arguments
 from mechunlearn.core.runcard import RunCard, Stopwatch
 from mechunlearn.facts.dataset import FactDataset
 from mechunlearn.facts.prompts import Prompts
@@ -52,6 +53,7 @@ def localizer(function: Function) -> Function:
         model, prompts = bound.arguments["model"], bound.arguments["prompts"]
         if isinstance(prompts, FactDataset):
             bound.arguments["prompts"] = prompts = prompts.prompts(model)
+        check_arguments(function, bound.arguments)
         if isinstance(prompts, Prompts) and isinstance(model, HookedModel):
             check_prompts(model, prompts, bound.arguments.get("batch_size", 1))
         with torch.enable_grad(), evaluating(model.hf) if isinstance(model, HookedModel) else nullcontext():

@@ -1,0 +1,1 @@
+"""Inputs that nobody means: bad calls, damaged files, kills and full disks."""

@@ -1,0 +1,87 @@
+"""Over two thousand bad calls: each is refused in one line, at once, and leaves nothing behind.
+
+`python -m tests.hostile.test_bad_calls` makes all of them and prints those that are not.
+"""
+
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.hostile.commands import bad_calls, call, prepare, warm
+from tests.hostile.functions import bad_calls as bad_functions
+from tests.hostile.functions import outcome, world
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    warm()
+    (folder := tmp_path_factory.mktemp("hostile") / "given").mkdir()
+    return prepare(folder)
+
+
+def checked(given, calls):
+    """What is wrong with how they ended."""
+    found = []
+    for command, wrong, arguments in calls:
+        ended = call(command, arguments, given)
+        last = (ended.err.strip() or ended.out.strip()).splitlines()[-1:]
+        if ended.fault:
+            found.append(f"{command}: {wrong}: {ended.fault}: {last}")
+        elif ended.err.startswith("mechunlearn:") and len(ended.err.strip().splitlines()) > 1:
+            found.append(f"{command}: {wrong}: more than one line: {ended.err}")
+    return found
+
+
+def test_bad_commands_are_refused(given):
+    """Every twelfth of them; the slow test makes them all."""
+    calls = list(bad_calls())
+    assert len(calls) > 900
+    assert checked(given, calls[::12]) == []
+
+
+@pytest.mark.slow
+def test_all_bad_commands_are_refused(given):
+    assert checked(given, bad_calls()) == []
+
+
+def test_bad_arguments_are_refused():
+    """Every method of `mu.localize`, `mu.edit` and `mu.attack`; the model is as it was."""
+    some = world()
+    before, calls = some.good["model"].fingerprint, list(bad_functions(some))
+    assert len(calls) > 1200
+    found = {f"{method}: {wrong}": outcome(made) for method, wrong, made in calls}
+    assert {what: fault for what, fault in found.items() if fault} == {}
+    assert some.good["model"].fingerprint == before
+
+
+def test_a_call_that_is_not_bad_is_accepted(given):
+    """The campaign can fail: a good call is reported as accepted."""
+    ended = call("localize", ["factworld", "factworld/sport", "-o", "OUT.mask.json", "--method", "random_units"], given)
+    assert (ended.code, ended.fault, ended.left) == (0, "accepted", ("out.mask.json",))
+    assert outcome(lambda: 1 / 0).startswith("ZeroDivisionError")
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    warm()
+    began, some = time.monotonic(), world()
+    found = [(f"{method}: {wrong}", outcome(made)) for method, wrong, made in bad_functions(some)]
+    print(
+        f"{len(found)} bad arguments, {sum(bool(fault) for _, fault in found)} faults, {time.monotonic() - began:.0f} s"
+    )
+    print("\n".join(f"  {what}: {fault}" for what, fault in found if fault))
+    with tempfile.TemporaryDirectory() as folder:
+        (place := Path(folder) / "given").mkdir()
+        given, began, calls = prepare(place), time.monotonic(), list(bad_calls())
+        wanted = [each for each in calls if not sys.argv[1:] or each[0] in sys.argv[1:]]
+        faults = checked(given, wanted)
+        print(f"{len(wanted)} bad commands, {len(faults)} faults, {time.monotonic() - began:.0f} s")
+        print("\n".join(faults))
+
+
+if __name__ == "__main__":
+    main()
