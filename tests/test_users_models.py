@@ -1,14 +1,19 @@
 """Models as users have them: wrapped, in training mode, compiled, with adapters. They work as plain transformers do, or are refused by name."""
 
+from contextlib import contextmanager
+from dataclasses import replace
+
 import peft
 import pytest
 import torch
 import transformers
 
-from mechunlearn import ComponentMask, MechunlearnError
+from mechunlearn import ComponentMask, MechunlearnError, load_facts
+from mechunlearn.attack import quantization
 from mechunlearn.edit import masked_gradient
-from mechunlearn.localize import activation_patching, attribution_patching
+from mechunlearn.localize import activation_patching, attribution_patching, edge_attribution, logit_lens
 from mechunlearn.metrics.answers import answered, measure
+from mechunlearn.metrics.text import text_loss
 from mechunlearn.model.hooked import export, load_model
 from mechunlearn.model.unwrap import evaluating
 from tests.models import GPT2_SIZES, GROUPED, random_hf, token_prompts
@@ -206,9 +211,176 @@ def packed():
     return torch.ao.quantization.quantize_dynamic(random_hf("llama"), {torch.nn.Linear})
 
 
+class Packed(torch.nn.Module):
+    """As GPTQ and AWQ have it: integers, and no weight."""
+
+    def __init__(self, old):
+        super().__init__()
+        self.in_features, self.out_features = old.in_features, old.out_features
+        self.register_buffer("qweight", torch.zeros(old.out_features, old.in_features // 8, dtype=torch.int32))
+
+    def forward(self, x):
+        return x.new_zeros(*x.shape[:-1], self.out_features)
+
+
+def without_weights():
+    hf = random_hf("llama")
+    hf.model.layers[1].mlp.down_proj = Packed(hf.model.layers[1].mlp.down_proj)
+    return hf
+
+
+def parametrized():
+    hf = random_hf("llama")
+    torch.nn.utils.parametrizations.weight_norm(hf.model.layers[1].mlp.down_proj)
+    return hf
+
+
+def shared():
+    hf = random_hf("llama")
+    hf.model.layers[1].mlp.down_proj.weight = hf.model.layers[0].mlp.down_proj.weight
+    return hf
+
+
+def made_in_inference_mode():
+    with torch.inference_mode():
+        return random_hf("llama")
+
+
 def empty():
     with torch.device("meta"):
         return transformers.LlamaForCausalLM(transformers.LlamaConfig(**GROUPED))
+
+
+@contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+STATES = {
+    "no gradients": torch.no_grad,
+    "inference mode": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "float64": lambda: default_dtype(torch.float64),
+    "bfloat16": lambda: default_dtype(torch.bfloat16),
+    "float16": lambda: default_dtype(torch.float16),
+    "deterministic": deterministic,
+}
+
+
+class TestGlobalState:
+    """What a notebook has switched on changes no number, and is as it was afterwards."""
+
+    @pytest.fixture(scope="class")
+    def plain(self, world):
+        return self.numbers(world)
+
+    def numbers(self, model):
+        facts = load_facts("factworld/sport")[:64]
+        forget, retain = facts.prompts(model).split(forget=8, retain=24)
+        mask = ComponentMask.of(["L1.mlp.out"], model.signature)
+        edit = masked_gradient(model, mask, forget, retain, lr=1e-3, steps=3)
+        rows = quantization(model, edit, forget, retain, bits=[4])
+        found = {
+            "scores": torch.cat(list(attribution_patching(model, forget).scores.values())),
+            "circuit": edge_attribution(model, forget).scores,
+            "lens": torch.tensor(logit_lens(model, forget).select_dtypes("number").to_numpy(dtype=float)),
+            "rows": edit.rows["L1.mlp.out"],
+            "probability": measure(model, forget)["probability"],
+            "text": text_loss(model, ["Anna plays golf."]),
+            "attack": torch.tensor(rows.select_dtypes("number").to_numpy(dtype=float)),
+        }
+        return found, type(facts.known(model)), load_model("factworld").fingerprint
+
+    @pytest.mark.parametrize("state", STATES)
+    def test_numbers_are_the_same(self, state, world, plain):
+        def now():
+            return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")
+
+        with STATES[state]():
+            before = (*now(), torch.get_default_dtype())
+            found = self.numbers(world)
+            assert (*now(), torch.get_default_dtype()) == before
+        for name, value in plain[0].items():
+            assert found[0][name].dtype == value.dtype, name
+            assert torch.equal(found[0][name].nan_to_num(-1), value.nan_to_num(-1)), name
+        assert found[1:] == plain[1:]
+
+    def test_another_default_device_is_not_used(self, world):
+        """As with `torch.set_default_device("cuda")`."""
+        with torch.device("meta"):
+            forget, retain = load_facts("factworld/sport").prompts(world).split(forget=8, retain=24)
+            assert not forget.tokens.is_meta and not measure(world, retain)["probability"].is_meta
+            assert not attribution_patching(world, forget).scores["L1.mlp.out"].is_meta
+
+    @pytest.mark.parametrize("localizer", [attribution_patching, activation_patching, edge_attribution])
+    def test_identical_runs_give_zeros(self, world, localizer):
+        """Clean and corrupt prompts are the same: every score is exactly zero."""
+        prompts = load_facts("factworld/sport").prompts(world).select(range(4))
+        same = replace(prompts, corrupt=prompts.tokens)
+        found = localizer(world, same)
+        scores = [found.scores] if isinstance(found.scores, torch.Tensor) else found.scores.values()
+        assert all(not each.any() for each in scores)
+
+
+class TestPlainlyPatched:
+    """A module that its user has wrapped or patched is used as it is."""
+
+    def test_a_patched_forward_is_run_and_stays(self):
+        hf, prompts = random_hf("llama"), token_prompts()
+        plain = load_model(random_hf("llama")).forward(prompts.tokens)
+        mlp = hf.model.layers[1].mlp
+        old, calls = mlp.forward, []
+
+        def doubled(x):
+            calls.append(1)
+            return 2 * old(x)
+
+        mlp.forward = doubled
+        model = load_model(hf)
+        with torch.no_grad():
+            wanted = hf(prompts.tokens).logits
+        assert torch.equal(model.forward(prompts.tokens), wanted) and not torch.allclose(wanted, plain)
+        attribution_patching(model, prompts)
+        assert mlp.forward is doubled and calls
+
+    def test_the_users_hooks_still_act_and_stay(self):
+        hf, prompts = random_hf("llama"), token_prompts()
+        kept = []
+        hf.model.layers[0].register_forward_hook(lambda module, given, made: kept.append(made))
+        hf.model.layers[1].register_forward_pre_hook(lambda module, given: (1.5 * given[0], *given[1:]))
+        model = load_model(hf)
+        with torch.no_grad():
+            wanted = hf(prompts.tokens).logits
+        assert torch.equal(model.forward(prompts.tokens), wanted)
+        attribution_patching(model, prompts)
+        assert len(hf.model.layers[0]._forward_hooks) == len(hf.model.layers[1]._forward_pre_hooks) == 1
+        assert len(kept) >= 2
+
+    def test_a_linear_map_of_a_class_of_ones_own(self):
+        class Mine(torch.nn.Linear):
+            pass
+
+        hf, prompts = random_hf("llama"), token_prompts()
+        old = hf.model.layers[1].mlp.down_proj
+        new = hf.model.layers[1].mlp.down_proj = Mine(old.in_features, old.out_features, bias=False)
+        new.weight = old.weight
+        found, plain = (attribution_patching(load_model(each), prompts) for each in (hf, random_hf("llama")))
+        assert all(torch.equal(found.scores[site], plain.scores[site]) for site in plain.scores)
+        assert len(found.top(weights=0.05)) == len(plain.top(weights=0.05))
 
 
 class TestRefusals:
@@ -222,6 +394,10 @@ class TestRefusals:
             (offloaded, "placed by accelerate"),
             (quantized, "'model.layers.0.mlp.up_proj.weight' is quantized.*int8"),
             (packed, r"'model.layers.0.self_attn.q_proj' is quantized \(torch.ao"),
+            (without_weights, r"'model.layers.1.mlp.down_proj' is quantized or packed: a .*Packed without a weight"),
+            (parametrized, "'model.layers.1.mlp.down_proj' has a parametrized weight.*remove_parametrizations"),
+            (shared, "'model.layers.0.mlp.down_proj.weight' and 'model.layers.1.mlp.down_proj.weight' are one weight"),
+            (made_in_inference_mode, "was made in inference mode"),
             (empty, "has no data"),
             (lambda: random_hf("llama").model, r"LlamaModel\) has no unembedding.*AutoModelForCausalLM"),
             (lambda: torch.nn.Linear(2, 2), "Got a Linear. Expected a causal language model of transformers"),

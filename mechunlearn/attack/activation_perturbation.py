@@ -29,6 +29,7 @@ from mechunlearn.attack.states import (
     mean,
 )
 from mechunlearn.core.arguments import validated
+from mechunlearn.core.steady import steady
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.features.dictionaries import Codebook, check
@@ -48,6 +49,7 @@ Site = tuple[str, FeaturePart | None]
 
 
 @validated
+@steady()
 def activation_perturbation(
     model: HookedModel,
     edit: Edit,

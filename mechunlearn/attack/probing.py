@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from mechunlearn.artifacts.weight_edit import Edit
 from mechunlearn.attack.states import GATE, WATCHED, Attack, Row, Rows, State, cell, chance, mean
 from mechunlearn.core.arguments import validated
+from mechunlearn.core.steady import steady
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import PAD, Prompts
 from mechunlearn.metrics.answers import BATCH, answered
@@ -25,6 +26,7 @@ RIDGE, ROUNDING = 1.0, 1e-9  # the second where all facts have one stream, as be
 
 
 @validated
+@steady()
 def probing(
     model: HookedModel,
     edit: Edit | None,

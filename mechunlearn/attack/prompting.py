@@ -13,6 +13,7 @@ from torch import Tensor
 from mechunlearn.artifacts.weight_edit import Edit
 from mechunlearn.attack.states import GATE, WATCHED, Attack, Rows, State, cell, chance, mean
 from mechunlearn.core.arguments import validated
+from mechunlearn.core.steady import steady
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.dataset import FactDataset
 from mechunlearn.facts.formats import Fact, Query
@@ -28,6 +29,7 @@ Ask = Callable[[HookedModel, Prompts], Prompts | None]
 
 
 @validated
+@steady()
 def prompting(
     model: HookedModel,
     edit: Edit | None,

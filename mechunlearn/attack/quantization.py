@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from mechunlearn.artifacts.weight_edit import Edit
 from mechunlearn.attack.states import GATE, WATCHED, Attack, Rows, State, cell, chance, check_sizes, mean
 from mechunlearn.core.arguments import validated
+from mechunlearn.core.steady import steady
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.metrics.answers import answered
@@ -24,6 +25,7 @@ Rounding = Callable[[Tensor], Tensor]
 
 
 @validated
+@steady()
 def quantization(
     model: HookedModel,
     edit: Edit | None,

@@ -29,6 +29,7 @@ from mechunlearn.attack.states import (
     recovery,
 )
 from mechunlearn.core.arguments import validated
+from mechunlearn.core.steady import steady
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.metrics.answers import answered, measure
@@ -47,6 +48,7 @@ PASSAGES = 32
 
 
 @validated
+@steady()
 def relearning(
     model: HookedModel,
     edit: Edit | None,

@@ -15,6 +15,7 @@ from mechunlearn.artifacts.weight_edit import Edit
 from mechunlearn.attack.curves import batch_losses, check_training, training_curve
 from mechunlearn.attack.states import GATE, WATCHED, Attack, Row, Rows, State, cell, chance, check_sizes, halved, mean
 from mechunlearn.core.arguments import validated
+from mechunlearn.core.steady import steady
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import PAD, Prompts
 from mechunlearn.metrics.answers import BATCH, answer_logprob, positions_read
@@ -26,6 +27,7 @@ RATES = (3e-3, 3e-2)
 
 
 @validated
+@steady()
 def soft_prompt(
     model: HookedModel,
     edit: Edit | None,

@@ -24,6 +24,7 @@ from mechunlearn.attack.states import (
     mean,
 )
 from mechunlearn.core.arguments import validated
+from mechunlearn.core.steady import steady
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import PAD, Prompts
 from mechunlearn.metrics.answers import BATCH, answer_logprob, at_answers, per_fact, positions_read
@@ -41,6 +42,7 @@ SCORE = ("score", "score_low", "score_high", "scored")
 
 
 @validated
+@steady()
 def unlearning_depth(
     model: HookedModel,
     edit: Edit | None,

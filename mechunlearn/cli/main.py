@@ -14,9 +14,17 @@ from rich.table import Table
 from mechunlearn.cli.dictionary import app as dictionary_app
 from mechunlearn.cli.doctor import doctor
 from mechunlearn.cli.reproduce import app as reproduce_app
-from mechunlearn.cli.shared import MOST_SEED, MOST_STEPS, checked_suffix, console, names, new_folder, open_model
+from mechunlearn.cli.shared import (
+    MOST_SEED,
+    MOST_STEPS,
+    checked_suffix,
+    console,
+    names,
+    new_folder,
+    open_model,
+    resumable,
+)
 from mechunlearn.cli.world import app as world_app
-from mechunlearn.core.files import writable
 from mechunlearn.core.methods import method_named, ready_methods
 from mechunlearn.errors import MechunlearnError
 
@@ -458,9 +466,7 @@ def compare(
         "validation": validation,
     }
     check_grid(**grid)
-    if output.resolve() == Path.cwd() and not (output / "about.json").is_file():
-        raise MechunlearnError(f"'{output}' is the folder that you are in. Give the name of a new one.")
-    writable(output / "cells")
+    resumable(output, "about.json")
     hooked, forgotten, _ = _load(model, facts, forget, 0, device, dtype)
     assert forgotten.facts is not None and forgotten.facts.source is not None
     grid |= {"forget": forget, "steps": steps, "attack": attack}

@@ -5,8 +5,7 @@ from typing import Annotated
 
 import typer
 
-from mechunlearn.cli.shared import checked_suffix, console
-from mechunlearn.core.files import writable
+from mechunlearn.cli.shared import checked_suffix, console, resumable
 
 app = typer.Typer(help="A paper's claims on worlds of our own, with controls and intervals.", no_args_is_help=True)
 Output = Annotated[Path, typer.Option("--output", "-o", help="A folder; a half-done run in it is continued.")]
@@ -70,7 +69,7 @@ def _reproduce(paper: str, output: Path, quick: bool, jobs: int, page: Path | No
     """Run a paper's plan; write the page and, beside it, its numbers; the headline comparisons on the console."""
     written = page or output / f"{paper}.md"
     checked_suffix(written, ".md")
-    writable(output / "cells")
+    resumable(output, "about.json", "cells", "worlds", "failed")
     from mechunlearn.reproduce.summary import PAPERS, headlines
     from mechunlearn.reproduce.tables import shown
 

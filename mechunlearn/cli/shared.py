@@ -79,3 +79,19 @@ def new_folder(path: Path | None) -> None:
         raise MechunlearnError(f"'{path}' exists and is not an empty folder. Give another name, or remove it first.")
     if path is not None:
         writable(path)
+
+
+def resumable(path: Path, *marks: str) -> None:
+    """Check that a folder to write is new, empty, or that of a run that was stopped.
+
+    Args:
+        path: What the user gave.
+        marks: Patterns of names, one of which a stopped run has left in it.
+
+    Raises:
+        MechunlearnError: It holds other files, or cannot be written.
+    """
+    if any(next(path.glob(mark), None) for mark in marks):
+        writable(path / marks[0])
+    else:
+        new_folder(path)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from mechunlearn.cli.shared import MOST_SEED, MOST_STEPS, console, new_folder
+from mechunlearn.cli.shared import MOST_SEED, MOST_STEPS, console, new_folder, resumable
 from mechunlearn.core.files import writable
 from mechunlearn.errors import MechunlearnError
 
@@ -37,7 +37,7 @@ def build(
     ] = None,
 ) -> None:
     """Make facts, corpus, tokenizer, model and twin from nothing; refuses to ship a model that fails its gates."""
-    writable(output / "world.json")
+    resumable(output, "factworld*", ".factworld*")
     from mechunlearn.world.build import build_world
 
     build_world(output, seed=seed, naive=naive, steps=steps, say=console.print)
@@ -53,7 +53,7 @@ def twin(
 ) -> None:
     """Teach a world's untaught people with only the MLPs of some layers: where they are stored is then known."""
     chosen = _layers(layers)
-    writable(output / "config.json")
+    writable(output)
     from mechunlearn.world.build import build_twin
 
     build_twin(output, base, chosen, seed=seed, steps=steps, say=console.print)

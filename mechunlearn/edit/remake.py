@@ -18,6 +18,7 @@ from mechunlearn.artifacts.calls import Call
 from mechunlearn.artifacts.weight_edit import WeightEdit
 from mechunlearn.core.arguments import check_arguments
 from mechunlearn.core.runcard import Stopwatch, digest
+from mechunlearn.core.steady import steady
 from mechunlearn.edit import losses
 from mechunlearn.edit.objective import training_texts
 from mechunlearn.facts.prompts import Prompts
@@ -60,7 +61,7 @@ def editor(function: Callable[Arguments, Made]) -> Callable[Arguments, Made]:
         check_arguments(function, given)
         settings = {name: described(value) for name, value in given.items() if name not in NOT_SETTINGS}
         model = given["model"]
-        with enable_grad(), evaluating(model.hf) if isinstance(model, HookedModel) else nullcontext():
+        with steady(), enable_grad(), evaluating(model.hf) if isinstance(model, HookedModel) else nullcontext():
             edit = function(*args, **kwargs)
         sets = [described(given[name]) for name in ("forget", "retain")]
         texts = training_texts(given["forget"], given["texts"]) if "texts" in given else ()

@@ -17,6 +17,7 @@ from mechunlearn.core.grid import Grid
 from mechunlearn.core.methods import method_named, ready_methods
 from mechunlearn.core.progress import track
 from mechunlearn.core.runcard import RunCard, digest
+from mechunlearn.core.steady import steady
 from mechunlearn.edit import losses, masked_gradient
 from mechunlearn.edit.objective import OBJECTIVES, objective_named
 from mechunlearn.errors import MechunlearnError
@@ -33,6 +34,7 @@ WINDOW = "window"
 FIRST_VALIDATION, MOST_VALIDATION = 101, 6
 
 
+@steady()
 def compare(
     model: HookedModel,
     facts: FactDataset,

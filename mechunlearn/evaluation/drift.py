@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from mechunlearn.artifacts.weight_edit import Edit
 from mechunlearn.core.batches import in_batches
+from mechunlearn.core.steady import steady
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.metrics.text import encode, padded, token_losses
 from mechunlearn.model.hooked import HookedModel
@@ -16,6 +17,7 @@ from mechunlearn.model.hooked import HookedModel
 LOGITS = 1 << 27  # of one batch of texts: half a gigabyte in float32
 
 
+@steady()
 @torch.no_grad()
 def next_token_kl(model: HookedModel, edit: Edit, texts: Sequence[str], batch_size: int = 64) -> Float[Tensor, " text"]:
     """Measure how far an edit moves what the model says next, in nats a token.
@@ -51,6 +53,7 @@ def next_token_kl(model: HookedModel, edit: Edit, texts: Sequence[str], batch_si
     return text_drift(model, {"edited": edit}, texts, batch_size)["edited"]["kl_to_before"]
 
 
+@steady()
 @torch.no_grad()
 def text_drift(
     model: HookedModel,

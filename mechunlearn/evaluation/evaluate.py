@@ -13,6 +13,7 @@ from mechunlearn.artifacts.weight_edit import Edit
 from mechunlearn.attack.states import check_edit
 from mechunlearn.core.batches import counter
 from mechunlearn.core.runcard import Stopwatch
+from mechunlearn.core.steady import steady
 from mechunlearn.evaluation.cells import UNSEEN, ordinary_texts
 from mechunlearn.evaluation.cells import cells as cells_of
 from mechunlearn.evaluation.controls import random_control
@@ -29,6 +30,7 @@ Cell = tuple[str, str, str]
 """Split, format and metric."""
 
 
+@steady()
 def evaluate(
     model: HookedModel,
     edit: Edit,

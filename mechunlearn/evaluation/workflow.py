@@ -18,6 +18,7 @@ from mechunlearn.artifacts.mask import ComponentMask
 from mechunlearn.artifacts.weight_edit import WeightEdit
 from mechunlearn.core.files import whole_folder
 from mechunlearn.core.progress import is_watched
+from mechunlearn.core.steady import steady
 from mechunlearn.edit import masked_gradient
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.evaluation.evaluate import evaluate
@@ -85,6 +86,7 @@ class EditedFacts:
         return {kind: Path(folder) / file for kind, file in files.items()}
 
 
+@steady()
 def edit_facts(
     facts: Any,
     model: str | Path | HookedModel,
@@ -140,6 +142,7 @@ def edit_facts(
     return edit_prompts(hooked, forgotten, retained, **settings)
 
 
+@steady()
 def edit_prompts(
     model: HookedModel,
     forget: Prompts,

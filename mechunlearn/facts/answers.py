@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mechunlearn.core.steady import steady
 from mechunlearn.facts.prompts import PAD, Prompts
 from mechunlearn.model.hooked import HookedModel
 from mechunlearn.model.text import decoded
@@ -25,6 +26,7 @@ def answer_logits(model: HookedModel, part: Prompts) -> tuple[Float[Tensor, "fac
     return run.logits, replace(part, start=torch.zeros_like(part.start), read=part.read - part.start)
 
 
+@steady()
 @torch.no_grad()
 def answered(model: HookedModel, prompts: Prompts, batch_size: int = BATCH) -> Bool[Tensor, " fact"]:
     """Return, for each fact, whether greedy decoding gives all tokens of the answer: one forward pass a batch, nothing else.
@@ -43,6 +45,7 @@ def answered(model: HookedModel, prompts: Prompts, batch_size: int = BATCH) -> B
     return right
 
 
+@steady()
 @torch.no_grad()
 def continuations(model: HookedModel, prompts: Prompts, tokens: int = 8, batch_size: int = BATCH) -> list[str]:
     """Return how greedy decoding goes on after each prompt: its first line, without spaces around it.

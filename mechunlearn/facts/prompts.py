@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from mechunlearn.core.runcard import digest
+from mechunlearn.core.steady import steady
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.formats import Query
 from mechunlearn.facts.odd import line
@@ -122,6 +123,7 @@ class Prompts:
         """A hash of clean tokens, answers and targets."""
         return digest(self.tokens.numpy().tobytes(), self.answers.numpy().tobytes(), self.targets.numpy().tobytes())
 
+    @steady()
     def select(self, rows: Sequence[int] | Tensor) -> "Prompts":
         """Return the prompts of these rows, in this order, no wider than the longest of them.
 
@@ -157,6 +159,7 @@ class Prompts:
         found = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
+    @steady()
     def split(self, forget: int, retain: int | None = None, seed: int = 0) -> tuple["Prompts", "Prompts"]:
         """Draw a forget set, and a retain set disjoint from it.
 
@@ -192,6 +195,7 @@ class Prompts:
         return self.select(chosen), self.select(rest[:kept])
 
     @classmethod
+    @steady()
     def from_text(
         cls,
         queries: Sequence[Query],
@@ -240,6 +244,7 @@ class Prompts:
         )
 
     @classmethod
+    @steady()
     def from_tokens(
         cls,
         clean: Int[Tensor, "fact pos"],

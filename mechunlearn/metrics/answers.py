@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from mechunlearn.core.steady import steady
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.answers import BATCH as BATCH
 from mechunlearn.facts.answers import answer_logits
@@ -178,6 +179,7 @@ def _continuation(logits: Tensor, prompts: Prompts) -> tuple[Float[Tensor, " fac
     return logprob, wrong == 0
 
 
+@steady()
 @torch.no_grad()
 def measure(
     model: HookedModel, prompts: Prompts, batch_size: int = BATCH, targets: bool = True
@@ -230,6 +232,7 @@ def _other_answers(
     return logprob, right
 
 
+@steady()
 @torch.no_grad()
 def option_logprobs(model: HookedModel, prompts: Prompts, batch_size: int = BATCH) -> Float[Tensor, "fact option"]:
     """Return the log-probability of each answer to choose among, summed over its tokens, in nats.

@@ -9,6 +9,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import DynamicCache
 
+from mechunlearn.core.steady import steady
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.metrics.text import encode, padded
 from mechunlearn.model.hooked import HookedModel
@@ -16,6 +17,7 @@ from mechunlearn.model.hooked import HookedModel
 PREFIXES = (16, 32, 64)
 
 
+@steady()
 @torch.no_grad()
 def memorization_accuracy(model: HookedModel, texts: Sequence[str], batch_size: int = 64) -> Float[Tensor, " text"]:
     """Return the share of a text's tokens, from the second on, that the model ranks first given those before (0 to 1).

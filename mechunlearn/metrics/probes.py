@@ -12,11 +12,13 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
+from mechunlearn.core.steady import steady
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.model.hooked import HookedModel
 
 
+@steady()
 @torch.no_grad()
 def residuals(
     model: HookedModel, prompts: Prompts, positions: Tensor, batch_size: int = 128
@@ -33,6 +35,7 @@ def residuals(
     return torch.nn.functional.layer_norm(found, found.shape[-1:])
 
 
+@steady()
 @torch.no_grad()
 def streams(
     model: HookedModel, prompts: Prompts, positions: Tensor, batch_size: int = 128

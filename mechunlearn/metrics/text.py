@@ -7,9 +7,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from mechunlearn.core.steady import steady
 from mechunlearn.model.hooked import HookedModel
 
 
+@steady()
 @torch.no_grad()
 def text_loss(model: HookedModel, texts: Sequence[str], batch_size: int = 64) -> Float[Tensor, " text"]:
     """Return the mean next-token cross-entropy of each text, in nats.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mechunlearn.core.files import whole_folder
+from mechunlearn.core.steady import steady
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.model.bridge import Bridge
 from mechunlearn.model.component import Component
@@ -353,6 +354,7 @@ def _kept(into: dict[str, Tensor], site: str, grad: bool, activation: Tensor) ->
     return into[site]
 
 
+@steady()
 def load_model(
     source: str | Path | nn.Module | tuple[nn.Module, PreTrainedTokenizerBase | None],
     *,

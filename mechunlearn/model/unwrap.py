@@ -52,10 +52,22 @@ def unwrapped(given: Any) -> PreTrainedModel:
                 f"{what} is compiled in place, and compiled code does not see hooks. Load the model before .compile(), "
                 "or give torch.compile(model), which keeps the plain module within."
             )
-        if callable(getattr(module, "weight", None)):  # torch.ao's: a method that unpacks it
+        if callable(getattr(module, "weight", None)) and not isinstance(
+            module, nn.ModuleDict
+        ):  # torch.ao's: a method that unpacks it
             raise MechunlearnError(
                 f"{what} is quantized ({type(module).__module__}.{type(module).__name__}). Load the model in float32, "
                 "bfloat16 or float16."
+            )
+        if hasattr(module, "in_features") and not isinstance(getattr(module, "weight", None), nn.Parameter):
+            if "parametrizations" in dict(module.named_children()):
+                raise MechunlearnError(
+                    f"{what} has a parametrized weight. Remove the parametrization first: "
+                    "torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')."
+                )
+            raise MechunlearnError(
+                f"{what} is quantized or packed: a {type(module).__module__}.{type(module).__name__} without a weight. "
+                "Load the model in float32, bfloat16 or float16."
             )
         if hasattr(module, "_hf_hook"):
             raise MechunlearnError(
@@ -75,11 +87,30 @@ def _check_weights(hf: PreTrainedModel) -> None:
             raise MechunlearnError(
                 f"The weight '{name}' is quantized ({weight.dtype}). Load the model in float32, bfloat16 or float16."
             )
+        if weight.is_inference():
+            raise MechunlearnError(
+                f"The weight '{name}' was made in inference mode, so nothing can be trained through it. Load the model "
+                "outside torch.inference_mode()."
+            )
+    _check_shared(hf)
     devices = sorted({str(weight.device) for weight in weights.values()})
     if len(devices) > 1:
         raise MechunlearnError(
             f"The model is spread over {', '.join(devices)}. Move it to one: model.to('{devices[0]}')."
         )
+
+
+def _check_shared(hf: PreTrainedModel) -> None:
+    """Raise an error if a weight stands in two places, other than embedding and unembedding: an edit would move both."""
+    ends = {id(part.weight) for part in (hf.get_input_embeddings(), hf.get_output_embeddings())}
+    places: dict[int, str] = {}
+    for name, weight in hf.named_parameters(remove_duplicate=False):
+        first = places.setdefault(id(weight), name)
+        if first != name and id(weight) not in ends:
+            raise MechunlearnError(
+                f"'{first}' and '{name}' are one weight, so an edit of one would move the other. Give each its own: "
+                "module.weight = torch.nn.Parameter(module.weight.detach().clone())."
+            )
 
 
 @contextmanager

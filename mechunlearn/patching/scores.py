@@ -15,6 +15,7 @@ from mechunlearn.artifacts.circuit import Circuit
 from mechunlearn.artifacts.localization import Localization
 from mechunlearn.core.arguments import check_arguments
 from mechunlearn.core.runcard import RunCard, Stopwatch
+from mechunlearn.core.steady import steady
 from mechunlearn.facts.dataset import FactDataset
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.metrics.answers import name_of
@@ -56,7 +57,7 @@ def localizer(function: Function) -> Function:
         check_arguments(function, bound.arguments)
         if isinstance(prompts, Prompts) and isinstance(model, HookedModel):
             check_prompts(model, prompts, bound.arguments.get("batch_size", 1))
-        with torch.enable_grad(), evaluating(model.hf) if isinstance(model, HookedModel) else nullcontext():
+        with steady(), torch.enable_grad(), evaluating(model.hf) if isinstance(model, HookedModel) else nullcontext():
             found = function(*bound.args, **bound.kwargs)
         if not isinstance(found, Localization | Circuit):
             return found
