@@ -1,5 +1,6 @@
 """A change as a value: new rows for the selected units, to apply, undo, save, combine and export."""
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -139,7 +140,8 @@ class WeightEdit:
     def apply_(self, model: HookedModel) -> None:
         """Write the new rows into a model, hooked and Hugging Face view alike.
 
-        Nothing is written if anything does not fit.
+        Nothing is written if anything does not fit. A model with other weights than those that the edit was made on is
+        edited, with a warning.
 
         Args:
             model: The model.
@@ -148,8 +150,27 @@ class WeightEdit:
             MechunlearnError: If the edit is for another architecture or other widths, or is low-rank and was made on
                 other weights.
         """
-        for site, rows in self.new_rows(model).items():
+        new = self.new_rows(model)
+        if self.card.model not in ("", model.fingerprint) and not self.is_applied(model):
+            warnings.warn(
+                f"This edit was made on other weights (fingerprint {self.card.model}) than the model's "
+                f"({model.fingerprint}): another checkpoint, another dtype, or one that was edited since. Its rows take the "
+                "place of the model's all the same; evaluate it on this model.",
+                stacklevel=2,
+            )
+        for site, rows in new.items():
             model.write_(site, rows, self.units[site])
+
+    def is_applied(self, model: HookedModel) -> bool:
+        """Return whether a model has the edit's rows already. Of a low-rank edit, which adds to rows, it is not known.
+
+        Args:
+            model: A model that the edit fits.
+        """
+        return bool(self.rows) and all(
+            torch.equal(model.rows(site)[self.units[site].to(model.device)].cpu(), rows.to(model.dtype))
+            for site, rows in self.rows.items()
+        )
 
     def new_rows(self, model: HookedModel) -> dict[str, Float[Tensor, "_unit _weight"]]:
         """Return the new weights of the units of every site, those of a low-rank edit worked out from the model's own.

@@ -4,6 +4,7 @@ import os
 import sys
 import warnings
 from contextlib import suppress
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -218,6 +219,7 @@ def edit(
     made = editor(hooked, chosen, forgotten, retained, **given, seed=seed, progress=True)
     if made.card.stopped:
         console.print(f"{made.card.stopped} after {len(made.card.trajectory)} steps")
+    made = _with_sets(made, facts, forget, seed)
     made.save(output)
     console.print(f"{made} -> {output}")
     if adapter is not None:
@@ -294,6 +296,7 @@ def wash(
     settings = {name: value for name, value in settings.items() if name in washer.takes}
     settings |= {"texts": None if text is None else read_texts(text, texts), "cache": cache, "seed": seed}
     made = washed(hooked, chosen, forgotten, retained, method=method, progress=True, **settings)
+    made = _with_sets(made, facts, forget, seed)
     for prompt in made.card.skipped:
         console.print(f"skipped, the model does not know it: {prompt}")
     for entry in made.card.trajectory:
@@ -328,14 +331,23 @@ def evaluate(
             help="Where finished attacks and floors are kept; by default beside the report, in <report>.attacks."
         ),
     ] = None,
-    forget: Forget = 64,
-    seed: Seed = 0,
+    forget: Annotated[
+        int | None,
+        typer.Option(help="How many facts the edit forgot.", min=1, show_default="what the edit says, else 64"),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            help="Seed of the sets and of the attacks.", min=0, max=MOST_SEED, show_default="the edit's, else 0"
+        ),
+    ] = None,
     device: Device = "cpu",
     dtype: Dtype = None,
 ) -> None:
     """Measure an edit in every format, with side effects, beside a random mask of the same weight; try to break it.
 
-    The report is written before the first attack and again after each. A killed run goes on where it was.
+    The forget and retain sets are those that the edit was made with, if `mechunlearn edit` or `wash` made it. The report
+    is written before the first attack and again after each. A killed run goes on where it was.
     """
     checked_suffix(output, ".html")
     from mechunlearn.evaluation.robustness import check_attacks
@@ -343,9 +355,14 @@ def evaluate(
 
     wanted = check_attacks(names(attacks)) if attacks else []
     made = load_edit(edit)
+    forget, seed = (
+        _drawn(made.card.sets, name, given, usual) for name, given, usual in (("count", forget, 64), ("seed", seed, 0))
+    )
     hooked, forgotten, retained = _load(model, facts, forget, seed, device, dtype)
     from mechunlearn.evaluation.controls import random_control
     from mechunlearn.evaluation.evaluate import evaluate as measured
+    from mechunlearn.evaluation.same import check_same
+    from mechunlearn.evaluation.workflow import warnings_said
     from mechunlearn.facts.tables import read_texts
 
     texts = () if text is None else read_texts(text)
@@ -361,12 +378,15 @@ def evaluate(
                 console.print(f"{row['attack']}: {row['outcome']}{back}{note}", highlight=False)
 
     console.print("control edit, then every format", *(["; attacks: " + ", ".join(wanted)] if wanted else []), sep="")
+    with warnings_said(_say):
+        check_same(hooked, made, forgotten, retained)  # before the control is made
+        control = random_control(hooked, made, forgotten, retained, seed, texts)
     report = measured(
         hooked,
         made,
         forget=forgotten,
         retain=retained,
-        control=random_control(hooked, made, forgotten, retained, seed, texts),
+        control=control,
         attacks=wanted,
         cache=cache or output.with_suffix(".attacks"),
         seed=seed,
@@ -517,6 +537,22 @@ def _load(
     with console.status(f"loading {facts}"):
         forgotten, retained = data.prompts(hooked).split(forget=forget, seed=seed)
     return hooked, forgotten, retained
+
+
+def _with_sets(edit: Any, facts: str, count: int, seed: int) -> Any:
+    """An edit whose card says how its sets were drawn, so that `evaluate` draws them again."""
+    sets = {**edit.card.sets, "facts": facts, "count": count, "seed": seed}
+    return replace(edit, card=replace(edit.card, sets=sets))
+
+
+def _drawn(sets: dict[str, Any], name: str, given: int | None, usual: int) -> int:
+    """A number that says how sets were drawn: the user's, else the edit's, else the usual one."""
+    stored = sets.get(name, usual)
+    if given is None and not (type(stored) is int and 0 <= stored <= MOST_SEED):
+        raise MechunlearnError(
+            f"The edit's card says {name}={stored!r}. Expected a whole number: give --forget and --seed."
+        )
+    return stored if given is None else given
 
 
 def _print(report: "Report") -> None:

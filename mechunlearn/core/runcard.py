@@ -32,6 +32,8 @@ class RunCard:
         method: The name of the localizer, editor or attack.
         model: The fingerprint of the model's weights before the method ran.
         data: A hash of the prompts and texts.
+        sets: The fingerprints of the forget and the retain set, by name; from the command line also how they were drawn
+            (`facts`, `count`, `seed`).
         seed: The seed of everything that was drawn.
         settings: The method's keyword arguments, as JSON can hold them.
         mask: The fingerprint of the mask that an editor was given.
@@ -53,6 +55,7 @@ class RunCard:
     method: str
     model: str = ""
     data: str = ""
+    sets: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     settings: dict[str, Any] = field(default_factory=dict)
     mask: str = ""

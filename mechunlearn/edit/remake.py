@@ -70,6 +70,7 @@ def editor(function: Callable[Arguments, Made]) -> Callable[Arguments, Made]:
             method=function.__name__,
             model=fingerprint_of(model),
             data=digest(json.dumps(sets), *texts),
+            sets={n: given[n].fingerprint for n in ("forget", "retain") if isinstance(given[n], Prompts)},
             seed=int(given.get("seed", 0)),
             settings=settings,
             mask=given["mask"].fingerprint,

@@ -20,6 +20,7 @@ from mechunlearn.evaluation.controls import random_control
 from mechunlearn.evaluation.drift import text_drift
 from mechunlearn.evaluation.report import Report
 from mechunlearn.evaluation.robustness import attack_all, check_attacks
+from mechunlearn.evaluation.same import check_names, check_same
 from mechunlearn.evaluation.written import written
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.metrics.answers import measure
@@ -80,10 +81,13 @@ def evaluate(
         watch: Called with the report before the first attack and after each.
 
     Raises:
-        MechunlearnError: If `edit` is no edit, an attack is unknown, or no control can be made.
+        MechunlearnError: If `edit` is no edit or in the model already, a fact is in both sets, an attack is unknown, or no
+            control can be made. A model or facts that the edit was not made for are warned of.
     """
     for each in (edit, *([control] if control is not None else []), *(others or {}).values()):
         check_edit(each)
+    check_names(others or ())
+    check_same(model, edit, forget, retain)
     names = check_attacks(attacks) if attacks else []
     clock = Stopwatch()
     if control is None:

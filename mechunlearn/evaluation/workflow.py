@@ -186,7 +186,7 @@ def edit_prompts(
     for name, each in masks.items():
         beside = "attribution patching's units of the same weight" if name == "patching" else name
         say(f"editing: {beside}, {len(forget)} facts to forget and {len(retain)} to retain")
-        with _warnings_said(say):
+        with warnings_said(say):
             edits[name] = masked_gradient(model, each, forget, retain, seed=seed, progress=bars)
     edit = edits.pop("the mask")
     say(f"measuring: the edit, beside the same edit of a random mask{' and attribution patching' if edits else ''}")
@@ -196,8 +196,12 @@ def edit_prompts(
 
 
 @contextmanager
-def _warnings_said(say: Callable[[str], object]) -> Iterator[None]:
-    """Say what is warned of within the block, as well as warning of it."""
+def warnings_said(say: Callable[[str], object]) -> Iterator[None]:
+    """Say what is warned of within the block, as well as warning of it.
+
+    Args:
+        say: Called with a line on each warning.
+    """
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always", UserWarning)
         yield

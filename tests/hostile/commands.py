@@ -318,6 +318,7 @@ def _become(argv: list[str], work: Path, outputs: list[Path], limit: int) -> Non
         sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
         os.chdir(work)
         sys.argv = argv
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(limit)
         from mechunlearn.cli.main import main
 
