@@ -254,7 +254,7 @@ class TestOnThePlantedModel:
             ({"lrs": []}, r"lrs is \[\]"),
             ({"lrs": [0.1, -1]}, "Expected learning rates above 0"),
             ({"size": 0}, "A vector of size 0 is out of range"),
-            ({"steps": 0}, "steps is 0"),
+            ({"steps": 0}, "steps=0. Expected a whole number, 1 or more"),
             ({"extra_edits": {REMOVED: None}}, "cannot be named 'edited, hook removed'"),
             ({"extra_edits": {"unedited": None}}, "cannot be named 'unedited'"),
         ],

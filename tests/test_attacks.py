@@ -4,6 +4,7 @@ import inspect
 import json
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -129,7 +130,11 @@ class TestEveryAttack:
             attacked(attack, setup, extra_edits={"unedited": None})
 
     def test_a_gate_that_the_unedited_model_does_not_reach_is_refused(self, attack, setup):
-        with pytest.raises(MechunlearnError, match=r"knows 100% of the retain facts.*asks for 200%.*or a lower gate"):
+        model, edit, forget, retain = setup
+        wrong = replace(retain, answers=retain.foils.clone())
+        with pytest.raises(MechunlearnError, match=r"knows 0% of the retain facts.*asks for 90%.*or a lower gate"):
+            attacked(attack, (model, edit, forget, wrong))
+        with pytest.raises(MechunlearnError, match=r"got min_retention=2. Expected a share, from 0 to 1"):
             attacked(attack, setup, min_retention=2)
 
 

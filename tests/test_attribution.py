@@ -132,7 +132,7 @@ def test_bad_settings_are_refused(prompts):
     model = load_model((random_hf("llama"), None))
     for wrong, message in (
         ({"rule": "lrp"}, "Unknown rule 'lrp'. Expected one of gradient, relp"),
-        ({"ig_steps": -1}, "must not be negative"),
+        ({"ig_steps": -1}, "ig_steps=-1. Expected a whole number from 0"),
         ({"kinds": ["attn.x"]}, "No activation site 'L0.attn.x'"),
         ({"by": "layer"}, "Cannot patch by 'layer'"),
         ({"metric": lambda logits, prompts: logits.sum()}, r"returned shape \(\)"),
@@ -141,7 +141,7 @@ def test_bad_settings_are_refused(prompts):
             attribution_patching(model, prompts, **wrong)
     with pytest.raises(MechunlearnError, match="A window restores whole layers"):
         causal_tracing(model, prompts, kinds=["attn.o"], window=3)
-    with pytest.raises(MechunlearnError, match="window of 0 layers"):
+    with pytest.raises(MechunlearnError, match="window=0. Expected a whole number, 1 or more"):
         causal_tracing(model, prompts, window=0)
     with pytest.raises(MechunlearnError, match="Unknown rule 'eye'"):
         fact_lookup(model, prompts, rule="eye")

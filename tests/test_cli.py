@@ -251,7 +251,7 @@ def files(tmp_path):
         (["localize", "factworld", "factworld/sport", "-o", "m.json", "--device", "cuda"], "not available"),
         (["localize", "factworld", "factworld/sport", "-o", "m.json", "--device", "toaster"], "toaster"),
         (["localize", "factworld", "factworld/sport", "-o", "m.json", "--dtype", "float12"], "Unknown dtype 'float12'"),
-        (["localize", "factworld", "factworld/sport", "-o", "/proc/no/m.json"], "Could not write '/proc/no/m.json'"),
+        (["localize", "factworld", "factworld/sport", "-o", "/proc/no/m.json"], "Cannot write '/proc/no/m.json'"),
         (["edit", "factworld", "factworld/sport", "other.mask.json", "-o", "e.safetensors"], "The mask is for (gpt2"),
         (["edit", "factworld", "factworld/sport", "broken.json", "-o", "e.safetensors"], "not a whole mask file"),
         (["edit", "factworld", "factworld/sport", "missing.json", "-o", "e.safetensors"], "Could not read the mask"),

@@ -71,7 +71,7 @@ def test_a_page_shows_what_activates_codes(call, stories):
         ([*DELETE[:3], "nothing", "war.txt", "--against", "kitchen.txt", "-o", "e.safetensors"], "There is no dictionary in"),
         ([*DELETE[:2], "factworld-none", "factworld-codebook", "war.txt", "--against", "kitchen.txt", "-o", "e.safetensors"], "Could not load"),
         (["dictionary", "train", "factworld", "L3.resid_pots", "war.txt", "-o", "b"], "Nearest: L3.resid_post"),
-        (["dictionary", "train", "factworld", "L3.resid_post", "war.txt", "-o", "b", "--size", 4, "--used", 8], "cannot use 8 of them"),
+        (["dictionary", "train", "factworld", "L3.resid_post", "war.txt", "-o", "b", "--size", 4, "--used", 8], "--used 8 is more than --size 4"),
         (["dictionary", "explore", "factworld", "factworld-codebook", "war.txt", "--units", "a", "-o", "c.html"], "is not a list of numbers"),
         (["dictionary", "explore", "factworld", "factworld-codebook", "war.txt", "--units", "512", "-o", "c.html"], "512"),
     ],

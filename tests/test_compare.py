@@ -450,7 +450,7 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path, capsys):
     (tmp_path / "table.md").write_text("mine")
     quick = {"localizers": "random_units", "budgets": 0.01, "seeds": 1, "lrs": 1e-3, "validation": 1, "steps": 1}
     assert call(*(part for k, v in quick.items() for part in (f"--{k}", v)), "--forget", 2, "-o", tmp_path) == 2
-    assert "holds table.md and no grid" in capsys.readouterr().err
+    assert "exists and is not an empty folder" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["table.md"] and (tmp_path / "table.md").read_text() == "mine"
 
 

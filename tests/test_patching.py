@@ -127,7 +127,7 @@ def test_a_sweep_above_its_budget_is_refused_before_it_begins(prompts, monkeypat
         path_patching(model, prompts, budget=0.1)
     with pytest.raises(MechunlearnError, match="1 patched runs, .* budget is 0.1 minutes"):
         edge_patching(model, prompts, ["m0->m1"], budget=0.1)
-    with pytest.raises(MechunlearnError, match="A budget of 0 minutes is out of range"):
+    with pytest.raises(MechunlearnError, match="got budget=0. Expected a number above 0"):
         activation_patching(model, prompts, budget=0)
     assert not begun
     monkeypatch.undo()
@@ -340,11 +340,11 @@ class TestBadInput:
             ({"corrupt": "chaos"}, "Unknown corruption 'chaos'. Expected one of prompts"),
             ({"by": "fact"}, "Cannot patch by 'fact'"),
             ({"corrupt": "zero", "denoise": True}, "no corrupt run to restore"),
-            ({"neurons": 0}, "Cannot patch 0 neurons"),
+            ({"neurons": 0}, "got neurons=0. Expected a whole number, 1 or more"),
             ({"neurons": 64}, "Cannot patch 64 neurons at a time with kinds .*Expected .*'mlp.out' among the kinds"),
             ({"kinds": []}, "Expected some, such as"),
             ({"kinds": ["attn.o", "attn.o"]}, "name one twice"),
-            ({"batch_size": 0}, "A batch of 0 facts is out of range"),
+            ({"batch_size": 0}, "batch_size=0. Expected a whole number, 1 or more"),
         ):
             with pytest.raises(MechunlearnError, match=message):
                 activation_patching(model, prompts, **wrong)

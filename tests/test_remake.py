@@ -438,7 +438,7 @@ class TestBeforeAnyWork:
             ("memit", {"seed": 2**64}, r"a whole number from 0 to 2\*\*63 - 1"),
             ("memit", {"prefixes": -1}, "a whole number, 0 or more"),
             ("memit", {"target": "nothing"}, "one of end-of-text, targets"),
-            ("codebook_delete", {"seed": -1, "dictionary": None}, r"a whole number from 0 to 2\*\*63 - 1"),
+            ("codebook_delete", {"seed": -1, "dictionary": "none"}, r"a whole number from 0 to 2\*\*63 - 1"),
         ],
     )
     def test_numbers_and_words(self, untouched, name, wrong, expected):

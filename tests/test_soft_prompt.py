@@ -202,8 +202,8 @@ class TestOnThePlantedModel:
         [
             ({"lrs": []}, r"lrs is \[\]"),
             ({"lrs": [0.1, 0]}, "Expected learning rates above 0"),
-            ({"tokens": 0}, "tokens is 0. Expected at least 1"),
-            ({"eval_every": 0}, "eval_every is 0"),
+            ({"tokens": 0}, "tokens=0. Expected a whole number from 1"),
+            ({"eval_every": 0}, "eval_every=0. Expected a whole number, 1 or more"),
             ({"tokens": 14}, "A prefix of 14 vectors and prompts of 3 tokens do not fit the 16 positions.*at most 13"),
             ({"extra_edits": {"unedited": None}}, "cannot be named 'unedited'"),
         ],

@@ -306,8 +306,8 @@ def check_sizes(forget: Prompts, retain: Prompts, least: int = 2) -> None:
     for name, prompts in (("forget", forget), ("retain", retain)):
         if len(prompts) < least:
             raise MechunlearnError(
-                f"The {name} set has {len(prompts)} facts. "
-                f"{'The attack trains on one half of it and measures the other. ' * (least > 1)}"
+                f"The {name} set has {len(prompts)} facts"
+                f"{': the attack trains on one half of it and measures the other' * (least > 1)}. "
                 f"Expected at least {least}; see Prompts.split."
             )
 

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from mechunlearn.cli.shared import MOST_SEED, MOST_STEPS, checked_suffix, console, names, new_folder, open_model
+from mechunlearn.cli.shared import (
+    checked_suffix,
+    console,
+    names,
+    new_folder,
+    open_model,
+    seed_in_range,
+    size_in_range,
+    steps_in_range,
+)
 from mechunlearn.errors import MechunlearnError
 
 if TYPE_CHECKING:
@@ -47,13 +56,14 @@ def train(
     text: Text,
     output: Annotated[Path, typer.Option("--output", "-o", help="A new folder.")],
     kind: Annotated[Kind, typer.Option(help="codebook or sae (TopK).")] = Kind.codebook,
-    size: Annotated[int, typer.Option(help="Codes, or features.", min=1, max=2**24)] = 512,
-    used: Annotated[int, typer.Option(help="How many are used at a token.", min=1, max=2**24)] = 8,
-    steps: Annotated[int, typer.Option(help="Steps of reconstruction.", min=1, max=MOST_STEPS)] = 1500,
+    size: Annotated[int, typer.Option(help="Codes, or features.", min=1, callback=size_in_range)] = 512,
+    used: Annotated[int, typer.Option(help="How many are used at a token.", min=1, callback=size_in_range)] = 8,
+    steps: Annotated[int, typer.Option(help="Steps of reconstruction.", min=1, callback=steps_in_range)] = 1500,
     spliced_steps: Annotated[
-        int, typer.Option(help="Of a codebook: steps in which it stands in the model.", min=0, max=MOST_STEPS)
+        int,
+        typer.Option(help="Of a codebook: steps in which it stands in the model.", min=0, callback=steps_in_range),
     ] = 200,
-    seed: Annotated[int, typer.Option(help="Seed of start and order.", min=0, max=MOST_SEED)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of start and order.", callback=seed_in_range)] = 0,
     device: Device = "cpu",
     dtype: Dtype = None,
 ) -> None:
@@ -91,7 +101,7 @@ def explore(
     units: Annotated[
         str | None, typer.Option(help="Numbers separated by commas; by default the ten most frequent.")
     ] = None,
-    examples: Annotated[int, typer.Option(help="Examples a unit.", min=1, max=10_000)] = 5,
+    examples: Annotated[int, typer.Option(help="Examples a unit.", min=1, callback=size_in_range)] = 5,
     device: Device = "cpu",
     dtype: Dtype = None,
 ) -> None:
@@ -126,7 +136,7 @@ def delete(
     how: Annotated[How, typer.Option(help="Of a codebook: reselect or zero.")] = How.reselect,
     scale: Annotated[float, typer.Option(help="Of an SAE: clamp to minus so many times the maximum.", min=0)] = 1.0,
     export: Annotated[Path | None, typer.Option(help="Also write a folder with a loader to this new folder.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the swap.", min=0, max=MOST_SEED)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the swap.", callback=seed_in_range)] = 0,
     device: Device = "cpu",
     dtype: Dtype = None,
 ) -> None:

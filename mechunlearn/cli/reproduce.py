@@ -9,7 +9,7 @@ from mechunlearn.cli.shared import checked_suffix, console, resumable
 
 app = typer.Typer(help="A paper's claims on worlds of our own, with controls and intervals.", no_args_is_help=True)
 Output = Annotated[Path, typer.Option("--output", "-o", help="A folder; a half-done run in it is continued.")]
-Jobs = Annotated[int, typer.Option(help="Processes, one thread each.", min=1, max=1024)]
+Jobs = Annotated[int, typer.Option(help="Processes, one thread each.", min=1)]
 Page = Annotated[Path | None, typer.Option(help="Where to write the page, if not in the folder: .md")]
 
 

@@ -1,5 +1,6 @@
 """What commands share: the console, checks of what was given, a loaded model."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,20 @@ if TYPE_CHECKING:
 
 console = Console(highlight=False)
 MOST_SEED = 2**32 - 1
-MOST_STEPS = 1_000_000
+
+
+def _at_most(most: int) -> Callable[[int | None], int | None]:
+    """A check of a number that says its range where it is missed; as a range of typer's it would fill the help."""
+
+    def check(value: int | None) -> int | None:
+        if value is not None and not 0 <= value <= most:
+            raise MechunlearnError(f"{value} is out of range. Expected a whole number from 0 to {most}.")
+        return value
+
+    return check
+
+
+seed_in_range, steps_in_range, size_in_range = _at_most(MOST_SEED), _at_most(1_000_000), _at_most(2**24)
 
 
 def open_model(model: str, device: str = "cpu", dtype: str | None = None) -> "HookedModel":

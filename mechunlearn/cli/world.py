@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from mechunlearn.cli.shared import MOST_SEED, MOST_STEPS, console, new_folder, resumable
+from mechunlearn.cli.shared import console, new_folder, resumable, seed_in_range, steps_in_range
 from mechunlearn.core.files import writable
 from mechunlearn.errors import MechunlearnError
 
@@ -15,7 +15,7 @@ app = typer.Typer(help="The shipped fact world.", no_args_is_help=True)
 @app.command(epilog="Example: mechunlearn world dictionaries -o dictionaries")
 def dictionaries(
     output: Annotated[Path, typer.Option("--output", "-o", help="A folder for factworld-codebook and factworld-sae.")],
-    seed: Annotated[int, typer.Option(help="Seed of text and training.", min=0, max=MOST_SEED)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of text and training.", callback=seed_in_range)] = 0,
 ) -> None:
     """Train the codebook and the SAE that ship with the world, and print their quality on held-out text."""
     for name in ("factworld-codebook", "factworld-sae"):
@@ -28,12 +28,12 @@ def dictionaries(
 @app.command(epilog="Example: mechunlearn world build --seed 1 -o my-world")
 def build(
     output: Annotated[Path, typer.Option("--output", "-o", help="A folder; a half-done build in it is resumed.")],
-    seed: Annotated[int, typer.Option(help="Seed of facts, corpus and training.", min=0, max=MOST_SEED)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of facts, corpus and training.", callback=seed_in_range)] = 0,
     naive: Annotated[
         bool, typer.Option("--naive", help="No probe loss, no biographies: a world without look-up.")
     ] = False,
     steps: Annotated[
-        int | None, typer.Option(help="Training steps, if not the recipe's.", min=1, max=MOST_STEPS)
+        int | None, typer.Option(help="Training steps, if not the recipe's.", min=1, callback=steps_in_range)
     ] = None,
 ) -> None:
     """Make facts, corpus, tokenizer, model and twin from nothing; refuses to ship a model that fails its gates."""
@@ -48,8 +48,8 @@ def twin(
     output: Annotated[Path, typer.Option("--output", "-o", help="A new folder; a half-done build is resumed.")],
     layers: Annotated[str, typer.Option(help="Layers whose MLPs learn, from 0: 1-2, or 1,3.")],
     base: Annotated[Path | None, typer.Option(help="A world's folder, if not the shipped one.", metavar="DIR")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the batches.", min=0, max=MOST_SEED)] = 0,
-    steps: Annotated[int, typer.Option(help="Training steps.", min=2, max=MOST_STEPS)] = 1000,
+    seed: Annotated[int, typer.Option(help="Seed of the batches.", callback=seed_in_range)] = 0,
+    steps: Annotated[int, typer.Option(help="Training steps.", min=2, callback=steps_in_range)] = 1000,
 ) -> None:
     """Teach a world's untaught people with only the MLPs of some layers: where they are stored is then known."""
     chosen = _layers(layers)

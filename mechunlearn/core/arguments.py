@@ -34,7 +34,7 @@ RANGES: dict[str, Range] = {
     "tokens": (lambda n: 1 <= n <= 100_000, "a whole number from 1 to 100000"),
     **dict.fromkeys(("clip", "alpha", "covariance_weight", "overshoot", "ridge", "max_kl", "budget", "sigma"), ABOVE_0),
     **dict.fromkeys(("forget_weight", "retain_weight", "text_weight", "held_weight", "weight_decay", "scale"), WEIGHT),
-    **dict.fromkeys(("stop_at", "quantile", "efficacy", "min_retention", "false_discoveries", "threshold"), SHARE),
+    **dict.fromkeys(("stop_at", "quantile", "efficacy", "min_retention", "false_discoveries"), SHARE),
 }
 """Ranges of numbers, by the names of their parameters: one name means the same in every method."""
 MEANT = {
@@ -47,6 +47,9 @@ MEANT = {
     "bool": "True or False",
     "NoneType": "None",
 }
+"""Classes that are judged here, in words; methods judge all others, and say what to do with them."""
+SCORES = {"ComponentMask": ("Localization", "Circuit")}
+"""What is often given in their place: `ComponentMask.check` says how to make the one of the other."""
 
 
 def validated(function: Function) -> Function:
@@ -156,7 +159,5 @@ def _is(value: Any, hint: Any) -> bool:
         return isinstance(value, Integral) and not isinstance(value, bool)
     if hint is float:
         return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    judged = isinstance(hint, type) and origin is None and not getattr(hint, "_is_protocol", False)
-    return (
-        not judged or not hint.__module__.startswith(("mechunlearn", "builtins", "pandas")) or isinstance(value, hint)
-    )
+    judged = isinstance(hint, type) and origin is None and hint.__name__ in MEANT
+    return not judged or type(value).__name__ in SCORES.get(hint.__name__, ()) or isinstance(value, hint)

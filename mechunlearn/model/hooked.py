@@ -386,7 +386,7 @@ def load_model(
     >>> load_model(model.hf, tokenizer=model.tokenizer).fingerprint == model.fingerprint
     True
     """
-    wanted = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    wanted: Any = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
     if dtype is not None and wanted not in DTYPES:
         raise MechunlearnError(f"Unknown dtype '{dtype}'. Expected float32, bfloat16, float16 or float64.")
     _check_device(device)

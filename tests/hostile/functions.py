@@ -136,7 +136,7 @@ def wrong_values(name: str, hint: Any, some: World) -> tuple[Any, ...]:
     values = tuple(value for kind in sorted(allowed) if kind in WRONG for value in WRONG[kind])
     if "float" in allowed:
         values = tuple(value for value in values if value not in (-1, 1.5, "3") or value == "3")
-        values += (-1.0,)
+        values += (-1.0,) * (name != "threshold")  # of nats, which may be negative
     if "str" in allowed and "many" in allowed:
         values = tuple(value for value in values if not isinstance(value, str))
     return values + ((None,) if "none" not in allowed else ()) + (2**70,) * ("int" in allowed)
