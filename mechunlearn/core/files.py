@@ -1,6 +1,9 @@
 """Files that are whole or not there: write beside, then rename."""
 
+import hashlib
 import os
+import platform
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -9,36 +12,32 @@ from pathlib import Path
 
 from mechunlearn.errors import MechunlearnError
 
+OWNER = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+PART = ".part"
+LEFT = re.compile(rf"\..+\.{OWNER}-(\d+)\.\w+{re.escape(PART)}")
+_cleared: set[Path] = set()
+
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
-    """Give a path beside a file for the block to write; the file takes its real name when the block ends well.
+    """Give a path in a hidden folder for the block to write; the file takes its real place when the block ends well.
 
     Args:
         path: The file, which is replaced if it exists. Missing folders are made.
 
     Yields:
-        The path to write.
+        The path to write: a file of the same name, which does not exist yet.
 
     Raises:
-        MechunlearnError: If the disk refuses. Nothing is left behind then, nor after any other exception.
+        MechunlearnError: If the disk refuses. Nothing is left behind then, nor after any other exception; what a killed
+            process leaves goes when the next one writes into the folder.
     """
     path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-        os.close(handle)
-    except OSError as error:
-        raise _refused(path, error) from None
-    beside = Path(name)
-    try:
+    with _hidden(path) as folder:
+        beside = folder / path.name
         yield beside
-        beside.chmod(0o644)
+        beside.chmod(0o666 & ~_umask())
         beside.replace(path)
-    except OSError as error:
-        raise _refused(path, error) from None
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -53,26 +52,37 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
 
     Raises:
         MechunlearnError: If there is something at `path`, or the disk refuses. Nothing is left behind then, nor after
-            any other exception.
+            any other exception; what a killed process leaves goes when the next one writes into the folder.
     """
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise MechunlearnError(f"'{path}' exists and is not an empty folder. Give another name, or remove it first.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    except OSError as error:
-        raise _refused(path, error) from None
-    try:
+    with _hidden(path) as beside:
         yield beside
-        beside.chmod(0o755)
+        beside.chmod(0o777 & ~_umask())
         if path.exists():
             path.rmdir()
         beside.replace(path)
-    except OSError as error:
-        raise _refused(path, error) from None
+
+
+@contextmanager
+def _hidden(path: Path) -> Iterator[Path]:
+    """A hidden folder beside a path, gone when the block ends; what the disk refuses is one line."""
+    beside: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        clear(path.parent)
+        made = tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.{OWNER}-{os.getpid()}.", suffix=PART)
+        beside = Path(made)
+        yield beside
+    except Exception as error:  # libraries written in Rust raise errors of their own, with the system's number
+        if isinstance(error, MechunlearnError) or not (isinstance(error, OSError) or "os error" in str(error)):
+            raise
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise MechunlearnError(f"Could not write '{path}': {reason}. Nothing was left half-written.") from None
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        if beside is not None:
+            shutil.rmtree(beside, ignore_errors=True)
 
 
 def writable(path: str | Path) -> None:
@@ -96,6 +106,24 @@ def writable(path: str | Path) -> None:
         raise MechunlearnError(f"Cannot write '{path}': {error.strerror or error}.") from None
 
 
+def clear(folder: str | Path) -> None:
+    """Remove what killed processes of this machine have left half-written in a folder; once a process and folder.
+
+    Args:
+        folder: The folder, which need not exist.
+    """
+    place = Path(folder).resolve()
+    if place in _cleared or not place.is_dir():
+        return
+    _cleared.add(place)
+    import psutil
+
+    for left in place.iterdir():
+        owner = LEFT.fullmatch(left.name)
+        if owner and not psutil.pid_exists(int(owner[1])):
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+
+
 def data_folder() -> Path:
     """Return the folder of the shipped data: inside the installed package, or beside it in a checkout."""
     package = Path(__file__).resolve().parent.parent
@@ -110,5 +138,8 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "mechunlearn"
 
 
-def _refused(path: Path, error: OSError) -> MechunlearnError:
-    return MechunlearnError(f"Could not write '{path}': {error.strerror or error}. Nothing was left half-written.")
+def _umask() -> int:
+    """The user's mask of permissions, which can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from mechunlearn.core.files import whole_file
+from mechunlearn.core.files import clear, whole_file
 from mechunlearn.core.runcard import Stopwatch, digest
 from mechunlearn.errors import MechunlearnError
 
@@ -49,6 +49,8 @@ class Grid:
             MechunlearnError: The folder holds a grid about something else, or an `about.json` that cannot be read.
         """
         path, given = Path(folder) / "about.json", _plain(about, "about")
+        for place in (path.parent, path.parent / "cells"):
+            clear(place)
         if not path.exists():
             with whole_file(path) as beside:
                 beside.write_text(json.dumps(given, indent=2) + "\n")
