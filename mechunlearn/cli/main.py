@@ -340,11 +340,7 @@ def evaluate(
     seed: Annotated[
         int | None,
         typer.Option(
-            help="Seed of the sets and of the attacks.",
-            min=0,
-            max=MOST_SEED,
-            metavar="N",
-            show_default="the edit's, else 0",
+            help="Seed of the sets and of the attacks.", callback=seed_in_range, show_default="the edit's, else 0"
         ),
     ] = None,
     device: Device = "cpu",
@@ -361,9 +357,7 @@ def evaluate(
 
     wanted = check_attacks(names(attacks)) if attacks else []
     made = load_edit(edit)
-    forget, seed = (
-        _drawn(made.card.sets, name, given, usual) for name, given, usual in (("count", forget, 64), ("seed", seed, 0))
-    )
+    forget, seed = _drawn(made.card.sets, "count", forget, 64), _drawn(made.card.sets, "seed", seed, 0)
     hooked, forgotten, retained = _load(model, facts, forget, seed, device, dtype)
     from mechunlearn.evaluation.controls import random_control
     from mechunlearn.evaluation.evaluate import evaluate as measured

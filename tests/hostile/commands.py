@@ -276,7 +276,7 @@ class Ended:
         return f"left {', '.join(self.left)}" if self.left else ""
 
 
-def call(command: str, arguments: list[str], given: Path, limit: int = 30) -> Ended:
+def call(command: str, arguments: list[str], given: Path, limit: int = 90) -> Ended:
     """Run a command in a process of its own, made of this one, so that nothing is imported again.
 
     Args:
