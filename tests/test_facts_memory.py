@@ -1,6 +1,7 @@
 """Facts that are no file: tables in memory, conversations, and names that might be the hub's."""
 
 import datetime
+import importlib
 import json
 import os
 import socket
@@ -157,6 +158,17 @@ def test_conversations_are_written_by_the_chat_template(layout, smollm2):
     (known,) = load_facts([{"messages": [*shots, *asked], "subject": "Germany"}]).known(smollm2)
     assert known.answer == "Berlin"
     assert answered(smollm2, facts.prompts(smollm2, "chat")).tolist() == answered(smollm2, prompts).tolist()
+
+
+@pytest.mark.real
+def test_shots_of_a_conversation_are_earlier_turns(smollm2):
+    """Few-shot prompting asks as the chat template does, with one system message."""
+    facts = load_facts(conversations("messages"))
+    france, italy, spain = (fact.queries["statement"] for fact in facts)
+    shots = [*TURNS[1], *TURNS[2][1:], *TURNS[0][1:]]
+    wanted = smollm2.tokenizer.apply_chat_template(shots[:-1], tokenize=False, add_generation_prompt=True)
+    after = importlib.import_module("mechunlearn.attack.prompting")._after
+    assert after([italy, spain], france, smollm2).prompt == wanted
 
 
 def test_a_template_that_puts_a_space_before_answers_keeps_it(world):

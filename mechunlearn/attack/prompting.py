@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
+from itertools import chain
 
 import pandas as pd
 import torch
@@ -15,6 +16,7 @@ from mechunlearn.attack.states import GATE, WATCHED, Attack, Rows, State, cell, 
 from mechunlearn.core.arguments import validated
 from mechunlearn.core.steady import steady
 from mechunlearn.errors import MechunlearnError
+from mechunlearn.facts.chat import rendered
 from mechunlearn.facts.dataset import FactDataset
 from mechunlearn.facts.formats import Fact, Query
 from mechunlearn.facts.prompts import PAD, Prompts
@@ -166,9 +168,19 @@ def _few_shot(shown: Sequence[Fact], shots: int, seed: int, model: HookedModel, 
         if len(fitting) >= shots:
             drawn = [other.queries["statement"] for other in rng.sample(fitting, shots)]
             query = fact.queries["statement"]
-            context = "".join(f"{each.prompt.rstrip()} {each.answer.strip()}. " for each in drawn)
-            asked.append(replace(query, prompt=context + query.prompt))
+            asked.append(_after(drawn, query, model))
     return _tokenized(model, asked)
+
+
+def _after(drawn: Sequence[Query], query: Query, model: HookedModel) -> Query:
+    """A query behind others with their answers: as sentences, in a conversation as earlier turns."""
+    if query.turns and model.tokenizer is not None:
+        opening = [turn for turn in query.turns if turn[0] == "system"]
+        turns = [(*(turn for turn in each.turns if turn[0] != "system"), ("assistant", each.answer)) for each in drawn]
+        asked = [turn for turn in query.turns if turn[0] != "system"]
+        return rendered(replace(query, turns=(*opening, *chain(*turns), *asked)), model.tokenizer)
+    context = "".join(f"{each.prompt.rstrip()} {each.answer.strip()}. " for each in drawn)
+    return replace(query, prompt=context + query.prompt)
 
 
 def _two_hop(model: HookedModel, prompts: Prompts) -> Prompts | None:

