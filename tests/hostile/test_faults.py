@@ -23,7 +23,7 @@ from mechunlearn.model.hooked import export, load_model
 from tests.models import random_hf
 from tests.test_corruption import codebook, nouns, sae, weights_said
 
-KILLS = 12
+KILLS = 4
 
 
 class Writer(NamedTuple):
