@@ -152,7 +152,7 @@ TEXTS = (
     "pickled.pt",
 )
 FILES = ("", "empty_folder", "/proc/nope/x.json", "/dev/null/x.json", "x.exe", "/", "good.txt/x.json")
-FOLDERS = ("", "full_folder", "good.txt", ".", "/proc/nope/x", "/dev/null/x", "/", "good.txt/x")
+FOLDERS = ("", "full_folder", "good.txt", ".", "/proc/nope/x", "/dev/null/x", "good.txt/x")
 
 WRITES_FOLDERS = ("run", "demo", "compare", "world build", "world twin", "world dictionaries")
 BASES: dict[str, list[str]] = {
