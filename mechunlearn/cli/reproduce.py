@@ -5,11 +5,11 @@ from typing import Annotated
 
 import typer
 
-from mechunlearn.cli.shared import checked_suffix, console, resumable
+from mechunlearn.cli.shared import checked_suffix, console, jobs_in_range, resumable
 
 app = typer.Typer(help="A paper's claims on worlds of our own, with controls and intervals.", no_args_is_help=True)
 Output = Annotated[Path, typer.Option("--output", "-o", help="A folder; a half-done run in it is continued.")]
-Jobs = Annotated[int, typer.Option(help="Processes, one thread each.", min=1)]
+Jobs = Annotated[int, typer.Option(help="Processes, one thread each.", min=1, callback=jobs_in_range)]
 Page = Annotated[Path | None, typer.Option(help="Where to write the page, if not in the folder: .md")]
 
 

@@ -27,7 +27,8 @@ def _at_most(most: int) -> Callable[[int | None], int | None]:
     return check
 
 
-seed_in_range, steps_in_range, size_in_range = _at_most(MOST_SEED), _at_most(1_000_000), _at_most(2**24)
+seed_in_range, steps_in_range = _at_most(MOST_SEED), _at_most(1_000_000)
+size_in_range, jobs_in_range = _at_most(2**24), _at_most(1024)
 
 
 def open_model(model: str, device: str = "cpu", dtype: str | None = None) -> "HookedModel":
