@@ -13,8 +13,9 @@ import datasets
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
-from mechunlearn import MechunlearnError, load_facts, load_model
+from mechunlearn import MechunlearnError, Prompts, load_facts, load_model
 from mechunlearn.core.hub import is_hub_name, look_up
 from mechunlearn.facts.answers import answered
 from mechunlearn.facts.chat import rendered
@@ -58,6 +59,12 @@ def test_rows_in_memory_are_as_rows_in_a_file(kind, tmp_path):
         (np.str_("x"), "x"),
         (np.float32(0.5), "0.5"),
         (datetime.date(1969, 7, 20), "1969-07-20"),
+        (datetime.datetime(1969, 7, 20), "1969-07-20"),
+        (datetime.datetime(1969, 7, 20, 20, 17), "1969-07-20 20:17:00"),
+        (pd.Timestamp("1969-07-20"), "1969-07-20"),
+        (np.datetime64("1969-07-20", "ns"), "1969-07-20"),
+        (np.datetime64("1969-07-20T20:17", "ns"), "1969-07-20 20:17:00"),
+        ("巴黎".encode(), "巴黎"),
         ("  NA ", "NA"),
         ("None", "None"),
         ("nan", "nan"),
@@ -69,7 +76,17 @@ def test_values_become_the_text_that_they_print(value, text):
     assert fact.answer == text
 
 
-@pytest.mark.parametrize("nothing", [None, float("nan"), pd.NA, pd.NaT, "", "   ", np.nan])
+def test_dates_of_a_frame_are_as_it_shows_them():
+    days = pd.DataFrame({"subject": ["A b"], "prompt": ["{} landed on"], "answer": pd.to_datetime(["1969-07-20"])})
+    assert [fact.answer for fact in load_facts(days)] == ["1969-07-20"]
+
+
+def test_bytes_that_are_no_text_are_refused():
+    with pytest.raises(MechunlearnError, match="is not UTF-8 text"):
+        load_facts([{"subject": "A", "prompt": "{} is", "answer": b"\xff\xfe"}])
+
+
+@pytest.mark.parametrize("nothing", [None, float("nan"), pd.NA, pd.NaT, "", "   ", np.nan, np.datetime64("NaT")])
 def test_what_is_missing_is_no_answer(nothing):
     rows = [
         {"subject": "Apollo", "prompt": "{} is", "answer": nothing},
@@ -193,10 +210,11 @@ def test_conversations_need_a_chat_template(world):
     [
         ([{"role": "user", "content": "Hi"}], "no answer"),
         ([{"role": "assistant", "content": "Hi"}], "no prompt"),
-        ([], "ValueError"),
+        ([], "ValueError: expected a list of messages, each with role and content"),
         ("{", "JSONDecodeError"),
         ([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": None}], "no answer"),
-        (["Hi"], "AttributeError"),
+        (["Hi"], "ValueError: expected a list of messages"),
+        ({"role": "user"}, "ValueError: expected a list of messages"),
     ],
 )
 def test_odd_conversations_are_listed(messages, reason):
@@ -290,3 +308,17 @@ def test_what_is_cached_is_not_asked_for(tmp_path, monkeypatch):
     look_up("owner/name", "model")
     with pytest.raises(MechunlearnError, match="the hub was asked"):
         look_up("owner/other", "model")
+
+
+def test_probabilities_over_a_large_vocabulary():
+    """Gemma's 262,144 words: to 2e-6 of float64."""
+    from mechunlearn.metrics.answers import _continuation
+
+    logits = 3 * torch.randn(16, 1, 262_144, generator=torch.Generator().manual_seed(0))
+    logits[:, 0, 5] = 18
+    tokens, other = torch.zeros(16, 1, dtype=torch.long), torch.ones(16, 1, dtype=torch.long)
+    prompts = Prompts.from_tokens(tokens, other, torch.full((16,), 5), torch.full((16,), 6))
+    exact = logits[:, 0].double().log_softmax(-1)[:, 5].exp()
+    found, given = _continuation(logits, prompts)
+    assert given.all()
+    assert (found.exp() - exact).abs().max() < 2e-6

@@ -68,7 +68,11 @@ def validated(function: Function) -> Function:
 
     @wraps(function)
     def checked(*given: Any, **named: Any) -> Any:
-        check_arguments(function, inspect.signature(function).bind(*given, **named).arguments)
+        try:
+            bound = inspect.signature(function).bind(*given, **named)
+        except TypeError as error:
+            raise TypeError(f"{function.__name__}(): {error}") from None
+        check_arguments(function, bound.arguments)
         return function(*given, **named)
 
     return checked  # type: ignore[return-value]

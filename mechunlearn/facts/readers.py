@@ -251,8 +251,10 @@ def _asked(row: Row) -> list[Record]:
 
 def _turns(given: Any) -> list[tuple[str, str]]:
     """The messages of a conversation, as (role, text); ShareGPT's names of the roles become the usual ones."""
-    made = []
-    for message in json.loads(given) if isinstance(given, str) else given:
+    made, messages = [], json.loads(given) if isinstance(given, str) else given
+    if not messages or not isinstance(messages, list) or not all(isinstance(each, Mapping) for each in messages):
+        raise ValueError("expected a list of messages, each with role and content")
+    for message in messages:
         role, content = message.get("role") or message.get("from"), message.get("content", message.get("value"))
         parts = content if isinstance(content, list) else [{"text": content or ""}]
         named = {"human": "user", "gpt": "assistant", "model": "assistant"}.get(role, role)

@@ -3,10 +3,12 @@
 import json
 import re
 from collections.abc import Iterable, Mapping
+from datetime import datetime, time
 from math import isnan
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from mechunlearn.core.hub import is_hub_name, look_up
@@ -164,8 +166,8 @@ def as_text(value: Any) -> Any:
     Args:
         value: What a library gave.
 
-    >>> as_text([7, 1.5, True, "NA", None])
-    ['7', '1.5', 'true', 'NA', None]
+    >>> as_text([7, 1.5, True, "NA", None, pd.Timestamp("1969-07-20")])
+    ['7', '1.5', 'true', 'NA', None, '1969-07-20']
     """
     if value is None or isinstance(value, str):
         return value
@@ -175,10 +177,26 @@ def as_text(value: Any) -> Any:
         return {str(name): as_text(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
         return [as_text(each) for each in value]
+    if isinstance(value, np.datetime64):
+        value = pd.Timestamp(value)  # its nanoseconds would be a number
+    if isinstance(value, datetime) and value is not pd.NaT and value.time() == time():
+        return value.date().isoformat()  # as pandas shows it
+    if isinstance(value, bytes):
+        return _decoded(value)
     if hasattr(value, "tolist"):  # numpy's
         return as_text(value.tolist())
     missing = value is pd.NA or value is pd.NaT or (isinstance(value, float) and isnan(value))
     return None if missing else str(value)
+
+
+def _decoded(value: bytes) -> str:
+    """Bytes as text."""
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError:
+        raise MechunlearnError(
+            f"{value[:20]!r} is not UTF-8 text. Decode the column first: bytes.decode(...)."
+        ) from None
 
 
 def _from_csv(path: Path, text: str) -> list[Row]:

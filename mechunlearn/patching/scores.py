@@ -52,7 +52,7 @@ def localizer(function: Function) -> Function:
             raise TypeError(f"{function.__name__}(): {error}") from None
         bound.apply_defaults()
         model, prompts = bound.arguments["model"], bound.arguments["prompts"]
-        if isinstance(prompts, FactDataset):
+        if isinstance(prompts, FactDataset) and isinstance(model, HookedModel):
             bound.arguments["prompts"] = prompts = prompts.prompts(model)
         check_arguments(function, bound.arguments)
         if isinstance(prompts, Prompts) and isinstance(model, HookedModel):
