@@ -178,6 +178,28 @@ def test_conversations_are_written_by_the_chat_template(layout, smollm2):
 
 
 @pytest.mark.real
+@pytest.mark.parametrize(
+    ("asked", "answer"),
+    [
+        ("法国的首都是哪里？", "巴黎"),
+        ("ما هي عاصمة فرنسا؟", "باريس"),
+        ("When did Apollo 11 land?", "1969"),
+        ("Say it. " * 300, "it"),
+        ("Which smile? 🙂", "🙂🙃"),
+        ("Show code.", "```python\nprint(1)\n```"),
+    ],
+)
+def test_conversations_of_other_kinds_are_the_templates_tokens(asked, answer, smollm2):
+    turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+    prompts = load_facts([{"messages": turns}]).prompts(smollm2)
+    whole = smollm2.tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True)["input_ids"]
+    said = prompts.answers[0][prompts.answers[0] >= 0].tolist()
+    mine = [*prompts.tokens[0, : prompts.lengths[0]].tolist(), said[-1]]
+    assert mine == whole[: len(mine)]
+    assert smollm2.tokenizer.decode(said) == answer
+
+
+@pytest.mark.real
 def test_shots_of_a_conversation_are_earlier_turns(smollm2):
     """Few-shot prompting asks as the chat template does, with one system message."""
     facts = load_facts(conversations("messages"))

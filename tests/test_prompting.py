@@ -271,7 +271,7 @@ class TestWhatIsGiven:
     @pytest.mark.parametrize(
         ("forget", "retain", "settings", "message"),
         [
-            ([0], [4, 5], {}, "There are 1 forget facts, 2 retain facts and 4 shots. Expected at least 2"),
+            ([0], [4, 5], {}, "There are 1 forget facts and 2 retain facts. Expected at least 2 of each"),
             ([0, 1], [4], {}, "1 retain facts"),
             ([0, 1], [4, 5], {"shots": -1}, "got shots=-1. Expected a whole number, 0 or more"),
             ([0, 1], [4, 5], {"extra_edits": {"edited": None}}, "cannot be named 'edited'"),

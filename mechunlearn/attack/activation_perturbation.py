@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechunlearn.artifacts.weight_edit import Edit, WeightEdit
-from mechunlearn.attack.curves import batch_losses, check_training, cross_entropy, training_curve
+from mechunlearn.attack.curves import batch_losses, check_lrs, cross_entropy, training_curve
 from mechunlearn.attack.states import (
     EDITED,
     GATE,
@@ -132,7 +132,7 @@ def activation_perturbation(
     """
     check_edit(edit)
     check_sizes(forget, retain)
-    check_training(lrs, steps=steps, eval_every=eval_every, batch_size=batch_size)
+    check_lrs(lrs)
     if not 0 < size < math.inf:
         raise MechunlearnError(f"A vector of size {size} is out of range. Expected a size above 0.")
     if REMOVED in (extra_edits or {}):

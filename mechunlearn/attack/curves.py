@@ -20,17 +20,14 @@ Loss = Callable[[], Tensor]
 Set = TypeVar("Set", bound=Sized)
 
 
-def check_training(lrs: Sequence[float], **counts: int) -> None:
-    """Raise `MechunlearnError` for learning rates out of range or missing, or counts below one.
+def check_lrs(lrs: Sequence[float]) -> None:
+    """Raise `MechunlearnError` for learning rates out of range or missing.
 
     Args:
         lrs: The learning rates.
-        **counts: Numbers of steps, facts and the like, by the name of their parameter.
     """
     if not lrs or not all(0 < lr <= 1000 for lr in lrs):
         raise MechunlearnError(f"lrs is {list(lrs)}. Expected learning rates above 0 and up to 1000.")
-    if wrong := [f"{name} is {count}" for name, count in counts.items() if count < 1]:
-        raise MechunlearnError(f"{', '.join(wrong)}. Expected at least 1.")
 
 
 class _Diverged(Exception):

@@ -95,11 +95,9 @@ def prompting(
     >>> prompting(toy.model, edit, forget, retain)[["state", "setting", "held_out", "edit_target"]].values.tolist()
     [['edited', 'statement', 0.0, 1.0], ['unedited', 'statement', 1.0, 0.0]]
     """
-    if min(len(forget), len(retain)) < 2 or shots < 0:
+    if min(len(forget), len(retain)) < 2:
         raise MechunlearnError(
-            f"There are {len(forget)} forget facts, {len(retain)} retain facts and {shots} shots. Expected at least 2 "
-            "facts "
-            "of each and 0 or more shots."
+            f"There are {len(forget)} forget facts and {len(retain)} retain facts. Expected at least 2 of each."
         )
     watched = replace(retain.select(range(min(WATCHED, len(retain)))), options=())
     attack = Attack(

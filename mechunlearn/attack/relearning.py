@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mechunlearn.artifacts.mask import ComponentMask
 from mechunlearn.artifacts.weight_edit import Edit
-from mechunlearn.attack.curves import batch_losses, check_training, cross_entropy, training_curve
+from mechunlearn.attack.curves import batch_losses, check_lrs, cross_entropy, training_curve
 from mechunlearn.attack.states import (
     GATE,
     WATCHED,
@@ -132,7 +132,7 @@ def relearning(
             f"lrs is {dict(lrs)}. Expected learning rates for 'lora', 'full' or both, for example "
             f"{{'full': [1e-4, 1e-3]}}."
         )
-    check_training([lr for _, lr in tried_lrs], steps=steps, eval_every=eval_every, batch_size=batch_size)
+    check_lrs([lr for _, lr in tried_lrs])
     watched = halved(retain, seed, WATCHED)[1]
     attack = Attack(
         "relearning", model, edit, forget, retain, watched, extra_edits, baseline_rows, min_retention, seed, progress

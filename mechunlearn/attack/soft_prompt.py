@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mechunlearn.artifacts.weight_edit import Edit
-from mechunlearn.attack.curves import batch_losses, check_training, training_curve
+from mechunlearn.attack.curves import batch_losses, check_lrs, training_curve
 from mechunlearn.attack.states import GATE, WATCHED, Attack, Row, Rows, State, cell, chance, check_sizes, halved, mean
 from mechunlearn.core.arguments import validated
 from mechunlearn.core.steady import steady
@@ -98,7 +98,7 @@ def soft_prompt(
     ['edited', 0, 0.0, 2]
     """
     check_sizes(forget, retain)
-    check_training(lrs, tokens=tokens, steps=steps, eval_every=eval_every, batch_size=batch_size)
+    check_lrs(lrs)
     kept, watched = halved(retain, seed, WATCHED)
     attack = Attack(
         "soft_prompt", model, edit, forget, retain, watched, extra_edits, baseline_rows, min_retention, seed, progress

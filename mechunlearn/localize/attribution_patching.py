@@ -74,8 +74,6 @@ def attribution_patching(
     """
     if rule not in RULES:
         raise MechunlearnError(f"Unknown rule '{rule}'. Expected one of {', '.join(RULES)}.")
-    if ig_steps < 0 or verify < 0:
-        raise MechunlearnError(f"ig_steps={ig_steps} and verify={verify} must not be negative. Expected 0 for neither.")
     check_kinds(model, kinds)
     sites = [f"L{layer}.{kind}" for layer in range(model.signature.layers) for kind in kinds]
     width = prompts.tokens.shape[1]

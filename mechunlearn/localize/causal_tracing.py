@@ -69,8 +69,6 @@ def causal_tracing(
     >>> float(found.by_role["L0.resid_post"][found.roles.index("subject last"), 0]) > 0.1
     True
     """
-    if window < 1:
-        raise MechunlearnError(f"Cannot restore a window of {window} layers. Expected window=1 or more.")
     if window > 1 and any(kind in KINDS for kind in kinds):
         raise MechunlearnError(
             "A window restores whole layers. Use kinds such as 'mlp_out', 'attn_out' or 'resid_post'."

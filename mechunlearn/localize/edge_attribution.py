@@ -122,8 +122,6 @@ def edge_scores(
 
 def _points(ig_steps: int, both_ends: bool) -> list[float]:
     """Where gradients are taken, from the corrupt embeddings (0) to the clean ones (1)."""
-    if ig_steps < 0:
-        raise MechunlearnError(f"Cannot integrate over {ig_steps} points. Expected ig_steps=0 (EAP) or more (EAP-IG).")
     if ig_steps and both_ends:
         raise MechunlearnError(
             f"ig_steps={ig_steps} and both_ends=True are two ways to place gradients. Give one of them."
