@@ -33,10 +33,11 @@ def pytest_collectstart() -> None:
 
 # fmt: off
 LONG = {
-    "activation_perturbation", "cli", "cli_dictionary", "codeunlearn", "compare", "dictionary_training",
-    "explore_page", "extending", "feature_discovery", "jupyter", "law", "mechanistic_unlearning",
-    "plots", "portability", "prompting", "relearning", "report_page", "reproduce",
-    "robustness", "soft_prompt", "washing", "workbench", "workflow", "world",
+    "activation_perturbation", "bad_calls", "cli", "cli_dictionary", "codeunlearn", "compare",
+    "dictionary_training", "doctor", "evaluation", "explore_page", "extending", "faults", "feature_discovery",
+    "jupyter", "law", "mechanistic_unlearning", "plots", "portability", "prompting", "relearning",
+    "report_page", "reproduce", "robustness", "same", "soft_prompt", "users_models", "washing", "workbench",
+    "workflow", "world",
 }
 # fmt: on
 """Test files that train, start processes or open a browser: `pytest -m fast` leaves them out, and the pages."""

@@ -18,7 +18,8 @@ from mechunlearn.attack.activation_perturbation import (
     _Vectors,
     activation_perturbation,
 )
-from mechunlearn.attack.states import EDITED, State, recovery
+from mechunlearn.attack.bounds import recovery
+from mechunlearn.attack.states import EDITED, State
 from mechunlearn.core.runcard import RunCard
 from mechunlearn.edit import codebook_delete, feature_clamp
 from mechunlearn.facts.load import load_facts

@@ -12,7 +12,8 @@ import torch
 from mechunlearn import ComponentMask, MechunlearnError
 from mechunlearn.artifacts.weight_edit import WeightEdit
 from mechunlearn.attack import relearning
-from mechunlearn.attack.states import COLUMNS, recovery, states_to_attack
+from mechunlearn.attack.bounds import COLUMNS, recovery
+from mechunlearn.attack.states import states_to_attack
 from mechunlearn.core.runcard import RunCard
 from mechunlearn.edit import codebook_delete, feature_clamp, masked_gradient
 from mechunlearn.evaluation.robustness import PLACED
@@ -90,7 +91,10 @@ class TestEveryAttack:
             {"L0.mlp.out": torch.arange(32)}, same, model.signature, RunCard("none", model=model.fingerprint)
         )
         rows = attack(model, nothing, forget, retain, **SHORT.get(attack.__name__, {}))
-        states = {state: part.drop(columns="state").reset_index(drop=True) for state, part in rows.groupby("state")}
+        states = {
+            state: part.drop(columns=["state", "below"], errors="ignore").reset_index(drop=True)
+            for state, part in rows.groupby("state")
+        }
         assert states["edited"].equals(states["unedited"])
         found = recovery(rows)["recovery"]
         assert found["edited"] == pytest.approx(found["unedited"], nan_ok=True)

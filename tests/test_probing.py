@@ -8,8 +8,8 @@ import torch
 
 from mechunlearn import MechunlearnError
 from mechunlearn.artifacts.weight_edit import WeightEdit
+from mechunlearn.attack.bounds import recovery
 from mechunlearn.attack.probing import _Lens, _told_apart, probing
-from mechunlearn.attack.states import recovery
 from mechunlearn.core.runcard import RunCard
 from mechunlearn.facts.formats import Query
 from mechunlearn.facts.prompts import Prompts
@@ -84,8 +84,8 @@ class TestOnThePlantedModel:
         told = WeightEdit(told.units, {"L0.mlp.out": rows[[1, 2, 3, 0]]}, told.signature, told.card)
         found = probing(model, told, forget, retain, seed=seed)
         for setting in ("probe, after 1 blocks", "logit lens, after 2 blocks"):
-            assert self.of(found, "edited", setting, "edit_label") == 1
-            assert self.of(found, "edited", setting) == 0 == self.of(found, "unedited", setting, "edit_label")
+            assert self.of(found, "edited", setting, "edit_target") == 1
+            assert self.of(found, "edited", setting) == 0 == self.of(found, "unedited", setting, "edit_target")
 
     def test_a_probe_of_shuffled_labels_reads_less(self, rows):
         probes = rows[(rows.state == "unedited") & (rows.group == "probe") & (rows.blocks > 0)]
@@ -135,16 +135,18 @@ class TestOnTheWorld:
 
     def test_what_is_hidden_by_the_last_layer_is_read_before_it_and_what_is_gone_is_not(self, rows):
         found = recovery(rows)
-        assert found.loc["hidden", "recovery"] > 0.8
         assert found.loc["edited", "outcome"] == "measured" and found.loc["edited", "recovery"] < 0.3
-        lens = recovery(rows[rows.group == "lens"])
-        assert lens.loc["hidden", "setting"] == "tuned lens, after 7 blocks" and lens.loc["hidden", "recovery"] > 0.3
+        below = rows[rows.below & (rows.state == "hidden")].set_index("setting")["held_out"]
+        assert below["tuned lens, after 7 blocks"] > 0.3 and below.filter(like="probe").max() > 0.8
+        unedited = rows[rows.state == "unedited"].set_index("setting")["held_out"]
+        assert below.filter(like="probe").equals(unedited[below.filter(like="probe").index]), "no edit is in these"
+        assert found.loc["hidden", "below"] == 24 and found.loc["hidden", "recovery"] < 0.5, "so they are not counted"
         said = rows[(rows.setting == "logit lens, after 8 blocks")].set_index("state")["held_out"]
         assert said["hidden"] < 0.3 and said["edited"] < 0.3 and said["unedited"] == 1
 
     def test_a_removed_fact_reads_as_the_edit_target(self, rows):
         probes = rows[(rows.state == "edited") & (rows.group == "probe") & (rows.blocks > 3) & (rows.blocks < 8)]
-        assert (probes["edit_label"] > 0.7).all() and (probes["held_out"] < 0.3).all()
+        assert (probes["edit_target"] > 0.7).all() and (probes["held_out"] < 0.3).all()
 
     def test_a_wrecked_model_has_collapsed_though_its_early_layers_are_whole(self, rows):
         assert recovery(rows).loc["wrecked", "outcome"] == "collapsed"

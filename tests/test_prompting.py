@@ -9,8 +9,8 @@ import torch
 
 from mechunlearn import ComponentMask, MechunlearnError
 from mechunlearn.artifacts.weight_edit import WeightEdit
+from mechunlearn.attack.bounds import recovery
 from mechunlearn.attack.prompting import _answered, _ways, prompting
-from mechunlearn.attack.states import recovery
 from mechunlearn.core.runcard import RunCard
 from mechunlearn.edit import masked_gradient
 from mechunlearn.evaluation.drift import next_token_kl
@@ -89,8 +89,9 @@ class TestOnTheWorld:
         formats = set(sport[0].facts.formats)
         assert set(settings.index) == formats | {"few-shot, 4", "statement, among options"}
         assert (rows["group"] == rows["setting"]).all() and (rows["n"] == 16).all() and rows["trained"].isna().all()
-        answers = pd.Series([fact.answer for fact in sport[0].facts]).value_counts(normalize=True)
-        truths = pd.Series([fact.queries["yes_no"].answer for fact in sport[0].facts]).value_counts(normalize=True)
+        every = sport[0].facts.source
+        answers = pd.Series([fact.answer for fact in every]).value_counts(normalize=True)
+        truths = pd.Series([fact.queries["yes_no"].answer for fact in every]).value_counts(normalize=True)
         assert settings.loc["statement", "chance"] == settings.loc["league", "chance"] == answers.max()
         assert settings.loc["yes_no", "chance"] == truths.max() >= 0.5
 

@@ -10,8 +10,8 @@ import torch
 
 from mechunlearn import MechunlearnError
 from mechunlearn.artifacts.weight_edit import WeightEdit
+from mechunlearn.attack.bounds import recovery
 from mechunlearn.attack.quantization import _matrices, _nearest, _rounded, _settings, quantization
-from mechunlearn.attack.states import recovery
 from mechunlearn.core.runcard import RunCard
 from mechunlearn.edit import feature_clamp
 from mechunlearn.metrics.answers import answered

@@ -10,7 +10,8 @@ import torch
 
 from mechunlearn import load_facts
 from mechunlearn.artifacts.mask import ComponentMask
-from mechunlearn.attack.states import Attack, cell, never_taught, recovery, states_to_attack
+from mechunlearn.attack.bounds import recovery
+from mechunlearn.attack.states import Attack, cell, never_taught, states_to_attack
 from mechunlearn.edit import masked_gradient
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.world.toy import planted_facts

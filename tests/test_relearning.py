@@ -9,7 +9,8 @@ import torch
 
 from mechunlearn import ComponentMask, MechunlearnError
 from mechunlearn.attack import relearning
-from mechunlearn.attack.relearning import _Sets, recovery
+from mechunlearn.attack.bounds import recovery
+from mechunlearn.attack.relearning import _Sets
 from mechunlearn.attack.states import halved
 from mechunlearn.edit import masked_gradient
 from mechunlearn.metrics.answers import measure

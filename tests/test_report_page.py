@@ -10,7 +10,8 @@ from rich.console import Console
 
 from mechunlearn import Localization
 from mechunlearn.artifacts.weight_edit import WeightEdit
-from mechunlearn.attack.states import COLUMNS, EDITED, NEVER_TAUGHT, UNEDITED
+from mechunlearn.attack.bounds import COLUMNS
+from mechunlearn.attack.states import EDITED, NEVER_TAUGHT, UNEDITED
 from mechunlearn.core.runcard import RunCard
 from mechunlearn.evaluation.report import Report
 from mechunlearn.evaluation.robustness import Attacked
@@ -94,27 +95,29 @@ class TestText:
     def test_the_first_screen_says_what_where_and_whether(self, page):
         first = page.read_text().split("Does it come back?")[0]
         assert '<p class="status hidden">Hidden</p>' in first
-        assert "quantization recovers 0.87 (right 0.90 [0.80, 1.00], floor 0.25, n = 16)" in first
+        assert "quantization gets 0.90 right (never taught 0.00, n = 16, p = " in first
         assert "16 facts to forget, 64 to retain" in first and "<b>golf</b> → polo" in first
         assert "5 of 8 neurons of mlp.out in layers 1-2" in first and "20.83% of the editable weights" in first
         assert "100% → 0%" in first and "95 % interval 0% to 10%, n = 16; random mask: 50%" in first
 
     @pytest.mark.parametrize(
         ("edited", "status"),
-        [(None, "not attacked"), (0.9, "hidden"), (0.25, "gone")],
-        ids=["none", "back", "not back"],
+        [(None, "not attacked"), (0.9, "hidden"), (0.25, "inconclusive"), (0.0, "gone")],
+        ids=["none", "back", "too few", "not back"],
     )
     def test_the_status_is_the_reports(self, edited, status, tmp_path):
         made = report(edited)
+        if edited is not None:
+            made = replace(made, attacked=Attacked({"relearning": attack(edited)}))
         made.to_html(tmp_path / "report.html")
         assert (made.status()[0] or "not attacked") == status
         assert f">{status.capitalize()}</p>" in (tmp_path / "report.html").read_text()
 
-    @pytest.mark.parametrize(("after", "kept", "status"), [(0.9, 1.0, "still there"), (0.0, 0.5, "collapsed")])
-    def test_what_is_still_there_or_collapsed_is_called_so(self, after, kept, status, tmp_path):
+    @pytest.mark.parametrize(("after", "kept", "status"), [(0.9, 1.0, "hidden"), (0.0, 0.5, "collapsed")])
+    def test_what_is_still_said_or_collapsed_is_called_so(self, after, kept, status, tmp_path):
         frame = FRAME.copy()
         frame.loc[0, "after"], frame.loc[3, "after"] = after, kept
-        replace(report(), frame=frame).to_html(tmp_path / "report.html")
+        replace(report(0.0), frame=frame).to_html(tmp_path / "report.html")
         assert f">{status.capitalize()}</p>" in (tmp_path / "report.html").read_text()
 
     def test_nothing_given_is_taken_for_html_or_cut_short(self, page):

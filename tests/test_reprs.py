@@ -132,6 +132,6 @@ def test_prompts_show_the_first_one(world, sport, prompts):
 
 def test_a_report_leads_with_its_word():
     shown = report()._repr_html_()
-    assert "Report: hidden" in shown and "quantization recovers" in shown
+    assert "Report: hidden" in shown and "quantization gets 0.90 right" in shown
     assert "forget, training prompt: target" in shown and "skills" not in shown
     assert "Report: not attacked" in report(None)._repr_html_() and "Attacks" not in report(None)._repr_html_()

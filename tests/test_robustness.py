@@ -18,7 +18,8 @@ from mechunlearn.core.files import data_folder
 from mechunlearn.core.runcard import RunCard
 from mechunlearn.edit import losses, masked_gradient
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.evaluation.robustness import ATTACKS, Attacked, attack_all, check_attacks, status
+from mechunlearn.evaluation.robustness import ATTACKS, Attacked, attack_all, check_attacks
+from mechunlearn.evaluation.status import status
 from mechunlearn.facts.dataset import FactDataset
 from mechunlearn.facts.formats import ask_all
 from mechunlearn.facts.load import world_facts
@@ -106,13 +107,15 @@ def outcomes(twin, cases, seed):
 class TestPlantedCases:
     def test_what_is_removed_where_it_was_stored_does_not_come_back(self, outcomes):
         removed = outcomes["removed"]
-        assert set(removed["outcome"]) == {"not back"}, removed[["outcome", "recovery", "note"]]
-        assert (removed["low"] <= removed["floor"]).all()
+        assert set(removed["outcome"]) <= {"not back", "inconclusive"}, removed[["outcome", "recovery", "note"]]
+        assert (removed["low"] <= removed["floor"]).all() and (removed["p"] > 0.05).all()
 
     def test_what_a_last_layer_edit_hides_comes_back(self, outcomes):
         hidden = outcomes["hidden"]
-        assert (hidden.loc[["probing", "relearning", "prompting", "unlearning_depth"], "outcome"] == "back").all()
-        assert (hidden.loc[["probing", "relearning"], "recovery"] > 0.5).all()
+        assert (hidden.loc[["relearning", "prompting"], "outcome"] == "back").all()
+        assert hidden.loc["relearning", "recovery"] > 0.5
+        below = hidden.loc[["probing", "unlearning_depth"], "note"]
+        assert below.str.contains("below the edit, so not counted").all()
 
     def test_a_wrecked_model_is_collapsed_and_not_robust(self, outcomes):
         wrecked = outcomes["wrecked"]
@@ -128,9 +131,12 @@ class TestPlantedCases:
         assert (never["ceiling"] > 0.8).all(), "and the control could have failed: the unedited model is not there"
 
     def test_the_status_of_each(self, outcomes):
-        assert status(0.16, 1.0, 1.0, 0.22, outcomes["removed"].reset_index())[0] == "gone"
-        assert status(0.0, 0.95, 1.0, 0.22, outcomes["hidden"].reset_index())[0] == "hidden"
-        assert status(0.6, 0.68, 1.0, 0.22, outcomes["wrecked"].reset_index())[0] == "collapsed"
+        assert status(outcomes["removed"].reset_index())[0] == "inconclusive", (
+            "one in five can be guessed: too few facts"
+        )
+        assert status(outcomes["hidden"].reset_index())[0] == "hidden"
+        assert status(outcomes["wrecked"].reset_index(), harm=["0.6 of the other facts are right"])[0] == "collapsed"
+        assert status(outcomes["wrecked"].reset_index())[0] != "gone"
 
 
 @pytest.fixture(scope="module")
@@ -186,16 +192,15 @@ class TestRunning:
             table.loc["relearning_on_text", "outcome"] == "failed"
             and "without text" in table.loc["relearning_on_text", "note"]
         )
-        assert table.loc["quantization", "outcome"] != "failed"
+        assert table.loc["quantization", "outcome"] == "inconclusive"
         assert [(len(one.rows), len(one.failed)) for one in seen] == [(0, 1), (1, 1)], "results come as they are made"
 
     def test_none_of_a_few_does_not_exclude_some(self, toy):
-        """0 of n has no bootstrap interval; the exact binomial one ends at 1 - .025^(1/n)."""
         model, edit, forget, retain = toy
         row = attack_all(model, edit, forget, retain, attacks=["quantization"]).outcomes().iloc[0]
-        assert row["held_out"] == row["high"] == 0 and row["n"] == 8
-        upper = 1 - 0.025 ** (1 / 8)
-        assert row["up_to"] == pytest.approx((upper - row["floor"]) / (row["ceiling"] - row["floor"])) and upper > 0.3
+        assert row["held_out"] == 0 and row["n"] == 8 and row["outcome"] == "inconclusive"
+        assert row["high"] == pytest.approx(1 - 0.025 ** (1 / 8)), "both ends hold 95 %"
+        assert row["up_to"] == pytest.approx(1 - 0.05 ** (1 / 8)) and "14 facts held out could" in row["note"]
 
     def test_an_edit_beside_has_its_outcomes_by_name(self, toy):
         model, edit, forget, retain = toy
@@ -225,47 +230,6 @@ class TestRunning:
         for wrong in ("phrenology", []):
             with pytest.raises(MechunlearnError, match="Unknown attack"):
                 check_attacks(wrong)
-
-
-class TestStatus:
-    def table(self, **row) -> pd.DataFrame:
-        shared = {
-            "attack": "probing",
-            "outcome": "not back",
-            "recovery": 0.0,
-            "up_to": 0.1,
-            "held_out": 0.2,
-            "low": 0.1,
-        }
-        return pd.DataFrame([shared | {"high": 0.3, "floor": 0.2, "n": 30} | row])
-
-    def test_the_order(self):
-        back = self.table(outcome="back", recovery=0.8)
-        assert status(0.9, 0.5, 1.0, 0.2, back)[0] == "collapsed"
-        assert status(0.9, 1.0, 1.0, 0.2, back)[0] == "still there"
-        assert status(0.2, 1.0, 1.0, 0.2, back)[0] == "hidden"
-        assert status(0.2, 1.0, 1.0, 0.2, self.table())[0] == "gone"
-        assert status(0.2, 1.0, 1.0, 0.2, self.table(outcome="collapsed"))[0] == "inconclusive"
-
-    def test_damage_comes_first_and_what_was_not_measured_is_not_gone(self):
-        back, harm = self.table(outcome="back", recovery=0.8), ["29% of 24 unseen facts", "neutral text moved"]
-        assert status(0.2, 1.0, 1.0, 0.2, back, harm) == ("collapsed", "29% of 24 unseen facts; neutral text moved")
-        assert status(0.2, 1.0, 1.0, 0.2, self.table(), (), "nothing shows") == ("inconclusive", "nothing shows")
-        assert status(0.2, 1.0, 1.0, 0.2, back, (), "nothing shows")[0] == "hidden"
-
-    @pytest.mark.parametrize(
-        ("held_out", "ceiling", "said"),
-        [(0.2, float("nan"), "inconclusive"), (0.8, 0.3, "inconclusive"), (0.2, 0.3, "gone")],
-        ids=["no ceiling", "above the floor", "at the floor"],
-    )
-    def test_an_attack_without_a_ceiling_lets_gone_through_only_at_its_floor(self, held_out, ceiling, said):
-        blind = self.table(attack="relearning", outcome="unknown", recovery=None, held_out=held_out)
-        both = pd.concat([self.table(ceiling=1.0), blind.assign(ceiling=ceiling)])
-        found, why = status(0.2, 1.0, 1.0, 0.2, both)
-        assert found == said and ((f"relearning gets {held_out:.2f} right" in why) == (said == "inconclusive"))
-
-    def test_gone_says_what_the_facts_cannot_exclude(self):
-        assert "recovery of 0.10 by probing (n = 30)" in status(0.2, 1.0, 1.0, 0.2, self.table())[1]
 
 
 @pytest.mark.training

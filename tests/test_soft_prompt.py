@@ -9,8 +9,9 @@ import torch
 
 from mechunlearn import MechunlearnError
 from mechunlearn.artifacts.weight_edit import WeightEdit
+from mechunlearn.attack.bounds import recovery
 from mechunlearn.attack.soft_prompt import _logits, _loss, _Prefix, _right, soft_prompt
-from mechunlearn.attack.states import halves, recovery
+from mechunlearn.attack.states import halves
 from mechunlearn.core.runcard import RunCard
 from mechunlearn.facts.prompts import PAD, Prompts
 from mechunlearn.metrics.answers import answer_logprob, answered, measure, positions_read

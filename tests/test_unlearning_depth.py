@@ -9,7 +9,7 @@ import torch
 
 from mechunlearn import ComponentMask, MechunlearnError
 from mechunlearn.artifacts.weight_edit import WeightEdit
-from mechunlearn.attack.states import recovery
+from mechunlearn.attack.bounds import recovery
 from mechunlearn.attack.unlearning_depth import depth, unlearning_depth
 from mechunlearn.core.files import data_folder
 from mechunlearn.core.runcard import RunCard
@@ -174,8 +174,13 @@ class TestOnTheTwin:
     def test_removed_is_deep_and_hidden_is_shallow(self, rows, gold, least):
         score = depth(rows[gold])["score"]
         assert score["edited"] > least and score["hidden"] < 0.15 and score["unedited"] == pytest.approx(0, abs=1e-6)
-        found = recovery(rows[gold])["recovery"]
-        assert found["edited"] < 0.15 and found["hidden"] > 0.75
+        found = recovery(rows[gold])
+        assert found.loc["edited", "recovery"] < 0.15
+        assert found.loc["hidden", "below"] == 8 and found.loc["hidden", "recovery"] < 0.2, (
+            "no block behind it reads them"
+        )
+        mine = rows[gold][rows[gold].state == "hidden"]
+        assert mine["below"].tolist() == [True] * 8 + [False] and mine["held_out"].iloc[7] > 0.9
 
     def test_no_depth_before_the_look_up_holds_the_facts(self, rows):
         for found in rows.values():

@@ -107,7 +107,7 @@ def activation_perturbation(
 
     Returns:
         One row a state (see `states_to_attack`), learning rate and measured step (0 is v = 0). `held_out` is the
-        accuracy (greedy, full vocabulary) on the half that is not trained on, with its 95 % bootstrap interval `low`
+        accuracy (greedy, full vocabulary) on the half that is not trained on, with its 95 % interval `low`
         to `high` over `n` facts; `trained` that on the other half; `retain` that on at most 100 retain facts which v
         is not trained on; `norm` the largest |v| / median |h|; `drift` the mean change of the edited units' activity
         when h + v is encoded instead of h, relative to their mean activity in the unedited model on the forget facts

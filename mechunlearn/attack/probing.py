@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mechunlearn.artifacts.weight_edit import Edit
-from mechunlearn.attack.states import GATE, WATCHED, Attack, Row, Rows, State, cell, chance, mean
+from mechunlearn.attack.states import GATE, WATCHED, Attack, Row, Rows, State, cell, chance, mean, untouched
 from mechunlearn.core.arguments import validated
 from mechunlearn.core.steady import steady
 from mechunlearn.errors import MechunlearnError
@@ -70,12 +70,13 @@ def probing(
 
     Returns:
         One row a state (see `states_to_attack`) and setting (`probe, after 3 blocks`). `held_out` is the accuracy on
-        the truth with its 95 % bootstrap interval `low` to `high` over `n` facts; `edit_label` how often the edit's
+        the truth with its 95 % interval `low` to `high` over `n` facts; `edit_target` how often the edit's
         answer is read; `shuffled` the accuracy of a probe trained on shuffled labels (probes only); `retain_here`
         that on the fifth of the retain facts (at most 100) that nothing was fitted to; `own` what the model itself
         knows of them; `retain`, which the gate is asked of, the smaller of these two, because neither a reader that
-        cannot read retained subjects nor a wrecked model says anything. `group`, `blocks`, `chance` and `valid` stand
-        beside them, and the run card in `attrs["card"]`. `recovery` takes the best of depths.
+        cannot read retained subjects nor a wrecked model says anything. `group`, `blocks`, `below` (so deep
+        that the edit has changed nothing yet), `chance` and `valid` stand beside them, and the run card in
+        `attrs["card"]`. `recovery` takes the best of depths.
 
     Raises:
         MechunlearnError: For fewer than 10 retain facts or such that all have one answer, an empty forget set, facts
@@ -108,7 +109,7 @@ def probing(
             ]
             about: Row = {"chance": chance(state.facts), "own": mean(answered(target, watched))}
         for read in readings:
-            read["retain"] = min(read["retain_here"], about["own"])
+            read |= {"retain": min(read["retain_here"], about["own"]), "below": read["blocks"] <= untouched(state.edit)}
         yield [cell(state.name, seed=seed, **read, **about) for read in readings]
 
     return attack.run(tried, {"ridge": RIDGE})
@@ -154,7 +155,7 @@ def _probes(
             "right": torch.from_numpy(said == truth),
             "group": "probe",
             "blocks": blocks,
-            "edit_label": float(np.mean(said == targets)),
+            "edit_target": float(np.mean(said == targets)),
             "shuffled": float(np.mean(unsaid == truth)),
             "retain_here": float(np.mean(probe.predict(x[tested]) == labels[tested])),
         }
@@ -174,7 +175,7 @@ def _lenses(model: HookedModel, facts: Prompts, retain: Prompts, taught: Tensor,
                 "right": said == truth,
                 "group": "lens",
                 "blocks": blocks,
-                "edit_label": mean(said == targets),
+                "edit_target": mean(said == targets),
                 "shuffled": math.nan,
                 "retain_here": mean(_said(model, final(x[tested])) == held_out),
             }

@@ -1,6 +1,7 @@
 """Ask otherwise: do the forgotten facts come back in another wording, with examples, with choices, or by a detour?"""
 
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
@@ -75,7 +76,7 @@ def prompting(
 
     Returns:
         One row a state (see `states_to_attack`) and setting. `held_out` is the accuracy (greedy, full vocabulary, all
-        tokens of the answer) with its 95 % bootstrap interval `low` to `high` over `n` facts; in "statement, among
+        tokens of the answer) with its 95 % interval `low` to `high` over `n` facts; in "statement, among
         options" the truth is right where it has the largest log-probability of all options, summed over tokens.
         `edit_target` is how often the answer is the edit's instead; `retain` the accuracy on at most 100 retain facts
         asked in the same way (in their own where they do not have it); `chance` the share of the most frequent truth
@@ -114,7 +115,8 @@ def prompting(
                     continue
                 right, hit = _answered(target, asked, setting)
                 spared = _answered(target, ask(target, watched) or watched, setting)[0]
-                about = {"group": setting, "edit_target": mean(hit), "retain": mean(spared), "chance": chance(asked)}
+                about = {"group": setting, "edit_target": mean(hit), "retain": mean(spared)}
+                about["chance"] = _chance(setting, asked, state.facts)
                 yield [cell(state.name, setting, right, seed, **about)]
 
     return attack.run(tried, {"shots": shots}, len(ways))
@@ -185,6 +187,16 @@ def _two_hop(model: HookedModel, prompts: Prompts) -> Prompts | None:
     questions = prompts.facts.two_hop if prompts.facts is not None else {}
     subjects = [fact.subject for fact in prompts.facts or ()]
     return _tokenized(model, [questions[subject] for subject in subjects if subject in questions])
+
+
+def _chance(setting: str, asked: Prompts, facts: Prompts) -> float:
+    """What naming the most frequent answer would give, of all facts that could be asked so; or one of the options."""
+    if setting == AMONG:
+        return max(chance(asked), sum(1 / len(options) for options in asked.options) / len(asked))
+    if setting == TWO_HOP and facts.facts is not None:
+        counts = Counter(query.answer for query in facts.facts.two_hop.values())
+        return max(counts.values()) / counts.total()
+    return chance(asked if asked.facts is not None else facts)
 
 
 def _tokenized(model: HookedModel, asked: Sequence[Query]) -> Prompts | None:

@@ -66,7 +66,7 @@ def quantization(
 
     Returns:
         One row a state (see `states_to_attack`) and setting (`int8`, `int4`, ...). `held_out` is the accuracy
-        (greedy, full vocabulary) on all forget facts, as nothing is trained, with its 95 % bootstrap interval `low`
+        (greedy, full vocabulary) on all forget facts, as nothing is trained, with its 95 % interval `low`
         to `high` over `n` facts; `before` that without rounding; `retain` that on at most 100 retain facts, rounded
         too. `bits`, `chance` and `valid` stand beside them, and the run card in `attrs["card"]`. `recovery` reads the
         rows.

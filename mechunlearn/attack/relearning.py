@@ -26,7 +26,6 @@ from mechunlearn.attack.states import (
     halved,
     halves,
     mean,
-    recovery,
 )
 from mechunlearn.core.arguments import validated
 from mechunlearn.core.steady import steady
@@ -38,8 +37,6 @@ from mechunlearn.model.hooked import HookedModel
 from mechunlearn.training.adapters import LowRank, lora_start
 from mechunlearn.training.inputs import CachedInputs, Sequences, TopLayers, text_sequences
 from mechunlearn.training.parameterizations import Everything, Trainable, slices
-
-__all__ = ["recovery", "relearning"]
 
 On = Literal["facts", "other facts", "text"]
 RATES: Mapping[str, Sequence[float]] = {"lora": (1e-3, 5e-3), "full": (1e-4, 5e-4, 2e-3)}
@@ -104,7 +101,7 @@ def relearning(
 
     Returns:
         One row a state (see `states_to_attack`), method, learning rate and measured step. `held_out` is the accuracy
-        (greedy, full vocabulary) on the half that is not trained on, with its 95 % bootstrap interval `low` to `high`
+        (greedy, full vocabulary) on the half that is not trained on, with its 95 % interval `low` to `high`
         over `n` facts; `trained` that on the other half; `retain` that on at most 100 retain facts which the attack
         does not train on; `option_probability` the mean probability of the truths held out among their options;
         `text_loss` that of passages which nothing trains on, in nats a token (both NaN where there are none).

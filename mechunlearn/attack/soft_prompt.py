@@ -78,7 +78,7 @@ def soft_prompt(
     Returns:
         One row a state (see `states_to_attack`), learning rate and measured step (0 is without any prefix).
         `held_out` is the accuracy behind the prefix (greedy, full vocabulary) on the half that is not trained on,
-        with its 95 % bootstrap interval `low` to `high` over `n` facts; `trained` that on the other half; `retain`
+        with its 95 % interval `low` to `high` over `n` facts; `trained` that on the other half; `retain`
         that on at most 100 retain facts which the prefix is not trained on. `lr`, `chance` and `valid` stand beside
         them, and the run card in `attrs["card"]`. `recovery` reads the rows.
 

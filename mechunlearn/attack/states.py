@@ -1,6 +1,7 @@
 """What all attacks share: the states they are tried on, a call from its checks to its rows, and how much came back."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -11,23 +12,22 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mechunlearn.artifacts.weight_edit import Edit
+from mechunlearn.artifacts.weight_edit import Edit, WeightEdit
 from mechunlearn.core.progress import track
 from mechunlearn.core.runcard import RunCard, Stopwatch, digest
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import Prompts
+from mechunlearn.features.feature_edit import FeatureEdit
 from mechunlearn.metrics.answers import answered
-from mechunlearn.metrics.stats import bootstrap_interval
+from mechunlearn.metrics.stats import mean_interval
+from mechunlearn.model.component import Component
+from mechunlearn.model.hook_points import layer_of
 from mechunlearn.model.hooked import HookedModel
 from mechunlearn.model.unwrap import evaluating
 from mechunlearn.training.loop import interruptible
 
 EDITED, UNEDITED, NEVER_TAUGHT = "edited", "unedited", "never taught"
 GATE, WATCHED = 0.9, 100
-COLUMNS = ("state", "setting", "step", "held_out", "low", "high", "n", "trained", "retain", "chance", "valid")
-BEST = ("held_out", "low", "high", "n", "setting", "step", "retain")
-SUMMARY = ("state", "outcome", "recovery", *BEST, "trained", "floor", "ceiling", "chance", "collapsed")
-ROOM = 0.2
 Row = dict[str, Any]
 Rows = Generator[Sequence[Row], None, None]
 Work = Callable[["State"], Rows]
@@ -225,11 +225,11 @@ def cell(
         right: For each fact held out whether the truth is given.
         seed: Draws the bootstrap.
         **columns: Further columns: `retain` and `chance` always, `step` (else 0) and `trained` (else NaN) if the
-            attack trains.
+            attack trains, `edit_target` (else NaN): the share of these facts that give the edit target.
     """
-    low, high = bootstrap_interval(right.float().numpy(), seed)
+    low, high = mean_interval(right.float().numpy(), seed)
     first = {"state": state, "setting": setting, "step": 0, "held_out": mean(right), "low": low, "high": high}
-    return {**first, "n": len(right), "trained": math.nan, **columns}
+    return {**first, "n": len(right), "trained": math.nan, "edit_target": math.nan, **columns}
 
 
 def mean(right: Bool[Tensor, " fact"] | Float[Tensor, " fact"]) -> float:
@@ -242,13 +242,44 @@ def mean(right: Bool[Tensor, " fact"] | Float[Tensor, " fact"]) -> float:
 
 
 def chance(prompts: Prompts) -> float:
-    """Return what naming the most frequent answer of these facts would give.
+    """Return what naming the most frequent answer of each fact's relation would give.
+
+    It is counted over the whole data set that the facts were selected from, if they have one: the most frequent
+    answer of a few facts is the more frequent the fewer they are.
 
     Args:
         prompts: The facts.
+
+    >>> from mechunlearn import load_facts, load_model
+    >>> prompts = load_facts("factworld/sport").prompts(load_model("factworld"))
+    >>> round(chance(prompts), 3) == round(chance(prompts.select([0, 1])), 3) < 0.3
+    True
     """
-    answers = prompts.answers
-    return float(answers.unique(dim=0, return_counts=True)[1].max()) / len(answers)
+    if prompts.facts is None:
+        answers = prompts.answers
+        return float(answers.unique(dim=0, return_counts=True)[1].max()) / len(answers)
+    shares: dict[str, float] = {}
+    for facts in (prompts.facts, prompts.facts.source or ()):
+        counts: dict[str, Counter[str]] = {}
+        for fact in facts:
+            if query := fact.queries.get(prompts.format):
+                counts.setdefault(fact.relation, Counter())[query.answer] += 1
+        shares |= {relation: max(found.values()) / found.total() for relation, found in counts.items()}
+    return sum(shares[fact.relation] for fact in prompts.facts) / len(prompts)
+
+
+def untouched(edit: Edit | None) -> int:
+    """Return after how many blocks at most the residual stream is the unedited model's own; -1 if it never is.
+
+    Args:
+        edit: The edit; of no edit all is the unedited model's own, but there is nothing to leave out for it: -1.
+    """
+    if isinstance(edit, WeightEdit):
+        return min(Component.parse(site).layer for site in edit.units)
+    if isinstance(edit, FeatureEdit):
+        names = [part.dictionary.hook_name for part in edit.parts]
+        return min(layer_of(name) - (name.endswith("resid_pre") or "L" not in name) for name in names)
+    return -1
 
 
 def halves(count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -310,81 +341,3 @@ def check_sizes(forget: Prompts, retain: Prompts, least: int = 2) -> None:
                 f"{': the attack trains on one half of it and measures the other' * (least > 1)}. "
                 f"Expected at least {least}; see Prompts.split."
             )
-
-
-def recovery(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return how much an attack got back, by state: the best of its cells that count.
-
-    A cell (setting, step) counts if `valid`. A setting that is valid at no step after 0 (or not at all, if it takes
-    no steps) has `collapsed`: it broke the model, and is listed, never counted, not even its step 0.
-
-    recovery = (held_out - floor) / (ceiling - floor)
-
-    The `ceiling` is the unedited model's best cell, the `floor` the never-taught facts' best cell, or chance where
-    that is more (or they were not attacked). It is below 0 where less comes back than that, and NaN where ceiling -
-    floor < .2. Where rows have a column `group` (ways of asking with floors of their own), all this is done in each
-    group, and the group with the largest recovery counts. Where they have a `weight` (layers that hold more or less
-    of the knowledge) the weighted mean over settings stands for the best.
-
-    Args:
-        rows: What an attack returns.
-
-    Returns:
-        One row a state. `outcome` is "measured", or "collapsed" if every setting has: recovery is then NaN, because a
-        collapsed model is not robust; nothing is known of it. `held_out`, with `low`, `high`, `n`, `setting`, `step`
-        and `retain`, is the cell with the largest accuracy on facts that the attack saw nothing of (the first of
-        equals); its interval is its own, over facts, and does not know that it was the best of several. `trained` is
-        the largest accuracy on facts that it trained on, in any cell that counts: if that is far below 1 the attack
-        was too weak to tell.
-
-    Raises:
-        MechunlearnError: For a frame without the columns of an attack.
-
-    >>> cell = {"setting": "full 0.001", "low": 0, "high": 1, "n": 9, "trained": 1, "retain": 1, "chance": 0.25, "valid": True}
-    >>> curves = {"edited": (0.0, 0.5), "unedited": (1.0, 1.0), "never taught": (0.0, 0.2)}
-    >>> rows = [{"state": s, "step": i, "held_out": y, **cell} for s, curve in curves.items() for i, y in enumerate(curve)]
-    >>> found = recovery(pd.DataFrame(rows)).loc["edited"]
-    >>> float(found["held_out"]), float(found["floor"]), round(float(found["recovery"]), 3)
-    (0.5, 0.25, 0.333)
-    """
-    missing = [name for name in COLUMNS if name not in rows]
-    if missing or rows.empty:
-        raise MechunlearnError(
-            f"The frame has {len(rows)} rows and lacks {', '.join(missing) or 'no column'}. Expected the rows that an "
-            "attack returns."
-        )
-    groups = [part for _, part in rows.groupby("group", sort=False)] if "group" in rows else [rows]
-    best = []
-    for _, found in pd.concat(map(_in_group, groups)).groupby(level=0, sort=False):
-        rank = found["recovery"] if found["recovery"].notna().any() else found["held_out"].astype(float)
-        best.append(found.iloc[int(rank.fillna(-math.inf).to_numpy().argmax())])
-    return pd.DataFrame(best).rename_axis("state")
-
-
-def _in_group(rows: pd.DataFrame) -> pd.DataFrame:
-    best_cells = [_best(str(state), cells) for state, cells in rows.groupby("state", sort=False)]
-    found = pd.DataFrame(best_cells, columns=list(SUMMARY)).set_index("state")
-    best = found["held_out"].astype(float)
-    found["floor"] = found["chance"].clip(lower=best.get(NEVER_TAUGHT, math.nan))
-    found["ceiling"] = float(best.get(UNEDITED, math.nan))
-    room = found["ceiling"] - found["floor"]
-    found["recovery"] = ((best - found["floor"]) / room).where(room >= ROOM)
-    return found
-
-
-def _best(state: str, cells: pd.DataFrame) -> Row:
-    """The cell with the largest accuracy on the facts held out, of those that count; or the weighted mean of all."""
-    settings = cells["setting"]
-    after = (cells["step"] > 0) | (cells.groupby(settings)["step"].transform("max") == 0)
-    whole = (cells["valid"] & after).groupby(settings, sort=False).any()
-    collapsed = tuple(str(setting) for setting in whole.index[~whole])
-    about = {"state": state, "collapsed": collapsed, "chance": float(cells["chance"].iloc[0])}
-    if not whole.any():
-        return {**about, "outcome": "collapsed"}
-    left = cells[cells["valid"] & settings.map(whole)]
-    best = dict(left[list(BEST)].iloc[int(left["held_out"].argmax())])
-    if "weight" in left:
-        weight = left["weight"] / left["weight"].sum()
-        best |= {name: float((left[name] * weight).sum()) for name in ("held_out", "low", "high", "retain")}
-        best["setting"] = "all, weighted"
-    return {**about, "outcome": "measured", "trained": left["trained"].max(), **best}

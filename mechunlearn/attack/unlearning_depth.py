@@ -22,6 +22,7 @@ from mechunlearn.attack.states import (
     chance,
     check_sizes,
     mean,
+    untouched,
 )
 from mechunlearn.core.arguments import validated
 from mechunlearn.core.steady import steady
@@ -91,13 +92,13 @@ def unlearning_depth(
 
     Returns:
         One row a state (see `states_to_attack`) and depth (setting `after k blocks`). `held_out` is the accuracy
-        (greedy, full vocabulary, all answer tokens) with its 95 % bootstrap interval `low` to `high` over `n` facts;
+        (greedy, full vocabulary, all answer tokens) with its 95 % interval `low` to `high` over `n` facts;
         `weight` the mean d1 over facts (0 below the threshold), the same for all states; `erased` the mean over the
         `holding` facts with d1 > `threshold`; `retain_here` the accuracy on at most 100 retain facts under the same
         replacement; `retain` that after all blocks, the edited model's own, so that one that is wrecked has collapsed
         at every depth; `score` with `score_low` to `score_high` over `scored` facts (see `depth`; never-taught facts
-        have none). `blocks`, `chance` and `valid` stand beside them, and the run card in `attrs["card"]`. `recovery`
-        takes the mean over depths by `weight`.
+        have none). `blocks`, `below` (so deep that the edit has changed nothing yet), `chance` and `valid` stand beside
+        them, and the run card in `attrs["card"]`. `recovery` takes the mean over depths by `weight`.
 
     Raises:
         MechunlearnError: For facts without a subject, a model of another shape, a model that knows less of the retain
@@ -161,7 +162,7 @@ def unlearning_depth(
         for blocks, right in enumerate(there):
             here = erased[blocks][~erased[blocks].isnan()]
             depths = {"blocks": blocks, "weight": float(weights[blocks]), "erased": mean(here), "holding": len(here)}
-            depths["retain_here"] = mean(kept[blocks])
+            depths |= {"retain_here": mean(kept[blocks]), "below": blocks <= untouched(state.edit)}
             rows.append(cell(state.name, f"after {blocks} blocks", right, seed, **depths, **about))
         yield rows
 

@@ -362,6 +362,7 @@ def evaluate(
     from mechunlearn.evaluation.controls import random_control
     from mechunlearn.evaluation.evaluate import evaluate as measured
     from mechunlearn.evaluation.same import check_same
+    from mechunlearn.evaluation.status import ASKED
     from mechunlearn.evaluation.workflow import warnings_said
     from mechunlearn.facts.tables import read_texts
 
@@ -371,7 +372,7 @@ def evaluate(
     def written(report: "Report") -> None:
         report.to_html(output, edit=made)
         for row in report.outcomes().to_dict("records"):
-            if row["attack"] not in told:
+            if row["attack"] not in {ASKED, *told}:
                 told.add(row["attack"])
                 back = f", recovery {row['recovery']}, truth {row['truth_came_back']}" * (row["outcome"] != "failed")
                 note = f"; {row['note']}" if row["note"] else ""

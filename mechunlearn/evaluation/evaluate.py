@@ -24,7 +24,7 @@ from mechunlearn.evaluation.same import check_names, check_same
 from mechunlearn.evaluation.written import written
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.metrics.answers import measure
-from mechunlearn.metrics.stats import bootstrap_interval
+from mechunlearn.metrics.stats import mean_interval
 from mechunlearn.model.hooked import HookedModel
 
 Cell = tuple[str, str, str]
@@ -57,7 +57,7 @@ def evaluate(
     `report.about["left out"]`.
 
     Of unseen facts the metric `kept` is the share still right of those that were right before. Accuracy is greedy over
-    the full vocabulary; every number has a 95 % bootstrap interval over facts; at most 200 facts, tasks or passages a
+    the full vocabulary; every number has a 95 % interval over facts (exact for shares, else by bootstrap); at most 200 facts, tasks or passages a
     cell. One edit of one model is n = 1, however many facts: intervals do not cover other models or seeds.
 
     A damaged model is called collapsed (see `damage`), with or without attacks. With `attacks` the report also says
@@ -155,7 +155,7 @@ def _frame(values: Mapping[Cell, Mapping[str, Tensor]], seed: int) -> pd.DataFra
         n = len(next(iter(found.values())))
         row: dict[str, Any] = {"split": split, "format": format, "metric": metric, "n": n}
         for name, numbers in found.items():
-            low, high = bootstrap_interval(numbers.numpy(), seed)
+            low, high = mean_interval(numbers.numpy(), seed)
             row |= {name: float(numbers.mean()), f"{name}_low": low, f"{name}_high": high}
         rows.append(row)
     return pd.DataFrame(rows)

@@ -1,6 +1,7 @@
 """What an evaluation found: a table, and one self-contained page a person can read without the manual."""
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from html import unescape
 from pathlib import Path
@@ -22,7 +23,8 @@ from mechunlearn.core.runcard import RunCard
 from mechunlearn.core.tables import Table, interval, intervals, label, numbers
 from mechunlearn.evaluation.cells import OTHER, UNSEEN
 from mechunlearn.evaluation.damage import damage, harm_was_measured
-from mechunlearn.evaluation.robustness import Attacked, status
+from mechunlearn.evaluation.robustness import Attacked
+from mechunlearn.evaluation.status import ASKED, status
 from mechunlearn.evaluation.words import DAMAGED, FIRST, MEANING, STATUS, against_random, cell, describe, sentences
 from mechunlearn.evaluation.written import COLUMNS
 from mechunlearn.features.feature_edit import FeatureEdit
@@ -107,7 +109,7 @@ class Report:
 
     def outcomes(self) -> pd.DataFrame:
         """Return one row an attack, as text: how much it recovered (0: the floor, 1: a model that was never edited)."""
-        found = self.attacked.outcomes()
+        found = self._found()
         shown = found[["attack", "outcome"]].assign(
             recovery=numbers(found["recovery"]),
             truth_came_back=intervals(found, "held_out", "low", "high"),
@@ -124,18 +126,27 @@ class Report:
         """Return the status of the edit and the numbers behind it; empty without attacks, unless the model is damaged.
 
         Returns:
-            "gone", "hidden", "still there", "collapsed" or "inconclusive" (see `robustness.status`), and a reason.
+            "gone", "hidden", "collapsed" or "inconclusive" (see `evaluation.status`), and a reason.
         """
-        harm, found = self.harm(), self.attacked.outcomes()
-        if not harm and (found.empty or not len(self._rows("forget", "statement", "accuracy"))):
+        harm, found = self.harm(), self._found()
+        if not harm and (not self.attacked.rows and not self.attacked.failed):
             return "", ""
         unmeasured = (
             "" if harm_was_measured(self.frame) else "no unseen fact and no ordinary text shows what else changed"
         )
-        chances = found["chance"].dropna()
-        left = self.value("forget", "statement", "accuracy") if not harm else 1.0
-        chance = float(chances.iloc[0]) if len(chances) else 0.0
-        return status(left, 1.0, 1.0, chance, found, harm, unmeasured)
+        return status(found, harm, unmeasured)
+
+    def _found(self) -> pd.DataFrame:
+        """What the training prompt and every attack bring back."""
+        chances = [float(rows["chance"].iloc[0]) for rows in self.attacked.rows.values()]
+        asked = [
+            {"held_out": row["after"], "n": row["n"], "low": row["after_low"], "high": row["after_high"]}
+            for row in self._rows("forget", "statement", "accuracy").to_dict("records")
+            if self.attacked.rows or self.attacked.failed
+        ]
+        target = [row["after"] for row in self._rows("forget", "statement", "target_accuracy").to_dict("records")]
+        more = {"chance": chances[0] if chances else 0.0, "edit_target": target[0] if target else math.nan}
+        return self.attacked.outcomes(asked=asked[0] | more if asked else None)
 
     def harm(self, column: str = "after") -> list[str]:
         """Return what an edit has damaged: a phrase with its numbers for each; empty if no damage is seen.
@@ -168,7 +179,7 @@ class Report:
     def _by_section(self, found: Localization | None, edit: AnyEdit | None) -> dict[str, list[go.Figure]]:
         measured = set(self.frame.metric[self.frame.split == "forget"])
         return {
-            "attacks": [plots.recoveries(self.attacked.outcomes())] if self.attacked.rows else [],
+            "attacks": [plots.recoveries(self._found())] if self.attacked.rows else [],
             "formats": [
                 plots.before_after(self.frame, self.columns, metric, "forget", title)
                 for metric, title in FORMATS.items()
@@ -196,7 +207,8 @@ class Report:
                     detail += f"; random mask: {row['control']:{spec}}"
                 value = f"{after} nats a token" if place[0] == "text" else f"{before} → {after}"
                 tiles.append({"what": what, "value": value, "detail": detail})
-        found = self.attacked.outcomes()
+        found = self._found()
+        found = found[found["attack"] != ASKED]
         measured = found.dropna(subset="recovery").sort_values("recovery", ascending=False)
         for most in measured[:1].to_dict("records"):
             detail = (
@@ -304,7 +316,8 @@ class Report:
             shown += card("What the model writes", {}, COLUMNS, rows)
         if not len(outcomes):
             return shown
-        short = outcomes[["attack", "outcome", "recovery", "truth_came_back", "floor", "ceiling", "n", "note"]]
+        attacks = outcomes[outcomes["attack"] != ASKED]
+        short = attacks[["attack", "outcome", "recovery", "truth_came_back", "floor", "ceiling", "n", "note"]]
         return shown + card("Attacks", {}, [label(name) for name in short.columns], short.to_numpy().tolist())
 
     def __str__(self) -> str:

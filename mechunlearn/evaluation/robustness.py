@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,11 +10,13 @@ from typing import Any
 import pandas as pd
 
 from mechunlearn.artifacts.weight_edit import Edit
-from mechunlearn.attack.states import EDITED, GATE, NEVER_TAUGHT, UNEDITED, recovery
+from mechunlearn.attack.bounds import NEVER, recovery
+from mechunlearn.attack.states import EDITED, UNEDITED
 from mechunlearn.core.grid import Grid
 from mechunlearn.core.lazy import method_names
 from mechunlearn.core.runcard import RunCard, digest
 from mechunlearn.errors import MechunlearnError
+from mechunlearn.evaluation.status import ASKED, judged
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.model.hooked import HookedModel
 
@@ -25,10 +26,9 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
 }
 ATTACKS = (*method_names("mechunlearn.attack"), *VARIANTS)
 PLACED = ("activation_perturbation",)  # its ceiling and floor depend on where the edit is
-BACK = 0.2
 OUTCOME = (
-    *("attack", "outcome", "recovery", "up_to", "held_out", "low", "high", "n", "floor", "ceiling"),
-    *("never_taught", "never_low", "never_high", "chance", "setting", "settings", "note"),
+    *("attack", "outcome", "recovery", "up_to", "held_out", "low", "high", "n", "floor", "ceiling", "p"),
+    *(*NEVER, "chance", "trained", "edit_target", "setting", "settings", "note"),
 )
 
 
@@ -44,27 +44,38 @@ class Attacked:
     rows: Mapping[str, pd.DataFrame] = field(default_factory=dict)
     failed: Mapping[str, str] = field(default_factory=dict)
 
-    def outcomes(self, state: str = EDITED) -> pd.DataFrame:
+    def outcomes(self, state: str = EDITED, asked: Mapping[str, Any] | None = None) -> pd.DataFrame:
         """Return one row an attack: how much of the knowledge it brought back, and what its floor and ceiling were.
 
         Args:
             state: The edit asked about: the one attacked, or one by its name in `extra_edits`.
+            asked: What the edited model says on the training prompt: `held_out`, `n`, `chance` and `edit_target` make
+                the first row.
 
         Returns:
-            `outcome` is "back" if the recovery is .2 or more and the interval of what came back lies above the floor,
-            "not back" if not, "collapsed" if every setting broke the model, "unknown" if there is no ceiling (the
-            unedited model collapses, or its own facts do not come out above the floor), "failed" with the reason in
-            `note`. `up_to` is the recovery at the upper end of that interval (where no fact came back, of the exact
-            binomial one): what the number of facts cannot exclude.
-            `never_taught`, with `never_low` and `never_high`, is the same maximum over settings on facts that the
-            model never knew. The other columns are those of `recovery`, for the best of so many `settings`.
+            `outcome` is "back" if more came back than guessing gives (`p`, corrected for the number of attacks, is
+            .05 or less), "not back" if `up_to`, the upper bound of what came back, is below .2, "inconclusive" if
+            neither or the attack learnt less than .9 of what it trained on, "collapsed" if every setting broke the
+            model, "unknown" if the unedited model's own facts do not come out above the floor, "failed" with the
+            reason in `note` (see `status`). `never_taught`, with `never_low`, `never_high` and `never_n`, is the same
+            best over settings on facts that the model never knew. The other columns are those of `recovery`, for the
+            best of so many `settings`.
 
         Raises:
             MechunlearnError: For a state that was not attacked.
         """
+        first = {
+            "attack": ASKED,
+            "outcome": "measured",
+            "ceiling": 1.0,
+            "settings": 1,
+            "note": "",
+            "setting": "statement",
+        }
+        given = [first | {"floor": asked["chance"]} | dict(asked)] if asked is not None else []
         found = [_outcome(name, rows, state) for name, rows in self.rows.items()]
         failed = [{"attack": name, "outcome": "failed", "note": reason} for name, reason in self.failed.items()]
-        return pd.DataFrame([*found, *failed], columns=list(OUTCOME))
+        return judged(pd.DataFrame([*given, *found, *failed], columns=list(OUTCOME)))
 
 
 def attack_all(
@@ -158,96 +169,23 @@ def check_attacks(attacks: Sequence[str] | str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def status(
-    truth: float,
-    retained: float,
-    before: float,
-    chance: float,
-    outcomes: pd.DataFrame,
-    harm: Sequence[str] = (),
-    unmeasured: str = "",
-) -> tuple[str, str]:
-    """Return the status of an edit, and the numbers behind it.
-
-    Args:
-        truth: The share of forget facts that the training prompt still gives.
-        retained: The share of other facts that are right after the edit.
-        before: That before the edit.
-        chance: What naming the most frequent answer would give.
-        outcomes: What attacks found, as `Attacked.outcomes` returns it.
-        harm: What the edit has damaged, in words (see `damage`).
-        unmeasured: Why damage could not have been seen; empty if it could.
-
-    Returns:
-        "collapsed": the model is damaged (`harm`, or fewer than .9 of the other facts that were right are right), so
-        nothing can be said of the forgotten facts. "still there": the training prompt gives more than .2 of the way
-        from chance to 1. "hidden": some attack brings it back. "gone": none of them does, as far as this many facts
-        can tell. "inconclusive": no attack could tell, an attack brings something back that has no ceiling to compare
-        it with, or damage could not have been seen.
-    """
-    if harm:
-        return "collapsed", "; ".join(harm)
-    if retained < GATE * before:
-        return "collapsed", f"{retained:.1%} of the other facts are right (before: {before:.1%})"
-    if (truth - chance) / (1 - chance) > BACK:
-        return "still there", f"{truth:.1%} of the forget facts are still right on the training prompt"
-    back = outcomes[outcomes["outcome"] == "back"].sort_values("recovery", ascending=False)
-    if len(back):
-        return "hidden", "; ".join(
-            f"{row['attack']} recovers {row['recovery']:.2f} (right {row['held_out']:.2f} [{row['low']:.2f}, "
-            f"{row['high']:.2f}], floor {row['floor']:.2f}, n = {row['n']:.0f})"
-            for row in back.to_dict("records")
-        )
-    tried = outcomes[outcomes["outcome"] == "not back"].sort_values("up_to", ascending=False)
-    if tried.empty:
-        return "inconclusive", "no attack could tell"
-    if blind := [row for row in outcomes.to_dict("records") if row["outcome"] == "unknown" and _unbounded(row)]:
-        return "inconclusive", "; ".join(
-            f"{row['attack']} gets {row['held_out']:.2f} right (floor {row['floor']:.2f}, n = {row['n']:.0f}), and the "
-            "unedited model under the same attack is no ceiling to compare that with"
-            for row in blind
-        )
-    if unmeasured:
-        return "inconclusive", unmeasured
-    most = tried.to_dict("records")[0]
-    return "gone", (
-        f"{len(tried)} of {len(outcomes)} attacks measured it and none is seen to bring it back; the facts cannot "
-        "exclude a recovery of "
-        f"{max(0.0, most['up_to']):.2f} by {most['attack']} (n = {most['n']:.0f})"
-    )
-
-
-def _unbounded(row: Mapping[Any, Any]) -> bool:
-    """Whether an attack without a recovery leaves open that facts came back: no ceiling, or more than the floor."""
-    return bool(pd.isna(row["ceiling"]) or not row["held_out"] <= row["floor"])
-
-
 def _outcome(name: str, rows: pd.DataFrame, state: str) -> dict[str, Any]:
+    """The best that an attack found in a state, and what there is to know of it."""
     found = recovery(rows)
     if state not in found.index and state != EDITED:
         raise MechunlearnError(f"'{name}' did not attack '{state}'. Expected one of {', '.join(found.index)}.")
-    best = found.loc[state if state in found.index else UNEDITED]
-    shared = ("recovery", "held_out", "low", "high", "n", "floor", "ceiling", "chance", "setting")
-    row = {"attack": name, "settings": int(rows["setting"].nunique()), "note": "", **best[list(shared)]}
-    if NEVER_TAUGHT in found.index:
-        never = found.loc[NEVER_TAUGHT]
-        row |= {"never_taught": never["held_out"], "never_low": never["low"], "never_high": never["high"]}
-    room = best["ceiling"] - best["floor"]
-    high = best["high"] if best["held_out"] > 0 else max(best["high"], 1 - 0.025 ** (1 / best["n"]))
-    row["up_to"] = (high - best["floor"]) / room if room > 0 else math.nan
-    if best["collapsed"]:
-        row["note"] = f"collapsed: {', '.join(best['collapsed'])}"
-    if best["outcome"] == "collapsed":
-        return row | {"outcome": "collapsed"}
-    if pd.isna(best["recovery"]):
-        no_ceiling = pd.isna(best["ceiling"])
-        why = (
-            "the unedited model collapses under every setting, so there is no ceiling"
-            if no_ceiling
+    best = found.loc[state if state in found.index else UNEDITED].to_dict()
+    row = {"attack": name, **{column: best[column] for column in OUTCOME if column in best}}
+    notes = [f"collapsed: {', '.join(best['collapsed'])}"] * bool(best["collapsed"])
+    notes += [f"below the edit, so not counted: {best['below']} readings"] * (best["below"] > 0)
+    if best["outcome"] == "measured" and pd.isna(best["recovery"]):
+        row["outcome"] = "unknown"
+        notes += [
+            "the unedited model was not attacked, so there is no ceiling"
+            if pd.isna(best["ceiling"])
             else f"the unedited model's facts come out at {best['ceiling']:.2f}, too near the floor of {best['floor']:.2f}"
-        )
-        return row | {"outcome": "unknown", "note": why}
-    return row | {"outcome": "back" if best["recovery"] >= BACK and best["low"] > best["floor"] else "not back"}
+        ]
+    return row | {"note": "; ".join(notes)}
 
 
 def _digest(model: HookedModel, edit: Edit) -> str:

@@ -16,9 +16,8 @@ MEANING = {
 }
 DAMAGED = "the edit has damaged the model"
 STATUS = {
-    "gone": "No attack that was tried is seen to bring the facts back:",
-    "hidden": "The model no longer says the facts, but it still has them:",
-    "still there": "The model still says the facts:",
+    "gone": "No attack that was tried brings the facts back, and there are enough facts to tell:",
+    "hidden": "The model still has the facts:",
     "collapsed": "The edit has damaged the model, so nothing can be said of the facts:",
     "inconclusive": "Whether the model still has the facts cannot be told:",
     "": "Nothing has tried to bring the facts back, so whether the model still has them is open.",

@@ -25,6 +25,7 @@ from mechunlearn.evaluation.evaluate import evaluate
 from mechunlearn.evaluation.preview import preview
 from mechunlearn.evaluation.report import Report
 from mechunlearn.evaluation.robustness import check_attacks
+from mechunlearn.evaluation.status import ASKED
 from mechunlearn.facts.dataset import FactDataset
 from mechunlearn.facts.load import load_facts
 from mechunlearn.facts.prompts import Prompts
@@ -233,7 +234,7 @@ def _told(say: Callable[[str], object], names: Sequence[str]) -> Callable[[Repor
 
     def watch(report: Report) -> None:
         for row in report.outcomes().to_dict("records"):
-            if row["attack"] not in told:
+            if row["attack"] not in {ASKED, *told}:
                 told.add(row["attack"])
                 back = "" if row["outcome"] == "failed" else f", recovery {row['recovery']}"
                 say(f"attack: {row['attack']}: {row['outcome']}{back}{'; ' * bool(row['note'])}{row['note']}")

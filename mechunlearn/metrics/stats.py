@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.special import betaincinv
 
 from mechunlearn.errors import MechunlearnError
 
@@ -15,8 +16,8 @@ EXPECTED = "Expected worlds, each a sequence of seeds, each a number or a sequen
 def bootstrap_interval(values: ArrayLike, seed: int = 0, resamples: int = 2000) -> tuple[float, float]:
     """Return the 95 % percentile bootstrap interval of the mean, resampling facts.
 
-    Values that are all equal give an interval of width zero: with n facts, a rate of exactly 0 or 1 is still only
-    known to about 3/n, so read n beside it.
+    Values that are all equal give an interval of width zero, and few values one that is too narrow: for a share use
+    `mean_interval`, which is exact.
 
     Args:
         values: A number a fact.
@@ -32,6 +33,55 @@ def bootstrap_interval(values: ArrayLike, seed: int = 0, resamples: int = 2000) 
     means = data[rng.integers(0, len(data), (resamples, len(data)))].mean(1)
     low, high = np.quantile(means, (0.025, 0.975))
     return float(low), float(high)
+
+
+def share_interval(right: int, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Return the exact interval of a share (Clopper and Pearson, 1934): at least `level` of such intervals hold the truth.
+
+    Args:
+        right: How many there are; between two whole numbers for a mean of values from 0 to 1.
+        n: Of how many.
+        level: The share of intervals that hold the truth. One end alone holds at (1 + level) / 2.
+
+    >>> [round(end, 3) for end in share_interval(0, 8)], [round(end, 3) for end in share_interval(5, 8)]
+    ([0.0, 0.369], [0.245, 0.915])
+    """
+    tail = (1 - level) / 2
+    low = float(betaincinv(right, n - right + 1, tail)) if right > 0 else 0.0
+    high = float(betaincinv(right + 1, n - right, 1 - tail)) if right < n else 1.0
+    return low, high
+
+
+def mean_interval(values: ArrayLike, seed: int = 0) -> tuple[float, float]:
+    """Return the 95 % interval of a mean over facts: the exact one where each is 0 or 1, else the bootstrap's.
+
+    Args:
+        values: A number a fact.
+        seed: Draws the resamples of the bootstrap.
+
+    >>> [round(end, 2) for end in mean_interval([1.0] * 8)]
+    [0.63, 1.0]
+    """
+    data = np.asarray(values, dtype=float)
+    if len(data) and np.isin(data, (0.0, 1.0)).all():
+        return share_interval(int(data.sum()), len(data))
+    return bootstrap_interval(data, seed)
+
+
+def holm(p: ArrayLike) -> NDArray[Any]:
+    """Return p-values that are corrected for their number (Holm, 1979): one at .05 or below is right in 95 % of families.
+
+    Args:
+        p: One p-value a test.
+
+    >>> holm([0.01, 0.04, 0.03]).round(2).tolist()
+    [0.03, 0.06, 0.06]
+    """
+    given = np.asarray(p, dtype=float)
+    order = np.argsort(given)
+    found = np.empty(len(given))
+    found[order] = np.minimum(np.maximum.accumulate(given[order] * (len(given) - np.arange(len(given)))), 1.0)
+    return found
 
 
 def paired_interval(a: ArrayLike, b: ArrayLike, seed: int = 0, resamples: int = 2000) -> tuple[float, float, float]:

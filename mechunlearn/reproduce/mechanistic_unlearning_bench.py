@@ -15,7 +15,7 @@ from mechunlearn.artifacts.localization import Localization
 from mechunlearn.artifacts.mask import ComponentMask
 from mechunlearn.artifacts.overlap import layer_auroc
 from mechunlearn.attack import relearning
-from mechunlearn.attack.states import recovery
+from mechunlearn.attack.bounds import recovery
 from mechunlearn.core.grid import Grid
 from mechunlearn.edit import losses, masked_gradient
 from mechunlearn.errors import MechunlearnError
