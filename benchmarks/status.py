@@ -106,6 +106,24 @@ def words(rng: np.random.Generator, edits: int, n: int, r: float, attacks: int =
     return {word: said.count(word) / edits for word in ("gone", "hidden", "inconclusive")}
 
 
+def summary(table: pd.DataFrame) -> pd.DataFrame:
+    """The worst of all n, the power at n = 32, and the first n at which "gone" is said of four edits in five."""
+    rows = []
+    for name, cells in table.groupby("edit", sort=False):
+        of = cells.set_index("n")
+        enough = of.index[of["gone, r = 0"] >= 0.8]
+        rows.append(
+            {
+                "edit": name,
+                "said *gone* though r = .2, at most": f"{of['gone, r = .2'].max():.3f}",
+                "said *hidden* though r = 0, at most": f"{of['hidden, r = 0'].max():.3f}",
+                "*hidden* of r = .5, n = 32": f"{of['hidden, r = .5'][32]:.2f}",
+                "*gone* of r = 0 in .8 from n": str(enough[0]) if len(enough) else f"over {of.index[-1]}",
+            }
+        )
+    return pd.DataFrame(rows)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--edits", type=int, default=1000, help="simulated edits a cell")
@@ -119,9 +137,12 @@ def main() -> int:
             rows.append((name, n, some["gone"], none["hidden"], half["hidden"], none["gone"]))
             print(*rows[-1], flush=True, file=sys.stderr)
     columns = ["edit", "n", "gone, r = .2", "hidden, r = 0", "hidden, r = .5", "gone, r = 0"]
-    print(pd.DataFrame(rows, columns=columns).to_markdown(index=False, floatfmt=".3f"))
+    table = pd.DataFrame(rows, columns=columns)
+    print(table.to_markdown(index=False, floatfmt=".3f"), end="\n\n")
+    print(summary(table).to_markdown(index=False, disable_numparse=True))
     slack = 2.33 * (0.05 * 0.95 / asked.edits) ** 0.5  # one cell in a hundred is this far above .05 by chance
-    return int(any(gone > 0.05 + slack or hidden > 0.05 + slack for _, _, gone, hidden, _, _ in rows))
+    judged_rows = [row for row in rows if "still said" not in row[0]]  # the limit that docs/attacks.md names
+    return int(any(gone > 0.05 + slack or hidden > 0.05 + slack for _, _, gone, hidden, _, _ in judged_rows))
 
 
 if __name__ == "__main__":

@@ -344,7 +344,7 @@ class TestAttack:
 
         attack = importlib.import_module("mechunlearn.attack.relearning")  # its name is the function's too
         monkeypatch.setattr(attack, "relearning", relearning)
-        monkeypatch.setattr(attack, "recovery", recovery)
+        monkeypatch.setattr("mechunlearn.attack.bounds.recovery", recovery)
         grid = {
             **ONE,
             "budgets": [0.1],

@@ -246,16 +246,16 @@ class TestReport:
             forget=forget,
             retain=retain,
             control=hidden,
-            attacks=["quantization", "unlearning_depth"],
+            attacks=["quantization", "prompting"],
             watch=lambda so_far: shown.append(len(so_far.outcomes())),
         )
-        assert shown == [0, 1, 2]
+        assert shown == [0, 2, 3], "with the training prompt, once there is an attack"
         assert report.status()[0] == "hidden" and report.verdict().startswith("Hidden: ")
         moved = [report.value("text", "passages", "kl_to_before", column) for column in ("after", "before")]
         assert moved[0] > 0 == moved[1]
-        assert report.outcomes()["never_taught"].str.contains(r"\[").all()
+        assert report.outcomes()["never_taught"].str.contains(r"\[").tolist() == [False, True, True]
         report.to_html(tmp_path / "report.html")
         page = (tmp_path / "report.html").read_text()
-        assert "Does it come back?" in page and "unlearning_depth" in page and "What each attack brings back" in page
+        assert "Does it come back?" in page and "prompting" in page and "What each attack brings back" in page
         plain = replace(report, attacked=Attacked())
         assert plain.status() == ("", "") and "Does it come back?" not in plain._repr_html_()

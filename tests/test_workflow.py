@@ -57,7 +57,7 @@ def test_each_step_is_the_function_of_that_name(made, world, sport):
     assert torch.equal(job.found.scores["L1.mlp.out"], found.scores["L1.mlp.out"])
     assert job.mask == found.above(0) == job.edit.mask
     assert job.report.columns == ["before", "after", "control", "patching"]
-    assert job.report.outcomes()["attack"].tolist() == ["quantization"]
+    assert job.report.outcomes()["attack"].tolist() == ["training prompt", "quantization"]
     assert any("look-up window" in line for line in told) and any(line.startswith("mask: ") for line in told)
     before = measure(world, forget)["accuracy"].mean()
     with job.edit.applied(world):

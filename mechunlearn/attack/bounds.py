@@ -10,8 +10,10 @@ from mechunlearn.errors import MechunlearnError
 COLUMNS = ("state", "setting", "step", "held_out", "low", "high", "n", "trained", "retain", "chance", "valid")
 BEST = ("held_out", "low", "high", "n", "setting", "step", "retain")
 NEVER = ("never_taught", "never_low", "never_high", "never_n")
-SUMMARY = ("state", "outcome", "recovery", *BEST, "edit_target", "trained", "floor", "ceiling", "chance", *NEVER)
-SUMMARY += ("settings", "collapsed", "below")
+SUMMARY = (
+    *("state", "outcome", "recovery", *BEST, "edit_target", "trained", "floor", "ceiling", "chance", *NEVER),
+    *("settings", "collapsed", "below"),
+)
 ROOM = 0.2
 
 

@@ -252,7 +252,8 @@ def _edited(sets: _Sets, steps: int, attack: bool, cell: Mapping[str, Any]) -> d
 
 def _recovered(model: HookedModel, edit: Edit, forget: Prompts, retain: Prompts, seed: int) -> dict[str, Any]:
     """How much relearning gets back. It runs its ceiling and floor for every edit anew, so that a cell stands alone."""
-    from mechunlearn.attack.relearning import recovery, relearning
+    from mechunlearn.attack.bounds import recovery
+    from mechunlearn.attack.relearning import relearning
 
     try:
         back = recovery(relearning(model, edit, forget, retain, seed=seed)).to_dict("index")["edited"]

@@ -57,8 +57,9 @@ def evaluate(
     `report.about["left out"]`.
 
     Of unseen facts the metric `kept` is the share still right of those that were right before. Accuracy is greedy over
-    the full vocabulary; every number has a 95 % interval over facts (exact for shares, else by bootstrap); at most 200 facts, tasks or passages a
-    cell. One edit of one model is n = 1, however many facts: intervals do not cover other models or seeds.
+    the full vocabulary; every number has a 95 % interval over facts (exact for shares, else by bootstrap); at most 200
+    facts, tasks or passages a cell. One edit of one model is n = 1, however many facts: intervals do not cover other
+    models or seeds.
 
     A damaged model is called collapsed (see `damage`), with or without attacks. With `attacks` the report also says
     whether the knowledge is gone or hidden; without unseen facts and ordinary text it never says gone. Each
