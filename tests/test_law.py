@@ -130,7 +130,7 @@ class TestPage:
                 "retain keys cost no text: lower text loss than MEMIT | +0.001 [+0.001, +0.001] | 4 pairs, 2 worlds | "
                 "**reversed**"
             ),
-            "no more of the rest than of facts never taught | +0 [+0, +0] | 4 pairs, 2 worlds | **inconclusive**",
+            "no more of the rest than of facts never taught | +0 [+0, +0] | 4 pairs, 2 worlds | **equivalent**",
         ):
             assert f"{row} |" in told, row
         verdicts = {claim.text: claim.verdict for claim in PAPER.claims(found)}

@@ -3,9 +3,20 @@
 import numpy as np
 import pytest
 import torch
+from scipy.stats import binomtest, t, ttest_1samp
 
 from mechunlearn import MechunlearnError
-from mechunlearn.metrics.stats import bootstrap_interval, hierarchical_interval, hierarchical_paired, paired_interval
+from mechunlearn.metrics.stats import (
+    bootstrap_interval,
+    hierarchical_interval,
+    hierarchical_paired,
+    holm,
+    mean_interval,
+    over_crossed,
+    over_worlds,
+    paired_interval,
+    share_interval,
+)
 
 DRAWS = 200
 
@@ -161,3 +172,87 @@ class TestHierarchicalPaired:
     def test_other_worlds_seeds_or_facts_are_refused(self, b):
         with pytest.raises(MechunlearnError, match=r"\[\[1, 1\], \[1\]\] in a and"):
             hierarchical_paired([[1.0, 2.0], [3.0]], b)
+
+
+class TestShares:
+    @pytest.mark.parametrize(("right", "n"), [(0, 8), (3, 8), (8, 8), (1, 1), (180, 1000)])
+    def test_they_are_scipys_exact_intervals(self, right, n):
+        expected = binomtest(right, n).proportion_ci(0.95, "exact")
+        assert share_interval(right, n) == pytest.approx((expected.low, expected.high), abs=1e-9)
+        assert mean_interval([1.0] * right + [0.0] * (n - right)) == share_interval(right, n)
+
+    def test_anything_but_0_and_1_is_resampled(self):
+        values = [0.0, 1.0, 0.5]
+        assert mean_interval(values, seed=3) == bootstrap_interval(values, seed=3)
+
+    def test_holm_is_the_step_down_by_hand(self):
+        p = [0.01, 0.04, 0.03, 0.005]
+        assert holm(p) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+        assert holm([0.9, 0.8]).tolist() == [1.0, 1.0] and holm([]).tolist() == []
+
+
+class TestOverWorlds:
+    def test_it_is_scipys_t_interval_of_the_world_means(self):
+        worlds = [[1.0, 2.0], [4.0], [[1.0, 5.0], [2.0]]]
+        means = [1.5, 4.0, 2.5]
+        found = over_worlds(worlds)
+        expected = ttest_1samp(means, 0.0)
+        interval = expected.confidence_interval(0.95)
+        assert (found.mean, found.low, found.high, found.df) == pytest.approx(
+            (np.mean(means), interval.low, interval.high, 2)
+        )
+        assert found.p == pytest.approx(expected.pvalue)
+        assert found.error == pytest.approx(np.std(means, ddof=1) / 3**0.5)
+
+    def test_one_world_speaks_of_its_seeds_and_one_number_of_nothing(self):
+        interval = ttest_1samp([1.0, 2.0, 4.0], 0.0).confidence_interval(0.95)
+        assert over_worlds([[1.0, 2.0, 4.0]])[1:3] == pytest.approx((interval.low, interval.high))
+        alone = over_worlds([[0.5]])
+        assert alone.mean == 0.5 and np.isnan([alone.low, alone.p, alone.detectable]).all() and not alone.within(9)
+
+    def test_equivalence_is_two_one_sided_tests(self):
+        values = [0.02, -0.01, 0.03, 0.0]
+        low, high = (
+            ttest_1samp(values, edge, alternative=way).pvalue for edge, way in ((-0.1, "greater"), (0.1, "less"))
+        )
+        assert max(low, high) < 0.05 and over_worlds([[v] for v in values]).within(0.1)
+        wide = over_worlds([[v] for v in (0.2, -0.1, 0.05)])
+        assert not wide.within(0.1) and wide.p > 0.05, "neither different nor equal"
+
+    def test_what_could_be_seen_is_seen_in_four_of_five(self):
+        rng = np.random.default_rng(0)
+        detectable = 1.0 / 6**0.5 * sum(t.ppf(share, 5) for share in (0.975, 0.8))
+        seen = [over_worlds([[v] for v in rng.normal(detectable, 1, 6)]).p <= 0.05 for _ in range(600)]
+        assert 0.72 < np.mean(seen) < 0.88
+
+    @pytest.mark.parametrize("worlds", [2, 3, 5, 12])
+    def test_its_intervals_miss_at_their_rate(self, worlds):
+        rng = np.random.default_rng(worlds)
+        made = (3 * rng.normal(size=(worlds, 1)) + rng.normal(size=(worlds, 5)) for _ in range(1000))
+        missed = [not low <= 0 <= high for _, low, high, _ in (over_worlds(list(each)) for each in made)]
+        assert 0.03 < np.mean(missed) < 0.07
+
+
+class TestCrossed:
+    def test_columns_that_differ_are_no_repetitions(self):
+        """Of nine topics that differ, five codebooks say little more than one does."""
+        rng = np.random.default_rng(0)
+        made = [rng.normal(size=(1, 9)) + 0.5 * rng.normal(size=(5, 9)) for _ in range(600)]
+        crossed, over_rows = (
+            np.mean([not low <= 0 <= high for _, low, high, _ in map(how, made)]) for how in (over_crossed, over_worlds)
+        )
+        assert 0.02 < crossed < 0.08 and over_rows > 0.3
+
+    def test_it_is_the_mean_square_formula(self):
+        data = np.array([[1.0, 2.0, 4.0], [2.0, 5.0, 4.5]])
+        mean, by_row, by_column = data.mean(), data.mean(1), data.mean(0)
+        rest = data - by_row[:, None] - by_column + mean
+        squares = [3 * by_row.var(ddof=1), 2 * by_column.var(ddof=1), (rest**2).sum() / 2]
+        variance = (squares[0] + squares[1] - squares[2]) / 6
+        assert squares[2] < squares[0] + squares[1] - squares[2]
+        assert over_crossed(data).error == pytest.approx(variance**0.5)
+
+    @pytest.mark.parametrize("wrong", [[[1.0, 2.0]], [[1.0], [2.0]], [[1.0, np.nan], [1.0, 2.0]], [1.0, 2.0]])
+    def test_what_is_no_full_table_is_refused(self, wrong):
+        with pytest.raises(MechunlearnError, match="is not crossed"):
+            over_crossed(wrong)

@@ -1,11 +1,12 @@
 """Intervals: no figure without one."""
 
+import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import betaincinv
+from scipy.special import betaincinv, stdtr, stdtrit
 
 from mechunlearn.errors import MechunlearnError
 
@@ -169,6 +170,104 @@ def hierarchical_paired(a: Worlds, b: Worlds, seed: int = 0, resamples: int = 20
         )
     pairs = [[x - y for x, y in zip(*seeds, strict=True)] for seeds in zip(left, right, strict=True)]
     return hierarchical_interval(pairs, seed, resamples)
+
+
+class Estimate(NamedTuple):
+    """A mean, its 95 % interval by Student's t, and the degrees of freedom of that."""
+
+    mean: float
+    low: float
+    high: float
+    df: float
+
+    @property
+    def error(self) -> float:
+        """The standard error."""
+        return (self.high - self.low) / 2 / float(stdtrit(self.df, 0.975)) if self.df > 0 else math.nan
+
+    @property
+    def p(self) -> float:
+        """The p-value of the mean being 0, two-sided."""
+        if not self.df > 0:
+            return math.nan
+        return float(2 * stdtr(self.df, -abs(self.mean) / self.error)) if self.error > 0 else float(self.mean == 0)
+
+    def within(self, size: float) -> bool:
+        """Return whether the mean is equivalent to 0: both one-sided tests at .05 (TOST) exclude a mean of this size.
+
+        Args:
+            size: The smallest mean that matters.
+        """
+        half = self.error * float(stdtrit(self.df, 0.95)) if self.df > 0 else math.nan
+        return abs(self.mean) + half < size
+
+    @property
+    def detectable(self) -> float:
+        """The smallest mean that would be told from 0 in 80 of 100 repetitions."""
+        both = sum(float(stdtrit(self.df, share)) for share in (0.975, 0.8)) if self.df > 0 else math.nan
+        return self.error * both
+
+
+def over_worlds(values: Worlds) -> Estimate:
+    """Return the mean of world means, with the interval of Student's t over worlds.
+
+    The world is the unit: m worlds are m numbers, however many seeds and facts each has. One world has the interval
+    over its seeds, and speaks of that world alone; a single number has none (NaN). Miss rates of its 95 % intervals
+    are .04 to .06 for 2 to 12 worlds (`benchmarks/intervals.py`), where `hierarchical_interval` misses .10 to .27.
+
+    Args:
+        values: Worlds of seeds (of facts).
+
+    Raises:
+        MechunlearnError: If a level is empty, or not nested like this.
+
+    >>> [round(number, 2) for number in over_worlds([[1.0, 2.0], [3.0], [2.5]])]
+    [2.33, 0.44, 4.23, 2]
+    """
+    worlds = [[float(facts.mean()) for facts in seeds] for seeds in _nested(values)]
+    units = np.array([np.mean(seeds) for seeds in worlds] if len(worlds) > 1 else worlds[0])
+    return _by_t(
+        float(units.mean()), float(units.var(ddof=1)) / len(units) if len(units) > 1 else math.nan, len(units) - 1
+    )
+
+
+def over_crossed(table: ArrayLike) -> Estimate:
+    """Return the mean of a full table of two crossed factors, such as codebooks by topics, both drawn at random.
+
+    var = (MS of rows + MS of columns - MS of the rest) / cells, with Satterthwaite's degrees of freedom, and never less
+    than the rest alone gives. Its 95 % intervals miss in .03 to .06 of draws where a factor makes a difference, in .02
+    where none does (`benchmarks/intervals.py`); those over rows alone miss in .3 and more where columns do.
+
+    Args:
+        table: A number a cell, no cell missing.
+
+    Raises:
+        MechunlearnError: If it is no table of two rows and two columns or more.
+
+    >>> [round(number, 2) for number in over_crossed([[1.0, 2.0, 3.0], [2.0, 3.5, 4.0]])]
+    [2.58, -0.26, 5.43, 2.61]
+    """
+    data = np.asarray(table, dtype=float)
+    if data.ndim != 2 or min(data.shape) < 2 or not np.isfinite(data).all():
+        raise MechunlearnError(
+            f"A table of shape {data.shape} is not crossed. Expected two or more rows and columns, and no cell missing."
+        )
+    rows, columns = data.shape
+    mean, by_row, by_column = data.mean(), data.mean(1), data.mean(0)
+    rest = data - by_row[:, None] - by_column + mean
+    squares = np.array(
+        [columns * by_row.var(ddof=1), rows * by_column.var(ddof=1), (rest**2).sum() / (rows - 1) / (columns - 1)]
+    )
+    freedom = np.array([rows - 1, columns - 1, (rows - 1) * (columns - 1)])
+    joined = float(squares[0] + squares[1] - squares[2])
+    if joined <= squares[2]:
+        return _by_t(float(mean), float(squares[2]) / data.size, float(freedom[2]))
+    return _by_t(float(mean), joined / data.size, float(joined**2 / (squares**2 / freedom).sum()))
+
+
+def _by_t(mean: float, variance: float, df: float) -> Estimate:
+    half = math.sqrt(variance) * float(stdtrit(df, 0.975)) if df > 0 else math.nan
+    return Estimate(mean, mean - half, mean + half, df)
 
 
 def multiple_comparisons(count: int) -> str:

@@ -18,7 +18,7 @@ from mechunlearn.core.grid import Grid
 from mechunlearn.reproduce import codeunlearn_bench as bench
 from mechunlearn.reproduce.codeunlearn_bench import BY_CODES, CONTROLS, SHIPPED, VALIDATION, Book, Cell, Setting
 from mechunlearn.reproduce.engine import Found, Paper, Plan, Run, finished, options, stored, world_folder
-from mechunlearn.reproduce.tables import Claim, Nested, difference, interval, render
+from mechunlearn.reproduce.tables import Claim, Nested, corrected, difference, interval, render
 from mechunlearn.reproduce.topics import SYNONYMS, TOPICS, others
 from mechunlearn.world.small import build_small
 
@@ -257,13 +257,13 @@ def _claims(found: Found) -> list[Claim]:
             key, sign, least = sides[verb]
             mine, theirs = (_values(found, method, key) for method in ("reselect", other))
             text = f"reselect {verb} {other}{' of the same usage' * (other in CONTROLS)}"
-            made.append(Claim(text, difference(mine, theirs), sign, least))
+            made.append(Claim(text, difference(mine, theirs, crossed=True), sign, least))
     after, before = (_bare(found, which, "text loss") for which in ("inserted", "alone"))
     made.append(Claim(FREE, difference(after, before), -1, 0.0))
     for arm, method in product(_arms(found), CODES):
-        kl = difference(_values(found, method, "KL", arm), _gold_kl(found, arm))
+        kl = difference(_values(found, method, "KL", arm), _gold_kl(found, arm), crossed=True)
         made.append(Claim(f"{NEARER} ({arm})".replace("reselect", method), kl, -1, 0.0))
-    return [replace(claim, paper=REPORTED.get(claim.text, ""), unit="codebooks") for claim in made]
+    return corrected([replace(claim, paper=REPORTED.get(claim.text, ""), unit="codebooks") for claim in made])
 
 
 def _gold_kl(found: Found, arm: str, stay: bool = False) -> Nested:
@@ -338,7 +338,7 @@ def _swept(seeds: list[list[Found]], key: str) -> str:
     values = [[row[key] for row in rows] for rows in seeds]
     if key in ("loss increase", "explained variance"):
         return f"{fmean(of[0] for of in values):.3f}"
-    return interval(values, ".0f" if key == "units" else ".2f")
+    return interval(values, ".0f" if key == "units" else ".2f", crossed=True)
 
 
 def _enough(seeds: list[list[Found]]) -> int:

@@ -15,7 +15,7 @@ from mechunlearn.core.grid import Grid
 from mechunlearn.reproduce import law_bench as bench
 from mechunlearn.reproduce.engine import Found, Paper, Plan, Run, options, stored, world_folder
 from mechunlearn.reproduce.law_bench import BOUNDS, GONE, GRADIENT, RELEARN, SHIPPED, WHERE, Cell, Setting
-from mechunlearn.reproduce.tables import Claim, Difference, Nested, difference, render
+from mechunlearn.reproduce.tables import Claim, Difference, Nested, corrected, difference, render
 from mechunlearn.world.small import build_small
 
 LARGE, SIZES = "3", (100, 300, 900)
@@ -173,7 +173,7 @@ def _claims(found: Found) -> list[Claim]:
         note = "".join(_unmatched(found, method) for method in (one, other))
         least = 0.1 if BETTER[name] > 0 else 0.0
         made.append(Claim(text, _difference(found, one, other, name), BETTER[name], least, note=note))
-    return [replace(claim, paper=REPORTED.get(claim.text, "")) for claim in made]
+    return corrected([replace(claim, paper=REPORTED.get(claim.text, "")) for claim in made])
 
 
 def _page(found: Found) -> str:

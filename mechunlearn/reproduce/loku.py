@@ -13,7 +13,7 @@ from mechunlearn.edit.fisher_lora import INITS
 from mechunlearn.reproduce import loku_bench as bench
 from mechunlearn.reproduce.engine import Found, Paper, Plan, Run, stored, world_folder
 from mechunlearn.reproduce.loku_bench import BOUNDS, LOSSES, STEPS, VALIDATION, Cell, Task
-from mechunlearn.reproduce.tables import Claim, Difference, Nested, difference, render
+from mechunlearn.reproduce.tables import Claim, Difference, Nested, corrected, difference, render
 from mechunlearn.world.small import build_small, forget_sets, small_world
 
 RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
@@ -136,7 +136,7 @@ def _claims(found: Found) -> list[Claim]:
             text, told = f"{claimed} ({task})", _difference(found, task, one, other, value)
             note = _caution(found, task, one, other, value)
             made.append(Claim(text, told, sign, least, REPORTED.get(text, ""), note))
-    return made
+    return corrected(made)
 
 
 def _caution(found: Found, task: Task, one: str, other: str, value: Value) -> str:

@@ -17,7 +17,7 @@ from mechunlearn.core.grid import Grid
 from mechunlearn.reproduce import mechanistic_unlearning_bench as bench
 from mechunlearn.reproduce.engine import Found, Paper, Plan, Run, failures, finished, settled, world_folder
 from mechunlearn.reproduce.mechanistic_unlearning_bench import LOOKUP, NAIVE, OUTPUT_TRACING, SUBSET, VALIDATION, Cell
-from mechunlearn.reproduce.tables import Claim, Difference, Nested, difference, render
+from mechunlearn.reproduce.tables import Claim, Difference, Nested, corrected, difference, render
 from mechunlearn.world.lookup import build_lookup
 
 NAIVE_ARMS = (*OUTPUT_TRACING, "causal_tracing", "attribution_patching", bench.RANDOM, *bench.WHOLE)
@@ -236,8 +236,25 @@ def _claims(found: Found) -> list[Claim]:
         for relations in groups:
             told = _difference(found, relations, LOOKUP, rival, measure)
             name = f"{claim}: {text}: {LOOKUP} minus {rival} ({' and '.join(relations)})"
-            made.append(Claim(name, told, sign, paper=REPORTED[claim] if relations == groups[-1] else ""))
-    return made
+            note = _no_test(found, relations, rival, measure)
+            made.append(Claim(name, told, sign, paper=REPORTED[claim] if relations == groups[-1] else "", note=note))
+    return corrected(made)
+
+
+def _no_test(found: Found, relations: Sequence[str], rival: str, measure: str) -> str:
+    """Return a reminder where both masks are at the ceiling, so that no difference could have been seen."""
+    sides = [
+        [
+            value
+            for relation in relations
+            for world in _values(found, relation, mask, measure)
+            for value in world
+            if value is not None
+        ]
+        for mask in (LOOKUP, rival)
+    ]
+    at_ceiling = all(side and fmean(side) >= CEILING for side in sides)
+    return f" (both sides are at {CEILING:g} or more: no test)" if at_ceiling else ""
 
 
 def _page(found: Found) -> str:
@@ -315,5 +332,6 @@ def _setting(found: Found, relation: str, arm: str, world: str) -> str:
     return f"{of['rate']:g}, {of['forget_weight']:g}" + ("" if of["selected"] == "qualifies" else " *none*")
 
 
+CEILING = 0.95
 NAME, TITLE = "mechanistic-unlearning", "Mechanistic Unlearning (arXiv 2410.12949)"
 PAPER = Paper(NAME, TITLE, ((1, 2), (0, 1, 2, 3, 4)), ((1,), (0,)), _about, _run, _results, _claims, _page)

@@ -50,10 +50,10 @@ def summary(found: dict[str, Found]) -> str:
 
 
 def headlines(name: str, found: Found) -> list[Claim]:
-    """Return the claims of a paper that the summary shows: those that the paper itself says something about.
+    """Return the claims of a paper that the summary shows: all of its page, in the same words.
 
     Args:
         name: The paper's name.
         found: The numbers of its page.
     """
-    return [claim for claim in PAPERS[name].claims(found) if claim.paper]
+    return PAPERS[name].claims(found)
