@@ -115,9 +115,9 @@ def drawn(project: Path, patterns: list[str], count: int, seed: int) -> tuple[li
         [mutation] = item.mutations
         if tuple(mutation.start_pos) not in outside[str(mutation.module_path)]:
             places.setdefault((str(mutation.module_path), tuple(mutation.start_pos)), []).append(mutation)
-    pick = random.Random(seed)
-    order = pick.sample(sorted(places), min(count, len(places)))
-    return [pick.choice(places[place]) for place in order], len(places)
+    order = sorted(places)
+    random.Random(seed).shuffle(order)
+    return [random.Random(f"{seed} {place}").choice(places[place]) for place in order[:count]], len(places)
 
 
 def tried(mutation: Any, lines: dict[str, dict[int, list[str]]], project: Path) -> dict[str, Any]:

@@ -385,16 +385,16 @@ class TestComparison:
 
     def test_differences_are_paired_by_seed(self, frame):
         row = Comparison(frame, {}).differences().iloc[0]
-        assert (row.localizer, row.n, row.truth) == ("fact_lookup", "2", "+0.35 [+0.20, +0.50]")
+        assert (row.localizer, row.n, row.truth) == ("fact_lookup", "2", "+0.35 [-1.56, +2.26]")
         assert len(Comparison(frame, {}).differences()) == 1
-        assert Comparison(frame, {}).differences(short=True).truth[0] == "+0.35±0.15"
+        assert Comparison(frame, {}).differences(short=True).truth[0] == "+0.35±1.91"
 
     def test_summary_has_means_with_intervals_and_says_what_is_missing(self, frame):
         shown = Comparison(frame, {}).summary().set_index("localizer")
-        assert shown.truth["fact_lookup"] == "0.60 [0.50, 0.70]" and shown.n["fact_lookup"] == "2"
+        assert shown.truth["fact_lookup"] == "0.60 [-0.67, 1.87]" and shown.n["fact_lookup"] == "2"
         assert shown.note["fact_lookup"] == "1 of 3: no window"
         assert shown.truth["unedited"] == "1.00", "one seed has no interval"
-        assert shown.truth["random_units"] == "0.17 [0.00, 0.30]"
+        assert shown.truth["random_units"] == "0.17 [-0.21, 0.55]", "Student's t of 0, .2 and .3"
 
     def test_without_a_control_there_are_no_differences(self, frame):
         assert len(Comparison(frame[frame.localizer != "random_units"], {}).differences()) == 0

@@ -4,9 +4,13 @@ import http.client
 import json
 import re
 import socket
+import struct
 import threading
+import urllib.parse
+import urllib.request
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -95,6 +99,34 @@ class TestAddress:
         code, _, err = call("explore", "factworld", "factworld/sport", "--port", 0, "--mask", "none.json")
         assert code == 2 and "none.json" in err and len(err.strip().splitlines()) == 1
 
+    def test_the_browser_is_started_without_the_key(self, call, monkeypatch):
+        """All users of a machine can see the arguments of a program."""
+        opened: list = []
+
+        def show(server, bench):
+            path = Path(urllib.request.url2pathname(urllib.parse.urlparse(opened[0]).path))
+            opened.append((path.read_text(), path.parent.stat().st_mode & 0o777, server.url, path))
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(ExplorerServer, "show", show)
+        monkeypatch.setattr("webbrowser.open", opened.append)
+        code, _, err = call("explore", "factworld", "factworld/sport", "--port", 0, "--forget", 5)
+        assert code == 0, err
+        page, mode, url, path = opened[1]
+        assert "key" not in opened[0] and opened[0].startswith("file://") and mode == 0o700
+        assert f"url={url}" in page and not path.exists(), "and it is gone when the explorer ends"
+
+    def test_a_closed_tab_is_no_traceback(self, toy, capfd):
+        with serving(toy) as server:
+            for _ in range(3):
+                with socket.create_connection(("127.0.0.1", server.server_port)) as tab:
+                    tab.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    tab.sendall(
+                        f"GET /?key={server.key} HTTP/1.1\r\nHost: 127.0.0.1:{server.server_port}\r\n\r\n".encode()
+                    )
+            assert asked(server)[0] == 200
+        assert "Traceback" not in capfd.readouterr().err
+
     def test_without_the_key_nothing_is_answered(self, toy):
         with serving(toy) as server:
             assert asked(server)[0] == 200
@@ -117,6 +149,7 @@ class TestAddress:
         with serving(toy) as server:
             assert asked(server, body="{not json")[0] == 400
             assert asked(server, body="x" * 70_000)[0] == 400
+            assert asked(server, body="[" * 60_000)[0] == 400, "deep JSON is no traceback"
             status, text, _ = asked(server, body="[1, 2]")
             assert status == 200 and "does not know" in json.loads(text)["error"]
             assert "does not know" in json.loads(asked(server, body='{"do": "__init__"}')[1])["error"]

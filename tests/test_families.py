@@ -2,7 +2,8 @@
 
 import copy
 import subprocess
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -277,3 +278,22 @@ def test_a_bridge_of_a_model_that_sees_images_installs_nothing(family, monkeypat
     monkeypatch.setattr(subprocess, "check_call", lambda *command, **_: called.append(command))
     model = load_model((random_hf(family), None))
     assert model.bridge is not None and called == []
+
+
+class TestSizes:
+    def test_an_mlp_whose_width_no_field_gives_is_four_times_as_wide_as_the_stream(self):
+        config = transformers.GPT2Config(n_embd=24, n_layer=2, n_head=4, vocab_size=97)
+        layout, hf = Layout.of(config), transformers.GPT2LMHeadModel(config)
+        assert config.n_inner is None and layout.signature.d_mlp == 96 == hf.transformer.h[0].mlp.c_fc.weight.shape[1]
+
+    @pytest.mark.parametrize("missing", ["hidden_size", "num_attention_heads", "num_hidden_layers"])
+    def test_a_configuration_that_lacks_a_size_is_refused(self, missing):
+        sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 64}
+        with pytest.raises(MechunlearnError, match="does not say how wide and how deep"):
+            Layout.of(SimpleNamespace(model_type="llama", **{k: v for k, v in sizes.items() if k != missing}))
+
+    def test_a_layout_cannot_be_changed(self):
+        layout = Layout.of(transformers.GPT2Config())
+        with pytest.raises(FrozenInstanceError):
+            layout.d_head = 3
+        assert layout == Layout.of(transformers.GPT2Config()) and (layout.residual_scale, layout.logit_scale) == (1, 1)

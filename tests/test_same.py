@@ -8,8 +8,10 @@ import torch
 from mechunlearn import ComponentMask, MechunlearnError, WeightEdit, evaluate, load_edit, load_facts, load_model
 from mechunlearn.cli import main as cli
 from mechunlearn.core.runcard import RunCard
-from mechunlearn.edit import fisher_lora, masked_gradient
-from mechunlearn.evaluation.same import check_names, check_same, facts_of
+from mechunlearn.attack import quantization
+from mechunlearn.edit import fisher_lora, masked_gradient, memit
+from mechunlearn.evaluation.same import check_names, check_same
+from mechunlearn.world.toy import planted_facts
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +60,7 @@ class TestEvaluate:
         both = load_facts("factworld/sport").prompts(world)
         with pytest.raises(MechunlearnError, match="4 of 4 forget facts"):
             check_same(world, made, forget, both)
-        assert not facts_of(forget) & facts_of(retain) and len(facts_of(both)) == len(both)
+        assert not forget.pairs & retain.pairs and len(both.pairs) == len(both)
 
     @pytest.mark.parametrize("name", ["before", "after", "control"])
     def test_a_column_of_its_own_is_not_taken(self, world, made, sets, name):
@@ -141,3 +143,22 @@ def test_rows_are_compared_bit_by_bit(world, made):
     with torch.no_grad():
         model.hf.model.layers[1].mlp.down_proj.weight[0, 0] += 1e-6
     assert not made.is_applied(model)
+
+
+class TestSetsThatShareFacts:
+    """An editor that is told to forget and to keep the same fact does neither, and says nothing."""
+
+    @pytest.mark.parametrize("method", [masked_gradient, fisher_lora, memit])
+    def test_an_editor_refuses_them(self, method):
+        toy = planted_facts()
+        mask = ComponentMask.of(["L0.mlp.out"], toy.model.signature)
+        with pytest.raises(MechunlearnError, match="2 of 4 forget facts are in the retain set too"):
+            method(toy.model, mask, toy.prompts([0, 1, 2, 3]), toy.prompts([2, 3, 4]))
+
+    def test_so_do_attacks_and_localizers(self):
+        toy = planted_facts()
+        forget, retain = toy.prompts([0, 1, 2, 3]), toy.prompts(list(range(3, 16)))
+        mask = ComponentMask.of(["L0.mlp.out"], toy.model.signature)
+        made = masked_gradient(toy.model, mask, forget, toy.prompts([4, 5]), steps=1, lr=0.1)
+        with pytest.raises(MechunlearnError, match="1 of 4 forget facts are in the retain set too"):
+            quantization(toy.model, made, forget, retain)

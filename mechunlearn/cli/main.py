@@ -434,11 +434,11 @@ def explore(
             bench.view()
         console.print(f"explorer of {len(forgotten)} facts -> {server.url}", soft_wrap=True)
         console.print("Ctrl-C ends it")
-        if browser:
-            import webbrowser
+        with suppress(KeyboardInterrupt), server.page_for_the_browser() as page:
+            if browser:
+                import webbrowser
 
-            webbrowser.open(server.url)
-        with suppress(KeyboardInterrupt):
+                webbrowser.open(page)
             server.show(bench)
 
 
@@ -491,7 +491,7 @@ def compare(
     grid |= {"forget": forget, "steps": steps, "attack": attack}
     made = compared(hooked, forgotten.facts.source, folder=output, **grid)
     _print_arms(made.summary(short=True))
-    console.print("± is half of the 95 % bootstrap interval over seeds, all of one model; how to read it: table.md")
+    console.print("± is half of the 95 % interval over seeds, all of one model; how to read it: table.md")
     for name in ("results.parquet", "table.md", "figure.html"):
         console.print(f"{name:<16} {output / name}")
 
@@ -561,7 +561,7 @@ def _print(report: "Report") -> None:
     _say(str(report))
     for name in report.columns:
         _say(f"{name}: {MEANING.get(name, 'another edit')}")
-    _say("Accuracy of the truth unless marked target; ± is half of the 95 % bootstrap interval over facts.")
+    _say("Accuracy of the truth unless marked target; ± is half of the 95 % interval over facts.")
 
 
 def _print_arms(frame: "pd.DataFrame") -> None:

@@ -73,6 +73,9 @@ def validated(function: Function) -> Function:
         except TypeError as error:
             raise TypeError(f"{function.__name__}(): {error}") from None
         check_arguments(function, bound.arguments)
+        forget, retain = (bound.arguments.get(name) for name in ("forget", "retain"))
+        if forget is not None and retain is not None:
+            forget.check_apart(retain)
         return function(*given, **named)
 
     return checked  # type: ignore[return-value]

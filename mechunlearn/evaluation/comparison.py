@@ -11,7 +11,7 @@ from mechunlearn import plots
 from mechunlearn.core.files import whole_file
 from mechunlearn.core.tables import NOTHING, Table, interval, to_markdown
 from mechunlearn.evaluation.selection import NONE_QUALIFIES, RULE
-from mechunlearn.metrics.stats import bootstrap_interval, paired_interval
+from mechunlearn.metrics.stats import over_worlds
 
 CONTROL = "random_units"
 MEASURES = ("efficacy", "truth", "generalization", "retention", "same_subject", "text_loss", "recovery")
@@ -23,8 +23,8 @@ READING = (
     "*efficacy*: forget facts that answer the edit target, for objectives that have one, else that no longer give the truth; "
     "*truth*: forget facts that still give it, on the training prompt; *generalization*: the mean of efficacy over all other "
     "formats; *retention*: accuracy on the retain facts; *same subject*: on other relations of the forgotten subjects; "
-    "*text loss*: nats a token. Accuracy is greedy over the full vocabulary. In brackets: 95 % bootstrap interval over seeds, "
-    "which is too narrow for few of them (five cover the truth in 83 % of cases)."
+    "*text loss*: nats a token. Accuracy is greedy over the full vocabulary. In brackets: 95 % interval of "
+    "Student's t over seeds."
 )
 
 
@@ -61,7 +61,7 @@ class Comparison:
         return cls(frame.assign(**texts, **numbers), about)
 
     def summary(self, short: bool = False) -> pd.DataFrame:
-        """Return means over seeds as text, with 95 % bootstrap intervals over seeds: `0.98 [0.95, 1.00]`.
+        """Return means over seeds as text, with 95 % intervals of Student's t over seeds: `0.98 [0.95, 1.00]`.
 
         Args:
             short: Whether to write half of the interval in place of its ends: `0.98±0.03`.
@@ -122,7 +122,7 @@ class Comparison:
             row = f"{arm['objective']}, {arm['budget']}" if arm["objective"] else arm["localizer"]
             for name in self._measures():
                 if len(values := cells[name].dropna()):
-                    low, high = bootstrap_interval(values)
+                    _, low, high, _ = over_worlds([values])
                     ends = {"mean": values.mean(), "low": low, "high": high, "n": len(values)}
                     marks.append({"localizer": arm["localizer"], "row": row, "measure": name, **ends})
         return plots.comparison(pd.DataFrame(marks))
@@ -170,12 +170,14 @@ def _common(values: pd.Series) -> str:
 
 def _mean(values: pd.Series, short: bool) -> str:
     """One seed has no interval."""
-    return interval(values.mean(), *bootstrap_interval(values), short) if len(values) > 1 else _one(values)
+    return interval(*over_worlds([values])[:3], short) if len(values) > 1 else _one(values)
 
 
 def _difference(a: pd.Series, b: pd.Series, short: bool) -> str:
     pairs = pd.DataFrame({"a": a, "b": b}).dropna()
-    return interval(*paired_interval(pairs.a, pairs.b), short, "+") if len(pairs) > 1 else _one(pairs.a - pairs.b, "+")
+    return (
+        interval(*over_worlds([pairs.a - pairs.b])[:3], short, "+") if len(pairs) > 1 else _one(pairs.a - pairs.b, "+")
+    )
 
 
 def _one(values: pd.Series, sign: str = "") -> str:

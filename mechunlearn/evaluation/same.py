@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from mechunlearn.artifacts.weight_edit import Edit, WeightEdit
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.facts.prompts import PAD, Prompts
+from mechunlearn.facts.prompts import Prompts
 from mechunlearn.model.hooked import HookedModel
 
 COLUMNS = ("before", "after", "control")
@@ -23,11 +23,7 @@ def check_same(model: HookedModel, edit: Edit, forget: Prompts, retain: Prompts)
     Raises:
         MechunlearnError: If the model is edited already, or a fact is in both sets.
     """
-    if both := facts_of(forget) & facts_of(retain):
-        raise MechunlearnError(
-            f"{len(both)} of {len(forget)} forget facts are in the retain set too. Expected sets that share no fact: see "
-            "Prompts.split."
-        )
+    forget.check_apart(retain)
     made_on = edit.card.model
     if made_on not in ("", model.fingerprint):
         if isinstance(edit, WeightEdit) and edit.signature == model.signature and edit.is_applied(model):
@@ -58,13 +54,3 @@ def check_names(names: Iterable[str]) -> None:
         raise MechunlearnError(
             f"The name '{taken[0]}' in others= is a column of the report itself ({', '.join(COLUMNS)}). Give another one."
         )
-
-
-def facts_of(prompts: Prompts) -> set[tuple[tuple[int, ...], ...]]:
-    """Return the facts of a set as tokens of prompt and answer.
-
-    Args:
-        prompts: The set.
-    """
-    rows = zip(prompts.tokens.tolist(), prompts.lengths.tolist(), prompts.answers.tolist())
-    return {(tuple(ids[:length]), tuple(one for one in answer if one != PAD)) for ids, length, answer in rows}

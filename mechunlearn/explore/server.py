@@ -1,12 +1,17 @@
 """The explorer as a page of this machine: one process, one address, nothing outside."""
 
 import errno
+import html
 import ipaddress
 import json
 import secrets
 import socket
+import tempfile
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.explore.pages import served_page
@@ -58,6 +63,17 @@ class ExplorerServer(ThreadingHTTPServer):
         shown = socket.gethostname() if host in ("0.0.0.0", "::") else named
         self.url = f"http://{shown}:{self.server_port}/?key={self.key}"
 
+    @contextmanager
+    def page_for_the_browser(self) -> Iterator[str]:
+        """Give the address of a file that leads to the page, readable by its owner alone, within the block.
+
+        A program's arguments can be seen by all users of a machine, and a browser is started with an address.
+        """
+        with tempfile.TemporaryDirectory(prefix="explorer-") as folder:  # of mode 700
+            page = Path(folder) / "explorer.html"
+            page.write_text(f'<meta http-equiv="refresh" content="0; url={html.escape(self.url)}">', encoding="utf-8")
+            yield page.as_uri()
+
     def show(self, bench: Workbench) -> None:
         """Answer until the program is ended.
 
@@ -91,7 +107,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._refuse(400)
         try:
             message = json.loads(self.rfile.read(int(size)))
-        except ValueError:
+        except (ValueError, RecursionError):
             return self._refuse(400)
         with self.server.turn:
             view = self.server.bench.act(message if isinstance(message, dict) else {})
@@ -116,8 +132,9 @@ class _Handler(BaseHTTPRequestHandler):
             "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src "
             "data:; frame-ancestors 'none'",
         )
-        self.end_headers()
-        self.wfile.write(body)
+        with suppress(ConnectionError):  # the tab was closed
+            self.end_headers()
+            self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
         """Nothing is logged: the console belongs to the command."""

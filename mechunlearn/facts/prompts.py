@@ -123,6 +123,24 @@ class Prompts:
         """A hash of clean tokens, answers and targets."""
         return digest(self.tokens.numpy().tobytes(), self.answers.numpy().tobytes(), self.targets.numpy().tobytes())
 
+    @property
+    def pairs(self) -> set[tuple[tuple[int, ...], ...]]:
+        """The facts as tokens of prompt and answer."""
+        rows = zip(self.tokens.tolist(), self.lengths.tolist(), self.answers.tolist())
+        return {(tuple(ids[:length]), tuple(one for one in answer if one != PAD)) for ids, length, answer in rows}
+
+    def check_apart(self, retain: "Prompts") -> None:
+        """Raise `MechunlearnError` if these facts and those to retain share one: the same prompt with the same answer.
+
+        Args:
+            retain: The facts to retain.
+        """
+        if both := self.pairs & retain.pairs:
+            raise MechunlearnError(
+                f"{len(both)} of {len(self)} forget facts are in the retain set too. Expected sets that share no fact: "
+                "see Prompts.split."
+            )
+
     @steady()
     def select(self, rows: Sequence[int] | Tensor) -> "Prompts":
         """Return the prompts of these rows, in this order, no wider than the longest of them.

@@ -91,7 +91,7 @@ def paired_interval(a: ArrayLike, b: ArrayLike, seed: int = 0, resamples: int = 
     The mean of a - b over pairs (seeds or facts), and its 95 % bootstrap interval.
 
     Pairs are resampled, so what both sides share (a hard fact, a lucky seed) cancels. Few pairs make it too narrow: it
-    covers the truth in 83 % of cases with five pairs of normal noise, in 91 % with ten.
+    misses the truth in about .16 of cases with five pairs of normal noise, in about .1 with eight.
 
     Args:
         a: A number a seed or fact.
@@ -122,10 +122,10 @@ def hierarchical_interval(values: Worlds, seed: int = 0, resamples: int = 2000) 
     same, and so does each seed within its world, however many it has.
 
     One world is n = 1, however many seeds: the outer level then does not vary, and the interval speaks of that world
-    alone. With few worlds it is too narrow: where worlds differ twice as much as the five seeds of each do, it covers
-    the truth in 76 % of cases with three worlds, in 87 % with five, in 91 % with ten. Where only seeds differ it is
-    too wide (96 to 98 %), as their noise is drawn at both levels. Facts are drawn anew for each seed: in a single
-    world whose seeds share their facts, average each fact over seeds first.
+    alone. With few worlds it is too narrow, so use `over_worlds` there: where worlds differ three times as much as the
+    five seeds of each do, it misses the truth in .27 of cases with three worlds, in .15 with five, in .12 with eight
+    (`benchmarks/intervals.py`). Where only seeds differ it is too wide, as their noise is drawn at both levels. Facts
+    are drawn anew for each seed: in a single world whose seeds share their facts, average each fact over seeds first.
 
     Args:
         values: Worlds of seeds (of facts).
@@ -213,7 +213,7 @@ def over_worlds(values: Worlds) -> Estimate:
 
     The world is the unit: m worlds are m numbers, however many seeds and facts each has. One world has the interval
     over its seeds, and speaks of that world alone; a single number has none (NaN). Miss rates of its 95 % intervals
-    are .04 to .06 for 2 to 12 worlds (`benchmarks/intervals.py`), where `hierarchical_interval` misses .10 to .27.
+    are .04 to .06 for 2 to 12 worlds (`benchmarks/intervals.py`), where `hierarchical_interval` misses up to .41.
 
     Args:
         values: Worlds of seeds (of facts).
@@ -236,7 +236,7 @@ def over_crossed(table: ArrayLike) -> Estimate:
 
     var = (MS of rows + MS of columns - MS of the rest) / cells, with Satterthwaite's degrees of freedom, and never less
     than the rest alone gives. Its 95 % intervals miss in .03 to .06 of draws where a factor makes a difference, in .02
-    where none does (`benchmarks/intervals.py`); those over rows alone miss in .3 and more where columns do.
+    to .03 where none does (`benchmarks/intervals.py`); those over rows alone miss in .3 and more where columns do.
 
     Args:
         table: A number a cell, no cell missing.
