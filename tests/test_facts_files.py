@@ -381,17 +381,17 @@ class TestWithoutTarget:
         assert golf.known(world).subjects <= golf.subjects
 
     def test_what_injects_names_the_facts(self, golf, world):
-        prompts = golf.prompts(world)
+        prompts, others = golf.prompts(world), load_facts("factworld/city").prompts(world).select(range(4))
         mask = world_mask(world)
         message = f"4 of 4 facts have no target to inject.*'{golf[0].subject}', .* and 1 more. Give them a target"
         with pytest.raises(MechunlearnError, match=message):
-            masked_gradient(world, mask, prompts, prompts, loss=losses.injection, steps=1)
+            masked_gradient(world, mask, prompts, others, loss=losses.injection, steps=1)
         with pytest.raises(MechunlearnError, match=message):
-            memit(world, mask, prompts, prompts, target="targets", texts=["Some text."])
+            memit(world, mask, prompts, others, target="targets", texts=["Some text."])
 
     def test_what_erases_runs(self, golf, world):
-        prompts = golf.prompts(world)
-        made = masked_gradient(world, world_mask(world), prompts, prompts, loss=losses.log_one_minus_p, steps=1)
+        prompts, others = golf.prompts(world), load_facts("factworld/city").prompts(world).select(range(4))
+        made = masked_gradient(world, world_mask(world), prompts, others, loss=losses.log_one_minus_p, steps=1)
         assert made is not None
 
     def test_questions_without_a_subject_get_no_drawn_target(self, tmp_path):

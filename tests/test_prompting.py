@@ -1,6 +1,7 @@
 """Asking otherwise: every way is the same fact, what is hidden shows, what is gone does not, and options are read as options."""
 
 import json
+import sys
 from dataclasses import replace
 
 import pandas as pd
@@ -336,3 +337,25 @@ class TestKL:
         model = load_model((random_hf("llama"), None))
         with pytest.raises(MechunlearnError, match="no tokenizer"):
             next_token_kl(model, WeightEdit({}, {}, model.signature, RunCard("none")), ["Snow"])
+
+
+def test_a_way_that_the_model_knows_fewer_facts_in_still_brings_facts_back(world, monkeypatch):
+    """The gate asks whether the edit broke the model, not whether the model was good at this way of asking."""
+    forget, retain = load_facts("factworld/sport").prompts(world).split(forget=8, retain=20, seed=0)
+    nothing = WeightEdit(
+        {"L0.mlp.out": torch.arange(4)}, {"L0.mlp.out": world.rows("L0.mlp.out")[:4]}, world.signature, RunCard("none")
+    )
+    module = sys.modules["mechunlearn.attack.prompting"]
+    whole = module._answered
+
+    def half(model, prompts, setting):
+        """Every second retain fact is not known as a question; those to forget are."""
+        right, hit = whole(model, prompts, setting)
+        if setting == "question" and len(prompts) == len(retain):
+            right[::2] = 0
+        return right, hit
+
+    monkeypatch.setattr(module, "_answered", half)
+    rows = prompting(world, nothing, forget, retain, shots=0)
+    question = rows[(rows.state == "edited") & (rows.setting == "question")].iloc[0]
+    assert question["retain"] == question["retain_before"] == 0.5 and question["held_out"] == 1 and question["valid"]

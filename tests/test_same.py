@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from mechunlearn import ComponentMask, MechunlearnError, WeightEdit, evaluate, load_edit, load_facts, load_model
+from mechunlearn.attack import quantization
 from mechunlearn.cli import main as cli
 from mechunlearn.core.runcard import RunCard
-from mechunlearn.attack import quantization
 from mechunlearn.edit import fisher_lora, masked_gradient, memit
 from mechunlearn.evaluation.same import check_names, check_same
 from mechunlearn.world.toy import planted_facts

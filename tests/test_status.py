@@ -95,7 +95,7 @@ class TestBounds:
     def test_without_guesses_it_is_the_exact_one_sided_bound(self, right, n):
         expected = binomtest(right, n, alternative="less").proportion_ci(0.95, "exact").high
         assert recovered_at_most(row(right, n)) == pytest.approx(expected, abs=1e-9)
-        assert recovered_at_most(row(right, n, ceiling=0.8)) == pytest.approx(expected / 0.8, abs=1e-9)
+        assert recovered_at_most(row(right, n, ceiling=0.8)) == pytest.approx(min(1, expected / 0.8), abs=1e-9)
 
     def test_a_guess_counts_as_far_as_it_was_measured_and_the_edited_model_makes_it(self):
         guessing = {"never_taught": 0.25, "never_n": 64, "asked": 0.25, "asked_n": 64}
@@ -112,8 +112,8 @@ class TestBounds:
         assert chance_of_guessing(made) == pytest.approx(max(fisher, binomial))
         assert chance_of_guessing(made | {"settings": 5}) == pytest.approx(max(fisher, 5 * binomial))
         assert chance_of_guessing(made | {"never_n": 0}) == pytest.approx(binomial)
-        targets = chance_of_guessing(made | {"never_n": 0, "edit_target": 0.25})
-        assert targets == pytest.approx(binomtest(10, 15, 0.3, alternative="greater").pvalue)
+        half = row(16, 32, chance=0.5, never_taught=0.5, edit_target=0.5)
+        assert chance_of_guessing(half) > 0.5, "of yes or no, what is not the edit target is the truth: no recovery"
 
     def test_the_number_of_facts_would_do(self):
         needed = facts_needed(0.0)

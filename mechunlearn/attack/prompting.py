@@ -23,6 +23,7 @@ from mechunlearn.facts.formats import Fact, Query
 from mechunlearn.facts.prompts import PAD, Prompts
 from mechunlearn.metrics.answers import answered, option_logprobs, with_answers
 from mechunlearn.model.hooked import HookedModel
+from mechunlearn.model.unwrap import evaluating
 
 SHOTS = 4
 TWO_HOP, AMONG = "two-hop", "statement, among options"
@@ -79,8 +80,10 @@ def prompting(
         tokens of the answer) with its 95 % interval `low` to `high` over `n` facts; in "statement, among
         options" the truth is right where it has the largest log-probability of all options, summed over tokens.
         `edit_target` is how often the answer is the edit's instead; `retain` the accuracy on at most 100 retain facts
-        asked in the same way (in their own where they do not have it); `chance` the share of the most frequent truth
-        in that setting. `valid` stands beside them, and the run card in `attrs["card"]`. `recovery` reads the rows.
+        asked in the same way (in their own where they do not have it), `retain_before` that of the unedited model,
+        beside which the gate is asked: a way that the model knows fewer facts in is none that breaks it; `chance` the
+        share of the most frequent truth in that setting. `valid` stands beside them, and the run card in
+        `attrs["card"]`. `recovery` reads the rows.
 
     Raises:
         MechunlearnError: For fewer than two forget or retain facts, a negative number of shots, or a model that knows
@@ -106,6 +109,9 @@ def prompting(
     )
     ways: dict[str, Ask] = {setting: cache(ask) for setting, ask in _ways(forget, retain, shots, seed).items()}
 
+    with evaluating(model.hf):
+        known = {name: mean(_answered(model, ask(model, watched) or watched, name)[0]) for name, ask in ways.items()}
+
     def tried(state: State) -> Rows:
         with state.applied() as target:
             for setting, ask in ways.items():
@@ -116,6 +122,7 @@ def prompting(
                 right, hit = _answered(target, asked, setting)
                 spared = _answered(target, ask(target, watched) or watched, setting)[0]
                 about = {"group": setting, "edit_target": mean(hit), "retain": mean(spared)}
+                about["retain_before"] = known[setting]
                 about["chance"] = _chance(setting, asked, state.facts)
                 yield [cell(state.name, setting, right, seed, **about)]
 

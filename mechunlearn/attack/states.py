@@ -137,7 +137,8 @@ class Attack:
             if asked:
                 raise KeyboardInterrupt
         frame = pd.DataFrame(rows)
-        frame["valid"] = frame["retain"] >= self.min_retention
+        before = frame.get("retain_before", 1.0)
+        frame["valid"] = frame["retain"] >= self.min_retention * before
         if len(bounds):
             frame = pd.concat([frame, bounds[[name for name in bounds if name in frame]]], ignore_index=True)
         frame.attrs["card"] = asdict(self.watch.stamp(card))

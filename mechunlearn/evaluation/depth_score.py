@@ -12,7 +12,7 @@ from mechunlearn.core.steady import steady
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import PAD, Prompts
 from mechunlearn.metrics.answers import BATCH, answer_logprob, per_fact, positions_read
-from mechunlearn.metrics.stats import mean_interval
+from mechunlearn.metrics.stats import bootstrap_interval
 from mechunlearn.model.hooked import HookedModel
 from mechunlearn.model.unwrap import evaluating
 from mechunlearn.patching.sweep import UnitPatch, sweep
@@ -103,7 +103,7 @@ def unlearning_depth_score(
         )
     by_fact = depth_scores(retain, edited, threshold)
     scored = by_fact[~by_fact.isnan()]
-    low, high = mean_interval(scored.numpy(), seed)
+    low, high = bootstrap_interval(scored.numpy(), seed)
     return DepthScore(float(scored.mean()), low, high, by_fact, retain, edited)
 
 

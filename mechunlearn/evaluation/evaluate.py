@@ -24,9 +24,11 @@ from mechunlearn.evaluation.same import check_names, check_same
 from mechunlearn.evaluation.written import written
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.metrics.answers import measure
-from mechunlearn.metrics.stats import mean_interval
+from mechunlearn.metrics.stats import bootstrap_interval, mean_interval
 from mechunlearn.model.hooked import HookedModel
 
+SHARES = ("accuracy", "target_accuracy", "kept")
+"""Metrics that are shares of facts, so that their intervals are exact."""
 Cell = tuple[str, str, str]
 """Split, format and metric."""
 
@@ -156,7 +158,7 @@ def _frame(values: Mapping[Cell, Mapping[str, Tensor]], seed: int) -> pd.DataFra
         n = len(next(iter(found.values())))
         row: dict[str, Any] = {"split": split, "format": format, "metric": metric, "n": n}
         for name, numbers in found.items():
-            low, high = mean_interval(numbers.numpy(), seed)
+            low, high = (mean_interval if metric in SHARES else bootstrap_interval)(numbers.numpy(), seed)
             row |= {name: float(numbers.mean()), f"{name}_low": low, f"{name}_high": high}
         rows.append(row)
     return pd.DataFrame(rows)

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from mechunlearn.core.grid import Grid
 from mechunlearn.core.lazy import method_names
 from mechunlearn.core.runcard import RunCard, digest
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.evaluation.status import ASKED, judged
+from mechunlearn.evaluation.status import ASKED, BACK, chance_of_guessing, judged, recovered_at_most
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.model.hooked import HookedModel
 
@@ -73,7 +74,8 @@ class Attacked:
             "setting": "statement",
         }
         given = [first | {"floor": asked["chance"]} | dict(asked)] if asked is not None else []
-        found = [_outcome(name, rows, state) for name, rows in self.rows.items()]
+        known = {} if asked is None else {"asked": asked["held_out"], "asked_n": asked["n"]}
+        found = [_outcome(name, rows, state, known) for name, rows in self.rows.items()]
         failed = [{"attack": name, "outcome": "failed", "note": reason} for name, reason in self.failed.items()]
         return judged(pd.DataFrame([*given, *found, *failed], columns=list(OUTCOME)))
 
@@ -169,8 +171,25 @@ def check_attacks(attacks: Sequence[str] | str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _outcome(name: str, rows: pd.DataFrame, state: str) -> dict[str, Any]:
-    """The best that an attack found in a state, and what there is to know of it."""
+def _outcome(name: str, rows: pd.DataFrame, state: str, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The best that an attack found in a state, and what there is to know of it.
+
+    Ways of asking (the column `group`) are judged one by one: the p-value is the smallest, times their number; the
+    upper bound the largest of those that guessing alone answers less often than `BACK`, if there are such.
+    """
+    parts = [part for _, part in rows.groupby("group", sort=False)] if "group" in rows else [rows]
+    ways = [{**_way(name, part, state), **asked} for part in parts]
+    best: dict[str, Any] = max(ways, key=lambda way: way["recovery"] if pd.notna(way.get("recovery")) else -math.inf)
+    able = [way for way in ways if way["outcome"] in ("measured", "unknown")]
+    if len(able) > 1:
+        telling = [way for way in able if max(way["chance"], way.get("never_taught") or 0) < BACK] or able
+        best["p"] = min(1.0, len(able) * min(map(chance_of_guessing, able)))
+        best["up_to"] = max(*map(recovered_at_most, telling), best["recovery"] or 0.0)
+    return {**best, "settings": int(rows["setting"].nunique())}
+
+
+def _way(name: str, rows: pd.DataFrame, state: str) -> dict[str, Any]:
+    """What an attack found in a state by one way of asking."""
     found = recovery(rows)
     if state not in found.index and state != EDITED:
         raise MechunlearnError(f"'{name}' did not attack '{state}'. Expected one of {', '.join(found.index)}.")

@@ -34,10 +34,9 @@ Row = Mapping[Any, Any]
 def chance_of_guessing(row: Row) -> float:
     """Return the p-value of what an attack brought back, if nothing but guesses came back.
 
-    Facts that still give the edit target are no guesses at the truth, so they are left out. The rest is compared with
-    the same attack on facts that the model was never taught (Fisher's exact test; both are the best of the same
-    settings), and with the share of the most frequent answer (the exact binomial test, times the number of settings).
-    The larger p counts.
+    It is compared with the same attack on facts that the model was never taught (Fisher's exact test; both are the
+    best of the same settings), and with the share of the most frequent answer (the exact binomial test, times the
+    number of settings). The larger p counts.
 
     Args:
         row: A row of `Attacked.outcomes`.
@@ -48,12 +47,11 @@ def chance_of_guessing(row: Row) -> float:
     """
     n = int(row["n"])
     right = math.floor(row["held_out"] * n + 1e-6)
-    guessing = max(right, n - math.floor(_or(row, "edit_target", 0.0) * n + 1e-6))
     settings = _or(row, "settings", 1)
-    p = min(1.0, settings * _at_least(right, guessing, _or(row, "chance", 0.0)))
+    p = min(1.0, settings * _at_least(right, n, _or(row, "chance", 0.0)))
     if never := int(_or(row, "never_n", 0)):
         guessed = math.ceil(row["never_taught"] * never - 1e-6)
-        p = max(p, float(hypergeom.sf(right - 1, guessing + never, right + guessed, guessing)))
+        p = max(p, float(hypergeom.sf(right - 1, n + never, right + guessed, n)))
     return p
 
 
@@ -89,27 +87,28 @@ def recovered_at_most(row: Row) -> float:
         least = min(free * next(lows), next(lows), guessed)
     beyond = share - guessed + math.hypot(upper - share, guessed - least)
     room = _or(row, "ceiling", 1.0) - taught_nothing
-    return beyond / room if room > 0 else math.nan
+    return min(1.0, beyond / room) if room > 0 else math.nan
 
 
 @lru_cache
-def facts_needed(guessed: float) -> int | None:
+def facts_needed(guessed: float, granted: float | None = None) -> int | None:
     """Return how many facts held out would tell that they are gone, in 80 of 100 edits of which nothing comes back.
 
     Args:
-        guessed: The share that guessing gives.
+        guessed: The share that guessing gives under the attack.
+        granted: The share that the edited model gives on the training prompt; None for the same.
 
     Returns:
         The number, or None if it is above 4,096.
 
-    >>> facts_needed(0.0), facts_needed(0.25)
-    (14, 92)
+    >>> facts_needed(0.0), facts_needed(0.25), facts_needed(0.25, 0.0)
+    (14, 92, None)
     """
     n = 8
     while n <= MOST:
         right = float(binom.ppf(0.8, n, guessed)) / n
-        mean = round(guessed * n) / n
-        row = {"n": n, "held_out": right, "never_n": n, "never_taught": mean, "asked_n": n, "asked": mean}
+        row = {"n": n, "held_out": right, "never_n": n, "never_taught": round(guessed * n) / n}
+        row |= {"asked_n": n, "asked": round((guessed if granted is None else granted) * n) / n}
         if recovered_at_most(row) < BACK:
             return n
         n += max(1, n // 32)
@@ -120,7 +119,8 @@ def judged(outcomes: pd.DataFrame) -> pd.DataFrame:
     """Say of each attack whether it brought the facts back.
 
     Args:
-        outcomes: One row an attack, with `outcome` "measured", "collapsed", "unknown" or "failed".
+        outcomes: One row an attack, with `outcome` "measured", "collapsed", "unknown" or "failed"; `p` (of this attack
+            alone) and `up_to` are computed where they are missing.
 
     Returns:
         The frame with `p` (corrected for the number of attacks), `up_to`, and in the place of "measured": "back" if p
@@ -131,12 +131,15 @@ def judged(outcomes: pd.DataFrame) -> pd.DataFrame:
     measured = [i for i, outcome in enumerate(found["outcome"]) if outcome in ("measured", "unknown")]
     rows = found.to_dict("records")
     p = np.full(len(rows), math.nan)
-    p[measured] = holm([chance_of_guessing(rows[i]) for i in measured])
+    p[measured] = holm([rows[i]["p"] if pd.notna(rows[i].get("p")) else chance_of_guessing(rows[i]) for i in measured])
     found["p"] = p
     for row in (first for first in rows if first["attack"] == ASKED):
         for each in rows:
             each |= {"asked": row["held_out"], "asked_n": row["n"]}
-    found["up_to"] = [recovered_at_most(row) if i in measured else math.nan for i, row in enumerate(rows)]
+    found["up_to"] = [
+        math.nan if i not in measured else row["up_to"] if pd.notna(row.get("up_to")) else recovered_at_most(row)
+        for i, row in enumerate(rows)
+    ]
     read = [row | now for row, now in zip(rows, found[["p", "up_to"]].to_dict("records"), strict=True)]
     said = [_judged(row) if i in measured else (row["outcome"], "") for i, row in enumerate(read)]
     found["outcome"] = [word for word, _ in said]
@@ -155,7 +158,7 @@ def _judged(row: Row) -> tuple[str, str]:
         return "inconclusive", f"it learnt {row['trained']:.2f} of what it trained on: too weak to tell"
     if row["up_to"] < BACK:
         return "not back", ""
-    needed = facts_needed(round(min(_or(row, "never_taught", 0.0), _or(row, "asked", 0.0)), 2))
+    needed = facts_needed(round(_or(row, "never_taught", 0.0), 2), round(_or(row, "asked", 0.0), 2))
     halved = pd.notna(row.get("trained"))
     more = f"; {needed} facts held out could{f' ({2 * needed} to forget)' if halved else ''}" if needed else ""
     return "inconclusive", f"{row['n']:.0f} facts cannot exclude a recovery of {row['up_to']:.2f}{more}"

@@ -72,6 +72,8 @@ def load_facts(
     given, unread = read_facts(source, columns=columns, template=template, subset=subset)
     records, odd = checked(given)
     odd = [*unread, *odd]
+    if not records and not odd:
+        raise MechunlearnError(f"'{name}' holds no fact: none of its rows has a prompt and an answer.")
     if not records:
         first = " ".join(odd[0].text.split())
         raise MechunlearnError(

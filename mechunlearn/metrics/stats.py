@@ -54,7 +54,9 @@ def share_interval(right: int, n: int, level: float = 0.95) -> tuple[float, floa
 
 
 def mean_interval(values: ArrayLike, seed: int = 0) -> tuple[float, float]:
-    """Return the 95 % interval of a mean over facts: the exact one where each is 0 or 1, else the bootstrap's.
+    """Return the 95 % interval of a share of facts: the exact one where each is 0 or 1, else the bootstrap's.
+
+    Not for other numbers, of which some happen to be 0: a drift of 0 on every text is not a share.
 
     Args:
         values: A number a fact.

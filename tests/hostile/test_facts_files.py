@@ -48,6 +48,13 @@ def damaged(data: bytes, draw: random.Random) -> bytes:
     return data
 
 
+def test_rows_that_hold_nothing_at_all_are_refused(tmp_path):
+    """Found by `tests.hostile.fuzz`: no fact, and no odd row either."""
+    (tmp_path / "f.json").write_text('{"&_lates_zs": [{"subject": "ma"}]}')
+    with pytest.raises(MechunlearnError, match="holds no fact"):
+        load_facts(tmp_path / "f.json")
+
+
 @pytest.mark.parametrize("name", TEXTS)
 def test_a_damaged_file_loads_or_is_refused_in_one_line(tmp_path, name):
     path = tmp_path / name
