@@ -28,7 +28,6 @@ from mechunlearn.evaluation.status import ASKED, status
 from mechunlearn.evaluation.words import DAMAGED, FIRST, MEANING, STATUS, against_random, cell, describe, sentences
 from mechunlearn.evaluation.written import COLUMNS
 from mechunlearn.features.feature_edit import FeatureEdit
-from mechunlearn.metrics.stats import multiple_comparisons
 from mechunlearn.model.component import Component
 
 if TYPE_CHECKING:
@@ -280,7 +279,6 @@ class Report:
             left_out=self.about.get("left out", ()),
             columns={name: MEANING.get(name, "another edit") for name in self.columns},
             **{name: _table(table) if len(table) else "" for name, table in tables.items()},
-            compared=multiple_comparisons(len(self.attacked.rows)),
             figures=figures,
             card=json.dumps(asdict(self.card), indent=1),
             figure_css=Markup(plots.FIGURE_CSS),

@@ -181,8 +181,8 @@ class Prompts:
     def split(self, forget: int, retain: int | None = None, seed: int = 0) -> tuple["Prompts", "Prompts"]:
         """Draw a forget set, and a retain set disjoint from it.
 
-        No subject of the one is in the other. What is left is in neither. Of it, `evaluate` measures as neighbours only
-        the facts whose subject shares a word with a forgotten subject.
+        No subject of the one is in the other. What is left is in neither: `evaluate` measures it as unseen facts, and
+        those of it whose subject shares a word with a forgotten subject as neighbours too.
 
         Args:
             forget: How many facts to forget.

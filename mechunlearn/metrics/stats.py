@@ -272,24 +272,6 @@ def _by_t(mean: float, variance: float, df: float) -> Estimate:
     return Estimate(mean, mean - half, mean + half, df)
 
 
-def multiple_comparisons(count: int) -> str:
-    """Say what to remember when many intervals of 95 % are read at once; empty for fewer than two.
-
-    Args:
-        count: How many intervals are read.
-
-    >>> multiple_comparisons(40)[:73]
-    '40 intervals of 95 % are read here: by chance alone 2.0 of them miss on a'
-    """
-    if count < 2:
-        return ""
-    return (
-        f"{count} intervals of 95 % are read here: by chance alone {count / 20:.1f} of them miss on average, and "
-        "nothing is "
-        "corrected for that."
-    )
-
-
 def _nested(values: Worlds) -> list[list[NDArray[Any]]]:
     """Worlds of seeds, each an array of facts: one fact where a number was given."""
     try:
