@@ -1,4 +1,4 @@
-"""Break the code and see tests fail: `python tests/mutations.py GROUP ... [--count 100] [--seed 0] [-o FOLDER]`.
+"""Break the code and see tests fail: `python tests/mutations.py GROUP ... [--count 100] [--seed 0] [--tests PATH ...] [-o FOLDER]`.
 
 Needs `pip install cosmic-ray pytest-cov`. One run of the tests notes which test reaches which line. Then places of the code
 are drawn at random, each is broken in one way (cosmic-ray's operators: another comparison, number, condition, no decorator
@@ -47,12 +47,12 @@ def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 
 
-def reached(project: Path, folder: Path, which: str) -> dict[str, dict[int, list[str]]]:
+def reached(project: Path, folder: Path, which: str, paths: list[str]) -> dict[str, dict[int, list[str]]]:
     """Which tests reach a line, the short ones first: by file and line."""
     kept = folder / "reached.json"
     if not kept.exists():
         measured = ["--cov=mechunlearn", "--cov-context=test", "--cov-report=", "--durations=0", "-vv", "-n", "2"]
-        command = [sys.executable, "-m", "pytest", *WHOLE, *measured, "-m", which, "mechunlearn", "tests"]
+        command = [sys.executable, "-m", "pytest", *WHOLE, *measured, "-m", which, *paths]
         done = subprocess.run(command, cwd=project, env=environment(), capture_output=True, text=True)
         seconds: dict[str, float] = {}
         for time, test in re.findall(r"^([0-9.]+)s (?:call|setup) +(\S.*)$", done.stdout, re.MULTILINE):
@@ -157,6 +157,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=100, help="mutants a group")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--which", default="fast", help="the tests that try to notice, by marker")
+    parser.add_argument("--tests", nargs="+", default=["mechunlearn", "tests"], help="where these tests are")
     parser.add_argument("-o", "--out", type=Path, default=Path(tempfile.gettempdir()) / "mutations")
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
@@ -164,7 +165,7 @@ def main() -> int:
         project = copied(Path(made) / "main")
         os.environ |= environment()
         os.chdir(project)
-        lines = reached(project, asked.out, asked.which)
+        lines = reached(project, asked.out, asked.which, asked.tests)
         for group in asked.groups:
             mutants, places = drawn(project, GROUPS[group], asked.count, asked.seed)
             kept = asked.out / f"{group}-{asked.seed}.jsonl"

@@ -296,4 +296,6 @@ class TestSizes:
         layout = Layout.of(transformers.GPT2Config())
         with pytest.raises(FrozenInstanceError):
             layout.d_head = 3
+        with pytest.raises(FrozenInstanceError):
+            layout.signature.layers = 3
         assert layout == Layout.of(transformers.GPT2Config()) and (layout.residual_scale, layout.logit_scale) == (1, 1)
