@@ -194,3 +194,14 @@ def test_a_real_model_keeps_its_text_while_its_facts_change(smollm2):
     assert terms[-1]["forget"] < terms[0]["forget"] and terms[0]["text"] == pytest.approx(0, abs=1e-4)
     with edit.applied(smollm2):
         assert measure(smollm2, retain)["accuracy"].mean() > 0.8
+
+
+def test_steps_without_a_rate_are_warned_of():
+    """They turned the search off in silence, and the edit changed nothing."""
+    toy = planted_facts()
+    mask = ComponentMask.of(["L0.mlp.out"], toy.model.signature)
+    with pytest.warns(UserWarning, match="steps=2 without lr turns the search off"):
+        masked_gradient(toy.model, mask, toy.prompts([0]), toy.prompts([1]), steps=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        masked_gradient(toy.model, mask, toy.prompts([0]), toy.prompts([1]), steps=2, lr=0.1)

@@ -82,7 +82,8 @@ def masked_gradient(
         max_kl: Largest mean KL of the next token on the model's own text, in nats a token.
         min_retention: Least share of the known retain facts to keep.
         lr: Largest learning rate. Giving it, or `steps`, turns the search off.
-        steps: Optimiser steps, at most; 50 where only `lr` is given.
+        steps: Optimiser steps, at most; 50 where only `lr` is given. Given alone the rate is a gentle one, of which a
+            warning says that it may change nothing.
         held_weight: Weight of C. A larger one holds the rest more, and changes the facts less for the same `lr`.
             0: plain AdamW. None: 400 where the learning rate is searched, else 0.
         forget_weight: Weight of the forget term.

@@ -1,6 +1,7 @@
 """What gradient editors minimise: a forget term, a retain term and text, over the trained part of a model."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -303,6 +304,12 @@ def descend_on(
         search: list[dict[str, Any]] = []
         if not searching:
             usual = ladder[1] * typical(trained) if lr is None else lr
+            if lr is None:
+                warnings.warn(
+                    f"steps={steps} without lr turns the search off and trains once, at a gentle rate ({usual:.2g}) that "
+                    "may change no fact. Give lr as well, or neither of them, and the rate is searched.",
+                    stacklevel=4,
+                )
             done = trajectory(Schedule(STEPS if steps is None else steps, usual, *schedule), stop_at)
         else:
             whole, rungs = TrainResult(), [share * typical(trained) for share in ladder]
