@@ -112,6 +112,9 @@ class TestBounds:
         assert chance_of_guessing(made) == pytest.approx(max(fisher, binomial))
         assert chance_of_guessing(made | {"settings": 5}) == pytest.approx(max(fisher, 5 * binomial))
         assert chance_of_guessing(made | {"never_n": 0}) == pytest.approx(binomial)
+        assert chance_of_guessing(made | {"settings": 5, "cells": 20, "never_n": 0}) == pytest.approx(
+            min(1, 20 * binomial)
+        )
         half = row(16, 32, chance=0.5, never_taught=0.5, edit_target=0.5)
         assert chance_of_guessing(half) > 0.5, "of yes or no, what is not the edit target is the truth: no recovery"
 

@@ -12,7 +12,7 @@ BEST = ("held_out", "low", "high", "n", "setting", "step", "retain")
 NEVER = ("never_taught", "never_low", "never_high", "never_n")
 SUMMARY = (
     *("state", "outcome", "recovery", *BEST, "edit_target", "trained", "floor", "ceiling", "chance", *NEVER),
-    *("settings", "collapsed", "below"),
+    *("settings", "cells", "collapsed", "below"),
 )
 ROOM = 0.2
 
@@ -42,7 +42,9 @@ def recovery(rows: pd.DataFrame) -> pd.DataFrame:
         and `retain`, is the cell with the largest accuracy on facts that the attack saw nothing of (the first of
         equals); its interval is its own, over facts, and does not know that it was the best of several. `trained` is
         the largest accuracy on facts that it trained on, in any cell that counts: if that is far below 1 the attack
-        was too weak to tell.
+        was too weak to tell. `never_taught`, with `never_low`, `never_high` and `never_n`, is the best cell of facts
+        that the model was never taught; `settings` is how many there are, `cells` how many with their steps, `below`
+        how many were left out because they read below the edit.
 
     Raises:
         MechunlearnError: For a frame without the columns of an attack.
@@ -87,6 +89,7 @@ def _of_state(state: str, rows: pd.DataFrame) -> Row:
     guessed = taught_nothing.get("held_out", math.nan)
     floor = max(best["chance"], guessed) if guessed == guessed else best["chance"]
     about = {"floor": floor, "ceiling": ceiling, "settings": int(left["setting"].nunique()), "below": len(out)}
+    about["cells"] = int((left["state"] == state).sum())
     about |= dict(zip(NEVER, (taught_nothing.get(name, math.nan) for name in ("held_out", "low", "high", "n"))))
     back = best.get("held_out", math.nan) - floor
     return best | about | {"recovery": back / (ceiling - floor) if ceiling - floor >= ROOM else math.nan}

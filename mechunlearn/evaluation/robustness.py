@@ -29,7 +29,7 @@ ATTACKS = (*method_names("mechunlearn.attack"), *VARIANTS)
 PLACED = ("activation_perturbation",)  # its ceiling and floor depend on where the edit is
 OUTCOME = (
     *("attack", "outcome", "recovery", "up_to", "held_out", "low", "high", "n", "floor", "ceiling", "p"),
-    *(*NEVER, "chance", "trained", "edit_target", "setting", "settings", "note"),
+    *(*NEVER, "chance", "trained", "edit_target", "setting", "settings", "cells", "note"),
 )
 
 

@@ -35,8 +35,8 @@ def chance_of_guessing(row: Row) -> float:
     """Return the p-value of what an attack brought back, if nothing but guesses came back.
 
     It is compared with the same attack on facts that the model was never taught (Fisher's exact test; both are the
-    best of the same settings), and with the share of the most frequent answer (the exact binomial test, times the
-    number of settings). The larger p counts.
+    best of the same settings and steps), and with the share of the most frequent answer (the exact binomial test, times
+    the number of settings and steps). The larger p counts.
 
     Args:
         row: A row of `Attacked.outcomes`.
@@ -47,8 +47,8 @@ def chance_of_guessing(row: Row) -> float:
     """
     n = int(row["n"])
     right = math.floor(row["held_out"] * n + 1e-6)
-    settings = _or(row, "settings", 1)
-    p = min(1.0, settings * _at_least(right, n, _or(row, "chance", 0.0)))
+    cells = _or(row, "cells", _or(row, "settings", 1))
+    p = min(1.0, cells * _at_least(right, n, _or(row, "chance", 0.0)))
     if never := int(_or(row, "never_n", 0)):
         guessed = math.ceil(row["never_taught"] * never - 1e-6)
         p = max(p, float(hypergeom.sf(right - 1, n + never, right + guessed, n)))
