@@ -103,7 +103,7 @@ def test_the_control_has_the_weight_and_kinds_of_the_edit(world, edit):
 def test_the_page_is_self_contained_and_readable(report, edit, found, tmp_path):
     report.to_html(tmp_path / "report.html", found=found, edit=edit)
     page = (tmp_path / "report.html").read_text()
-    for part in ("Is the knowledge gone?", report.verdict()[:60], "look-up window", "Run card", "95 % bootstrap"):
+    for part in ("Is the knowledge gone?", report.verdict()[:60], "look-up window", "Run card", "95 % intervals"):
         assert part in page
     assert '<script src="http' not in page and '<link href="http' not in page
 

@@ -100,8 +100,8 @@ class TestOnThePlantedModel:
         assert self.of(rows, "unedited", "logit lens, after 2 blocks") == 1, "a lens has all tokens"
 
     def test_retain_facts_with_one_answer_are_refused(self, setup):
-        one_answer = planted_facts().prompts([i for i in range(24) if i % 4 == 0] * 2)
-        with pytest.raises(MechunlearnError, match="All 10 retain facts .* have one answer"):
+        one_answer = planted_facts().prompts([i for i in range(4, 24) if i % 4 == 0] * 2)
+        with pytest.raises(MechunlearnError, match="All 8 retain facts .* have one answer"):
             probing(*setup[:3], one_answer)
 
     def test_known_ceilings_are_not_run_again(self, setup, rows, seed):

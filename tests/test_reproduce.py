@@ -96,7 +96,7 @@ def test_the_page_says_what_holds_what_is_inconclusive_and_what_diverged(plan):
     assert verdicts["IHL keeps text loss lower than GA at the end (passages)"] == "not measured"
     assert "| GA | 0.002 | 4 of 4, 4 diverged |" in told and "| LoRA pissa | 0.002 | 0 of 4 | 40 [40, 40] |" in told
     assert verdicts["LoRA fila needs fewer steps than LoRA pissa (passages)"] == "holds"
-    assert "LoRA random (passages) | +0 [+0, +0] | 4 pairs, 2 worlds | **inconclusive** |" in told
+    assert "LoRA random (passages) | +0 [+0, +0] | 4 pairs, 2 worlds | **equivalent** |" in told
     assert "| IHL | 1.00 / 0.99 | 0.50 / 0.99 | 0.25 / 0.99 | – |" in told
     assert "| GA | 1.00 / 0.40 | 0.50 / 0.40 | – |" in told, "ended runs are not averaged"
     assert "2 small worlds" in told and "2 disjoint forget sets" in told

@@ -11,49 +11,44 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-import atheris
-import pandas as pd
-
-with atheris.instrument_imports(include=["mechunlearn"]):
-    import mechunlearn as mu
-    from mechunlearn.artifacts import localization, mask, weight_edit
-    from mechunlearn.artifacts.circuit import Circuit
-    from mechunlearn.core import tensors
-    from mechunlearn.facts import dataset, formats, load, odd, readers
-    from mechunlearn.facts.tables import read_texts
-    from mechunlearn.world.toy import planted_facts
-
-    LOADED = (
-        localization,
-        mask,
-        weight_edit,
-        tensors,
-        dataset,
-        formats,
-        load,
-        odd,
-        readers,
-    )  # lazy imports come too late
-
-from tests.hostile.test_facts_files import ROWS, TEXTS
-
-READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
-    **{f"facts.{ending}": (f"f.{ending}", mu.load_facts) for ending in ("csv", "tsv", "json", "jsonl", "parquet")},
-    "texts": ("t.txt", read_texts),
-    "mask": ("m.mask.json", mu.ComponentMask.load),
-    "localization": ("l.safetensors", mu.Localization.load),
-    "circuit": ("c.json", Circuit.load),
-    "edit": ("e.edit.safetensors", mu.load_edit),
-}
+Readers = dict[str, tuple[str, Callable[[Path], object]]]
+FACTS = ("csv", "tsv", "json", "jsonl", "parquet")
 
 
-def examples(reader: str, folder: Path) -> None:
+def readers() -> Readers:
+    """A file's name and what reads it, by reader. What is read with is imported here, instrumented: lazy imports would come too late."""
+    import atheris  # not a dependency: see above
+
+    with atheris.instrument_imports(include=["mechunlearn"]):
+        import mechunlearn as mu
+        from mechunlearn.artifacts import localization, mask, weight_edit  # noqa: F401
+        from mechunlearn.artifacts.circuit import Circuit
+        from mechunlearn.core import tensors  # noqa: F401
+        from mechunlearn.facts import dataset, formats, load, odd, readers  # noqa: F401
+        from mechunlearn.facts.tables import read_texts
+    return {
+        **{f"facts.{ending}": (f"f.{ending}", mu.load_facts) for ending in FACTS},
+        "texts": ("t.txt", read_texts),
+        "mask": ("m.mask.json", mu.ComponentMask.load),
+        "localization": ("l.safetensors", mu.Localization.load),
+        "circuit": ("c.json", Circuit.load),
+        "edit": ("e.edit.safetensors", mu.load_edit),
+    }
+
+
+def examples(reader: str, name: str, folder: Path) -> None:
     """Good files to begin with."""
+    import pandas as pd
+
+    import mechunlearn as mu
+    from mechunlearn.world.toy import planted_facts
+    from tests.hostile.test_facts_files import ROWS, TEXTS
+
     if reader.startswith("facts."):
         ending = reader.removeprefix("facts")
-        for name, text in TEXTS.items():
-            if name.endswith(ending) and text:
-                (folder / name).write_text(text, encoding="utf-8")
+        for example, text in TEXTS.items():
+            if example.endswith(ending) and text:
+                (folder / example).write_text(text, encoding="utf-8")
         if ending == ".parquet":
             pd.DataFrame(ROWS).to_parquet(folder / "plain.parquet")
     elif reader == "texts":
@@ -68,21 +63,26 @@ def examples(reader: str, folder: Path) -> None:
             "localization": mu.localize.attribution_patching(toy.model, forget).save,
         }
         if reader in made:
-            made[reader](folder / READERS[reader][0])
+            made[reader](folder / name)
 
 
 def main() -> None:
-    if len(sys.argv) < 2 or sys.argv[1] not in READERS:
-        sys.exit(f"Expected a reader: {', '.join(READERS)}.")
-    name, read = READERS[reader := sys.argv.pop(1)]
+    import atheris
+
+    from mechunlearn.errors import MechunlearnError
+
+    known = readers()
+    if len(sys.argv) < 2 or sys.argv[1] not in known:
+        sys.exit(f"Expected a reader: {', '.join(known)}.")
+    name, read = known[reader := sys.argv.pop(1)]
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as good:
         path = Path(folder) / name
-        examples(reader, Path(good))
+        examples(reader, name, Path(good))
 
         def one(data: bytes) -> None:
             path.write_bytes(data)
-            with suppress(mu.MechunlearnError):
+            with suppress(MechunlearnError):
                 read(path)
 
         atheris.Setup([*sys.argv, good], one)
