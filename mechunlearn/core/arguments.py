@@ -79,7 +79,9 @@ def validated(function: Function) -> Function:
 
 
 def check_arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
-    """Raise an error for an argument that its annotation does not allow or that is out of range, and for facts to forget and keep.
+    """Raise an error for an argument that its annotation does not allow or that is out of range.
+
+    So for facts that are both to be forgotten and retained.
 
     Args:
         function: Whose arguments they are.
