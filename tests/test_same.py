@@ -116,7 +116,7 @@ class TestCommandLine:
         mask, edit = tmp_path / "it.mask.json", tmp_path / "it.edit.safetensors"
         ComponentMask.of(["L1.mlp.out[0]"], world.signature).save(mask)
         drawn = ("--forget", 4, "--seed", 3)
-        run("edit", "factworld", "factworld/sport", mask, "-o", edit, "--steps", 1, *drawn)
+        run("edit", "factworld", "factworld/sport", mask, "-o", edit, "--steps", 1, "--lr", 1e-3, *drawn)
         assert {name: load_edit(edit).card.sets[name] for name in ("facts", "count", "seed")} == {
             "facts": "factworld/sport",
             "count": 4,

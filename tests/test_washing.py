@@ -425,7 +425,13 @@ class TestFormulas:
 
         targets = now() + 0.3 * now().norm(dim=1, keepdim=True) * torch.nn.functional.normalize(normal(7, 32), dim=1)
         edit = memit(
-            model, mask, forget, forget, covariance_weight=1e-6, covariance=seen_by(model), target_values=targets
+            model,
+            mask,
+            forget,
+            known(model, ragged(8)).select([7]),
+            covariance_weight=1e-6,
+            covariance=seen_by(model),
+            target_values=targets,
         )
         before = (now() - targets).norm(dim=1)
         with edit.applied(model):
