@@ -73,15 +73,16 @@ def validated(function: Function) -> Function:
         except TypeError as error:
             raise TypeError(f"{function.__name__}(): {error}") from None
         check_arguments(function, bound.arguments)
+        forget, retain = (bound.arguments.get(name) for name in ("forget", "retain"))
+        if forget is not None and retain is not None:
+            forget.check_apart(retain)
         return function(*given, **named)
 
     return checked  # type: ignore[return-value]
 
 
 def check_arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
-    """Raise an error for an argument that its annotation does not allow or that is out of range.
-
-    So for facts that are both to be forgotten and retained.
+    """Raise an error for an argument that its annotation does not allow, or that is out of range.
 
     Args:
         function: Whose arguments they are.
@@ -105,10 +106,6 @@ def check_arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> N
             raise MechunlearnError(
                 f"{function.__name__} got {name}={_shown(value)}. Expected {expected or _meant(hint)}."
             )
-    forget, retain = given.get("forget"), given.get("retain")
-    apart = getattr(forget, "check_apart", None)  # methods for texts have no facts here
-    if apart is not None and hasattr(retain, "check_apart"):
-        apart(retain)
 
 
 @lru_cache(maxsize=256)
