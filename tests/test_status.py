@@ -84,6 +84,10 @@ class TestWords:
         assert "learnt 0.60 of what it trained on" in said(row(0, 32, trained=0.6))[1]
         assert "add 'relearning' or 'soft_prompt'" in said(row(0, 32, "probing", trained=math.nan))[1]
 
+    def test_every_reason_is_given(self):
+        why = said(row(0, 8, "prompting", trained=math.nan), unmeasured="nothing shows")[1]
+        assert all(part in why for part in ("8 facts cannot exclude", "add 'relearning'", "nothing shows"))
+
     def test_many_attacks_share_one_error(self):
         """4 of 8 is p = .038 alone; beside one more attack it is .077."""
         other = row(0, 32, "probing", trained=math.nan)
