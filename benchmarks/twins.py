@@ -24,7 +24,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from scipy import stats
 
 from mechunlearn.artifacts.localization import Localization
 from mechunlearn.artifacts.overlap import auroc, layer_auroc, overlap
@@ -40,6 +39,7 @@ from mechunlearn.localize import (
     path_patching,
     random_units,
 )
+from mechunlearn.metrics.stats import over_worlds
 from mechunlearn.model.hooked import HookedModel, load_model
 from mechunlearn.plots import overlap_map
 from mechunlearn.world.build import build_twin
@@ -171,8 +171,8 @@ def interval(values: pd.Series) -> str:
     data = values.to_numpy()
     if np.isnan(data).any():
         return ""
-    half = stats.t.ppf(0.975, len(data) - 1) * data.std(ddof=1) / np.sqrt(len(data))
-    return f"{data.mean():.2f} ± {half:.2f}"
+    mean, low, high, _ = over_worlds([data])
+    return f"{mean:.2f} ± {(high - low) / 2:.2f}"
 
 
 def on_the_shipped_world(base: HookedModel) -> tuple[dict[str, Localization], str]:

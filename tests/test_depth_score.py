@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mechunlearn import load_model
+from mechunlearn import load_facts, load_model
 from mechunlearn.artifacts.weight_edit import WeightEdit
 from mechunlearn.core.runcard import RunCard
 from mechunlearn.errors import MechunlearnError
@@ -107,11 +107,20 @@ def test_it_is_what_a_naive_loop_gives_on_a_real_model(smollm2_gold):
     agrees(*smollm2_gold)
 
 
+@pytest.mark.real
+def test_so_of_other_languages_a_long_prompt_and_a_number(smollm2_gold):
+    model, gold, edit, _ = smollm2_gold
+    rows = [
+        {"subject": "中国", "prompt": "{}的首都是", "answer": "北京"},
+        {"subject": "مصر", "prompt": "عاصمة {} هي", "answer": "القاهرة"},
+        {"subject": "Anna", "prompt": "The bus was late again. " * 60 + "The age of {} is", "answer": "42"},
+    ]
+    agrees(model, gold, edit, load_facts(rows).prompts(model))
+
+
 @pytest.fixture
 def smollm2_gold():
     """SmolLM2, itself with noise in one MLP as the model without the knowledge, and an edit with less of it; two answers of several tokens."""
-    from mechunlearn import load_facts
-
     model, gold = load_model("smollm2"), load_model("smollm2")
     changed(gold, "L12.mlp.out", 3.0, 0).apply_(gold)
     prompts = load_facts("countries/capital").prompts(model)

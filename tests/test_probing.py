@@ -140,8 +140,14 @@ class TestOnTheWorld:
         assert below["tuned lens, after 7 blocks"] > 0.3 and below.filter(like="probe").max() > 0.8
         unedited = rows[rows.state == "unedited"].set_index("setting")["held_out"]
         assert below.filter(like="probe").equals(unedited[below.filter(like="probe").index]), "no edit is in these"
-        assert found.loc["hidden", "below"] in (8, 16), "of probes, or of the two lenses"
-        assert found.loc["hidden", "setting"].endswith("after 8 blocks"), "so only what leaves the last block counts"
+        for group, below in (("probe", 8), ("lens", 16)):
+            one = recovery(rows[rows.group == group]).loc["hidden"]
+            assert one["below"] == below and one["setting"].endswith("after 8 blocks"), (
+                "only what leaves the last block"
+            )
+        assert recovery(rows[rows.group == "lens"]).loc["hidden", "recovery"] < 0.3, (
+            "and the model does not say it there"
+        )
         said = rows[(rows.setting == "logit lens, after 8 blocks")].set_index("state")["held_out"]
         assert said["hidden"] < 0.3 and said["edited"] < 0.3 and said["unedited"] == 1
 

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from html import unescape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,7 +109,7 @@ class Report:
 
     def outcomes(self) -> pd.DataFrame:
         """Return one row an attack, as text: how much it recovered (0: the floor, 1: a model that was never edited)."""
-        found = self._found()
+        found = self._found
         shown = found[["attack", "outcome"]].assign(
             recovery=numbers(found["recovery"]),
             truth_came_back=intervals(found, "held_out", "low", "high"),
@@ -127,7 +128,7 @@ class Report:
         Returns:
             "gone", "hidden", "collapsed" or "inconclusive" (see `evaluation.status`), and a reason.
         """
-        harm, found = self.harm(), self._found()
+        harm, found = self.harm(), self._found
         if not harm and (not self.attacked.rows and not self.attacked.failed):
             return "", ""
         unmeasured = (
@@ -135,6 +136,7 @@ class Report:
         )
         return status(found, harm, unmeasured)
 
+    @cached_property
     def _found(self) -> pd.DataFrame:
         """What the training prompt and every attack bring back."""
         chances = [float(rows["chance"].iloc[0]) for rows in self.attacked.rows.values()]
@@ -178,7 +180,7 @@ class Report:
     def _by_section(self, found: Localization | None, edit: AnyEdit | None) -> dict[str, list[go.Figure]]:
         measured = set(self.frame.metric[self.frame.split == "forget"])
         return {
-            "attacks": [plots.recoveries(self._found())] if self.attacked.rows else [],
+            "attacks": [plots.recoveries(self._found)] if self.attacked.rows else [],
             "formats": [
                 plots.before_after(self.frame, self.columns, metric, "forget", title)
                 for metric, title in FORMATS.items()
@@ -206,7 +208,7 @@ class Report:
                     detail += f"; random mask: {row['control']:{spec}}"
                 value = f"{after} nats a token" if place[0] == "text" else f"{before} → {after}"
                 tiles.append({"what": what, "value": value, "detail": detail})
-        found = self._found()
+        found = self._found
         found = found[found["attack"] != ASKED]
         measured = found.dropna(subset="recovery").sort_values("recovery", ascending=False)
         for most in measured[:1].to_dict("records"):

@@ -27,6 +27,8 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
 }
 ATTACKS = (*method_names("mechunlearn.attack"), *VARIANTS)
 PLACED = ("activation_perturbation",)  # its ceiling and floor depend on where the edit is
+ROWS = 2
+"""What the rows of attacks hold; kept ones of another number are not read."""
 OUTCOME = (
     *("attack", "outcome", "recovery", "up_to", "held_out", "low", "high", "n", "floor", "ceiling", "p"),
     *(*NEVER, "chance", "trained", "edit_target", "setting", "settings", "cells", "note"),
@@ -220,7 +222,7 @@ def _kept(model: HookedModel, forget: Prompts, retain: Prompts, seed: int, cache
     if cache is None:
         return None
     about: dict[str, Any] = {"model": model.fingerprint, "forget": forget.fingerprint, "retain": retain.fingerprint}
-    about |= {"seed": seed, "versions": RunCard("attacks").versions}
+    about |= {"seed": seed, "versions": RunCard("attacks").versions, "rows": ROWS}
     return Grid.open(Path(cache) / digest(json.dumps(about, sort_keys=True)), about)
 
 

@@ -1,9 +1,9 @@
 """The status of an edit: gone, hidden, collapsed or inconclusive, as a function of what attacks brought back.
 
-Both errors are held. *Hidden* is said if some attack brings back more than guessing does, at .05 over all attacks together
-(Holm). *Gone* is said if for every attack the exact upper bound of what came back, beyond guessing, is below .2, and the
-attacks were strong enough to tell. All else is *inconclusive*, with the number of facts that it would take.
-`benchmarks/status.py` simulates how often each word is wrong.
+An edit is *hidden* if some attack brings back more than guessing would, at .05 over all attacks together (Holm). It is
+*gone* if for every attack the exact upper bound of what came back, beyond guessing, is below .2, and the attacks were strong
+enough to tell. Everything else is *inconclusive*, with the number of facts that would settle it. `benchmarks/status.py`
+simulates how often each word is wrong.
 """
 
 import math
