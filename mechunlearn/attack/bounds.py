@@ -4,7 +4,7 @@ import math
 
 import pandas as pd
 
-from mechunlearn.attack.states import NEVER_TAUGHT, UNEDITED, Row
+from mechunlearn.attack.states import NEVER_TAUGHT, SEARCHED, UNEDITED, Row
 from mechunlearn.errors import MechunlearnError
 
 COLUMNS = ("state", "setting", "step", "held_out", "low", "high", "n", "trained", "retain", "chance", "valid")
@@ -62,6 +62,7 @@ def recovery(rows: pd.DataFrame) -> pd.DataFrame:
             f"The frame has {len(rows)} rows and lacks {', '.join(missing) or 'no column'}. Expected the rows that an "
             "attack returns."
         )
+    rows = rows[rows["state"] != SEARCHED]
     groups = [part for _, part in rows.groupby("group", sort=False)] if "group" in rows else [rows]
     best = []
     for _, found in pd.concat(map(_in_group, groups)).groupby(level=0, sort=False):

@@ -58,7 +58,7 @@ def training_curve(
         eval_every: Measures after so many steps, and after the last.
 
     Returns:
-        The rows: `start`, then one a measurement, with `setting` and `lr`.
+        The rows: `start`, then one a measurement, with `setting`, `lr` and `steps`.
 
     Raises:
         KeyboardInterrupt: After Ctrl-C.
@@ -88,7 +88,7 @@ def training_curve(
                     rows.append(measured(reached))
     finally:
         trained.restore()
-    return [row | {"setting": setting, "lr": float(lr)} for row in rows]
+    return [row | {"setting": setting, "lr": float(lr), "steps": steps} for row in rows]
 
 
 def batch_losses(

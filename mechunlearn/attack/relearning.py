@@ -13,8 +13,11 @@ from torch import Tensor
 from mechunlearn.artifacts.mask import ComponentMask
 from mechunlearn.artifacts.weight_edit import Edit
 from mechunlearn.attack.curves import batch_losses, check_lrs, cross_entropy, training_curve
+from mechunlearn.attack.search import Budget, never_taught_rows, search
 from mechunlearn.attack.states import (
     GATE,
+    NEVER_TAUGHT,
+    SEARCHED,
     WATCHED,
     Attack,
     Row,
@@ -38,8 +41,9 @@ from mechunlearn.training.adapters import LowRank, lora_start
 from mechunlearn.training.inputs import CachedInputs, Sequences, TopLayers, text_sequences
 from mechunlearn.training.parameterizations import Everything, Trainable, slices
 
-On = Literal["facts", "other facts", "text"]
-RATES: Mapping[str, Sequence[float]] = {"lora": (1e-3, 5e-3), "full": (1e-4, 5e-4, 2e-3)}
+On = Literal["facts", "other facts", "same template", "text"]
+RATES: Mapping[str, Sequence[float]] = {"lora": (1e-4, 1e-3, 1e-2, 1e-1), "full": (1e-5, 1e-4, 1e-3, 1e-2)}
+STEPS = (20, 50)
 RANK, SCALE = 16, 2.0
 PASSAGES = 32
 
@@ -54,9 +58,10 @@ def relearning(
     *,
     extra_edits: Mapping[str, Edit | HookedModel | None] | None = None,
     baseline_rows: pd.DataFrame | None = None,
+    search_rows: pd.DataFrame | None = None,
     on: On = "facts",
-    lrs: Mapping[str, Sequence[float]] = RATES,
-    steps: int = 20,
+    lrs: Mapping[str, Sequence[float]] | None = None,
+    steps: int | None = None,
     eval_every: int = 5,
     rank: int | None = None,
     batch_size: int = 64,
@@ -68,11 +73,15 @@ def relearning(
 
     minimise  CE(truth of half of the forget facts) + CE(half of the retain facts) + CE(text)
 
-    on the edited model, for every method and learning rate of `lrs`: `lora` trains adapters on all linear maps of all
-    layers (alpha 2 rank, B = 0), `full` every parameter. The optimiser is AdamW with a cosine schedule and gradients
-    clipped to norm 1. (Mechanistic Unlearning, arXiv 2410.12949, has LoRA of rank 512 at 2e-4 and 20 steps for models
-    of billions of weights. The rates here are for the shipped world: give your model's own, over a factor of ten or
-    more.)
+    on the edited model, for every method and learning rate: `lora` trains adapters on all linear maps of all layers
+    (alpha 2 rank, B = 0), `full` every parameter. The optimiser is AdamW with a cosine schedule and gradients clipped
+    to norm 1. (Mechanistic Unlearning, arXiv 2410.12949, has LoRA of rank 512 at 2e-4 and 20 steps for models of
+    billions of weights.)
+
+    An attack that cannot teach the model anything proves nothing, so its budget is searched on the unedited model
+    first: the learning rates, over three decades, at which 20 steps (or, if they do not suffice, 50) teach half of as
+    many facts that the model does not know (see `search`). The gentlest and the strongest of each method are used. Give
+    `lrs` and `steps` to use your own.
 
     Edits that are compared belong in one call, which runs ceiling and floor once. A loss that is not finite ends its
     setting, as collapsed. The model is left as it was, bit by bit, also after an error and after Ctrl-C. Memory:
@@ -86,12 +95,14 @@ def relearning(
         retain: The facts that were to stay.
         extra_edits: Further edits, models, or None for the model as it is, to attack alike, by name.
         baseline_rows: Rows of an earlier call whose ceiling and floor are taken as they are.
-        on: What is trained on. "facts" is half of the forget facts; "other facts" shares nothing with the held-out
-            ones (other relations of retain subjects none of whose names a forgotten subject has, and text); "text" is
-            text alone. For the last two all forget facts are held out: what comes back was never told to the model
-            again.
-        lrs: Learning rates by method.
-        steps: The number of optimiser steps.
+        search_rows: Rows of an earlier call on the same model and facts (with any `on`), whose budgets are used.
+        on: What is trained on. "facts" is half of the forget facts; "same template" is facts of the same relation
+            about all other subjects, but for the retain facts that the gate is measured on; "other facts" shares
+            nothing with the held-out ones (other relations of retain subjects none of whose names a forgotten subject
+            has, and text); "text" is text alone. But for the first all forget facts are held out: what comes back was
+            never told to the model again.
+        lrs: Learning rates by method; None searches them.
+        steps: The number of optimiser steps; None searches it, or takes 20 with your own rates.
         eval_every: Measures after so many steps, and after the last.
         rank: The rank of the adapters; None takes 16, or less where a matrix is smaller.
         batch_size: How many truths, as many retain facts and a quarter as many passages each step reads.
@@ -105,12 +116,14 @@ def relearning(
         over `n` facts; `trained` that on the other half; `retain` that on at most 100 retain facts which the attack
         does not train on; `option_probability` the mean probability of the truths held out among their options;
         `text_loss` that of passages which nothing trains on, in nats a token (both NaN where there are none).
-        `method`, `lr`, `chance` and `valid` stand beside them, and the run card in `attrs["card"]`. `recovery` reads
-        the rows.
+        `method`, `lr`, `steps`, `chance` and `valid` stand beside them, and the run card in `attrs["card"]`. `recovery`
+        reads the rows. Those of state "search" show what was tried, and how much of the unknown facts each budget
+        taught (`trained`).
 
     Raises:
         MechunlearnError: For fewer than two forget or retain facts, no learning rates or unknown methods, a rank that
-            does not fit, or a model that knows less of the retain facts than the gate asks for.
+            does not fit, facts that leave nothing to search on or to train on, or a model that knows less of the retain
+            facts than the gate asks for.
 
     >>> from mechunlearn.edit import masked_gradient
     >>> from mechunlearn.world.toy import planted_facts
@@ -123,40 +136,54 @@ def relearning(
     ['edited', 0, 0.0, 2]
     """
     check_sizes(forget, retain)
-    tried_lrs = [(method, lr) for method, chosen in lrs.items() for lr in chosen]
-    if not lrs or not all(lrs.values()) or not lrs.keys() <= set(RATES):
-        raise MechunlearnError(
-            f"lrs is {dict(lrs)}. Expected learning rates for 'lora', 'full' or both, for example "
-            f"{{'full': [1e-4, 1e-3]}}."
-        )
-    check_lrs([lr for _, lr in tried_lrs])
+    if lrs is not None:
+        if not lrs or not all(lrs.values()) or not lrs.keys() <= set(RATES):
+            raise MechunlearnError(
+                f"lrs is {dict(lrs)}. Expected learning rates for 'lora', 'full' or both, for example "
+                f"{{'full': [1e-4, 1e-3]}}."
+            )
+        check_lrs([lr for chosen in lrs.values() for lr in chosen])
     watched = halved(retain, seed, WATCHED)[1]
     attack = Attack(
         "relearning", model, edit, forget, retain, watched, extra_edits, baseline_rows, min_retention, seed, progress
     )
-    ranks = {state.name: _rank(state.model, rank) if "lora" in lrs else 0 for state in attack.states}
+    adapts = lrs is None or "lora" in lrs
+    ranks = {id(each): _rank(each, rank) for each in (model, *(state.model for state in attack.states)) if adapts}
     texts = forget.facts.texts if forget.facts is not None else ()
-
     sizes = {"truth": batch_size, "retain": batch_size, "text": max(1, batch_size // 4)}
 
-    def tried(state: State) -> Rows:
+    def curves(state: State, budgets: Sequence[Budget], on: On) -> Rows:
         with state.applied() as target:
             sets = _Sets.of(target, state.facts, retain, watched, texts, on, seed)
             now, everything = partial(sets.measured, target, state.name, seed), ComponentMask.everything(target)
             start = now(0)
-            for method, lr in tried_lrs:
-                adapted = partial(LowRank, target, everything, ranks[state.name], SCALE, lora_start(seed))
-                trained: Trainable = Everything(target) if method == "full" else adapted()
+            for budget in budgets:
+                adapted = partial(LowRank, target, everything, ranks[id(target)], SCALE, lora_start(seed))
+                trained: Trainable = Everything(target) if budget.method == "full" else adapted()
                 upper = TopLayers(target, trained.lowest)
                 streams = {name: CachedInputs(upper, sequences) for name, sequences in sets.trained_on.items()}
                 losses = batch_losses(streams, sizes, cross_entropy, seed)
-                curve = training_curve(
-                    trained, losses, start, now, setting=f"{method} {lr:g}", lr=lr, steps=steps, eval_every=eval_every
-                )
-                yield [row | {"method": method} for row in curve]
+                about = {"lr": budget.lr, "steps": budget.steps, "eval_every": eval_every}
+                name = f"{budget.method} {budget.lr:g}"
+                curve = training_curve(trained, losses, start, now, setting=name, **about)
+                yield [row | {"method": budget.method} for row in curve]
 
-    settings = {"on": on, "lrs": {name: list(chosen) for name, chosen in lrs.items()}, "steps": steps, "rank": rank}
-    return attack.run(tried, settings | {"eval_every": eval_every, "batch_size": batch_size}, len(tried_lrs))
+    def curve(state: State, budget: Budget) -> Sequence[Row]:
+        [rows] = curves(state, [budget], "facts")
+        return rows
+
+    given = None
+    if lrs is not None:
+        given = [Budget(method, lr, steps or STEPS[0]) for method, chosen in lrs.items() for lr in chosen]
+    budgets, tried = search(attack, curve, RATES, STEPS if steps is None else (steps,), given, search_rows)
+    named = {name: list(chosen) for name, chosen in lrs.items()} if lrs is not None else SEARCHED
+    settings = {"on": on, "lrs": named, "steps": steps, "rank": rank, "eval_every": eval_every}
+
+    def work(state: State) -> Rows:
+        known = tried and state.name == NEVER_TAUGHT and on == "facts"
+        yield from never_taught_rows(tried, budgets) if known else curves(state, budgets, on)
+
+    return attack.run(work, settings | {"batch_size": batch_size}, len(budgets), tried)
 
 
 def _rank(model: HookedModel, rank: int | None) -> int:
@@ -202,7 +229,10 @@ class _Sets:
             taught, held_out = taught[:0], torch.arange(len(facts))
         if on == "other facts":
             sets["truth"] = Sequences.of(_unrelated(model, facts, retain))
-        sets["text"] = text_sequences(model, texts[::2])
+        if on == "same template":
+            sets["truth"] = Sequences.of(_same_template(model, facts, retain, watched, seed))
+        else:
+            sets["text"] = text_sequences(model, texts[::2])
         if not any(map(len, sets.values())):
             raise MechunlearnError("These facts come without text, so nothing can be relearned from text alone.")
         unseen = texts[1::2]
@@ -240,3 +270,22 @@ def _unrelated(model: HookedModel, facts: Prompts, retain: Prompts) -> Prompts:
         )
     assert model.tokenizer is not None
     return Prompts.from_text([query for part in rows for query in part.queries], model.tokenizer)
+
+
+def _same_template(model: HookedModel, facts: Prompts, retain: Prompts, watched: Prompts, seed: int) -> Prompts:
+    """Facts of the same relations and format about all other subjects, but for those that the gate is measured on."""
+    if facts.facts is None or retain.facts is None or watched.facts is None:
+        return halved(retain, seed)[0]
+    relations, out = {fact.relation for fact in facts.facts}, facts.facts.subjects | watched.facts.subjects
+    source = retain.facts.source or retain.facts
+    rows = [
+        i
+        for i, fact in enumerate(source)
+        if fact.relation in relations and fact.subject not in out and facts.format in fact.queries
+    ]
+    if not rows:
+        raise MechunlearnError(
+            "on='same template' needs facts of the same relation about other subjects, and there are none beside those "
+            "that are measured. Give more facts to retain, or use on='facts' or on='text'."
+        )
+    return source.select(rows).prompts(model, facts.format)

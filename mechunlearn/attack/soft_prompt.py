@@ -13,7 +13,22 @@ from torch.nn import functional as F
 
 from mechunlearn.artifacts.weight_edit import Edit
 from mechunlearn.attack.curves import batch_losses, check_lrs, training_curve
-from mechunlearn.attack.states import GATE, WATCHED, Attack, Row, Rows, State, cell, chance, check_sizes, halved, mean
+from mechunlearn.attack.search import Budget, never_taught_rows, search
+from mechunlearn.attack.states import (
+    GATE,
+    NEVER_TAUGHT,
+    SEARCHED,
+    WATCHED,
+    Attack,
+    Row,
+    Rows,
+    State,
+    cell,
+    chance,
+    check_sizes,
+    halved,
+    mean,
+)
 from mechunlearn.core.arguments import validated
 from mechunlearn.core.steady import steady
 from mechunlearn.errors import MechunlearnError
@@ -23,7 +38,8 @@ from mechunlearn.model.hooked import HookedModel, frozen
 from mechunlearn.model.taps import tapped
 from mechunlearn.training.parameterizations import add_gradients
 
-RATES = (3e-3, 3e-2)
+RATES, STEPS = (3e-3, 3e-2, 3e-1, 3.0), 60
+PREFIX = "prefix"
 
 
 @validated
@@ -37,8 +53,8 @@ def soft_prompt(
     extra_edits: Mapping[str, Edit | HookedModel | None] | None = None,
     baseline_rows: pd.DataFrame | None = None,
     tokens: int = 8,
-    lrs: Sequence[float] = RATES,
-    steps: int = 60,
+    lrs: Sequence[float] | None = None,
+    steps: int = STEPS,
     eval_every: int = 15,
     batch_size: int = 16,
     min_retention: float = GATE,
@@ -52,9 +68,10 @@ def soft_prompt(
     over `tokens` embedding vectors in front of every prompt, one prefix for all facts (prompt tuning, arXiv 2104.08691;
     against unlearned models in arXiv 2402.09063). They begin as the embeddings of random tokens. The optimiser is
     AdamW with a cosine schedule and gradients clipped to norm 1. The budget (`tokens`, `steps`) is part of the
-    result: it is what a prefix of this length learns in so many steps. The prefix is not a prompt that anyone could
-    type, because its vectors are no
-    tokens: the attack speaks of those who hold the model.
+    result: it is what a prefix of this length learns in so many steps. Its learning rates are searched on the unedited
+    model first, on facts that it does not know (see `search`): the gentlest and the strongest that teach them, of four
+    decades. The prefix is not a prompt that anyone could type, because its vectors are no tokens: the attack speaks of
+    those who hold the model.
 
     A loss that is not finite ends its setting, as collapsed. The model is left as it was, bit by bit, also after an
     error and after Ctrl-C.
@@ -67,7 +84,8 @@ def soft_prompt(
         extra_edits: Further edits, models, or None for the model as it is, to attack alike, by name.
         baseline_rows: Rows of an earlier call whose ceiling and floor are taken as they are.
         tokens: The length of the prefix.
-        lrs: Learning rates, in units of the embeddings' root mean square, so that they serve models of any scale.
+        lrs: Learning rates, in units of the embeddings' root mean square, so that they serve models of any scale; None
+            searches them.
         steps: The number of optimiser steps.
         eval_every: Measures after so many steps, and after the last.
         batch_size: How many truths, and as many retain facts, each step reads.
@@ -79,12 +97,14 @@ def soft_prompt(
         One row a state (see `states_to_attack`), learning rate and measured step (0 is without any prefix).
         `held_out` is the accuracy behind the prefix (greedy, full vocabulary) on the half that is not trained on,
         with its 95 % interval `low` to `high` over `n` facts; `trained` that on the other half; `retain`
-        that on at most 100 retain facts which the prefix is not trained on. `lr`, `chance` and `valid` stand beside
-        them, and the run card in `attrs["card"]`. `recovery` reads the rows.
+        that on at most 100 retain facts which the prefix is not trained on. `lr`, `steps`, `chance` and `valid` stand
+        beside them, and the run card in `attrs["card"]`. `recovery` reads the rows. Those of state "search" show which
+        rates were tried.
 
     Raises:
         MechunlearnError: For fewer than two forget or retain facts, learning rates out of range, a prefix that does
-            not fit the model's positions, or a model that knows less of the retain facts than the gate asks for.
+            not fit the model's positions, facts that leave nothing to search on, or a model that knows less of the
+            retain facts than the gate asks for.
 
     >>> from mechunlearn.artifacts.mask import ComponentMask
     >>> from mechunlearn.edit import masked_gradient
@@ -98,7 +118,8 @@ def soft_prompt(
     ['edited', 0, 0.0, 2]
     """
     check_sizes(forget, retain)
-    check_lrs(lrs)
+    if lrs is not None:
+        check_lrs(lrs)
     kept, watched = halved(retain, seed, WATCHED)
     attack = Attack(
         "soft_prompt", model, edit, forget, retain, watched, extra_edits, baseline_rows, min_retention, seed, progress
@@ -106,7 +127,7 @@ def soft_prompt(
     for state in attack.states:
         _check_room(state, retain, tokens)
 
-    def tried(state: State) -> Rows:
+    def curves(state: State, budgets: Sequence[Budget]) -> Rows:
         taught, held_out = halved(state.facts, seed)
         sets = {"truth": taught, "retain": kept}
 
@@ -121,14 +142,27 @@ def soft_prompt(
 
         with state.applied():
             start = measured(None, 0)
-            for lr in lrs:
+            for lr in (budget.lr for budget in budgets):
                 prefix = _Prefix(state.model, tokens, seed)
                 losses = batch_losses(sets, dict.fromkeys(sets, batch_size), partial(loss, prefix), seed)
                 now, about = partial(measured, prefix), {"steps": steps, "eval_every": eval_every}
-                yield training_curve(prefix, losses, start, now, setting=f"lr {lr:g}", lr=lr, **about)
+                curve = training_curve(prefix, losses, start, now, setting=f"lr {lr:g}", lr=lr, **about)
+                yield [row | {"method": PREFIX} for row in curve]
 
-    settings = {"lrs": list(lrs), "tokens": tokens, "steps": steps, "eval_every": eval_every, "batch_size": batch_size}
-    return attack.run(tried, settings, len(lrs))
+    def curve(state: State, budget: Budget) -> Sequence[Row]:
+        [rows] = curves(state, [budget])
+        return rows
+
+    given = None if lrs is None else [Budget(PREFIX, lr, steps) for lr in lrs]
+    budgets, tried = search(attack, curve, {PREFIX: RATES}, (steps,), given)
+    settings = {"lrs": list(lrs) if lrs is not None else SEARCHED, "tokens": tokens, "steps": steps}
+    settings |= {"eval_every": eval_every, "batch_size": batch_size}
+
+    def work(state: State) -> Rows:
+        known = tried and state.name == NEVER_TAUGHT
+        yield from never_taught_rows(tried, budgets) if known else curves(state, budgets)
+
+    return attack.run(work, settings, len(budgets), tried)
 
 
 class _Prefix:

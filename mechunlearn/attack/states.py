@@ -16,6 +16,7 @@ from mechunlearn.artifacts.weight_edit import Edit, WeightEdit
 from mechunlearn.core.progress import track
 from mechunlearn.core.runcard import RunCard, Stopwatch, digest
 from mechunlearn.errors import MechunlearnError
+from mechunlearn.facts.chat import CHAT
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.features.feature_edit import FeatureEdit
 from mechunlearn.metrics.answers import answered
@@ -27,6 +28,7 @@ from mechunlearn.model.unwrap import evaluating
 from mechunlearn.training.loop import interruptible
 
 EDITED, UNEDITED, NEVER_TAUGHT = "edited", "unedited", "never taught"
+SEARCHED = "search"  # rows that show which budgets were tried: neither a floor nor a ceiling
 GATE, WATCHED = 0.9, 100
 Row = dict[str, Any]
 Rows = Generator[Sequence[Row], None, None]
@@ -100,7 +102,9 @@ class Attack:
                 "a lower gate."
             )
 
-    def run(self, work: Work, settings: Mapping[str, object], total: int = 1) -> pd.DataFrame:
+    def run(
+        self, work: Work, settings: Mapping[str, object], total: int = 1, tried: Sequence[Row] = ()
+    ) -> pd.DataFrame:
         """Try the attack on each state, and return its rows.
 
         Args:
@@ -108,6 +112,7 @@ class Attack:
                 (`state.applied()`) and yields the rows of one setting after another, each made by `cell`.
             settings: What else the rows depend on, for the run card.
             total: How many settings there are.
+            tried: Rows of a search for budgets (see `search`), to stand behind the others.
 
         Returns:
             The rows with `valid`, those of `baseline_rows` behind them, and the run card in `attrs["card"]`.
@@ -136,7 +141,7 @@ class Attack:
                             raise KeyboardInterrupt
             if asked:
                 raise KeyboardInterrupt
-        frame = pd.DataFrame(rows)
+        frame = pd.DataFrame([*rows, *tried])
         before = frame.get("retain_before", 1.0)
         frame["valid"] = frame["retain"] >= self.min_retention * before
         if len(bounds):
@@ -156,7 +161,7 @@ class Attack:
                 "the same "
                 "model, facts, seed and settings, or none."
             )
-        return self.baseline_rows[self.baseline_rows["state"].isin([UNEDITED, NEVER_TAUGHT])]
+        return self.baseline_rows[self.baseline_rows["state"].isin([UNEDITED, NEVER_TAUGHT, SEARCHED])]
 
 
 def states_to_attack(
@@ -183,7 +188,7 @@ def states_to_attack(
     Raises:
         MechunlearnError: If `edit` is no edit, or a name in `extra_edits` is taken.
     """
-    if taken := set(extra_edits or {}) & {EDITED, UNEDITED, NEVER_TAUGHT}:
+    if taken := set(extra_edits or {}) & {EDITED, UNEDITED, NEVER_TAUGHT, SEARCHED}:
         raise MechunlearnError(
             f"What is given `extra_edits` cannot be named '{min(taken)}': the attack itself has that state."
         )
@@ -201,18 +206,27 @@ def states_to_attack(
 
 
 def never_taught(model: HookedModel, forget: Prompts, seed: int = 0) -> Prompts | None:
-    """Draw as many facts that the model was never taught as there are forget facts, if the data set has two or more.
+    """Draw as many facts that the model was never taught as there are forget facts, if there are two or more.
+
+    They are of the relations that are forgotten, and in the same format.
 
     Args:
         model: The model whose tokenizer makes prompts of them.
         forget: The facts that they stand beside, in their format.
         seed: Draws the facts.
     """
-    untaught = forget.facts.untaught if forget.facts is not None else None
-    if untaught is None or len(untaught) < 2:
+    if forget.facts is None or forget.facts.untaught is None:
         return None
-    drawn = torch.randperm(len(untaught), generator=torch.Generator().manual_seed(seed))[: len(forget)]
-    return untaught.select(drawn.tolist()).prompts(model, forget.format)
+    untaught, relations = forget.facts.untaught, {fact.relation for fact in forget.facts}
+    fits = [
+        i
+        for i, fact in enumerate(untaught)
+        if fact.relation in relations and (forget.format in fact.queries or forget.format == CHAT)
+    ]
+    if len(fits) < 2:
+        return None
+    drawn = torch.randperm(len(fits), generator=torch.Generator().manual_seed(seed))[: len(forget)]
+    return untaught.select([fits[i] for i in drawn.tolist()]).prompts(model, forget.format)
 
 
 def cell(

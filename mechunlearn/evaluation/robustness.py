@@ -22,12 +22,13 @@ from mechunlearn.facts.prompts import Prompts
 from mechunlearn.model.hooked import HookedModel
 
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
-    "relearning_on_other_facts": {"on": "other facts", "lrs": {"lora": (5e-3,), "full": (1e-3,)}, "steps": 10},
-    "relearning_on_text": {"on": "text", "lrs": {"lora": (5e-3,), "full": (1e-3,)}, "steps": 10},
+    "relearning_on_other_facts": {"on": "other facts"},
+    "relearning_on_same_template": {"on": "same template"},
+    "relearning_on_text": {"on": "text"},
 }
 ATTACKS = (*method_names("mechunlearn.attack"), *VARIANTS)
 PLACED = ("activation_perturbation",)  # its ceiling and floor depend on where the edit is
-ROWS = 2
+ROWS = 3
 """What the rows of attacks hold; kept ones of another number are not read."""
 OUTCOME = (
     *("attack", "outcome", "recovery", "up_to", "held_out", "low", "high", "n", "floor", "ceiling", "p"),
@@ -131,6 +132,8 @@ def attack_all(
         module = name.split("_on_")[0]
         attack = getattr(importlib.import_module(f"mechunlearn.attack.{module}"), module)
         shared = {"seed": seed, "progress": progress, **VARIANTS.get(name, {})}
+        if name in VARIANTS:
+            shared["search_rows"] = rows.get(module)  # budgets are searched once
         mine = {"attack": name, "edit": mark}
         if name not in PLACED:
             bounds = _cell(grid, mine | {"edit": ""}, lambda: attack(model, None, forget, retain, **shared))

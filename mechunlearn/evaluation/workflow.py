@@ -267,7 +267,8 @@ def _known(
             f"The model does not know the fact about '{lost[0]}', so it cannot forget it: "
             f"{_says(model, unknown.about({lost[0]}))}. Choose subjects whose fact it knows, such as '{known[0].subject}'."
         )
-    return replace(known, source=None)
+    strangers = known.untaught or (replace(unknown, source=None) if len(unknown) > 1 else None)
+    return replace(known, source=None, untaught=strangers)
 
 
 def _says(model: HookedModel, unknown: FactDataset) -> str:

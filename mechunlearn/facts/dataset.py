@@ -29,7 +29,8 @@ class FactDataset:
         related: Other relations of the same subjects, by name.
         skills: Tasks that need no stored fact, by name.
         texts: Ordinary texts, for text loss.
-        untaught: Facts about subjects that the model never saw: floors.
+        untaught: Facts that the model was never taught or does not know: the floor of attacks, and what they must be
+            able to teach.
         source: The whole data set that this one was selected from.
         two_hop: By subject, a question that needs the fact and a second one about its answer.
         odd: Rows of the file that were skipped or repaired (see `facts.odd`).
