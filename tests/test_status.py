@@ -122,6 +122,13 @@ class TestBounds:
         half = row(16, 32, chance=0.5, never_taught=0.5, edit_target=0.5)
         assert chance_of_guessing(half) > 0.5, "of yes or no, what is not the edit target is the truth: no recovery"
 
+    def test_one_right_answer_of_eight_may_be_a_guess(self):
+        assert chance_of_guessing(row(1, 8, chance=0.1, never_n=0)) == pytest.approx(1 - 0.9**8)
+
+    def test_without_room_below_the_ceiling_there_is_no_bound(self):
+        for ceiling in (0.5, 0.25):
+            assert math.isnan(recovered_at_most(row(0, 8, ceiling=ceiling, never_taught=0.5, asked=0.0, asked_n=8)))
+
     def test_the_number_of_facts_would_do(self):
         needed = facts_needed(0.0)
         assert recovered_at_most(row(0, needed)) < 0.2 <= recovered_at_most(row(0, needed - 1))
