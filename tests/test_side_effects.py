@@ -243,9 +243,10 @@ class TestShippedWorld:
 
 @pytest.mark.real
 class TestRealModel:
-    COUNTRIES = ("Norway", "France", "Italy", "Japan", "Peru")
+    COUNTRIES = ("Norway", "France", "Italy")
 
-    def test_the_other_way_round_and_entropy_are_those_of_plain_transformers(self, smollm2):
+    def test_the_other_way_round_and_entropy_are_those_of_plain_transformers(self, smollm2, monkeypatch):
+        monkeypatch.setattr(written, "TOKENS", 16)
         facts = load_facts("countries/capital").about(set(self.COUNTRIES))
         forget = facts.prompts(smollm2)
         edit = noisy(smollm2, "L6.mlp.out", 2)
