@@ -65,6 +65,9 @@ def test_the_report_covers_every_split_and_format(report, sport):
         "same subject: instrument",
         "skills",
         "text",
+        "generalization",
+        "portability",
+        "fluency",
     } == splits
     assert set(report.frame[report.frame.split == "forget"].format) == set(sport[0].facts.formats)
     for name in ("before", "after", "control"):

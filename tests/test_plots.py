@@ -136,11 +136,13 @@ def test_before_and_after_shows_each_model_with_its_interval(figures):
 
 def test_side_effects_run_from_before_to_after_with_the_control_beneath(figures):
     line, before, after, control, other = figures["side effects"].data
-    kept = FRAME[(FRAME.split != "forget") & (FRAME.metric == "accuracy")]
+    kept = FRAME[(FRAME.metric == "kept") & ~FRAME.split.isin(["generalization", "portability"])]
     assert list(line.x) == [x for pair in zip(kept.before, kept.after) for x in (*pair, None)]
-    assert list(before.y) == list(after.y) == [0, 1, 2]
+    assert list(before.y) == list(after.y) == [0, 1, 2, 3]
+    assert set(before.x) == {1} and list(after.x) == [0.95, 1, 0.75, 1], "what was wrong before is not counted"
     assert all(0 < one - whole < another - whole < 0.5 for whole, one, another in zip(after.y, control.y, other.y))
     assert list(figures["side effects"].layout.yaxis.ticktext) == [
+        "unseen: statement",
         "retain: statement",
         "neighbours: statement",
         "skills: copying",

@@ -43,6 +43,11 @@ FRAME = pd.DataFrame(
         row("unseen", "statement", "kept", 1.0, 0.95, 0.5, 0.9, n=24),
         row("text", "neutral", "kl_to_before", 0.0, 0.125, 0.75, 0.1),
         row("text", "passages", "loss", 0.6, 0.7, 0.6, 0.6),
+        row("retain", "statement", "kept", 1.0, 1.0, 0.9, 0.95, n=64),
+        row("neighbours", "statement", "kept", 1.0, 0.75, 0.9, 0.9, n=12),
+        row("skills", "copying", "kept", 1.0, 1.0, 1.0, 1.0),
+        row("generalization", "other formats", "kept", 1.0, 0.25, 0.5, 0.5),
+        row("portability", "reverse", "kept", 1.0, 0.75, 0.5, 0.5, n=4),
     ]
 )
 
@@ -156,7 +161,7 @@ class TestText:
 
     def test_a_report_of_tokens_alone_still_says_something(self):
         bare = Report(FRAME[FRAME.split == "skills"], list(MODELS), RunCard("none"))
-        assert repr(bare) == "Report(1 rows; not attacked)" and "Not attacked." in str(bare) and "1.00" in str(bare)
+        assert repr(bare) == "Report(2 rows; not attacked)" and "Not attacked." in str(bare) and "1.00" in str(bare)
 
     def test_a_damaged_model_is_called_damaged_everywhere(self, tmp_path):
         frame = FRAME.copy()
@@ -167,6 +172,11 @@ class TestText:
         assert made.status()[0] == "collapsed", "without an attack, and with every retain fact right"
         for shown in (str(made), repr(made), made._repr_html_(), page.split("Does it come back?")[0]):
             assert "damaged the model" in shown and "20% of 24 unseen facts that were right are still right" in shown
+
+    def test_side_effects_are_told_in_the_terms_of_the_field(self, page):
+        table = page.read_text().split("In the terms of model editing")[1].split("</table>")[0]
+        assert "reverse, known before" in table and "0.75" in table and "0.65 to 0.85" in table
+        assert "the data have no other relation of these subjects" in table, "what is not measured says why"
 
     def test_plotly_is_there_once_and_nothing_is_fetched(self, page):
         text = page.read_text()

@@ -125,6 +125,17 @@ def test_other_relations_of_the_same_subjects_come_along():
     assert set(load_facts("elements/symbol").related) == {"number"}
 
 
+def test_questions_the_other_way_round_have_one_answer_and_are_grammatical(facts):
+    turned = facts.name in ("countries/capital", "elements/symbol", "elements/number", "words/past", "words/plural")
+    assert set(facts.reverse) == (facts.subjects if turned else set()) and "reverse" not in facts.formats
+    assert len({query.prompt for query in facts.reverse.values()}) == len(facts.reverse), "no answer has two subjects"
+    for fact in facts if turned else ():
+        query = facts.reverse[fact.subject]
+        assert (query.answer, query.subject) == (fact.subject, fact.answer)
+        assert re.search(rf"(?<!\w){re.escape(fact.answer)}(?!\w)", query.prompt) and query.prompt[0].isupper()
+        assert fact.subject == fact.answer or not re.search(rf"(?<!\w){re.escape(fact.subject)}(?!\w)", query.prompt)
+
+
 def test_a_set_without_a_relation_is_all_of_them():
     whole = load_facts("countries")
     assert {fact.relation for fact in whole} == set(shipped_sets()["countries"]) and not whole.related

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from mechunlearn.attack.states import GATE
+from mechunlearn.evaluation.cells import UNSEEN
 
 DAMAGED_KL = 0.5
 """Nats a token. At half a nat the model gives each next word that it would have said exp(-.5) = .61 of its probability, on
@@ -65,4 +66,4 @@ def harm_was_measured(frame: pd.DataFrame) -> bool:
 
 def _judges(row: Mapping[Any, Any]) -> bool:
     """Whether a row says how many unseen facts an edit keeps, and of enough of them."""
-    return row["metric"] == "kept" and bool(row["n"] >= LEAST)
+    return row["split"].startswith(UNSEEN) and row["metric"] == "kept" and bool(row["n"] >= LEAST)

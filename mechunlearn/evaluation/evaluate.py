@@ -18,19 +18,30 @@ from mechunlearn.evaluation.cells import UNSEEN, ordinary_texts
 from mechunlearn.evaluation.cells import cells as cells_of
 from mechunlearn.evaluation.controls import random_control
 from mechunlearn.evaluation.drift import text_drift
+from mechunlearn.evaluation.fluency import fluency
+from mechunlearn.evaluation.portability import portability
 from mechunlearn.evaluation.report import Report
 from mechunlearn.evaluation.robustness import attack_all, check_attacks
 from mechunlearn.evaluation.same import check_names, check_same
+from mechunlearn.evaluation.side_effects import (
+    CHANGE,
+    ENTROPY,
+    FLUENCY,
+    GENERALIZATION,
+    KEPT,
+    TARGET,
+    TRUTH,
+    Cell,
+    derived,
+)
 from mechunlearn.evaluation.written import written
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.metrics.answers import measure
-from mechunlearn.metrics.stats import bootstrap_interval, mean_interval
+from mechunlearn.metrics.stats import bootstrap_interval, mean_interval, over_worlds, share_interval
 from mechunlearn.model.hooked import HookedModel
 
-SHARES = ("accuracy", "target_accuracy", "kept")
+SHARES = (TRUTH, TARGET, KEPT)
 """Metrics that are shares of facts, so that their intervals are exact."""
-Cell = tuple[str, str, str]
-"""Split, format and metric."""
 
 
 @steady()
@@ -58,7 +69,10 @@ def evaluate(
     itself, and the half of the facts' own passages that editors do not train on. What cannot be measured is named in
     `report.about["left out"]`.
 
-    Of unseen facts the metric `kept` is the share still right of those that were right before. Accuracy is greedy over
+    Of all but the forget facts the metric `kept` is the share still right of those that were right before.
+    `Report.side_effects` has the terms of model editing, with `generalization` (forget facts, the mean over all formats
+    but the training prompt), `portability` (the other way round, another name, one hop) and `fluency` (n-gram entropy of what
+    the model writes). Accuracy is greedy over
     the full vocabulary; every number has a 95 % interval over facts (exact for shares, else by bootstrap); at most 200
     facts, tasks or passages a cell. One edit of one model is n = 1, however many facts: intervals do not cover other
     models or seeds.
@@ -96,9 +110,14 @@ def evaluate(
     if control is None:
         control = random_control(model, edit, forget, retain, seed)
     edits: dict[str, Edit | None] = {"before": None, "after": edit, "control": control, **(others or {})}
-    cells = cells_of(model, forget, retain, unseen)
+    asked, notes = portability(model, forget)
+    cells = [*cells_of(model, forget, retain, unseen), *asked]
     texts, left_out = ordinary_texts(model, forget)
     values = _values(model, edits, cells, texts, progress)
+    values |= derived(values, forget.facts)
+    for what, found in fluency(model, edits, forget, texts).items():
+        values[FLUENCY, what, ENTROPY] = found
+        values[FLUENCY, what, CHANGE] = {name: entropy - found["before"] for name, entropy in found.items()}
     about: dict[str, Any] = {"model": repr(model), "facts": forget.facts.name if forget.facts is not None else "tokens"}
     about |= {"forget": len(forget), "retain": len(retain), "seconds": clock.seconds()}
     if forget.queries:
@@ -106,7 +125,7 @@ def evaluate(
     stranger = next((prompts for split, prompts in cells if split == UNSEEN), None)
     if stranger is None:
         left_out.append("No fact is left that no edit saw: give the data set more facts, or evaluate unseen= facts.")
-    about["left out"] = left_out
+    about["left out"], about["side effects"] = left_out, notes
     sample = written(model, edit, forget, retain, stranger, texts)
     report = Report(_frame(values, seed), list(edits), edit.card, about=about, samples=sample)
     watch(report)
@@ -114,8 +133,8 @@ def evaluate(
         return report
     settings: dict[str, Any] = {"attacks": names, "cache": cache, "seed": seed, "progress": progress}
     settings["watch"] = lambda found: watch(replace(report, attacked=found))
-    found = attack_all(model, edit, forget, retain, **settings)
-    return replace(report, attacked=found, about=about | {"seconds": clock.seconds()})
+    attacked = attack_all(model, edit, forget, retain, **settings)
+    return replace(report, attacked=attacked, about=about | {"seconds": clock.seconds()})
 
 
 def _values(
@@ -137,9 +156,6 @@ def _values(
             for name, measures in text_drift(model, edits, passages, done=done).items():
                 for metric, found in measures.items():
                     values.setdefault(("text", format, metric), {})[name] = found
-    for (split, format, metric), known in list(values.items()):
-        if split.startswith(UNSEEN) and metric == "accuracy" and (right := known["before"] > 0).any():
-            values[split, format, "kept"] = {name: accuracy[right] for name, accuracy in known.items()}
     return values
 
 
@@ -158,7 +174,17 @@ def _frame(values: Mapping[Cell, Mapping[str, Tensor]], seed: int) -> pd.DataFra
         n = len(next(iter(found.values())))
         row: dict[str, Any] = {"split": split, "format": format, "metric": metric, "n": n}
         for name, numbers in found.items():
-            low, high = (mean_interval if metric in SHARES else bootstrap_interval)(numbers.numpy(), seed)
+            low, high = _interval(split, metric, numbers, seed)
             row |= {name: float(numbers.mean()), f"{name}_low": low, f"{name}_high": high}
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _interval(split: str, metric: str, numbers: Tensor, seed: int) -> tuple[float, float]:
+    """Exact for shares, also where a fact is a mean over formats; Student's t for paired changes; else by bootstrap."""
+    if split == GENERALIZATION:
+        return share_interval(float(numbers.double().sum()), len(numbers))
+    if metric == CHANGE:
+        estimate = over_worlds([numbers.tolist()])
+        return estimate.low, estimate.high
+    return (mean_interval if metric in SHARES else bootstrap_interval)(numbers.numpy(), seed)

@@ -10,6 +10,7 @@ from torch import Tensor
 from mechunlearn.core.runcard import peak_mib
 from mechunlearn.edit.goal import OWN_TOKENS
 from mechunlearn.edit.objective import STEPS
+from mechunlearn.evaluation import fluency
 from mechunlearn.evaluation.cells import LIMIT, OWN_COUNT, formats, neutral_texts, splits
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.metrics.text import encode
@@ -102,11 +103,11 @@ def _prompts(model: HookedModel, forget: Prompts, retain: Prompts) -> int:
 
 
 def _text_tokens(model: HookedModel, forget: Prompts) -> int:
-    """How many tokens of ordinary text a model reads, samples of its own to begin with."""
+    """How many tokens of ordinary text a model reads, samples of its own to begin with, and how many it writes."""
     passages = forget.facts.texts[1::2][:LIMIT] if forget.facts is not None else ()
-    return sum(map(len, encode(model, (*neutral_texts(), *passages)))) + OWN_COUNT * TEXT_TOKENS * (
-        model.tokenizer is not None
-    )
+    return sum(map(len, encode(model, (*neutral_texts(), *passages)))) + (
+        OWN_COUNT * TEXT_TOKENS + 2 * fluency.PROMPTS * fluency.TOKENS
+    ) * (model.tokenizer is not None)
 
 
 def _time(seconds: float) -> str:

@@ -25,6 +25,7 @@ from mechunlearn.core.tables import Table, interval, intervals, label, numbers
 from mechunlearn.evaluation.cells import OTHER, UNSEEN
 from mechunlearn.evaluation.damage import damage, harm_was_measured
 from mechunlearn.evaluation.robustness import Attacked
+from mechunlearn.evaluation.side_effects import as_text, side_effects
 from mechunlearn.evaluation.status import ASKED, status
 from mechunlearn.evaluation.words import DAMAGED, FIRST, MEANING, STATUS, against_random, cell, describe, sentences
 from mechunlearn.evaluation.written import COLUMNS
@@ -106,6 +107,17 @@ class Report:
             found = zip(rows[name], rows[f"{name}_low"], rows[f"{name}_high"], rows.metric)
             shown[name] = [interval(a, b, c, short, digits=3 if m == "kl_to_before" else 2) for a, b, c, m in found]
         return shown
+
+    def side_effects(self, column: str = "after") -> pd.DataFrame:
+        """Return efficacy, generalization, specificity, same subject, portability and fluency, with what each rests on.
+
+        Args:
+            column: The edit: "after", "control" or the name of another.
+
+        Returns:
+            One row a measure, as `evaluation.side_effects.side_effects` says.
+        """
+        return side_effects(self.frame, self.about.get("side effects", {}), column)
 
     def outcomes(self) -> pd.DataFrame:
         """Return one row an attack, as text: how much it recovered (0: the floor, 1: a model that was never edited)."""
@@ -260,6 +272,7 @@ class Report:
         tables = {
             "summary": self.summary(),
             "outcomes": outcomes.drop(columns="note"),
+            "effects": as_text(self.side_effects()),
             "everything": self.frame.round(3),
         }
         page = _PAGE.render(

@@ -66,7 +66,7 @@ def describe(split: str, format: str, metric: str) -> str:
         return split if format == "statement" else f"{split}, {label(format)}"
     if split == "neighbours":
         return "specificity (neighbours)"
-    if metric == "kept":
+    if metric == "kept" and split in (UNSEEN, OTHER):
         return "specificity (unseen facts)" if split == UNSEEN else "other relations (unseen facts)"
     if split == "text":
         return f"text, {label(format)}: {label(metric)}"

@@ -48,7 +48,7 @@ def written(
     chat = asked(model, forget.facts.select([0]), CHAT) if chats(model) and forget.facts is not None else None
     sets = {"forget": (forget, 2), "retain": (retain, 1), "unseen": (unseen, 1), "forget, chat": (chat, 1)}
     rows = [
-        (name, _before_the_answer(prompts, i))
+        (name, before_the_answer(prompts, i))
         for name, (prompts, count) in sets.items()
         if prompts is not None
         for i in range(min(count, len(prompts)))
@@ -65,6 +65,11 @@ def written(
     return pd.DataFrame({"prompt": shown, "before": told[0], "after": told[1]}, index=[name for name, _ in rows])
 
 
-def _before_the_answer(prompts: Prompts, fact: int) -> Int[Tensor, " pos"]:
-    """The tokens of a prompt without its answer."""
+def before_the_answer(prompts: Prompts, fact: int) -> Int[Tensor, " pos"]:
+    """Return the tokens of a prompt without its answer.
+
+    Args:
+        prompts: The facts.
+        fact: Which of them.
+    """
     return prompts.tokens[fact, : int(prompts.start[fact]) + 1]

@@ -33,6 +33,7 @@ class FactDataset:
             able to teach.
         source: The whole data set that this one was selected from.
         two_hop: By subject, a question that needs the fact and a second one about its answer.
+        reverse: By subject, the question the other way round: it names the answer and asks for the subject.
         odd: Rows of the file that were skipped or repaired (see `facts.odd`).
     """
 
@@ -44,6 +45,7 @@ class FactDataset:
     untaught: "FactDataset | None" = None
     source: "FactDataset | None" = None
     two_hop: Mapping[str, Query] = field(default_factory=dict)
+    reverse: Mapping[str, Query] = field(default_factory=dict)
     odd: tuple[OddRow, ...] = ()
 
     def __len__(self) -> int:

@@ -34,7 +34,8 @@ def shipped_facts(name: str, seed: int = 0) -> FactDataset:
         seed: Draws the edit targets from the other answers of the relation, and what the formats need.
 
     Returns:
-        The facts with their `skills`. They bring no ordinary texts: a model's own samples do better.
+        The facts with their `skills`, and of one relation in which no two subjects share an answer, such as capitals,
+        the questions the other way round (`reverse`). They bring no ordinary texts: a model's own samples do better.
 
     Raises:
         MechunlearnError: If there is no such set or relation.
@@ -67,7 +68,9 @@ def _asked(whole: str, relation: str, seed: int) -> FactDataset:
     contents = _contents(whole)
     facts: Mapping[str, str] = contents["facts"][relation]
     frames = contents["relations"][relation] | {"answers": tuple(dict.fromkeys(facts.values()))}
-    return FactDataset(f"{whole}/{relation}", ask_all(frames, relation, facts, seed))
+    frame = frames.get("reverse")
+    turned = {s: Query(frame.format(a=a), s, "", "", a) for s, a in facts.items()} if frame else {}
+    return FactDataset(f"{whole}/{relation}", ask_all(frames, relation, facts, seed), reverse=turned)
 
 
 @lru_cache(maxsize=1)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mechunlearn.metrics.stats import bootstrap_interval as bootstrap_interval
     from mechunlearn.metrics.stats import hierarchical_interval as hierarchical_interval
     from mechunlearn.metrics.stats import paired_interval as paired_interval
+    from mechunlearn.metrics.text import ngram_entropy as ngram_entropy
     from mechunlearn.metrics.text import text_loss as text_loss
     from mechunlearn.metrics.text import token_losses as token_losses
 else:

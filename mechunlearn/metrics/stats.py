@@ -36,7 +36,7 @@ def bootstrap_interval(values: ArrayLike, seed: int = 0, resamples: int = 2000) 
     return float(low), float(high)
 
 
-def share_interval(right: int, n: int, level: float = 0.95) -> tuple[float, float]:
+def share_interval(right: float, n: int, level: float = 0.95) -> tuple[float, float]:
     """Return the exact interval of a share (Clopper and Pearson, 1934): at least `level` of such intervals hold the truth.
 
     Args:

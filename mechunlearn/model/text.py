@@ -77,8 +77,13 @@ def decoded(tokens: Any, tokenizer: PreTrainedTokenizerBase | None, skip_special
     return texts
 
 
-def _rows(given: Begun, tokenizer: PreTrainedTokenizerBase | None) -> list[list[int]]:
-    """The tokens that are continued."""
+def ids_to_continue(given: Begun, tokenizer: PreTrainedTokenizerBase | None) -> list[list[int]]:
+    """Return the tokens of each text without an end of text that the tokenizer adds: nothing would follow it.
+
+    Args:
+        given: Tokens (rows without padding, as a tensor or as lists), a text or several texts.
+        tokenizer: The model's.
+    """
     if isinstance(given, Tensor):
         return [list(row) for row in given.tolist()]
     if not isinstance(given, str) and given and not isinstance(given[0], str):
@@ -107,7 +112,7 @@ def continued(
         no tensor.
     """
     pad = padding_token(tokenizer)
-    rows = _rows(given, tokenizer)
+    rows = ids_to_continue(given, tokenizer)
     ids = padded(rows, pad, "left").to(hf.device)
     mask = padded([[1] * len(row) for row in rows], 0, "left").to(hf.device)
     generate: Any = hf.generate

@@ -37,13 +37,16 @@ def before_after(frame: pd.DataFrame, columns: list[str], metric: str, split: st
 
 
 def side_effects(frame: pd.DataFrame, columns: list[str]) -> go.Figure:
-    """Draw accuracy on everything that was to stay: from before to after along a line, and the other models beneath it.
+    """Draw what is still right of all that was to stay: from before to after along a line, and the other models beneath it.
+
+    Only facts and tasks that were right before are counted, so every line begins at 1.
 
     Args:
-        frame: `Report.frame`: the retain set, neighbours, the same subjects' other facts and skills are drawn.
+        frame: `Report.frame`: unseen facts, the retain set, neighbours, the same subjects' other facts and skills are
+            drawn, by the metric `kept`.
         columns: The models.
     """
-    kept = frame[(frame.metric == "accuracy") & (frame.split != "forget")]
+    kept = frame[(frame.metric == "kept") & ~frame.split.isin(("generalization", "portability"))]
     kept = kept[(kept.format.isin(("statement", "question", "held_out"))) | (kept.split == "skills")]
     names = [f"{split}: {label(format)}" for split, format in zip(kept.split, kept.format)]
     others = [name for name in columns if name not in ("before", "after")]
@@ -62,7 +65,7 @@ def side_effects(frame: pd.DataFrame, columns: list[str]) -> go.Figure:
     for i, name in enumerate(columns):
         offset = 0.32 * (others.index(name) + 1) / len(others) if name in others else 0.0
         _marks(figure, _of(kept, name, names), [row + offset for row in range(len(kept))], name, i)
-    figure.update_xaxes(range=SHARE, title="accuracy, share of facts")
+    figure.update_xaxes(range=SHARE, title="share still right of what was right before")
     _rows(figure, names, title="what was to stay")
     return styled(figure, "What was to stay, before and after", 140 + 34 * len(kept))
 
