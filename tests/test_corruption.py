@@ -66,15 +66,16 @@ def nouns() -> dict[str, tuple[Any, Callable[[Path], Any]]]:
         FeaturePart(sae(), torch.tensor([2]), "clamp", torch.tensor([-1.5]), True, "sequence", 0.25),
     )
     scores = {"L0.mlp.out": noise(6), "L1.attn.o": noise(4)}
-    by_role = {"L1.mlp_out": noise(2, 1)}
-    found = Localization(
-        scores, TINY, UNIT_WEIGHTS, TOTAL, CARD, {"probe": [0.5, float("nan")]}, "a note", by_role, ("last", "first")
-    )
+    by_role, about = {"L1.mlp_out": noise(2, 1)}, {"probe": [0.5, float("nan")]}
+    by_fact = {site: torch.stack([one / 2, 3 * one / 2]) for site, one in scores.items()}
+    found = Localization(scores, TINY, UNIT_WEIGHTS, TOTAL, CARD, about, "a note", by_role, ("last", "first"), by_fact)
+    edge = noise(*chosen.shape)
+    facts = torch.stack([edge / 2, 3 * edge / 2])
     pair = {"model.layers.0.mlp.down_proj.weight": (noise(8, 2), noise(2, 6))}
     return {
         "mask": (ComponentMask.of(["L0.mlp.out[0]", "L0.mlp.out[4]", "L1.attn.k"], TINY), ComponentMask.load),
         "localization": (found, Localization.load),
-        "circuit": (Circuit(noise(*chosen.shape), TINY, False, UNIT_WEIGHTS, TOTAL, CARD, chosen, "so"), Circuit.load),
+        "circuit": (Circuit(edge, TINY, False, UNIT_WEIGHTS, TOTAL, CARD, chosen, "so", facts), Circuit.load),
         "weight edit": (WeightEdit(units, rows, TINY, CARD), WeightEdit.load),
         "low-rank edit": (WeightEdit({"L0.mlp.out": torch.tensor([1])}, {}, TINY, CARD, pair), load_edit),
         "feature edit": (FeatureEdit(parts, TINY, CARD), load_edit),

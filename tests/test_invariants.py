@@ -146,6 +146,19 @@ def test_a_localization_survives_save_and_load(localizer, toy, tmp_path):
         again = Localization.load(tmp_path / f"found{suffix}")
         assert all(torch.equal(again.scores[s], found.scores[s]) for s in found.scores) and again.card == found.card
         assert (again.evidence, again.note, again.total_weights) == (found.evidence, found.note, found.total_weights)
+        assert again.by_fact.keys() == found.by_fact.keys()
+        assert all(torch.equal(again.by_fact[site], facts) for site, facts in found.by_fact.items())
+
+
+@pytest.mark.parametrize("localizer", WALKED, ids=named)
+def test_scores_by_fact_average_to_the_scores(localizer, toy):
+    found = outcome(toy, localizer)
+    none = {"fact_lookup", "random_units"}  # scores that are no mean over facts
+    assert bool(found.by_fact) != (named(localizer) in none or takes(localizer, "dictionary"))
+    assert not found.by_fact or found.by_fact.keys() == found.scores.keys()
+    for site, facts in found.by_fact.items():
+        assert len(facts) == len(toy.prompts())
+        torch.testing.assert_close(facts.mean(0), found.scores[site], atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("localizer", WALKED, ids=named)
@@ -180,6 +193,9 @@ def test_a_padded_batch_gives_the_scores_of_single_facts(localizer, world, sport
     for site, scores in together.scores.items():
         mean = torch.stack([found.scores[site] for found in single]).mean(0)
         torch.testing.assert_close(scores, mean, atol=1e-5, rtol=1e-4)
+    for site, facts in together.by_fact.items():
+        alone = torch.stack([found.scores[site] for found in single])
+        torch.testing.assert_close(facts, alone, atol=1e-4, rtol=1e-4)
 
 
 def _unpadded(prompts: Prompts, row: int) -> Prompts:

@@ -189,7 +189,8 @@ def test_facts_without_a_partner_are_counted(world, sport):
     )
     assert "clean and corrupt prompts are the same" in found.note
     some = activation_patching(world, chosen, kinds=["attn_out"], corrupt="resample")
-    assert some.note.startswith(f"{alone} facts have no corrupt partner") if alone else not some.note
+    partner = f"{alone} facts have no corrupt partner"
+    assert some.note.startswith(partner) if alone else "partner" not in some.note
     one = replace(chosen, corrupt=torch.cat([chosen.tokens[:1], chosen.corrupt[1:]]))
     assert activation_patching(world, one, kinds=["attn_out"]).note.startswith("1 facts have no corrupt partner")
 

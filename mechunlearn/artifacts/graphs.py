@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
@@ -12,9 +12,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechunlearn.artifacts.edges import described, edge_names, edges, readers, shared, writers
+from mechunlearn.core.files import whole_file
 from mechunlearn.core.tensors import reading
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.model.layout import Signature
+
+if TYPE_CHECKING:
+    import networkx
 
 POSITIVE, NEGATIVE = "#0072b2", "#d55e00"  # Okabe-Ito, as in plots
 
@@ -105,6 +109,37 @@ def read_mib(
     found[tuple(valid.nonzero()[[place[name] for name in entries]].T)] = table
     grouped = found.new_zeros(len(valid), len(readers(signature)), 2).index_add_(1, shared(signature), found)
     return grouped[..., 0], grouped[..., 1] > 0
+
+
+def network(frame: pd.DataFrame) -> "networkx.MultiDiGraph":
+    """Make a graph for networkx, whose edges carry score, input and name, and are keyed by input.
+
+    Args:
+        frame: Source, target, input, score and name of every edge.
+    """
+    import networkx
+
+    attributes = ["score", "input", "name"]
+    return networkx.from_pandas_edgelist(frame, "source", "target", attributes, networkx.MultiDiGraph, edge_key="input")
+
+
+def write_graph(path: Path, frame: pd.DataFrame) -> None:
+    """Write edges for graph programs.
+
+    Args:
+        path: A name in `.dot`, else the file is GraphML.
+        frame: Source, target, input, score and name of every edge.
+
+    Raises:
+        MechunlearnError: If the disk refuses.
+    """
+    with whole_file(path) as beside:
+        if path.suffix == ".dot":
+            beside.write_text(dot(frame.drop(columns="name")), encoding="utf-8")
+        else:
+            import networkx
+
+            networkx.write_graphml(network(frame), beside, edge_id_from_attribute="name")
 
 
 def dot(frame: pd.DataFrame) -> str:

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechunlearn.artifacts import resampling
 from mechunlearn.artifacts.mask import ComponentMask
 from mechunlearn.core import tensors
 from mechunlearn.core.display import by_kind, card, unit_name
@@ -45,9 +46,12 @@ class Localization:
         by_role: `[role unit]` scores of activation sites (`L3.attn.o`, `L3.resid_post`, with one unit), if there are
             any.
         roles: The names of their rows: token roles or positions.
+        by_fact: `[fact unit]` scores of each fact, of which `scores` are the mean, for methods that have them; `[fact
+            1]` is taken for a site whose units share them. They are float32 and take 4 bytes x facts x units: 12 MB
+            for 64 facts and 46,350 units. Methods leave them out where they would take more than 256 MiB.
 
     Raises:
-        MechunlearnError: If scores are not finite, or do not fit the architecture or the roles.
+        MechunlearnError: If scores are not finite, or do not fit the architecture, the roles or the scores by fact.
     """
 
     scores: Mapping[str, Float[Tensor, " _unit"]]
@@ -59,6 +63,7 @@ class Localization:
     note: str = ""
     by_role: Mapping[str, Float[Tensor, "role _unit"]] = field(default_factory=dict)
     roles: tuple[str, ...] = ()
+    by_fact: Mapping[str, Float[Tensor, "fact _unit"]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for site, rows in self.by_role.items():
@@ -76,6 +81,11 @@ class Localization:
             check_site(site, len(scores), self.signature)
         ordered = sorted(self.scores, key=Component.parse)
         object.__setattr__(self, "scores", {site: self.scores[site].detach().float().cpu() for site in ordered})
+        if self.by_fact:
+            facts = {s: resampling.checked_facts(self.by_fact.get(s), self.scores[s], f"'{s}'") for s in ordered}
+            if len({len(rows) for rows in facts.values()}) > 1:
+                raise MechunlearnError("Scores by fact have more facts at some sites than at others. Give all facts.")
+            object.__setattr__(self, "by_fact", facts)
 
     def check(self, signature: Signature) -> NoReturn:
         """Refuse to be a mask, which is what checks its architecture: scores say how much, a mask says which.
@@ -144,7 +154,52 @@ class Localization:
         site = torch.arange(len(sizes)).repeat_interleave(sizes)[order]
         return order, site, order - (sizes.cumsum(0) - sizes)[site]
 
-    def top(self, units: float | None = None, weights: float | None = None, tied: bool = False) -> ComponentMask:
+    def intervals(self, seed: int = 0) -> pd.DataFrame:
+        """Return how sure each score is when the facts are taken as a sample of facts: standard error, interval, p.
+
+        Formulas and sources are those of `resampling.uncertainty`. Facts are resampled, not subjects: facts that share
+        a subject are not independent, and intervals are then too narrow, as a bootstrap's are with fewer than ten
+        facts. Each p speaks of one unit and is not corrected: of 46,350 units whose effects are noise around nothing
+        about 2,300 have a p of .05 or below.
+
+        Args:
+            seed: Draws the resamples and the sign flips.
+
+        Returns:
+            One row a unit, largest |score| first: site, unit, score, se (standard error), low and high (95 % bootstrap
+            interval), p (two-sided, sign flips over facts), n (facts). Scores are in the method's unit.
+
+        Raises:
+            MechunlearnError: If there are no scores by fact, or there is one fact.
+
+        >>> tiny = Signature("llama", 1, 2, 2, 3, 4)
+        >>> facts = torch.tensor([[1.0, 0.0, 2.0], [1.0, 0.0, -2.0], [1.0, 0.0, 3.0]])
+        >>> sites = {"scores": {"L0.mlp.out": facts.mean(0)}, "by_fact": {"L0.mlp.out": facts}}
+        >>> found = Localization(**sites, signature=tiny, unit_weights={}, total_weights=0, card=RunCard("example"))
+        >>> print(found.intervals().round(2).to_string(index=False))
+              site  unit  score   se  low  high    p  n
+        L0.mlp.out     0    1.0 0.00  1.0   1.0 0.25  3
+        L0.mlp.out     2    1.0 1.53 -2.0   3.0 0.75  3
+        L0.mlp.out     1    0.0 0.00  0.0   0.0 1.00  3
+        """
+        facts = self._every_fact()
+        order, site, unit = (ranks.numpy() for ranks in self._order())
+        scores = torch.cat(list(self.scores.values())).double().numpy()
+        frame = pd.DataFrame({"site": pd.Index(self.scores)[site], "unit": unit, "score": scores[order]})
+        found = resampling.uncertainty(facts, seed)
+        return frame.assign(**{name: one[order] for name, one in found.items()}, n=len(facts))
+
+    def _every_fact(self) -> Float[Tensor, "fact unit"]:
+        facts = torch.cat(list(self.by_fact.values()), 1) if self.by_fact else None
+        return resampling.needed(facts, self.card.method, "activation_patching or attribution_patching")
+
+    def top(
+        self,
+        units: float | None = None,
+        weights: float | None = None,
+        tied: bool = False,
+        stable: float | None = None,
+    ) -> ComponentMask:
         """Return the mask of the units with the largest |score| within a budget.
 
         Units are taken in order, up to the first that would exceed the budget, so that masks of growing budgets nest.
@@ -153,9 +208,20 @@ class Localization:
             units: The budget as a number of units; a float below 1 is a share, so `top(0.05)` is `top(weights=0.05)`.
             weights: The budget as a share of all editable weights, 0 to 1. Give one of the two.
             tied: Whether to add what feeds each unit (see `ComponentMask.tied`) and to count its weights too.
+            stable: Keep of these k units only those that have the same sign, and are among the k of largest |score|, in
+                at least this share of 2,000 resamples of the facts (seed 0; see `resampling.steadiness`). What is left
+                out is not replaced, so the mask may be smaller than the budget, and may be empty.
 
         Raises:
-            MechunlearnError: If the budget is out of range, or not exactly one is given.
+            MechunlearnError: If the budget is out of range, or not exactly one is given; with `stable`, if it is no
+                share, there are no scores by fact, or fewer than 8 facts.
+
+        >>> tiny = Signature("llama", 1, 2, 2, 3, 4)
+        >>> facts = torch.tensor([[1.0, 0.5, 9.0], [1.0, 0.5, -7.0]] * 8)
+        >>> sites = {"scores": {"L0.mlp.out": facts.mean(0)}, "by_fact": {"L0.mlp.out": facts}}
+        >>> found = Localization(**sites, signature=tiny, unit_weights={}, total_weights=0, card=RunCard("example"))
+        >>> list(found.top(units=2)), list(found.top(units=2, stable=0.95))
+        ([L0.mlp.out[0], L0.mlp.out[2]], [L0.mlp.out[0]])
         """
         if isinstance(units, float):
             if not units < 1 or weights is not None:
@@ -171,10 +237,12 @@ class Localization:
             raise MechunlearnError(f"A budget of {units} units is out of range: the scores cover {available} units.")
         if weights is not None and not 0 <= weights <= 1:
             raise MechunlearnError(f"A budget of {weights} is out of range: a share of the weights lies in [0, 1].")
+        if stable is not None and not 0 < stable <= 1:
+            raise MechunlearnError(f"stable={stable} is out of range: a share of the resamples lies in (0, 1].")
         limit = float("inf") if weights is None else weights * self.total_weights + 1e-6
-        return self._largest(units, limit, tied)
+        return self._largest(units, limit, tied, stable)
 
-    def _largest(self, units: int | None, limit: float, tied: bool) -> ComponentMask:
+    def _largest(self, units: int | None, limit: float, tied: bool, stable: float | None) -> ComponentMask:
         """Without a loop over units: a model of billions of weights has half a million."""
         order, site, unit = self._order()
         sites = [Component.parse(name) for name in self.scores]
@@ -187,6 +255,8 @@ class Localization:
             costs = costs + (first & head) * sum(self.unit_weights.get(kind, 0) for kind in ("attn.k", "attn.v"))
         chosen = torch.zeros(len(order), dtype=torch.bool)
         chosen[order[: int((costs.cumsum(0) <= limit).sum()) if units is None else units]] = True
+        if stable is not None:
+            chosen &= resampling.steadiness(self._every_fact(), int(chosen.sum())) >= stable
         parts = chosen.split([len(scores) for scores in self.scores.values()]) if self.scores else ()
         mask = ComponentMask(dict(zip(self.scores, parts)), self.signature)
         return mask.tied(Layout(self.signature, 0)) if tied else mask
@@ -224,12 +294,15 @@ class Localization:
         """Write scores, evidence and run card to a file.
 
         Args:
-            path: A name in `.json` (readable) or `.safetensors` (compact); both are complete.
+            path: A name in `.json` (readable) or `.safetensors` (compact); both are complete. Scores by fact take 20
+                bytes each in JSON: 18 MB for 16 facts and 46,350 units, 3 MB in `.safetensors`.
 
         Raises:
             MechunlearnError: If the name ends in something else, or the disk refuses.
         """
         held = {f"{part}/{site}": t for part in ("scores", "by_role") for site, t in getattr(self, part).items()}
+        for site, facts in self.by_fact.items():
+            held[f"by_fact/{site}"] = facts[:, :1] if (facts == facts[:, :1]).all() else facts
         tensors.save(path, "localization", held, {name: getattr(self, name) for name in ABOUT})
 
     @classmethod
@@ -249,9 +322,9 @@ class Localization:
 
     @classmethod
     def _made(cls, held: dict[str, Tensor], about: dict[str, Any]) -> "Localization":
-        parts, rest = tensors.grouped(held, ("scores", "by_role")), tensors.checked(about, ABOUT)
+        parts, rest = tensors.grouped(held, ("scores", "by_role", "by_fact")), tensors.checked(about, ABOUT)
         rest["roles"] = tuple(rest["roles"])
-        return cls(parts["scores"], by_role=parts["by_role"], **rest)
+        return cls(parts["scores"], by_role=parts["by_role"], by_fact=parts["by_fact"], **rest)
 
     def __repr__(self) -> str:
         units = sum(len(s) for s in self.scores.values())

@@ -75,19 +75,22 @@ def direct_logit_attribution(
             "the "
             "residual stream by unit. For other kinds use activation_patching."
         )
-    totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
+    parts: dict[str, list[Tensor]] = defaultdict(list)
     batches = torch.split(torch.arange(len(prompts)), batch_size)
     for rows in track(batches, "direct logit attribution", progress=progress):
         for name, part in _contributions(model, prompts.select(rows), kinds).items():
-            totals[name] = totals[name] + part.cpu()
-    evidence = {name: float(totals.pop(name) / len(prompts)) for name in ("embedding", "biases", "logit_diff")}
-    scores = {site: total / len(prompts) for site, total in totals.items()}
-    return localization(model, scores, evidence)
+            parts[name].append(part.cpu())
+    by_fact = {name: torch.cat(batches) for name, batches in parts.items()}
+    evidence = {name: float(by_fact.pop(name).mean()) for name in ("embedding", "biases", "logit_diff")}
+    scores = {site: facts.mean(0) for site, facts in by_fact.items()}
+    return localization(model, scores, evidence, by_fact=by_fact)
 
 
 @torch.no_grad()
-def _contributions(model: HookedModel, prompts: Prompts, kinds: Sequence[str]) -> dict[str, Float[Tensor, " *unit"]]:
-    """Contributions summed over the facts of a batch: by unit of each site, and of what belongs to no unit."""
+def _contributions(
+    model: HookedModel, prompts: Prompts, kinds: Sequence[str]
+) -> dict[str, Float[Tensor, " fact *unit"]]:
+    """Contributions to each fact of a batch: by unit of each site, and of what belongs to no unit."""
     decoder, layers = model.decoder, range(model.signature.layers)
     rows, read, answer, foil = at_read(model, prompts)
     seen: dict[str, Tensor] = {}
@@ -110,8 +113,8 @@ def _contributions(model: HookedModel, prompts: Prompts, kinds: Sequence[str]) -
     if unembedding.bias is not None:
         no_units += (unembedding.bias[answer] - unembedding.bias[foil]) * scale
     made = {
-        "embedding": (first.float() * towards).sum(),
-        "logit_diff": (norm(last).float() * difference).sum() + no_units.sum(),
+        "embedding": (first.float() * towards).sum(-1),
+        "logit_diff": (norm(last).float() * difference).sum(-1) + no_units,
     }
     if getattr(norm, "bias", None) is not None:
         no_units += difference @ norm.bias.float()
@@ -125,7 +128,7 @@ def _contributions(model: HookedModel, prompts: Prompts, kinds: Sequence[str]) -
                 no_units += direction @ projection.bias.float()
             if kind in kinds:
                 made[f"L{layer}.{kind}"] = _by_unit(model, layer, kind, seen[f"L{layer}.{kind}"], direction)
-    return {**made, "biases": no_units.sum()}
+    return {**made, "biases": no_units}
 
 
 def _before(
@@ -142,12 +145,12 @@ def _by_unit(
     kind: str,
     activation: Float[Tensor, "fact unit *d_head"],
     direction: Float[Tensor, "fact d_model"],
-) -> Float[Tensor, " unit"]:
-    """What each unit writes along each fact's direction, summed over facts."""
+) -> Float[Tensor, "fact unit"]:
+    """What each unit writes along each fact's direction."""
     parameters = dict(model.hf.named_parameters())
     if kind == "attn.o":
         weight, _ = model.layout.head_weights(parameters, layer, kind)
         written = torch.einsum("fm,uhm->fuh", direction, weight.float())
-        return (activation * written).sum((0, 2))
+        return (activation * written).sum(2)
     weight = model.layout.views(parameters, layer, kind)[0]
-    return (activation * (direction @ weight.float().T)).sum(0)
+    return activation * (direction @ weight.float().T)

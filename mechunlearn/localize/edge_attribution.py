@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mechunlearn.artifacts.circuit import Circuit
 from mechunlearn.artifacts.edges import edges, readers, writers
+from mechunlearn.artifacts.resampling import fits
 from mechunlearn.core.batches import in_batches
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import Prompts
@@ -83,14 +84,17 @@ def edge_attribution(
     """
     points = _points(ig_steps, both_ends)
     size = _facts_at_once(model, prompts, points, batch_size)
-    total = torch.zeros(len(writers(model.signature)), len(readers(model.signature)))
-
-    def add(rows: Tensor) -> None:
-        total.add_(_Batch(model, prompts.select(rows), metric).scores(points, by_fact=False).cpu())
-
-    in_batches(len(prompts), size, add, "edge attribution", progress)
     chosen = edges(model.signature, model.layout.parallel)
-    return circuit(model, (total / len(prompts)).masked_fill(~chosen, 0), chosen, prompts)
+    total, kept = torch.zeros(chosen.shape), fits(len(prompts), chosen.numel())
+
+    def add(rows: Tensor) -> Tensor | None:
+        found = _Batch(model, prompts.select(rows), metric).scores(points, by_fact=kept).float().cpu()
+        total.add_(found.sum(0) if kept else found)
+        return found if kept else None
+
+    parts = [part for part in in_batches(len(prompts), size, add, "edge attribution", progress) if part is not None]
+    by_fact = torch.cat(parts).mul_(chosen) if kept else None
+    return circuit(model, (total / len(prompts)).masked_fill(~chosen, 0), chosen, prompts, by_fact)
 
 
 def edge_scores(
@@ -252,8 +256,8 @@ def _product(
     """Scores of the first `rows` writers (the others come later than the reader: zero)."""
     count, facts = changes.shape[:2]
     if by_fact:
-        reader = gradient.view(len(gradient), facts, -1)
-        found = torch.einsum("wfk,rfk->fwr", changes[:rows].flatten(2), reader)
+        ends = changes[:rows].flatten(2), gradient.view(len(gradient), facts, -1)
+        found = torch.stack([writer @ reader.T for writer, reader in zip(*(end.unbind(1) for end in ends))])
     else:
         found = changes[:rows].flatten(1) @ gradient.flatten(1).T
     return torch.nn.functional.pad(found, (0, 0, 0, count - rows))

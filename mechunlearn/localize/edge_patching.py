@@ -6,6 +6,7 @@ import torch
 
 from mechunlearn.artifacts.circuit import Circuit
 from mechunlearn.artifacts.edges import edges, readers, writers
+from mechunlearn.artifacts.resampling import fits
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.metrics.answers import Metric, logit_diff
@@ -64,8 +65,12 @@ def edge_patching(
                 "'m1->logits'."
             )
         pairs.append((rows[source], columns[target]))
-    effect = edge_effects(model, prompts, pairs, metric, batch_size, budget, progress).mean(1)
+    effect = edge_effects(model, prompts, pairs, metric, batch_size, budget, progress)
     scores, chosen = torch.zeros(len(rows), len(columns)), torch.zeros(len(rows), len(columns), dtype=torch.bool)
-    at = tuple(torch.tensor(pairs, dtype=torch.long).view(-1, 2).T)
-    scores[at], chosen[at] = effect, True
-    return circuit(model, scores, chosen & edges(model.signature, model.layout.parallel), prompts)
+    source, target = torch.tensor(pairs, dtype=torch.long).view(-1, 2).T
+    scores[source, target], chosen[source, target] = effect.mean(1), True
+    by_fact = None
+    if fits(len(prompts), scores.numel()):
+        by_fact = torch.zeros(len(prompts), *scores.shape)
+        by_fact[:, source, target] = effect.T
+    return circuit(model, scores, chosen & edges(model.signature, model.layout.parallel), prompts, by_fact)

@@ -65,9 +65,12 @@ def path_patching(
         model, prompts, range(1, len(names)), into, metric, through, batch_size, budget=budget, progress=progress
     )
     scores: dict[str, torch.Tensor] = {}
+    by_fact: dict[str, torch.Tensor] = {}
     by_layer = effect.mean(1).view(model.signature.layers, -1)
+    facts = effect.T.reshape(len(prompts), model.signature.layers, -1)
     for layer, row in enumerate(by_layer):
+        by_fact[f"L{layer}.attn.o"], by_fact[f"L{layer}.mlp.out"] = facts[:, layer, :-1], facts[:, layer, -1:]
         scores[f"L{layer}.attn.o"] = row[:-1]
         scores[f"L{layer}.mlp.out"] = row[-1].expand(model.signature.d_mlp)
     evidence = {"clean": float(clean.mean()), "corrupt": float(corrupt.mean())}
-    return localization(model, scores, evidence, note_of(prompts))
+    return localization(model, scores, evidence, note_of(prompts), by_fact=by_fact)

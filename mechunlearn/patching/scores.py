@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mechunlearn.artifacts import resampling
 from mechunlearn.artifacts.circuit import Circuit
 from mechunlearn.artifacts.localization import Localization
 from mechunlearn.core.arguments import check_arguments
@@ -93,8 +94,11 @@ def localization(
     note: str = "",
     by_role: Mapping[str, Tensor] | None = None,
     roles: tuple[str, ...] = (),
+    by_fact: Mapping[str, Float[Tensor, "fact _unit"]] | None = None,
 ) -> Localization:
     """Make a localization of scores; a `localizer` writes its card.
+
+    With scores by fact the note says how far halves of the facts agree (`resampling.halves`).
 
     Args:
         model: The model, which gives the weights per unit and all editable weights.
@@ -103,14 +107,24 @@ def localization(
         note: A sentence for the reader.
         by_role: `[role unit]` by site.
         roles: Names of the rows of `by_role`.
+        by_fact: By site, the scores of each fact, or one column for a site whose units share them; left out of the
+            result above 256 MiB.
     """
     weights, total = editable(model)
-    found = dict(evidence or {})
-    return Localization(scores, model.signature, weights, total, RunCard(""), found, note, by_role or {}, roles)
+    found, facts = dict(evidence or {}), dict(by_fact or {})
+    if facts:
+        note = "; ".join(filter(None, (note, resampling.halves(torch.cat(list(facts.values()), 1)))))
+    if not resampling.fits(1, sum(rows.numel() for rows in facts.values())):
+        facts = {}
+    return Localization(scores, model.signature, weights, total, RunCard(""), found, note, by_role or {}, roles, facts)
 
 
 def circuit(
-    model: HookedModel, scores: Float[Tensor, "writer reader"], chosen: Bool[Tensor, "writer reader"], prompts: Prompts
+    model: HookedModel,
+    scores: Float[Tensor, "writer reader"],
+    chosen: Bool[Tensor, "writer reader"],
+    prompts: Prompts,
+    by_fact: Float[Tensor, "fact writer reader"] | None = None,
 ) -> Circuit:
     """Make a circuit of scores on edges; a `localizer` writes its card.
 
@@ -119,10 +133,13 @@ def circuit(
         scores: By edge.
         chosen: The edges that were scored.
         prompts: The facts; where clean and corrupt are the same, the note has it.
+        by_fact: The scores of each fact, if there are any; the note then says how far halves of them agree.
     """
     weights, total = editable(model)
-    parallel = model.layout.parallel
-    return Circuit(scores, model.signature, parallel, weights, total, RunCard(""), chosen, note_of(prompts))
+    parallel, note = model.layout.parallel, note_of(prompts)
+    if by_fact is not None:
+        note = "; ".join(filter(None, (note, resampling.halves(by_fact[:, chosen], "edges"))))
+    return Circuit(scores, model.signature, parallel, weights, total, RunCard(""), chosen, note, by_fact)
 
 
 def note_of(prompts: Prompts) -> str:
@@ -167,13 +184,17 @@ def from_effects(model: HookedModel, found: Effects, evidence: Mapping[str, Any]
     """
     scores: dict[str, Tensor] = {}
     by_role: dict[str, Tensor] = {}
+    by_fact: dict[str, Tensor] = {}
     for site, change in found.by_site.items():
         layer, kind = site.split(".", 1)
-        rows, units = change.mean(-1), model.signature.units(WHOLE.get(kind, kind))
+        rows, facts = change.mean(-1), change[0].T.contiguous()
+        units = model.signature.units(WHOLE.get(kind, kind))
         if kind in KINDS and units is not None:
-            rows = rows.repeat_interleave(found.neurons if kind == "mlp.out" else 1, dim=1)[:, :units]
+            size = found.neurons if kind == "mlp.out" else 1
+            rows, facts = (table.repeat_interleave(size, dim=1)[:, :units] for table in (rows, facts))
         if units is not None:
             scores[f"{layer}.{WHOLE.get(kind, kind)}"] = rows[0].expand(units)
+            by_fact[f"{layer}.{WHOLE.get(kind, kind)}"] = facts
         if len(found.rows) > 1 or kind not in KINDS:
             by_role[site] = rows
     note = (
@@ -181,4 +202,4 @@ def from_effects(model: HookedModel, found: Effects, evidence: Mapping[str, Any]
     )
     note = SAME if found.unchanged == len(found.clean) else note
     numbers = {"clean": float(found.clean.mean()), "corrupt": float(found.corrupt.mean()), **(evidence or {})}
-    return localization(model, scores, numbers, note, by_role, found.rows if by_role else ())
+    return localization(model, scores, numbers, note, by_role, found.rows if by_role else (), by_fact)
