@@ -80,8 +80,8 @@ def relearning(
 
     An attack that cannot teach the model anything proves nothing, so its budget is searched on the unedited model
     first: the learning rates, over three decades, at which 20 steps (or, if they do not suffice, 50) teach half of as
-    many facts that the model does not know (see `search`). The gentlest and the strongest of each method are used. Give
-    `lrs` and `steps` to use your own.
+    many facts that the model does not know (see `search`). The gentlest and the strongest of each method are used
+    (the strongest alone where `on` is not "facts"). Give `lrs` and `steps` to use your own.
 
     Edits that are compared belong in one call, which runs ceiling and floor once. A loss that is not finite ends its
     setting, as collapsed. The model is left as it was, bit by bit, also after an error and after Ctrl-C. Memory:
@@ -176,6 +176,8 @@ def relearning(
     if lrs is not None:
         given = [Budget(method, lr, steps or STEPS[0]) for method, chosen in lrs.items() for lr in chosen]
     budgets, tried = search(attack, curve, RATES, STEPS if steps is None else (steps,), given, search_rows)
+    if on != "facts" and lrs is None:
+        budgets = list({budget.method: budget for budget in sorted(budgets)}.values())
     named = {name: list(chosen) for name, chosen in lrs.items()} if lrs is not None else SEARCHED
     settings = {"on": on, "lrs": named, "steps": steps, "rank": rank, "eval_every": eval_every}
 

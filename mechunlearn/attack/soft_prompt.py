@@ -38,7 +38,7 @@ from mechunlearn.model.hooked import HookedModel, frozen
 from mechunlearn.model.taps import tapped
 from mechunlearn.training.parameterizations import add_gradients
 
-RATES, STEPS = (3e-3, 3e-2, 3e-1, 3.0), 60
+RATES, STEPS = (3e-3, 3e-2, 3e-1, 3.0), (20, 50)
 PREFIX = "prefix"
 
 
@@ -54,8 +54,8 @@ def soft_prompt(
     baseline_rows: pd.DataFrame | None = None,
     tokens: int = 8,
     lrs: Sequence[float] | None = None,
-    steps: int = STEPS,
-    eval_every: int = 15,
+    steps: int | None = None,
+    eval_every: int = 5,
     batch_size: int = 16,
     min_retention: float = GATE,
     seed: int = 0,
@@ -69,9 +69,9 @@ def soft_prompt(
     against unlearned models in arXiv 2402.09063). They begin as the embeddings of random tokens. The optimiser is
     AdamW with a cosine schedule and gradients clipped to norm 1. The budget (`tokens`, `steps`) is part of the
     result: it is what a prefix of this length learns in so many steps. Its learning rates are searched on the unedited
-    model first, on facts that it does not know (see `search`): the gentlest and the strongest that teach them, of four
-    decades. The prefix is not a prompt that anyone could type, because its vectors are no tokens: the attack speaks of
-    those who hold the model.
+    model first, on facts that it does not know (see `search`): the gentlest and the strongest of three decades that
+    teach them in 20 steps, or else in 50. The prefix is not a prompt that anyone could type, because its vectors are no
+    tokens: the attack speaks of those who hold the model.
 
     A loss that is not finite ends its setting, as collapsed. The model is left as it was, bit by bit, also after an
     error and after Ctrl-C.
@@ -86,7 +86,7 @@ def soft_prompt(
         tokens: The length of the prefix.
         lrs: Learning rates, in units of the embeddings' root mean square, so that they serve models of any scale; None
             searches them.
-        steps: The number of optimiser steps.
+        steps: The number of optimiser steps; None searches it, or takes 20 with your own rates.
         eval_every: Measures after so many steps, and after the last.
         batch_size: How many truths, and as many retain facts, each step reads.
         min_retention: The share of retain facts that must be right for a row to be `valid`.
@@ -142,10 +142,11 @@ def soft_prompt(
 
         with state.applied():
             start = measured(None, 0)
-            for lr in (budget.lr for budget in budgets):
+            for budget in budgets:
+                lr = budget.lr
                 prefix = _Prefix(state.model, tokens, seed)
                 losses = batch_losses(sets, dict.fromkeys(sets, batch_size), partial(loss, prefix), seed)
-                now, about = partial(measured, prefix), {"steps": steps, "eval_every": eval_every}
+                now, about = partial(measured, prefix), {"steps": budget.steps, "eval_every": eval_every}
                 curve = training_curve(prefix, losses, start, now, setting=f"lr {lr:g}", lr=lr, **about)
                 yield [row | {"method": PREFIX} for row in curve]
 
@@ -153,8 +154,8 @@ def soft_prompt(
         [rows] = curves(state, [budget])
         return rows
 
-    given = None if lrs is None else [Budget(PREFIX, lr, steps) for lr in lrs]
-    budgets, tried = search(attack, curve, {PREFIX: RATES}, (steps,), given)
+    given = None if lrs is None else [Budget(PREFIX, lr, steps or STEPS[0]) for lr in lrs]
+    budgets, tried = search(attack, curve, {PREFIX: RATES}, STEPS if steps is None else (steps,), given)
     settings = {"lrs": list(lrs) if lrs is not None else SEARCHED, "tokens": tokens, "steps": steps}
     settings |= {"eval_every": eval_every, "batch_size": batch_size}
 
