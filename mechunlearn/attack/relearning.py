@@ -158,7 +158,7 @@ def relearning(
             now, everything = partial(sets.measured, target, state.name, seed), ComponentMask.everything(target)
             start = now(0)
             for budget in budgets:
-                adapted = partial(LowRank, target, everything, ranks[id(target)], SCALE, lora_start(seed))
+                adapted = partial(LowRank, target, everything, ranks.get(id(target), 0), SCALE, lora_start(seed))
                 trained: Trainable = Everything(target) if budget.method == "full" else adapted()
                 upper = TopLayers(target, trained.lowest)
                 streams = {name: CachedInputs(upper, sequences) for name, sequences in sets.trained_on.items()}
