@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from mechunlearn.attack.prompting import prompting as prompting
     from mechunlearn.attack.quantization import quantization as quantization
     from mechunlearn.attack.relearning import relearning as relearning
+    from mechunlearn.attack.sampling import sampling as sampling
     from mechunlearn.attack.soft_prompt import soft_prompt as soft_prompt
     from mechunlearn.attack.unlearning_depth import unlearning_depth as unlearning_depth
 else:
