@@ -10,7 +10,6 @@ from mechunlearn import MechunlearnError
 from mechunlearn.attack.bounds import recovery
 from mechunlearn.attack.sampling import _found, _probability, sampling
 from mechunlearn.attack.states import chance
-from mechunlearn.facts.dataset import FactDataset
 from mechunlearn.facts.load import load_facts
 from mechunlearn.facts.prompts import PAD
 from mechunlearn.model.hooked import load_model
@@ -152,7 +151,7 @@ class TestOnThePlantedModel:
 
 @pytest.mark.real
 def test_on_a_real_model_it_is_what_a_plain_loop_gives(smollm2):
-    facts: FactDataset = load_facts("countries/capital")[:3]
+    facts = load_facts("countries/capital")[:3]
     prompts = facts.prompts(smollm2)
     assert (prompts.answers != PAD).sum(1).max() > 1, "an answer of several tokens"
     assert _probability(smollm2, prompts, 1.0).tolist() == pytest.approx(by_hand(smollm2, prompts, 1.0), rel=1e-3)
