@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from mechunlearn.attack.activation_perturbation import activation_perturbation as activation_perturbation
     from mechunlearn.attack.bounds import recovery as recovery
     from mechunlearn.attack.hints import hints as hints
+    from mechunlearn.attack.membership_inference import membership_inference as membership_inference
     from mechunlearn.attack.multiple_choice import multiple_choice as multiple_choice
     from mechunlearn.attack.probing import probing as probing
     from mechunlearn.attack.prompting import prompting as prompting
