@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mechunlearn.attack.relearning import relearning as relearning
     from mechunlearn.attack.sampling import sampling as sampling
     from mechunlearn.attack.soft_prompt import soft_prompt as soft_prompt
+    from mechunlearn.attack.steering import steering as steering
     from mechunlearn.attack.unlearning_depth import unlearning_depth as unlearning_depth
 else:
     lazy(__name__, methods=True)
