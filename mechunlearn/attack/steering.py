@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import pandas as pd
 import torch
@@ -157,14 +158,16 @@ def _truth_minus_target(model: HookedModel, prompts: Prompts) -> Float[Tensor, "
     has = prompts.targets[:, 0] != PAD
     if not has.any():
         return None
-    rows = model.decoder.unembedding.weight
+    unembedding: Any = model.decoder.unembedding
+    rows: Tensor = unembedding.weight
     truth, target = (ids[has, 0].to(model.device) for ids in (prompts.answers, prompts.targets))
     return _unit((rows[truth] - rows[target]).float().mean(0))
 
 
 def _unit(vector: Float[Tensor, " d_model"]) -> Float[Tensor, " d_model"]:
     """The vector at length 1; one of length 0 stays so."""
-    return vector / vector.norm().clamp(min=1e-12)
+    found: Tensor = vector / vector.norm().clamp(min=1e-12)
+    return found
 
 
 def _without(direction: Float[Tensor, " d_model"], resid: Float[Tensor, "fact pos d_model"]) -> Tensor:
