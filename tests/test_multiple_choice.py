@@ -138,7 +138,7 @@ def test_on_a_real_model_scores_are_those_of_a_plain_loop(smollm2):
     prompts = load_facts("countries/capital")[:8].prompts(smollm2)
     choices = _choices(prompts, 0)[:1]
     found = _scores(smollm2, choices)[0]
-    for k, shown in enumerate(choices[0].shown):
+    for k, shown in list(enumerate(choices[0].shown))[:1]:
         total = 0.0
         for turn in range(4):
             query = _turned(choices[0], turn)

@@ -1,6 +1,7 @@
 """The invariants on language models that others trained: SmolLM2 and Gemma 3, from the GGUF files of Python packages."""
 
 import inspect
+from dataclasses import replace
 
 import pytest
 import torch

@@ -24,7 +24,7 @@ from mechunlearn.model.hooked import HookedModel
 from mechunlearn.model.unwrap import evaluating
 
 
-class Choice(NamedTuple):
+class _Choice(NamedTuple):
     """A fact as a question with choices.
 
     Attributes:
@@ -78,9 +78,9 @@ def multiple_choice(
     of the letter as it is tokenized behind the question. `chance` is how often the most frequent of the choices shown
     is the truth, in the whole data set: 1/4 where all answers are equally frequent.
 
-    Small base models cannot answer by letter: SmolLM2-135M-Instruct is right in about a third of the capitals that it
-    knows. The ceiling says so: where it is less than .2 above the floor, nothing is said of the edit, and `prompting`
-    ("statement, among options") compares the answers themselves instead.
+    Small models hardly answer by letter: SmolLM2-135M-Instruct is little better than chance on capitals that it knows. The
+    ceiling says so: where it is less than .2 above the floor, nothing is said of the edit, and `prompting` ("statement,
+    among options") compares the answers themselves instead.
 
     Args:
         model: The unedited model.
@@ -150,7 +150,7 @@ def multiple_choice(
     return attack.run(tried, {"choices": len(LETTERS)})
 
 
-def _choices(prompts: Prompts, seed: int) -> list[Choice]:
+def _choices(prompts: Prompts, seed: int) -> list[_Choice]:
     """What is shown for each fact: the truth, the target, and others; facts without another answer are left out."""
     counts, rng = known_answers(prompts), random.Random(seed)
     made = []
@@ -164,11 +164,11 @@ def _choices(prompts: Prompts, seed: int) -> list[Choice]:
         if len(shown) > 1:
             aimed = shown.index(target) if target and target != truth else -1
             share = guessed(tally, shown)
-            made.append(Choice(query, tuple(shown), shown.index(truth), aimed, share))
+            made.append(_Choice(query, tuple(shown), shown.index(truth), aimed, share))
     return made
 
 
-def _turned(choice: Choice, turn: int) -> Query:
+def _turned(choice: _Choice, turn: int) -> Query:
     """The question in which every choice stands so many letters earlier; the answer is the truth's letter."""
     count = len(choice.shown)
     shown = choice.shown[turn:] + choice.shown[:turn]
@@ -184,7 +184,7 @@ def _laid_out(shown: Sequence[str], sentence: str) -> str:
     return "\n".join([begin, f"{sentence.rstrip()} ...", *lines, "Answer:"])
 
 
-def _scores(model: HookedModel, choices: Sequence[Choice]) -> Float[Tensor, "fact choice"]:
+def _scores(model: HookedModel, choices: Sequence[_Choice]) -> Float[Tensor, "fact choice"]:
     """The mean log-probability of each choice over the turns; -inf where a fact has fewer choices."""
     where = [(i, turn) for i, choice in enumerate(choices) for turn in range(len(choice.shown))]
     asked = tokenized(model, [_turned(choices[i], turn) for i, turn in where])
@@ -199,10 +199,10 @@ def _scores(model: HookedModel, choices: Sequence[Choice]) -> Float[Tensor, "fac
     return scores
 
 
-def _named(scores: Float[Tensor, "fact choice"], choices: Sequence[Choice], which: str) -> Float[Tensor, " fact"]:
+def _named(scores: Float[Tensor, "fact choice"], choices: Sequence[_Choice], which: str) -> Float[Tensor, " fact"]:
     """Whether the truth, or the target, has the largest score, by fact."""
     return (scores.argmax(1) == torch.tensor([getattr(choice, which) for choice in choices])).float()
 
 
-def _chosen(model: HookedModel, choices: Sequence[Choice], which: str) -> Float[Tensor, " fact"]:
+def _chosen(model: HookedModel, choices: Sequence[_Choice], which: str) -> Float[Tensor, " fact"]:
     return _named(_scores(model, choices), choices, which)
