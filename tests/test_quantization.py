@@ -11,7 +11,7 @@ import torch
 from mechunlearn import MechunlearnError
 from mechunlearn.artifacts.weight_edit import WeightEdit
 from mechunlearn.attack.bounds import recovery
-from mechunlearn.attack.quantization import _matrices, _nearest, _rounded, _settings, quantization
+from mechunlearn.attack.quantization import _in_groups, _matrices, _nearest, _rounded, _settings, quantization
 from mechunlearn.core.runcard import RunCard
 from mechunlearn.edit import feature_clamp
 from mechunlearn.metrics.answers import answered
@@ -72,6 +72,19 @@ class TestRounding:
                 assert abs(r - min(grid, key=lambda value: abs(value - w))) < 1e-6
         assert (found[3] == 0).all()
 
+    @pytest.mark.parametrize(("inputs", "size"), [(64, 32), (70, 32), (20, 32)])
+    def test_every_weight_is_on_its_groups_grid(self, inputs, size):
+        """By a plain loop over rows and groups, of which the last may be shorter."""
+        weight = torch.randn(3, inputs, generator=torch.Generator().manual_seed(inputs))
+        weight[1, :5] = 0
+        found = _in_groups(weight, 4, size)
+        for row, rounded in zip(weight.tolist(), found.tolist(), strict=True):
+            for first in range(0, inputs, size):
+                step = max(map(abs, row[first : first + size])) / 7
+                for w, r in zip(row[first : first + size], rounded[first : first + size], strict=True):
+                    assert r == pytest.approx(min((k * step for k in range(-7, 8)), key=lambda v: abs(v - w)), abs=1e-6)
+        assert (found - weight).abs().mean() <= (_nearest(weight, 4) - weight).abs().mean()
+
     @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "phi3"])
     def test_all_matrices_of_the_blocks_and_nothing_else(self, family):
         model = load_model((random_hf(family), None))
@@ -109,8 +122,9 @@ class TestOnThePlantedModel:
         """The row's grid is 1/127 at 8 bits and 1/7 at 4."""
         rows = quantization(refusing.model, hiding(refusing, flag), *sets)
         edited = rows[rows.state == "edited"].set_index("setting")
-        assert edited["before"].tolist() == [0, 0]
-        assert edited["held_out"].to_dict() == back
+        assert (edited["before"] == 0).all()
+        in_groups = {f"int4, groups of {size}": back["int4"] for size in (32, 128)}  # its rows are one group of 32
+        assert edited["held_out"].to_dict() == back | in_groups
         found = recovery(rows).loc["edited"]
         assert found["recovery"] == 1 and found["outcome"] == "measured"
 
@@ -137,7 +151,7 @@ class TestOnThePlantedModel:
     def test_ceilings_of_an_earlier_call_are_taken_as_they_are(self, refusing, sets, monkeypatch):
         first = quantization(refusing.model, removing(refusing), *sets)
         again = quantization(refusing.model, hiding(refusing, 0.05), *sets, baseline_rows=first)
-        assert again["state"].tolist() == ["edited"] * 2 + ["unedited"] * 2
+        assert again["state"].tolist() == ["edited"] * 4 + ["unedited"] * 4
         kept = again[again.state == "unedited"].reset_index(drop=True)
         pd.testing.assert_frame_equal(kept, first[first.state == "unedited"].reset_index(drop=True))
         with pytest.raises(MechunlearnError, match="settings"):
@@ -181,7 +195,7 @@ class TestOnTheWorld:
         assert found.loc["unedited", "held_out"] == 1
         assert found.loc["never taught", "held_out"] < 0.5
         assert rows["n"].eq(16).all() and rows["held_out"].between(rows["low"], rows["high"]).all()
-        assert len(rows) == 6 + 6 * (importlib.util.find_spec("bitsandbytes") is not None)
+        assert len(rows) == 12 + 6 * (importlib.util.find_spec("bitsandbytes") is not None)
 
 
 def test_formats_of_bitsandbytes():

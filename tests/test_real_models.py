@@ -1,6 +1,7 @@
 """The invariants on language models that others trained: SmolLM2 and Gemma 3, from the GGUF files of Python packages."""
 
 import inspect
+from dataclasses import replace
 
 import pytest
 import torch
@@ -319,6 +320,8 @@ def test_an_attack_leaves_no_trace(attack, real, prompts, small_edit, continents
         settings["lrs"] = {"lora": (1e-4,)}
     if attack.name == "probing":
         facts = continents
+    if attack.name == "membership_inference":  # it needs facts that were never taught
+        facts = replace(facts, facts=replace(facts.facts, untaught=prompts.facts))
     sets = facts.select(range(0, len(facts), 2)), facts.select(range(1, len(facts), 2))
     rows = attack(real, small_edit, *sets, **settings, progress=False)
     assert len(rows) and {"edited", "unedited"} <= set(rows["state"])

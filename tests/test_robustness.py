@@ -128,7 +128,9 @@ class TestPlantedCases:
         never = outcomes["removed"]
         assert never["never_taught"].notna().all()
         assert (never["never_low"] <= never["chance"]).all(), never[["never_taught", "never_low", "chance"]]
-        assert (never["ceiling"] > 0.8).all(), "and the control could have failed: the unedited model is not there"
+        assert (never.drop("multiple_choice")["ceiling"] > 0.8).all(), (
+            "and the control could have failed: the unedited model is not there"
+        )
 
     def test_the_status_of_each(self, outcomes):
         assert status(outcomes["removed"].reset_index())[0] == "inconclusive", (

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechunlearn.artifacts.weight_edit import Edit
+from mechunlearn.attack.asking import tokenized
 from mechunlearn.attack.states import GATE, WATCHED, Attack, Rows, State, cell, chance, mean
 from mechunlearn.core.arguments import validated
 from mechunlearn.core.steady import steady
@@ -176,7 +177,7 @@ def _few_shot(shown: Sequence[Fact], shots: int, seed: int, model: HookedModel, 
             drawn = [other.queries["statement"] for other in rng.sample(fitting, shots)]
             query = fact.queries["statement"]
             asked.append(_after(drawn, query, model))
-    return _tokenized(model, asked)
+    return tokenized(model, asked)
 
 
 def _after(drawn: Sequence[Query], query: Query, model: HookedModel) -> Query:
@@ -193,7 +194,7 @@ def _after(drawn: Sequence[Query], query: Query, model: HookedModel) -> Query:
 def _two_hop(model: HookedModel, prompts: Prompts) -> Prompts | None:
     questions = prompts.facts.two_hop if prompts.facts is not None else {}
     subjects = [fact.subject for fact in prompts.facts or ()]
-    return _tokenized(model, [questions[subject] for subject in subjects if subject in questions])
+    return tokenized(model, [questions[subject] for subject in subjects if subject in questions])
 
 
 def _chance(setting: str, asked: Prompts, facts: Prompts) -> float:
@@ -204,12 +205,6 @@ def _chance(setting: str, asked: Prompts, facts: Prompts) -> float:
         counts = Counter(query.answer for query in facts.facts.two_hop.values())
         return max(counts.values()) / counts.total()
     return chance(asked if asked.facts is not None else facts)
-
-
-def _tokenized(model: HookedModel, asked: Sequence[Query]) -> Prompts | None:
-    if model.tokenizer is None:
-        raise MechunlearnError("This model has no tokenizer, and these facts are text. Give it a tokenizer of its own.")
-    return Prompts.from_text(asked, model.tokenizer) if asked else None
 
 
 def _answered(

@@ -21,6 +21,7 @@ from mechunlearn.facts.prompts import Prompts
 from mechunlearn.metrics.answers import answered
 from mechunlearn.model.hooked import HookedModel
 
+GROUPS = (32, 128)
 Rounding = Callable[[Tensor], Tensor]
 
 
@@ -46,7 +47,9 @@ def quantization(
     for every attention and MLP matrix of the edited model; embeddings, norms and biases are kept, and hooks of a
     `FeatureEdit` stay on. (Catastrophic failure of LLM unlearning via quantization, arXiv 2410.16454, has 4 and 8
     bits, of GPTQ, AWQ and round-to-nearest; this is the last.) Where bitsandbytes is installed, the settings `nf4`
-    and `fp4` are its 4-bit formats in blocks of 64 weights; where it is not, they are left out.
+    and `fp4` are its 4-bit formats in blocks of 64 weights; where it is not, they are left out. "int4, groups of 32" and
+    "of 128" have a scale for so many neighbouring inputs of a row in the place of one for the whole row, as deployed 4-bit
+    models do: their grid is finer, so they round away less of an edit and break the model less.
 
     A model of few and narrow layers may not survive 4 bits at all: its setting has collapsed then, which says nothing
     of the edit. The model is left as it was, bit by bit, also after an error and after Ctrl-C. Memory: a copy of the
@@ -65,7 +68,8 @@ def quantization(
         progress: Whether to show a bar; None shows one where somebody can see it.
 
     Returns:
-        One row a state (see `states_to_attack`) and setting (`int8`, `int4`, ...). `held_out` is the accuracy
+        One row a state (see `states_to_attack`) and setting (`int8`, `int4`, `int4, groups of 32`, ...).
+        `held_out` is the accuracy
         (greedy, full vocabulary) on all forget facts, as nothing is trained, with its 95 % interval `low`
         to `high` over `n` facts; `before` that without rounding; `retain` that on at most 100 retain facts, rounded
         too. `bits`, `chance` and `valid` stand beside them, and the run card in `attrs["card"]`. `recovery` reads the
@@ -109,6 +113,8 @@ def _settings(bits: Sequence[int]) -> dict[str, tuple[int, Rounding]]:
     if not bits or not all(isinstance(size, int) and 2 <= size <= 8 for size in bits):
         raise MechunlearnError(f"The bits are {list(bits)}. Expected whole numbers from 2 to 8, for example [8, 4].")
     found: dict[str, tuple[int, Rounding]] = {f"int{size}": (size, partial(_nearest, bits=size)) for size in bits}
+    if 4 in bits:
+        found |= {f"int4, groups of {size}": (4, partial(_in_groups, bits=4, size=size)) for size in GROUPS}
     if find_spec("bitsandbytes") is not None:
         found |= {kind: (4, partial(_by_bitsandbytes, kind=kind)) for kind in ("nf4", "fp4")}
     return found
@@ -120,6 +126,11 @@ def _nearest(weight: Float[Tensor, "out in"], bits: int) -> Float[Tensor, "out i
     wide = weight.float()
     scale = wide.abs().amax(1, keepdim=True) / levels
     return torch.where(scale > 0, (wide / scale).round() * scale, 0.0)
+
+
+def _in_groups(weight: Float[Tensor, "out in"], bits: int, size: int) -> Float[Tensor, "out in"]:
+    """The same for each group of so many neighbouring inputs of a row; the last group may be shorter."""
+    return torch.cat([_nearest(group, bits) for group in weight.split(size, dim=1)], 1)
 
 
 def _by_bitsandbytes(weight: Float[Tensor, "out in"], kind: str) -> Float[Tensor, "out in"]:

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -17,6 +17,7 @@ from mechunlearn.core.progress import track
 from mechunlearn.core.runcard import RunCard, Stopwatch, digest
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.chat import CHAT
+from mechunlearn.facts.formats import Fact
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.features.feature_edit import FeatureEdit
 from mechunlearn.metrics.answers import answered
@@ -256,31 +257,45 @@ def mean(right: Bool[Tensor, " fact"] | Float[Tensor, " fact"]) -> float:
     return float(right.float().mean())
 
 
-def chance(prompts: Prompts) -> float:
-    """Return what naming the most frequent answer of each fact's relation would give.
+def chance(prompts: Prompts, guesses: int = 1) -> float:
+    """Return what naming the most frequent answers of each fact's relation would give.
 
     It is counted over the whole data set that the facts were selected from, if they have one: the most frequent
     answer of a few facts is the more frequent the fewer they are.
 
     Args:
         prompts: The facts.
+        guesses: How many different answers may be named, of which one has to be the truth.
 
     >>> from mechunlearn import load_facts, load_model
     >>> prompts = load_facts("factworld/sport").prompts(load_model("factworld"))
     >>> round(chance(prompts), 3) == round(chance(prompts.select([0, 1])), 3) < 0.3
     True
+    >>> round(chance(prompts, guesses=100), 3)
+    1.0
     """
     if prompts.facts is None:
-        answers = prompts.answers
-        return float(answers.unique(dim=0, return_counts=True)[1].max()) / len(answers)
+        counted = prompts.answers.unique(dim=0, return_counts=True)[1].sort(descending=True)[0]
+        return float(counted[:guesses].sum()) / len(prompts.answers)
     shares: dict[str, float] = {}
     for facts in (prompts.facts, prompts.facts.source or ()):
-        counts: dict[str, Counter[str]] = {}
-        for fact in facts:
-            if query := fact.queries.get(prompts.format):
-                counts.setdefault(fact.relation, Counter())[query.answer] += 1
-        shares |= {relation: max(found.values()) / found.total() for relation, found in counts.items()}
+        for relation, found in answer_counts(facts, prompts.format).items():
+            shares[relation] = sum(count for _, count in found.most_common(guesses)) / found.total()
     return sum(shares[fact.relation] for fact in prompts.facts) / len(prompts)
+
+
+def answer_counts(facts: Iterable[Fact], format: str = "statement") -> dict[str, Counter[str]]:
+    """Count how often each answer is the truth, relation by relation.
+
+    Args:
+        facts: The facts.
+        format: The format whose answers are counted; facts without it are left out.
+    """
+    counts: dict[str, Counter[str]] = {}
+    for fact in facts:
+        if query := fact.queries.get(format):
+            counts.setdefault(fact.relation, Counter())[query.answer] += 1
+    return counts
 
 
 def untouched(edit: Edit | None) -> int:

@@ -76,7 +76,7 @@ def method_names(package: str) -> tuple[str, ...]:
         The names, sorted.
 
     >>> method_names("mechunlearn.attack")[:2]
-    ('activation_perturbation', 'probing')
+    ('activation_perturbation', 'hints')
     """
     sources = {name: path.read_text(encoding="utf-8") for name, path in _files(package).items()}
     return tuple(sorted(name for name, text in sources.items() if re.search(rf"^def {name}\(", text, re.MULTILINE)))
