@@ -189,7 +189,9 @@ def _outcome(name: str, rows: pd.DataFrame, state: str, asked: Mapping[str, Any]
     if len(able) > 1:
         telling = [way for way in able if max(way["chance"], way.get("never_taught") or 0) < BACK] or able
         best["p"] = min(1.0, len(able) * min(map(chance_of_guessing, able)))
-        best["up_to"] = max(*map(recovered_at_most, telling), best["recovery"] or 0.0)
+        bounds = [bound for bound in map(recovered_at_most, telling) if not math.isnan(bound)]
+        known = [best["recovery"]] * bool(bounds and pd.notna(best["recovery"]))
+        best["up_to"] = max([*bounds, *known], default=math.nan)
     return {**best, "settings": int(rows["setting"].nunique())}
 
 
