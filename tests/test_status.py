@@ -76,6 +76,15 @@ class TestWords:
         assert said(row(0, 32), unmeasured="nothing shows") == ("inconclusive", "nothing shows")
         assert said(row(20, 32), unmeasured="nothing shows")[0] == "hidden"
 
+    def test_what_only_recognises_the_truth_is_not_judged(self):
+        """Its floor is that of strangers, whose answers may be rarer; and it takes no part in Holm's correction."""
+        member = row(32, 32, "membership_inference", trained=math.nan)
+        assert said(row(0, 32), member) == said(row(0, 32)) and said(row(0, 32))[0] == "gone"
+        found = judged(pd.DataFrame([row(9, 32), member]))
+        assert found["outcome"].tolist()[1] == "measured" and math.isnan(found["p"].iloc[1])
+        assert found["p"].iloc[0] == judged(pd.DataFrame([row(9, 32)]))["p"].iloc[0]
+        assert said(member)[0] == "inconclusive"
+
     def test_the_reason_has_its_numbers(self):
         why = said(row(0, 8))[1]
         assert why == "relearning: 8 facts cannot exclude a recovery of 0.31; 14 facts held out could (28 to forget)"

@@ -28,6 +28,8 @@ ASKED = "training prompt"
 """The row of a table of attacks that asks as the edit was trained."""
 STRENGTH = ("relearning", "soft_prompt", "activation_perturbation")
 """Attacks that train on half of the facts: at least one of these must have been strong enough."""
+RECOGNISES = ("membership_inference",)
+"""Attacks that say the truth themselves and ask whether the model knows it: nothing comes back, so they are not judged."""
 Row = Mapping[Any, Any]
 
 
@@ -125,11 +127,12 @@ def judged(outcomes: pd.DataFrame) -> pd.DataFrame:
     Returns:
         The frame with `p` (corrected for the number of attacks), `up_to`, and in the place of "measured": "back" if p
         is .05 or less; "not back" if `up_to` is below .2 and the attack learnt what it trained on; else "inconclusive",
-        with the reason in `note`.
+        with the reason in `note`. Attacks of `RECOGNISES` stay "measured".
     """
     found = outcomes.copy()
-    measured = [i for i, outcome in enumerate(found["outcome"]) if outcome in ("measured", "unknown")]
     rows = found.to_dict("records")
+    judges = [row["outcome"] in ("measured", "unknown") and row["attack"] not in RECOGNISES for row in rows]
+    measured = [i for i, counts in enumerate(judges) if counts]
     p = np.full(len(rows), math.nan)
     p[measured] = holm([rows[i]["p"] if pd.notna(rows[i].get("p")) else chance_of_guessing(rows[i]) for i in measured])
     found["p"] = p
