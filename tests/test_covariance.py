@@ -168,6 +168,20 @@ def test_texts_give_what_single_texts_give(world, texts, collected):
     assert Covariance.of_text(world, LATER[:1], texts, skip_first=True).count == singly.count - len(texts)
 
 
+def test_further_sites_are_collected_once_and_only_where_the_texts_are_known(world, texts, collected, passes):
+    first = Covariance.of_text(world, LATER[:1], texts, batch_size=7)
+    passes.clear()
+    assert first.at(world, LATER[:1]) is first and not passes, "nothing is missing"
+    more = first.at(world, LATER)
+    assert set(passes) == {LATER[1:]} and first.sites == LATER[:1] and more.count == collected.count
+    for site in LATER:
+        truth = collected.matrix(site)
+        torch.testing.assert_close(more.matrix(site), truth, rtol=0, atol=1e-6 * truth.max().item())
+    singly = Covariance(world, LATER[:1])
+    singly.update(torch.tensor([world.tokenizer(texts[0])["input_ids"]]), torch.tensor([3]))
+    assert singly.at(world, LATER) is singly, "its texts are not known"
+
+
 def test_short_texts_come_first_and_an_empty_one_is_none(world, monkeypatch):
     widths: list[int] = []
     monkeypatch.setattr(world, "tokenizer", by_word)

@@ -103,6 +103,20 @@ def test_the_inputs_are_those_of_each_matrix_on_real_tokens(family):
     check_against_single_runs(load_model((random_hf(family), None)), held)
 
 
+def test_matrices_that_read_the_same_tensor_share_its_statistics(monkeypatch):
+    """Queries, keys and values read one tensor, gate and up another: two are collected in each layer, and two more."""
+    model = load_model((random_hf("llama"), None))
+    rows = SelectedRows(model, ComponentMask.everything(model))
+    added: list[int] = []
+    add = Inputs.add
+    monkeypatch.setattr(Inputs, "add", lambda self, *given: added.append(id(self)) or add(self, *given))
+    tokens = torch.randint(2, 97, (3, 5))
+    held = Sequences(tokens, torch.full_like(tokens, -1), torch.tensor([5, 4, 3]))
+    turns = turned_away(rows, [held], 100.0)
+    assert len(added) == len(set(added)) == 4 * model.signature.layers
+    assert all((turn is None) == (part.parameter.ndim < 2) for turn, part in zip(turns, rows.slices, strict=True))
+
+
 @pytest.mark.real
 def test_so_they_are_on_a_real_model_with_other_languages_numbers_and_a_long_text(smollm2):
     torch.manual_seed(0)

@@ -15,7 +15,7 @@ from mechunlearn.edit import losses, masked_gradient
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.metrics.answers import measure
 from mechunlearn.model.hooked import load_model
-from mechunlearn.training.adapters import LowRank
+from mechunlearn.training.adapters import LowRank, lora_start
 from mechunlearn.training.inputs import CachedInputs, Sequences, TopLayers
 from mechunlearn.training.loop import Schedule, train
 from mechunlearn.training.parameterizations import Everything, SelectedRows
@@ -96,6 +96,17 @@ def test_the_gradient_of_the_selected_rows_is_that_of_the_whole_matrices(family)
         torch.testing.assert_close(leaf.grad, wanted, atol=1e-6, rtol=1e-3)
         assert leaf.grad.abs().max() > 1e-6
     assert sum(leaf.numel() for leaf in trained.leaves) == mask.weights(model), "no copy of what is frozen"
+
+
+def test_adapters_begin_where_peft_begins_and_know_the_lowest_layer():
+    """A uniform within 1 / sqrt(in) on both sides, B zero; backward passes end at the lowest masked layer."""
+    down, up = lora_start(0)("any", torch.zeros(8, 64), 4)
+    assert down.shape == (4, 64) and up.shape == (8, 4) and not up.any()
+    assert 0.11 < down.max() <= 1 / 8 and -1 / 8 <= down.min() < -0.11 and abs(float(down.mean())) < 0.02
+    model = random_model()
+    for site, lowest in (("L1.mlp.out", 1), ("L2.attn.o", 2)):
+        mask = ComponentMask.of([site, "L2.mlp.out"], model.signature)
+        assert LowRank(model, mask, 2, 1.0, lora_start(0)).lowest == lowest
 
 
 def test_kept_constants_give_the_same_edit_and_are_computed_once(monkeypatch):

@@ -115,7 +115,7 @@ class LowRank:
         self.model, self.mask = model, mask
         self.factors: list[Factors] = []
         parts = matrices(model, mask)
-        self.lowest: int | None = lowest_layer(mask) if len(mask) else 0
+        self.lowest: int | None = lowest_layer(mask)
         for part in parts:
             rows, columns = part.shape
             if not (fit or 0 < rank <= min(rows, columns)):
