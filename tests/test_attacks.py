@@ -61,6 +61,13 @@ TEXT = {"hints", "multiple_choice", "membership_inference"}
 """They ask in words, or need facts that were never taught: on the shipped world, and on random models with words."""
 CANNOT = {"soft_prompt": "the hand-made model takes no prefix at all", "multiple_choice": "the world knows no letters"}
 FAMILIES = ("gpt2", "llama", "gpt_neox", "qwen2", "llama in bfloat16")
+ASK = {*TEXT, "sampling", "prompting"}
+"""They write nothing into the model, so two families are enough."""
+IN_FAMILIES = [
+    pytest.param(*case.values, family, id=f"{case.id}-{family}")
+    for case in CASES
+    for family in (FAMILIES[:2] if case.values[0].__name__ in ASK else FAMILIES)
+]
 
 
 @pytest.fixture(scope="module")
@@ -189,8 +196,7 @@ def random_models():
     return model
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("attack", "settings"), CASES)
+@pytest.mark.parametrize(("attack", "settings", "family"), IN_FAMILIES)
 class TestNoTrace:
     """Also of edits by hooks and by weights one behind the other; after an error and Ctrl-C wherever they happen."""
 

@@ -19,7 +19,7 @@ from mechunlearn.core.runcard import RunCard
 from mechunlearn.edit import losses, masked_gradient
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.evaluation.robustness import ATTACKS, Attacked, attack_all, check_attacks
-from mechunlearn.evaluation.status import status
+from mechunlearn.evaluation.status import RECOGNISES, status
 from mechunlearn.facts.dataset import FactDataset
 from mechunlearn.facts.formats import ask_all
 from mechunlearn.facts.load import world_facts
@@ -107,8 +107,9 @@ def outcomes(twin, cases, seed):
 class TestPlantedCases:
     def test_what_is_removed_where_it_was_stored_does_not_come_back(self, outcomes):
         removed = outcomes["removed"]
-        assert set(removed["outcome"]) <= {"not back", "inconclusive"}, removed[["outcome", "recovery", "note"]]
-        assert (removed["low"] <= removed["floor"]).all() and (removed["p"] > 0.05).all()
+        judged = removed.drop(list(RECOGNISES))
+        assert set(judged["outcome"]) <= {"not back", "inconclusive"}, removed[["outcome", "recovery", "note"]]
+        assert (removed["low"] <= removed["floor"]).all() and (judged["p"] > 0.05).all()
 
     def test_what_a_last_layer_edit_hides_comes_back(self, outcomes):
         hidden = outcomes["hidden"]

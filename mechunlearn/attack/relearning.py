@@ -172,6 +172,8 @@ def relearning(
         [rows] = curves(state, [budget], "facts")
         return rows
 
+    if on != "facts":
+        _Sets.of(model, forget, retain, watched, texts, on, seed)  # what cannot be is said before the search
     given = None
     if lrs is not None:
         given = [Budget(method, lr, steps or STEPS[0]) for method, chosen in lrs.items() for lr in chosen]
