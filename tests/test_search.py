@@ -64,7 +64,22 @@ class TestSearched:
 
     def test_where_every_rate_breaks_the_model_the_smallest(self):
         chosen, tried = found(lambda steps: 0.0, 0.0, steps=(20,))
-        assert tried == [(1e-5, 20), (3.2e-6, 20)] and chosen == [(3.2e-6, 20)]
+        assert tried == [(1e-5, 20), (1e-4, 20), (1e-3, 20), (1e-2, 20)] and chosen == [(1e-5, 20)]
+
+    def test_a_small_rate_that_leaves_the_model_disturbed_does_not_end_the_search(self):
+        tried = []
+
+        def curve(budget: Budget) -> list[dict]:
+            tried.append(budget.lr)
+            undone = budget.lr < 5e-4
+            return [{"step": 20, "trained": 0.1 if undone else 1.0, "retain": 0.8 if undone else 1.0}]
+
+        going = searched(curve, DECADES, (20,), 0.9)
+        with pytest.raises(StopIteration) as end:
+            while True:
+                next(going)
+        assert tried[:3] == [1e-5, 1e-4, 1e-3]
+        assert [round(budget.lr, 7) for budget in end.value.value] == [1e-3, 0.0031623]
 
     def test_each_method_by_itself(self):
         def curve(budget: Budget) -> list[dict]:

@@ -97,9 +97,10 @@ def searched(
     """Try budgets from coarse to fine, and return those that teach.
 
     A budget teaches if at a step after 0 it gives .9 or more of the facts that it trains on (`trained`), and the
-    retain facts pass the gate. `rates`, a decade apart, are tried from the smallest to the first that teaches or that
-    breaks the model at every step; then the rates half a decade below and above the first that teaches, or the one
-    between too weak and too strong. If nothing teaches in `steps[0]` steps, the next number of steps is tried.
+    retain facts pass the gate. `rates`, a decade apart, are tried from the smallest to the first that teaches, or that
+    breaks the model at every step though a smaller one did not; then the rates half a decade below and above the first
+    that teaches, or the one between too weak and too strong. (A prefix of random vectors disturbs a model until it is
+    trained, so the smallest rate may break it too.) If nothing teaches in `steps[0]` steps, the next number is tried.
 
     Args:
         curve: Trains with a budget, and returns its rows.
@@ -118,13 +119,15 @@ def searched(
     for method, decades in rates.items():
         taught: dict[Budget, float] = {}
         for count in steps:
-            share, budget = 0.0, Budget(method, decades[0], count)
+            share, weak, budget = -1.0, -1.0, Budget(method, decades[0], count)
             for lr in decades:
                 budget = Budget(method, lr, count)
-                share = taught[budget] = yield from _taught(curve, budget, min_retention)
-                if share >= TEACHES or share < 0:
+                weak, share = max(weak, share), (yield from _taught(curve, budget, min_retention))
+                taught[budget] = share
+                if share >= TEACHES or (share < 0 <= weak):
                     break
-            between = [budget.lr / HALF] * (share >= TEACHES or share < 0) + [budget.lr * HALF] * (share >= TEACHES)
+            between = [budget.lr / HALF] * (share >= TEACHES or share < 0 <= weak)
+            between += [budget.lr * HALF] * (share >= TEACHES)
             for budget in (Budget(method, lr, count) for lr in between):
                 taught[budget] = yield from _taught(curve, budget, min_retention)
             if max(taught.values()) >= TEACHES:
