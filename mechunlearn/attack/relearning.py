@@ -13,7 +13,7 @@ from torch import Tensor
 from mechunlearn.artifacts.mask import ComponentMask
 from mechunlearn.artifacts.weight_edit import Edit
 from mechunlearn.attack.curves import batch_losses, check_lrs, cross_entropy, training_curve
-from mechunlearn.attack.search import Budget, never_taught_rows, search
+from mechunlearn.attack.search import Budget, find_budgets, never_taught_rows
 from mechunlearn.attack.states import (
     GATE,
     NEVER_TAUGHT,
@@ -80,7 +80,7 @@ def relearning(
 
     An attack that cannot teach the model anything proves nothing, so its budget is searched on the unedited model
     first: the learning rates, over three decades, at which 20 steps (or, if they do not suffice, 50) teach half of as
-    many facts that the model does not know (see `search`). The gentlest and the strongest of each method are used
+    many facts that the model does not know (see `find_budgets`). The gentlest and the strongest of each method are used
     (the strongest alone where `on` is not "facts"). Give `lrs` and `steps` to use your own.
 
     Edits that are compared belong in one call, which runs ceiling and floor once. A loss that is not finite ends its
@@ -177,7 +177,7 @@ def relearning(
     given = None
     if lrs is not None:
         given = [Budget(method, lr, steps or STEPS[0]) for method, chosen in lrs.items() for lr in chosen]
-    budgets, tried = search(attack, curve, RATES, STEPS if steps is None else (steps,), given, search_rows)
+    budgets, tried = find_budgets(attack, curve, RATES, STEPS if steps is None else (steps,), given, search_rows)
     if on != "facts" and lrs is None:
         budgets = list({budget.method: budget for budget in sorted(budgets)}.values())
     named = {name: list(chosen) for name, chosen in lrs.items()} if lrs is not None else SEARCHED

@@ -35,7 +35,7 @@ class Budget:
 Curve = Callable[[State, Budget], Sequence[Row]]
 
 
-def search(
+def find_budgets(
     attack: Attack,
     curve: Curve,
     rates: Mapping[str, Sequence[float]],

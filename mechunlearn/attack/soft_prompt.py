@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from mechunlearn.artifacts.weight_edit import Edit
 from mechunlearn.attack.curves import batch_losses, check_lrs, training_curve
-from mechunlearn.attack.search import Budget, never_taught_rows, search
+from mechunlearn.attack.search import Budget, find_budgets, never_taught_rows
 from mechunlearn.attack.states import (
     GATE,
     NEVER_TAUGHT,
@@ -69,7 +69,7 @@ def soft_prompt(
     against unlearned models in arXiv 2402.09063). They begin as the embeddings of random tokens. The optimiser is
     AdamW with a cosine schedule and gradients clipped to norm 1. The budget (`tokens`, `steps`) is part of the
     result: it is what a prefix of this length learns in so many steps. Its learning rates are searched on the unedited
-    model first, on facts that it does not know (see `search`): the gentlest and the strongest of three decades that
+    model first, on facts that it does not know (see `find_budgets`): the gentlest and the strongest of three decades that
     teach them in 20 steps, or else in 50. The prefix is not a prompt that anyone could type, because its vectors are no
     tokens: the attack speaks of those who hold the model.
 
@@ -155,7 +155,7 @@ def soft_prompt(
         return rows
 
     given = None if lrs is None else [Budget(PREFIX, lr, steps or STEPS[0]) for lr in lrs]
-    budgets, tried = search(attack, curve, {PREFIX: RATES}, STEPS if steps is None else (steps,), given)
+    budgets, tried = find_budgets(attack, curve, {PREFIX: RATES}, STEPS if steps is None else (steps,), given)
     settings = {"lrs": list(lrs) if lrs is not None else SEARCHED, "tokens": tokens, "steps": steps}
     settings |= {"eval_every": eval_every, "batch_size": batch_size}
 

@@ -113,7 +113,7 @@ class Attack:
                 (`state.applied()`) and yields the rows of one setting after another, each made by `cell`.
             settings: What else the rows depend on, for the run card.
             total: How many settings there are.
-            tried: Rows of a search for budgets (see `search`), to stand behind the others.
+            tried: Rows of a search for budgets (see `find_budgets`), to stand behind the others.
 
         Returns:
             The rows with `valid`, those of `baseline_rows` behind them, and the run card in `attrs["card"]`.
