@@ -189,6 +189,36 @@ def test_to_frame_lists_every_unit_once():
     assert list(frame.component[:2]) == ["L0.mlp.out[1]", "L0.mlp.out[0]"] and len(frame) == 6
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [[0.5] * 32, torch.zeros(1, 32), torch.zeros(32, dtype=torch.long)],
+    ids=["a list", "two dimensions", "whole numbers"],
+)
+def test_scores_and_masks_of_another_kind_are_refused(toy, wrong):
+    """The tests' type checker would see it first, so the classes' own checks are asked."""
+    model = toy.model
+    found = random_units(model, toy.prompts([0, 1]))
+    with pytest.raises(MechunlearnError, match="one-dimensional float tensor"):
+        _asked_again(found, scores={"L0.mlp.out": wrong})
+    mask = ComponentMask.of(["L0.mlp.out"], model.signature)
+    with pytest.raises(MechunlearnError, match="one-dimensional bool tensor"):
+        _asked_again(mask, sites={"L0.mlp.out": wrong})
+
+
+def _asked_again(made, **other):
+    """Check an object once more with other contents."""
+    for name, value in other.items():
+        object.__setattr__(made, name, value)
+    made.__post_init__()
+
+
+def test_an_edit_is_itself_alone(toy):
+    """Equal numbers do not make two edits one; an edit can be a key."""
+    rows = {"L0.mlp.out": toy.model.rows("L0.mlp.out")[:1]}
+    one, other = (WeightEdit({"L0.mlp.out": torch.tensor([0])}, rows, toy.model.signature, RunCard("x")) for _ in "ab")
+    assert one != other and len({one, other, one}) == 2
+
+
 def test_edits_that_overlap_are_refused_by_name_and_disjoint_ones_combine(toy):
     def edit(unit: int) -> WeightEdit:
         rows = {"L0.mlp.out": toy.model.rows("L0.mlp.out")[[unit]] * 2}
