@@ -64,7 +64,7 @@ def read_rows(source: Any, split: str | None = None) -> list[Row]:
         return _from_json(text, str(source)) if kind in ("json", "jsonl") else _from_csv(path, text)
     except pd.errors.EmptyDataError:
         return []
-    except (ValueError, OSError, ImportError, RecursionError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise MechunlearnError(f"'{source}' could not be read as {kind}: {reason}") from None
 
