@@ -3,6 +3,7 @@
 import json
 
 import pandas as pd
+import pyarrow.parquet
 import pytest
 import torch
 
@@ -168,6 +169,19 @@ def test_trex_takes_its_prompts_from_pararel_and_lama_beside_it(tmp_path):
     for path in (patterns / "P17.jsonl", tmp_path / "LAMA_relations.jsonl"):
         with pytest.raises(MechunlearnError, match="holds the prompts of relations and no facts"):
             load_facts(path)
+
+
+@pytest.mark.parametrize("error", [MemoryError("malloc of size 2 TiB failed"), NotImplementedError("a new encoding")])
+def test_tables_that_cannot_be_held_or_decoded_are_named(tmp_path, monkeypatch, error):
+    """A header that lies about its size lets the library ask for more memory than there is."""
+
+    def read(path):
+        raise error
+
+    pd.DataFrame([{"subject": "s", "prompt": "s is", "answer": "a"}]).to_parquet(path := tmp_path / "lies.parquet")
+    monkeypatch.setattr(pyarrow.parquet, "read_table", read)
+    with pytest.raises(MechunlearnError, match=f"could not be read as parquet: {error}"):
+        load_facts(path)
 
 
 TYPES = {
