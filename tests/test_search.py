@@ -3,6 +3,7 @@
 import sys
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 import torch
 
@@ -136,6 +137,15 @@ class TestOnModels:
         other = relearning(toy.model, edit, forget, retain, steps=4, on="same template", search_rows=bounds)
         strongest = bounds[bounds.state == "unedited"].groupby("method")["lr"].max()
         assert other.groupby("method")["lr"].unique().map(list).to_dict() == {m: [lr] for m, lr in strongest.items()}
+
+    def test_rows_of_something_else_have_no_budgets(self, planted):
+        toy, forget, retain = planted
+        for rows in (
+            pd.DataFrame(),
+            pd.DataFrame({"state": ["edited"], "method": ["lora"], "lr": [1.0], "steps": [2]}),
+        ):
+            with pytest.raises(MechunlearnError, match="Budgets are taken from rows"):
+                relearning(toy.model, None, forget, retain, search_rows=rows)
 
     def test_ways_of_relearning_share_one_search(self, planted, monkeypatch):
         toy, forget, retain = planted

@@ -11,6 +11,7 @@ from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.prompts import PAD
 from mechunlearn.metrics.answers import with_answers
 
+KEY = ("method", "lr", "steps")
 TEACHES = 0.9
 """The share of the facts trained on that a budget must teach."""
 HALF = 10**0.5
@@ -163,5 +164,10 @@ def never_taught_rows(tried: Sequence[Row], budgets: Sequence[Budget]) -> list[l
 
 def _budgets_of(rows: pd.DataFrame) -> list[Budget]:
     """The budgets that an earlier call ran."""
-    mine = rows[rows["state"] == UNEDITED][["method", "lr", "steps"]].drop_duplicates()
+    if not {"state", *KEY} <= set(rows) or not (rows["state"] == UNEDITED).any():
+        raise MechunlearnError(
+            f"Budgets are taken from rows that an attack which trains has returned, with its unedited model ({UNEDITED}). "
+            f"These have the columns {', '.join(map(str, rows)) or '(none)'}. Give such rows, or none: they are searched."
+        )
+    mine = rows[rows["state"] == UNEDITED][list(KEY)].drop_duplicates()
     return [Budget(str(method), float(lr), int(steps)) for method, lr, steps in mine.itertuples(index=False)]

@@ -40,6 +40,7 @@ RANGES: dict[str, Range] = {
 MEANT = {
     "HookedModel": "a model, as load_model(...) gives it",
     "Prompts": "facts as prompts, as load_facts(...).prompts(model) gives them",
+    "DataFrame": "rows that an earlier call returned",
     "ComponentMask": "a ComponentMask, such as found.above(0) or found.top(weights=0.05)",
     "int": "a whole number",
     "float": "a finite number",
