@@ -163,9 +163,8 @@ def relearning(
                 upper = TopLayers(target, trained.lowest)
                 streams = {name: CachedInputs(upper, sequences) for name, sequences in sets.trained_on.items()}
                 losses = batch_losses(streams, sizes, cross_entropy, seed)
-                about = {"lr": budget.lr, "steps": budget.steps, "eval_every": eval_every}
-                name = f"{budget.method} {budget.lr:g}"
-                curve = training_curve(trained, losses, start, now, setting=name, **about)
+                name, about = f"{budget.method} {budget.lr:g}", {"steps": budget.steps, "eval_every": eval_every}
+                curve = training_curve(trained, losses, start, now, setting=name, lr=budget.lr, **about)
                 yield [row | {"method": budget.method} for row in curve]
 
     def curve(state: State, budget: Budget) -> Sequence[Row]:
