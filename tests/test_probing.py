@@ -5,6 +5,7 @@ import json
 import pandas as pd
 import pytest
 import torch
+from scipy.stats import binom
 
 from mechunlearn import MechunlearnError
 from mechunlearn.artifacts.weight_edit import WeightEdit
@@ -164,7 +165,8 @@ class TestOnTheWorld:
 
     def test_controls_are_at_their_floor(self, rows):
         assert recovery(rows).loc["never taught", "held_out"] <= 0.45
-        assert rows["shuffled"].mean() < rows["chance"].iloc[0] + 0.1, "it was .05 to .19 below chance on four seeds"
+        n, chance = int(rows["n"].iloc[0]), rows["chance"].iloc[0]
+        assert rows["shuffled"].mean() <= binom.ppf(0.99, n, chance) / n, "what guessing gives in 99 of 100 cases"
         first = rows[(rows.setting == "probe, after 0 blocks")]
         assert (first["held_out"] <= 0.4).all(), "the name's last token says little"
 

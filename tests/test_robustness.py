@@ -106,8 +106,8 @@ def outcomes(twin, cases, seed):
 @pytest.mark.training
 class TestPlantedCases:
     def test_what_is_removed_where_it_was_stored_does_not_come_back(self, outcomes):
-        removed = outcomes["removed"]
-        judged = removed.drop([*RECOGNISES, "multiple_choice"])  # the world knows no letters
+        removed = outcomes["removed"].drop("multiple_choice")  # the world knows no letters
+        judged = removed.drop(list(RECOGNISES))
         assert set(judged["outcome"]) <= {"not back", "inconclusive"}, removed[["outcome", "recovery", "note"]]
         assert (removed["low"] <= removed["floor"]).all() and (judged["p"] > 0.05).all()
 
