@@ -203,5 +203,7 @@ def _power(n: int, low: float, high: float, share: bool) -> str:
         return f"a share of {least} or more that differs shows in at least one of {n}, with probability .8"
     if n < 2:
         return "one text has no interval"
+    if low == high:
+        return "every text is the same as before"
     least = f"{Estimate((low + high) / 2, low, high, n - 1).detectable:.3f}"
     return f"a mean of {least} or more is told from 0 with {n} texts, with probability .8"
