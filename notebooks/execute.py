@@ -27,7 +27,7 @@ GENERIC = {
     "language_info": {"name": "python"},
 }
 PRIVATE = re.compile(r"/(?:work|root|tmp|home|Users|mnt)/|\b0x[0-9a-f]{6,}")
-SECONDS, LIMIT, WIDTH = 600, 400_000, 860
+SECONDS, LIMIT, WIDTH = 900, 400_000, 860
 
 
 def execute(path: Path) -> list[str]:
