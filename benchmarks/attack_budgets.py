@@ -17,6 +17,8 @@ from mechunlearn.attack import relearning, soft_prompt
 from mechunlearn.attack.search import TEACHES
 from mechunlearn.attack.states import NEVER_TAUGHT, SEARCHED, UNEDITED
 
+FORMATS = ("", ".2g", ".0f", ".2f", ".2f", ".2f", ".2f")
+
 
 def budgets(rows: pd.DataFrame) -> pd.DataFrame:
     """One row a budget that was tried: the best share that it taught while the retain facts passed the gate."""
@@ -55,7 +57,7 @@ def main() -> None:
         start = time.process_time()
         found = budgets(attack(model, None, forget, retain, seed=asked.seed))
         seconds = time.process_time() - start
-        print(found.to_markdown(index=False, floatfmt=("", ".2g", ".0f", ".2f", ".2f", ".2f", ".2f")))
+        print(found.to_markdown(index=False, floatfmt=FORMATS).replace("nan", "–"))
         able = found[found["taught"] >= TEACHES]
         print(f"\n{attack.__name__}: {len(able)} of {len(found)} budgets teach, {seconds:.0f} CPU-s\n", flush=True)
 
