@@ -164,7 +164,10 @@ def _judged(row: Row) -> tuple[str, str]:
     needed = facts_needed(round(_or(row, "never_taught", 0.0), 2), round(_or(row, "asked", 0.0), 2))
     halved = pd.notna(row.get("trained"))
     more = f"; {needed} facts held out could{f' ({2 * needed} to forget)' if halved else ''}" if needed else ""
-    return "inconclusive", f"{row['n']:.0f} fact{'s' * (row['n'] != 1)} cannot exclude a recovery of {row['up_to']:.2f}{more}"
+    return (
+        "inconclusive",
+        f"{row['n']:.0f} fact{'s' * (row['n'] != 1)} cannot exclude a recovery of {row['up_to']:.2f}{more}",
+    )
 
 
 def status(outcomes: pd.DataFrame, harm: Sequence[str] = (), unmeasured: str = "") -> tuple[str, str]:
