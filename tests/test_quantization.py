@@ -123,7 +123,7 @@ class TestOnThePlantedModel:
         rows = quantization(refusing.model, hiding(refusing, flag), *sets)
         edited = rows[rows.state == "edited"].set_index("setting")
         assert (edited["before"] == 0).all()
-        in_groups = {f"int4, groups of {size}": back["int4"] for size in (32, 128)}  # its rows are one group of 32
+        in_groups = {f"int4 in groups of {size}": back["int4"] for size in (32, 128)}  # its rows are one group of 32
         assert edited["held_out"].to_dict() == back | in_groups
         found = recovery(rows).loc["edited"]
         assert found["recovery"] == 1 and found["outcome"] == "measured"

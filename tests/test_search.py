@@ -13,8 +13,9 @@ from mechunlearn.attack.relearning import RATES, _same_template
 from mechunlearn.attack.search import Budget, searched
 from mechunlearn.attack.states import NEVER_TAUGHT, SEARCHED, halved
 from mechunlearn.edit import masked_gradient
-from mechunlearn.evaluation.robustness import attack_all
+from mechunlearn.evaluation.robustness import Attacked, attack_all
 from mechunlearn.facts.prompts import PAD
+from mechunlearn.plots.curves import attack_curves
 from mechunlearn.world.toy import planted_facts
 
 DECADES = {"full": [1e-5, 1e-4, 1e-3, 1e-2]}
@@ -110,6 +111,13 @@ class TestOnModels:
             mine = tried[(tried.method == method) & (tried.lr == lr) & (tried.step > 0) & tried.valid]
             assert mine["trained"].max() >= 0.9
         assert "search" not in recovery(rows).index
+        used = rows[rows.state == "unedited"]["setting"].nunique()
+        assert (
+            Attacked({"relearning": rows}).outcomes()["settings"].tolist() == [used]
+            and used < tried["setting"].nunique()
+        )
+        drawn = attack_curves("relearning", rows)
+        assert {trace.name for trace in drawn.data} == {"unedited"}, "what was tried is no arm of the figure"
 
     def test_a_search_is_the_same_training_as_that_of_never_taught_facts(self):
         model = load_model("factworld")

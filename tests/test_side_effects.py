@@ -222,7 +222,7 @@ class TestShippedWorld:
         assert [row.before, row.after] == pytest.approx([before.mean(), after.mean()], abs=1e-5)
         assert [row.low, row.high] == pytest.approx([change.mean() - half, change.mean() + half], abs=1e-5)
         least = half / t.ppf(0.975, 7) * (t.ppf(0.975, 7) + t.ppf(0.8, 7))
-        assert row.power == f"a mean of {least:.3f} or more is told from 0 with 8 texts, with probability .8"
+        assert row.power == f"a mean of {least:.3f} or more shows as different from 0 with 8 texts, with probability .8"
 
     def test_text_is_the_drift_of_the_report_and_the_control_has_its_own_column(self, cities):
         report = cities[0]

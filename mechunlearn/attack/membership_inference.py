@@ -138,7 +138,7 @@ def _strangers(model: HookedModel, forget: Prompts, seed: int) -> tuple[Prompts,
     if untaught is None or few or not of:
         raise MechunlearnError(
             f"The data have {min((len(rows) for rows in of.values()), default=0)} facts that the model was never taught"
-            f"{f' of the relation {few[0]!r}' if few else ''}, and membership is told by comparison with such facts. "
+            f"{f' of the relation {few[0]!r}' if few else ''}, and membership is judged by comparison with such facts. "
             f"Expected at least {LEAST} for every relation, in `untaught` of the data set: replace(facts, untaught=...)."
         )
     references = [i for rows in of.values() for i in rows[:REFERENCES]]

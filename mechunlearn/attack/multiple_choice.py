@@ -78,8 +78,8 @@ def multiple_choice(
     of the letter as it is tokenized behind the question. `chance` is how often the most frequent of the choices shown
     is the truth, in the whole data set: 1/4 where all answers are equally frequent.
 
-    Small models hardly answer by letter: SmolLM2-135M-Instruct is little better than chance on capitals that it knows. The
-    ceiling says so: where it is less than .2 above the floor, nothing is said of the edit, and `prompting` ("statement,
+    Small models hardly answer by letter: SmolLM2-135M-Instruct is little better than chance on capitals that it knows. Where
+    the ceiling is less than .2 above the floor, the attack cannot judge the edit, and `prompting` ("statement,
     among options") compares the answers themselves instead.
 
     Args:

@@ -47,7 +47,7 @@ def quantization(
     for every attention and MLP matrix of the edited model; embeddings, norms and biases are kept, and hooks of a
     `FeatureEdit` stay on. (Catastrophic failure of LLM unlearning via quantization, arXiv 2410.16454, has 4 and 8
     bits, of GPTQ, AWQ and round-to-nearest; this is the last.) Where bitsandbytes is installed, the settings `nf4`
-    and `fp4` are its 4-bit formats in blocks of 64 weights; where it is not, they are left out. "int4, groups of 32" and
+    and `fp4` are its 4-bit formats in blocks of 64 weights; where it is not, they are left out. "int4 in groups of 32" and
     "of 128" have a scale for so many neighbouring inputs of a row in the place of one for the whole row, as deployed 4-bit
     models do: their grid is finer, so they round away less of an edit and break the model less.
 
@@ -68,7 +68,7 @@ def quantization(
         progress: Whether to show a bar; None shows one where somebody can see it.
 
     Returns:
-        One row a state (see `states_to_attack`) and setting (`int8`, `int4`, `int4, groups of 32`, ...).
+        One row a state (see `states_to_attack`) and setting (`int8`, `int4`, `int4 in groups of 32`, ...).
         `held_out` is the accuracy
         (greedy, full vocabulary) on all forget facts, as nothing is trained, with its 95 % interval `low`
         to `high` over `n` facts; `before` that without rounding; `retain` that on at most 100 retain facts, rounded
@@ -114,7 +114,7 @@ def _settings(bits: Sequence[int]) -> dict[str, tuple[int, Rounding]]:
         raise MechunlearnError(f"The bits are {list(bits)}. Expected whole numbers from 2 to 8, for example [8, 4].")
     found: dict[str, tuple[int, Rounding]] = {f"int{size}": (size, partial(_nearest, bits=size)) for size in bits}
     if 4 in bits:
-        found |= {f"int4, groups of {size}": (4, partial(_in_groups, bits=4, size=size)) for size in GROUPS}
+        found |= {f"int4 in groups of {size}": (4, partial(_in_groups, bits=4, size=size)) for size in GROUPS}
     if find_spec("bitsandbytes") is not None:
         found |= {kind: (4, partial(_by_bitsandbytes, kind=kind)) for kind in ("nf4", "fp4")}
     return found

@@ -12,7 +12,7 @@ import pandas as pd
 
 from mechunlearn.artifacts.weight_edit import Edit
 from mechunlearn.attack.bounds import NEVER, recovery
-from mechunlearn.attack.states import EDITED, UNEDITED
+from mechunlearn.attack.states import EDITED, SEARCHED, UNEDITED
 from mechunlearn.core.grid import Grid
 from mechunlearn.core.lazy import method_names
 from mechunlearn.core.runcard import RunCard, digest
@@ -182,6 +182,7 @@ def _outcome(name: str, rows: pd.DataFrame, state: str, asked: Mapping[str, Any]
     Ways of asking (the column `group`) are judged one by one: the p-value is the smallest, times their number; the
     upper bound the largest of those that guessing alone answers less often than `BACK`, if there are such.
     """
+    rows = rows[rows["state"] != SEARCHED]
     parts = [part for _, part in rows.groupby("group", sort=False)] if "group" in rows else [rows]
     ways = [{**_way(name, part, state), **asked} for part in parts]
     best: dict[str, Any] = max(ways, key=lambda way: way["recovery"] if pd.notna(way.get("recovery")) else -math.inf)

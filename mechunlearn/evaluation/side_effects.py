@@ -206,4 +206,4 @@ def _power(n: int, low: float, high: float, share: bool) -> str:
     if low == high:
         return "every text is the same as before"
     least = f"{Estimate((low + high) / 2, low, high, n - 1).detectable:.3f}"
-    return f"a mean of {least} or more is told from 0 with {n} texts, with probability .8"
+    return f"a mean of {least} or more shows as different from 0 with {n} texts, with probability .8"

@@ -7,7 +7,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from mechunlearn.attack.states import EDITED, NEVER_TAUGHT, UNEDITED
+from mechunlearn.attack.states import EDITED, NEVER_TAUGHT, SEARCHED, UNEDITED
 from mechunlearn.core.tables import label
 from mechunlearn.plots.style import COLOURS, INK, bars, dotted, styled, text
 
@@ -192,8 +192,9 @@ def attack_curves(name: str, rows: pd.DataFrame) -> go.Figure:
 
     Args:
         name: The name of the attack.
-        rows: Its rows.
+        rows: Its rows; those of a search for budgets are left out.
     """
+    rows = rows[rows["state"] != SEARCHED]
     stepped = bool((rows["step"] > 0).any())
     figure = go.Figure()
     for i, (state, mine) in enumerate(rows.groupby("state", sort=False)):
