@@ -70,7 +70,7 @@ class TestAddress:
                 ExplorerServer(port=port)
 
     def test_the_command_refuses_before_a_model_is_loaded(self, call, monkeypatch):
-        monkeypatch.setattr("mechunlearn.cli.main._load", lambda *_: pytest.fail("loaded"))
+        monkeypatch.setattr("mechunlearn.cli.explore.load", lambda *_: pytest.fail("loaded"))
         code, _, err = call("explore", "factworld", "factworld/sport", "--host", "0.0.0.0")
         assert code == 2 and "--remote" in err and len(err.strip().splitlines()) == 1
         with socket.socket() as other:

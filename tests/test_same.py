@@ -129,7 +129,7 @@ class TestCommandLine:
 
     @pytest.mark.parametrize("number", [-1, 1.5, "3", True, None, 2**70])
     def test_numbers_of_a_strangers_card_are_checked(self, number):
-        from mechunlearn.cli.main import _drawn
+        from mechunlearn.cli.evaluate import _drawn
 
         with pytest.raises(MechunlearnError, match="The edit's card says count="):
             _drawn({"count": number}, "count", None, 64)

@@ -1,8 +1,9 @@
 """What commands share: the console, checks of what was given, a loaded model."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -10,6 +11,8 @@ from mechunlearn.core.files import writable
 from mechunlearn.errors import MechunlearnError
 
 if TYPE_CHECKING:
+    from mechunlearn.evaluation.report import Report
+    from mechunlearn.facts.prompts import Prompts
     from mechunlearn.model.hooked import HookedModel
 
 console = Console(highlight=False)
@@ -110,3 +113,61 @@ def resumable(path: Path, *marks: str) -> None:
         writable(path / marks[0])
     else:
         new_folder(path)
+
+
+def say(line: str) -> None:
+    """Print a line unchanged: nothing in it is markup, and nothing is cut off.
+
+    Args:
+        line: The line.
+    """
+    console.print(line, markup=False, soft_wrap=True)
+
+
+def load(
+    model: str, facts: str, forget: int, seed: int, device: str, dtype: str | None
+) -> tuple["HookedModel", "Prompts", "Prompts"]:
+    """Load a model, and the facts to forget and to retain.
+
+    Args:
+        model: What `load_model` reads.
+        facts: What `load_facts` reads.
+        forget: How many facts to forget.
+        seed: Draws them.
+        device: Such as `cpu` or `cuda`.
+        dtype: Such as `bfloat16`; by default as stored.
+    """
+    from mechunlearn.facts.load import load_facts
+
+    data = load_facts(facts, seed=0)
+    hooked = open_model(model, device, dtype)
+    with console.status(f"loading {facts}"):
+        forgotten, retained = data.prompts(hooked).split(forget=forget, seed=seed)
+    return hooked, forgotten, retained
+
+
+def with_sets(edit: Any, facts: str, count: int, seed: int) -> Any:
+    """Return an edit whose card states how its sets were drawn, so that `evaluate` draws them again.
+
+    Args:
+        edit: The edit.
+        facts: What the user gave.
+        count: How many facts it forgets.
+        seed: Drew them.
+    """
+    sets = {**edit.card.sets, "facts": facts, "count": count, "seed": seed}
+    return replace(edit, card=replace(edit.card, sets=sets))
+
+
+def print_report(report: "Report") -> None:
+    """Print what the numbers say, the numbers to read first, what the model writes, and the attacks.
+
+    Args:
+        report: The report.
+    """
+    from mechunlearn.evaluation.words import MEANING
+
+    say(str(report))
+    for name in report.columns:
+        say(f"{name}: {MEANING.get(name, 'another edit')}")
+    say("Accuracy of the truth unless marked target; ± is half of the 95 % interval over facts.")
