@@ -208,7 +208,9 @@ def over_crossed(table: ArrayLike) -> Estimate:
     squares = [data.size / len(each) * float(each.var(ddof=1)) for each in means]
     rest_df = freedom[0] * freedom[1]
     rest = float(((data - means[0][:, None] - means[1] + mean) ** 2).sum()) / rest_df
-    kept = [(ms, df) for ms, df in zip(squares, freedom) if df == 1 or _f_test(ms, rest, df, rest_df) <= 0.05 + 0.6 / df]
+    kept = [
+        (ms, df) for ms, df in zip(squares, freedom) if df == 1 or _f_test(ms, rest, df, rest_df) <= 0.05 + 0.6 / df
+    ]
     if not kept:
         return _by_t(mean, float(data.var(ddof=1)) / data.size, data.size - 1)
     total = sum(ms for ms, _ in kept)
