@@ -42,6 +42,8 @@ UNMEASURED = (
     "GA on low-rank adapters trades less well than on all weights",
     "LoKU (IHL and FILA) keeps reasoning, on benchmarks",
 )
+FEW = 3
+"""A method that needs no more steps to the target overshoots it: its rate is too high."""
 Value = Callable[[Found], float | None]
 
 
@@ -152,6 +154,9 @@ def _claims(found: Found) -> list[Claim]:
 def _caution(found: Found, task: Task, one: str, other: str, value: Value) -> str:
     """Return what must be known beside a difference: that only one side has a retain term, or has no better rate."""
     notes = []
+    steps = [value or 0.0 for of in _values(found, task, other, _steps(task)) for value in of]
+    if sum(steps) <= FEW * len(steps):
+        notes.append(f"{other} is at the target after {sum(steps) / len(steps):.2g} steps: too high a rate to compare")
     if other == "GA" and "IHL alone" in METHODS[task]:
         term = _difference(found, task, one, "IHL alone", value)
         notes.append(f"GA has no retain term; that term alone changes IHL by {term.mean:+.3g}" if term else "")

@@ -185,13 +185,13 @@ def _overlaps(found: Sequence[Found | None]) -> dict[str, list[float | None]]:
 
     It is None where the forget set is not localized yet, or both masks are empty.
     """
-    made: dict[str, list[float | None]] = {arm: [None] * len(found) for arm in bench.LOCALIZERS if arm != LOOKUP}
+    made: dict[str, list[float | None]] = {}
     for at, masks in enumerate(found):
         units = {arm: {(site, unit) for site, of in mask.items() for unit in of} for arm, mask in (masks or {}).items()}
-        for arm in made.keys() & units.keys():
-            if either := units[arm] | units[LOOKUP]:
-                made[arm][at] = len(units[arm] & units[LOOKUP]) / len(either)
-    return {arm: of for arm, of in made.items() if any(value is not None for value in of)}
+        for arm, mine in units.items():
+            if arm != LOOKUP and (either := mine | units[LOOKUP]):
+                made.setdefault(arm, [None] * len(found))[at] = len(mine & units[LOOKUP]) / len(either)
+    return made
 
 
 def _short(run: Found, curves: bool = False) -> Found:
