@@ -156,8 +156,8 @@ def over_worlds(values: Worlds) -> Estimate:
     """Return the mean of world means, with the interval of Student's t over worlds.
 
     The world is the unit: m worlds are m numbers, however many seeds and facts each has. One world has the interval
-    over its seeds, and speaks of that world alone; a single number has none (NaN). Its 95 % intervals miss in .04 to
-    .06 of draws of 2 to 12 worlds (`benchmarks/intervals.py`), where a bootstrap of world means misses in up to .53.
+    over its seeds, and speaks of that world alone; a single number has none (NaN). Its 95 % intervals miss in .05 of
+    draws of 2 to 12 worlds (`benchmarks/intervals.py`), where a bootstrap of world means misses in .1 to .5.
 
     Args:
         values: Worlds of seeds (of facts).
@@ -186,8 +186,8 @@ def over_crossed(table: ArrayLike) -> Estimate:
     - one counts: Student's t over its means;
     - none counts: Student's t over all cells.
 
-    The level and the weights were chosen by simulation, on other sizes and seeds than those that are shown. Miss
-    rates by size, and where a factor matters only a little: `benchmarks/intervals.py`.
+    The level and the weights were chosen by simulation, on other sizes and seeds than those that are shown. 95 %
+    intervals miss in .03 to .07 of draws (`benchmarks/intervals.py`; `docs/intervals.md`).
 
     Args:
         table: A number a cell, no cell missing.

@@ -310,7 +310,7 @@ def _no_test(found: Found, relations: Sequence[str], rival: str, measure: str) -
         ]
         for mask in (LOOKUP, rival)
     ]
-    at_ceiling = all(side and fmean(side) >= CEILING for side in sides)
+    at_ceiling = measure != "text loss" and all(side and fmean(side) >= CEILING for side in sides)
     return f" (both sides are at {CEILING:g} or more: no test)" if at_ceiling else ""
 
 
