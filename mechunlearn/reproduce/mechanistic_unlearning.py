@@ -23,12 +23,10 @@ from mechunlearn.world.lookup import build_lookup
 
 RIVALS = tuple(name for name in bench.LOCALIZERS if name not in (LOOKUP, bench.PATHS, bench.RANDOM))
 """Every localizer that traces the output."""
-SHARED = 0.5
-"""A pair of masks whose overlap (Jaccard) is larger is vacuous: both edits train much the same weights."""
 NAIVE_ARMS = (*OUTPUT_TRACING, "causal_tracing", "attribution_patching", bench.RANDOM, *bench.WHOLE)
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 RANDOM_MLPS = "random MLPs"
-CEILING = 0.95
+CEILING, SHARED = 0.95, 0.5  # masks whose overlap (Jaccard) is larger are a vacuous pair
 MEASURES = ("other formats", "recovery", "same subject", "retain", "text loss")
 REPORTED = {
     "C1": "MCQ edit accuracy .862 against .632 (random MLPs), .371 (causal tracing, MLPs), .082 (attribution patching)",
