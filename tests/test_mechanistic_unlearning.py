@@ -203,11 +203,13 @@ def planted(quick=False, edge=0.3, worlds=("1", "2")) -> dict:
 class TestPage:
     def test_overlap_is_that_of_units(self):
         mine = {LOOKUP: {"L1.mlp.out": [0, 1, 2]}, "other": {"L1.mlp.out": [2, 3], "L2.mlp.out": [0]}}
-        assert paper._overlaps([mine, mine | {"other": {"L1.mlp.out": [0, 1, 2]}}]) == {"other": [1 / 5, 1.0]}
+        same = mine | {"other": {"L1.mlp.out": [0, 1, 2]}}
+        assert paper._overlaps([mine, None, same]) == {"other": [1 / 5, None, 1.0]}
 
     def test_a_planted_advantage_holds_and_none_does_not(self):
         def verdicts(edge: float) -> set[str]:
-            return {claim.verdict for claim in PAPER.claims(planted(edge=edge, worlds=("1", "2", "3", "4")))}
+            claims = PAPER.claims(planted(edge=edge, worlds=("1", "2", "3", "4")))
+            return {claim.verdict for claim in claims if claim.text.startswith(("C1", "C2", "C3"))}
 
         assert verdicts(0.3) == {"holds"} and verdicts(-0.3) == {"reversed"}
         assert verdicts(0.0) == {"equivalent"}
@@ -221,8 +223,30 @@ class TestPage:
     def test_a_run_that_collapsed_is_left_out_of_its_pairs(self):
         found = planted()
         found["world"]["1"]["sport"]["runs"][LOOKUP]["0"]["recovery"] = None
-        assert paper._difference(found, ["sport"], LOOKUP, m.RANDOM, "recovery")[3:] == (9, 2, 1)
-        assert paper._difference(found, ["sport"], LOOKUP, m.RANDOM, "retain")[3:] == (10, 2, 1)
+        assert paper._difference(found, ["sport"], m.RANDOM, "recovery")[3:] == (9, 2, 1)
+        assert paper._difference(found, ["sport"], m.RANDOM, "retain")[3:] == (10, 2, 1)
+
+    def test_vacuous_pairs_are_listed_apart_and_in_no_claim(self):
+        found = planted()
+        rival = OUTPUT_TRACING[0]
+        found["world"]["1"]["sport"]["overlap"] = {rival: [0.2, 0.6, 0.5, 1.0, None, 0.1]}  # validation, sets 0 to 4
+        for seed in ("0", "2"):
+            found["world"]["1"]["sport"]["runs"][rival][seed]["recovery"] = 9.0
+        claims = [claim for claim in PAPER.claims(found) if claim.text.endswith(f"minus {rival}")]
+        assert {claim.n for claim in claims} == {"8 pairs, 2 worlds; 2 vacuous"}
+        relearned = next(claim for claim in claims if claim.text.startswith("C2"))
+        assert relearned.difference.mean == pytest.approx(-0.3, abs=0.02), "the pairs at 9 are in no claim"
+        (apart,) = paper.vacuous_pairs(found)
+        assert (apart["rival"], apart["world"], apart["sets"]) == (rival, "small world 1", 2)
+        assert apart["recovery"].mean < -8
+        page = PAPER.page(found)
+        assert "### Vacuous pairs: 2" in page and "### Vacuous pairs: 0" in PAPER.page(planted())
+
+    def test_every_localizer_that_traces_the_output_is_compared(self):
+        texts = [claim.text for claim in PAPER.claims(planted())]
+        for name in m.LOCALIZERS.keys() - {LOOKUP, m.PATHS, m.RANDOM}:
+            assert {text[:2] for text in texts if text.endswith(f"minus {name}")} == {"C1", "C2", "C4"}, name
+        assert any(text.startswith("C5: latent knowledge") for text in texts)
 
     def test_what_failed_and_what_is_missing_is_told(self):
         found = planted() | {"failed": [{"cell": {"arm": "x"}, "reason": "no memory"}], "missing": 3, "planned": 9}

@@ -60,7 +60,7 @@ class Attacked:
             `outcome` is "back" if more came back than guessing gives (`p`, corrected for the number of attacks, is
             .05 or less), "not back" if `up_to`, the upper bound of what came back, is below .2, "inconclusive" if
             neither or the attack learnt less than .9 of what it trained on, "collapsed" if every setting broke the
-            model, "unknown" if the unedited model's own facts do not come out above the floor, "failed" with the
+            model, "unknown" if the unedited model's own facts come out too near the floor, "failed" with the
             reason in `note` (see `status`), "measured" for attacks that only recognise the truth, which are not judged.
             `never_taught`, with `never_low`, `never_high` and `never_n`, is the same best over settings on facts that
             the model never knew. The other columns are those of `recovery`, for the best of so many `settings`.

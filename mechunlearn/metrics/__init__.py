@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from mechunlearn.metrics.answers import option_logprobs as option_logprobs
     from mechunlearn.metrics.answers import with_answers as with_answers
     from mechunlearn.metrics.stats import bootstrap_interval as bootstrap_interval
-    from mechunlearn.metrics.stats import hierarchical_interval as hierarchical_interval
     from mechunlearn.metrics.stats import paired_interval as paired_interval
     from mechunlearn.metrics.text import ngram_entropy as ngram_entropy
     from mechunlearn.metrics.text import text_loss as text_loss

@@ -18,7 +18,7 @@ from mechunlearn.core.grid import Grid
 from mechunlearn.reproduce import codeunlearn_bench as bench
 from mechunlearn.reproduce.codeunlearn_bench import BY_CODES, CONTROLS, SHIPPED, VALIDATION, Book, Cell, Setting
 from mechunlearn.reproduce.engine import Found, Paper, Plan, Run, finished, options, stored, world_folder
-from mechunlearn.reproduce.tables import Claim, Nested, corrected, difference, interval, render
+from mechunlearn.reproduce.tables import OURS, Claim, Nested, corrected, difference, interval, render
 from mechunlearn.reproduce.topics import SYNONYMS, TOPICS, others
 from mechunlearn.world.small import build_small
 
@@ -46,15 +46,22 @@ LEAVES, KEEPS, COSTS = (
 NOT_READ = "its numbers were not read in the paper itself, so none is quoted"
 FREE = "the codebook alone, nothing deleted, costs other text nothing (nats a token)"
 NEARER = "reselect comes nearer than nothing deleted to a model retrained without the topic: KL"
+STAYS_AS_IT_WAS = "reselect keeps the other topics as they were: share kept, minus 1 (claimed is equivalent)"
+LITTLE = f"reselect leaves less of the topic than asked: accuracy, minus {GONE:g}"
+IN_CONTEXT = "reselect leaves less of the topic than random codes in sentence frames that discovery did not see"
+FASTER = "reselect takes less time than gradient difference (seconds)"
 REPORTED = {
     f"reselect {LEAVES} random codes of the same usage": NOT_READ,
     f"reselect {LEAVES} SAE clamp": NOT_READ,
     f"reselect {KEEPS} gradient difference": NOT_READ,
     FREE: NOT_READ,
-    f"{NEARER} (0 frozen)": "not measured there",
-    f"{NEARER} (0 joint)": "not measured there",
+    f"{NEARER} (0 frozen)": f"{OURS}: not measured there",
+    f"{NEARER} (0 joint)": f"{OURS}: not measured there",
+    STAYS_AS_IT_WAS: NOT_READ,
+    IN_CONTEXT: NOT_READ,
+    FASTER: NOT_READ,
 }
-"""What the paper reports on the claims that the summary shows."""
+"""What the paper reports on its claims."""
 Chosen = dict[str, dict[str, dict[str, Setting]]]
 
 
@@ -258,12 +265,26 @@ def _claims(found: Found) -> list[Claim]:
             mine, theirs = (_values(found, method, key) for method in ("reselect", other))
             text = f"reselect {verb} {other}{' of the same usage' * (other in CONTROLS)}"
             made.append(Claim(text, difference(mine, theirs, crossed=True), sign, least))
+    kept, faster = _values(found, "reselect", "kept"), ("reselect", "gradient difference")
+    made.append(Claim(STAYS_AS_IT_WAS, difference(kept, [[1.0] * len(of) for of in kept], crossed=True), 1))
+    frames = (_values(found, method, "paraphrases") for method in ("reselect", "random codes"))
+    made.append(Claim(IN_CONTEXT, difference(*frames, crossed=True), -1))
+    seconds = (_values(found, method, "seconds") for method in faster)
+    made.append(Claim(FASTER, difference(*seconds, crossed=True), -1, 0.0))
+    for (size, used, nearest, threshold), seeds in _sweeps(found).items():
+        if (size, used, nearest) == (512, 8, 8):
+            name = f"the paper's S = S' = 8, threshold {threshold:g}"
+            left, stays = ([[row[key] for row in rows] for rows in seeds] for key in ("left", "kept"))
+            asked_for = ((LITTLE, left, GONE, -1), (STAYS_AS_IT_WAS, stays, 1.0, 1))
+            for text, side, bar, sign in asked_for:
+                told = difference(side, [[bar] * len(of) for of in side], crossed=True)
+                made.append(Claim(f"{name}: {text}", told, sign))
     after, before = (_bare(found, which, "text loss") for which in ("inserted", "alone"))
     made.append(Claim(FREE, difference(after, before), -1, 0.0))
     for arm, method in product(_arms(found), CODES):
         kl = difference(_values(found, method, "KL", arm), _gold_kl(found, arm), crossed=True)
         made.append(Claim(f"{NEARER} ({arm})".replace("reselect", method), kl, -1, 0.0))
-    return corrected([replace(claim, paper=REPORTED.get(claim.text, ""), unit="codebooks") for claim in made])
+    return corrected([replace(claim, paper=REPORTED.get(claim.text, OURS), unit="codebooks") for claim in made])
 
 
 def _gold_kl(found: Found, arm: str, stay: bool = False) -> Nested:

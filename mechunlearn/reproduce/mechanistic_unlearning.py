@@ -9,6 +9,7 @@ the twin whose storage is known.
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -17,17 +18,24 @@ from mechunlearn.core.grid import Grid
 from mechunlearn.reproduce import mechanistic_unlearning_bench as bench
 from mechunlearn.reproduce.engine import Found, Paper, Plan, Run, failures, finished, settled, world_folder
 from mechunlearn.reproduce.mechanistic_unlearning_bench import LOOKUP, NAIVE, OUTPUT_TRACING, SUBSET, VALIDATION, Cell
-from mechunlearn.reproduce.tables import Claim, Difference, Nested, corrected, difference, render
+from mechunlearn.reproduce.tables import OURS, Claim, Difference, Nested, corrected, difference, render
 from mechunlearn.world.lookup import build_lookup
 
+RIVALS = tuple(name for name in bench.LOCALIZERS if name not in (LOOKUP, bench.PATHS, bench.RANDOM))
+"""Every localizer that traces the output."""
 NAIVE_ARMS = (*OUTPUT_TRACING, "causal_tracing", "attribution_patching", bench.RANDOM, *bench.WHOLE)
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 RANDOM_MLPS = "random MLPs"
+CEILING, SHARED = 0.95, 0.5  # masks whose overlap (Jaccard) is larger are a vacuous pair
+MEASURES = ("other formats", "recovery", "same subject", "retain", "text loss")
 REPORTED = {
     "C1": "MCQ edit accuracy .862 against .632 (random MLPs), .371 (causal tracing, MLPs), .082 (attribution patching)",
     "C2": "relearned .199 against .631 (causal tracing, MLPs), .469, .824 (attribution patching)",
     "C3": "relearned .199 against .264 (random MLPs)",
+    "C5": "claimed in the abstract; its numbers were not read, so none is quoted",
 }
+THEIRS = {"C1": (*OUTPUT_TRACING, RANDOM_MLPS), "C2": OUTPUT_TRACING, "C3": (RANDOM_MLPS,)}
+"""The masks that the paper itself compares with: on other rivals the claim is ours."""
 
 
 def _work(folder: Path, grid: Grid, cell: Cell) -> Found:
@@ -163,21 +171,24 @@ def _of_world(plan: Plan, grid: Grid, world: str, relation: str, found: Found) -
     return {
         "windows": [one["window"] for one in localized],
         "notes": every[0]["notes"] if every[0] else {},
-        "overlap": _overlaps([one["masks"] for one in localized]),
+        "overlap": _overlaps([one["masks"] if one else None for one in every]),
         "settings": settings,
         "runs": runs,
         "bounds": [{"found": one["found"], "unedited": one["unedited"]} for one in bounds if one],
     }
 
 
-def _overlaps(found: Sequence[Found]) -> dict[str, list[float]]:
-    """Return the Jaccard overlap of each localizer's mask with that of the look-up window, by forget set."""
-    made: dict[str, list[float]] = {}
-    for masks in found:
-        units = {arm: {(site, unit) for site, of in mask.items() for unit in of} for arm, mask in masks.items()}
+def _overlaps(found: Sequence[Found | None]) -> dict[str, list[float | None]]:
+    """Return the Jaccard overlap of each localizer's mask with that of the look-up window, by forget set.
+
+    It is None where the forget set is not localized yet, or both masks are empty.
+    """
+    made: dict[str, list[float | None]] = {}
+    for at, masks in enumerate(found):
+        units = {arm: {(site, unit) for site, of in mask.items() for unit in of} for arm, mask in (masks or {}).items()}
         for arm, mine in units.items():
-            if arm != LOOKUP and mine | units[LOOKUP]:
-                made.setdefault(arm, []).append(len(mine & units[LOOKUP]) / len(mine | units[LOOKUP]))
+            if arm != LOOKUP and (either := mine | units[LOOKUP]):
+                made.setdefault(arm, [None] * len(found))[at] = len(mine & units[LOOKUP]) / len(either)
     return made
 
 
@@ -190,12 +201,19 @@ def _worlds(found: Found, relation: str) -> list[str]:
     return [world for world, of in found["world"].items() if world != NAIVE and relation in of]
 
 
+def _name(world: str) -> str:
+    return f"small world {world}" if world.isdigit() else world
+
+
 def _by_seed(found: Found, relation: str, arm: str, measure: str, world: str) -> dict[str, float]:
-    """Return a measure by seed; random MLPs are the mean over every set of as many layers but the look-up window."""
-    runs = found["world"][world][relation]["runs"]
+    """Return a measure by seed; random MLPs are the mean over every set of as many layers that is not vacuous."""
+    here = found["world"][world][relation]
+    runs, windows = here["runs"], [set(range(first, last + 1)) for first, last in filter(None, here["windows"])]
     if arm != RANDOM_MLPS:
         return {seed: run[measure] for seed, run in runs.get(arm, {}).items() if run.get(measure) is not None}
-    subsets = [of for name, of in runs.items() if name.startswith(SUBSET) and name != _window(found, relation, world)]
+    layers = {name: set(_layers(name)) for name in runs if name.startswith(SUBSET)}
+    own = {name for name, of in layers.items() if any(len(of & w) / len(of | w) > SHARED for w in windows)}
+    subsets = [of for name, of in runs.items() if name in layers and name not in own]
     seeds = sorted({seed for of in subsets for seed in of})
     made = {s: [of[s][measure] for of in subsets if s in of and of[s].get(measure) is not None] for s in seeds}
     return {seed: fmean(each) for seed, each in made.items() if each}
@@ -212,33 +230,70 @@ def _window(found: Found, relation: str, world: str) -> str:
     return SUBSET + "+".join(map(str, range(first[0], first[1] + 1))) if first else ""
 
 
-def _difference(found: Found, relations: Sequence[str], one: str, other: str, measure: str) -> Difference | None:
-    """Return how much larger one mask's measure is, over worlds and the forget sets that both have."""
-    mine: list[list[float]] = []
-    theirs: list[list[float]] = []
-    for world in found["world"]:
-        here = [relation for relation in relations if world in _worlds(found, relation)]
-        pairs = [tuple(_by_seed(found, relation, arm, measure, world) for arm in (one, other)) for relation in here]
-        mine.append([a[seed] for a, b in pairs for seed in sorted(a.keys() & b.keys())])
-        theirs.append([b[seed] for a, b in pairs for seed in sorted(a.keys() & b.keys())])
+def _vacuous(found: Found, relation: str, rival: str, world: str) -> list[str]:
+    """Return the forget sets on which a rival's mask shares more than half with the look-up window's."""
+    shared = found["world"][world][relation]["overlap"].get(rival, [])
+    sets = map(str, (VALIDATION, *found["seeds"]))
+    return [seed for seed, of in zip(sets, shared, strict=bool(shared)) if of is not None and of > SHARED]
+
+
+def _difference(
+    found: Found, relations: Sequence[str], other: str, measure: str, vacuous: bool = False, world: str = ""
+) -> Difference | None:
+    """Return the look-up window's measure minus another mask's, over worlds (or in one) and the sets that both have.
+
+    Vacuous pairs are left out, or are all that is taken.
+    """
+    pairs: list[list[tuple[float, float]]] = []
+    for name in [world] if world else found["world"]:
+        pairs.append([])
+        for relation in (relation for relation in relations if name in _worlds(found, relation)):
+            a, b = (_by_seed(found, relation, arm, measure, name) for arm in (LOOKUP, other))
+            apart = _vacuous(found, relation, other, name)
+            taken = sorted(seed for seed in a.keys() & b.keys() if (seed in apart) == vacuous)
+            pairs[-1] += [(a[seed], b[seed]) for seed in taken]
+    mine, theirs = ([[pair[side] for pair in of] for of in pairs] for side in (0, 1))
     return difference(mine, theirs)
 
 
+def vacuous_pairs(found: Found) -> list[dict[str, Any]]:
+    """Return the vacuous pairs, which no claim averages in, by rival, relation and world, with what they say.
+
+    Args:
+        found: Every number of the page.
+    """
+    every = product(RIVALS, found["relations"], found["world"])
+    return [
+        {"rival": rival, "relation": relation, "world": _name(world), "sets": len(sets)}
+        | {measure: _difference(found, [relation], rival, measure, True, world) for measure in MEASURES}
+        for rival, relation, world in every
+        if world in _worlds(found, relation) and (sets := _tested(found, relation, rival, world))
+    ]
+
+
+def _tested(found: Found, relation: str, rival: str, world: str) -> list[str]:
+    """Return the forget sets of the vacuous pairs that were edited."""
+    runs = found["world"][world][relation]["runs"]
+    return [seed for seed in _vacuous(found, relation, rival, world) if seed in runs.get(rival, {})]
+
+
 def _claims(found: Found) -> list[Claim]:
-    formats, relearned = "edit in other formats", "relearned"
-    asked = [("C1", formats, rival, "other formats", 1) for rival in (*OUTPUT_TRACING, RANDOM_MLPS)]
-    asked += [("C2", relearned, rival, "recovery", -1) for rival in OUTPUT_TRACING]
-    asked += [("C3", relearned, RANDOM_MLPS, "recovery", -1)]
-    every = found["relations"]
-    groups = [[relation] for relation in every] + ([every] if len(every) > 1 else [])
-    made = []
-    for claim, text, rival, measure, sign in asked:
-        for relations in groups:
-            told = _difference(found, relations, LOOKUP, rival, measure)
-            name = f"{claim}: {text}: {LOOKUP} minus {rival} ({' and '.join(relations)})"
-            note = _no_test(found, relations, rival, measure)
-            made.append(Claim(name, told, sign, paper=REPORTED[claim] if relations == groups[-1] else "", note=note))
-    return corrected(made)
+    everyone, side = (*RIVALS, RANDOM_MLPS), "C4: side effects:"
+    asked = [("C1", "C1: edit in other formats", rival, "other formats", 1, 0.1) for rival in everyone]
+    asked += [("C2", "C2: relearned", rival, "recovery", -1, 0.1) for rival in RIVALS]
+    asked += [("C3", "C3: relearned", RANDOM_MLPS, "recovery", -1, 0.1)]
+    asked += [("C4", f"{side} same subject", rival, "same subject", 1, 0.1) for rival in everyone]
+    asked += [("C4", f"{side} retain", rival, "retain", 1, 0.1) for rival in everyone]
+    asked += [("C4", f"{side} text loss", rival, "text loss", -1, 0.0) for rival in everyone]
+    relations, made = found["relations"], []
+    for claim, text, rival, measure, sign, least in asked:
+        told = _difference(found, relations, rival, measure)
+        apart = sum(len(_tested(found, relation, rival, w)) for relation in relations for w in _worlds(found, relation))
+        paper = REPORTED[claim] if rival in THEIRS.get(claim, ()) else OURS
+        note = _no_test(found, relations, rival, measure)
+        made.append(Claim(f"{text}: {LOOKUP} minus {rival}", told, sign, least, paper, note, apart=apart))
+    latent = f"C5: latent knowledge: probes read less of it after the edit of {LOOKUP} than after others"
+    return corrected([*made, Claim(latent, None, -1, paper=REPORTED["C5"])])
 
 
 def _no_test(found: Found, relations: Sequence[str], rival: str, measure: str) -> str:
@@ -253,7 +308,7 @@ def _no_test(found: Found, relations: Sequence[str], rival: str, measure: str) -
         ]
         for mask in (LOOKUP, rival)
     ]
-    at_ceiling = all(side and fmean(side) >= CEILING for side in sides)
+    at_ceiling = measure != "text loss" and all(side and fmean(side) >= CEILING for side in sides)
     return f" (both sides are at {CEILING:g} or more: no test)" if at_ceiling else ""
 
 
@@ -264,12 +319,15 @@ def _page(found: Found) -> str:
         found=found,
         claims=_claims(found),
         worlds=partial(_worlds, found),
-        name=lambda world: f"small world {world}" if world.isdigit() else world,
+        name=_name,
         values=partial(_values, found),
         unedited=partial(_unedited, found),
         brief=partial(_brief, found),
         windows=lambda of: dict.fromkeys(f"MLP {w[0]} to {w[1]}" if w else "none" for w in of["windows"]),
         mean=fmean,
+        rivals=(*RIVALS, RANDOM_MLPS),
+        difference=partial(_difference, found),
+        vacuous=vacuous_pairs(found),
         sets=partial(_sets, found),
         window=partial(_window, found),
         starred=_starred,
@@ -299,8 +357,12 @@ def _sets(found: Found, relation: str, world: str) -> dict[str, tuple[float, ...
     return dict(sorted(((arm, three) for arm, three in whole.items() if len(three) == 3), key=lambda item: item[1][1]))
 
 
+def _layers(arm: str) -> list[int]:
+    return [int(layer) for layer in arm.removeprefix(SUBSET).split("+")]
+
+
 def _starred(arm: str) -> str:
-    layers = [int(layer) for layer in arm.removeprefix(SUBSET).split("+")]
+    layers = _layers(arm)
     return f"{'+'.join(map(str, layers))}{'*' * (layers == list(range(layers[0], layers[-1] + 1)))}"
 
 
@@ -332,6 +394,5 @@ def _setting(found: Found, relation: str, arm: str, world: str) -> str:
     return f"{of['rate']:g}, {of['forget_weight']:g}" + ("" if of["selected"] == "qualifies" else " *none*")
 
 
-CEILING = 0.95
 NAME, TITLE = "mechanistic-unlearning", "Mechanistic Unlearning (arXiv 2410.12949)"
 PAPER = Paper(NAME, TITLE, ((1, 2), (0, 1, 2, 3, 4)), ((1,), (0,)), _about, _run, _results, _claims, _page)

@@ -46,7 +46,8 @@ def summary(found: dict[str, Found]) -> str:
     """
     claims = {name: headlines(name, found[name]) for name in PAPERS}
     quick = [paper.title for name, paper in PAPERS.items() if found[name].get("quick")]
-    return render("index", papers=PAPERS, claims=claims, quick=quick)
+    vacuous = mechanistic_unlearning.vacuous_pairs(found[mechanistic_unlearning.NAME])
+    return render("index", papers=PAPERS, claims=claims, quick=quick, vacuous=vacuous)
 
 
 def headlines(name: str, found: Found) -> list[Claim]:

@@ -10,6 +10,8 @@ import pandas as pd
 
 from mechunlearn.metrics.stats import Estimate, holm, over_crossed, over_worlds
 
+OURS = "ours"
+"""Begins what is said of the paper's own numbers where the claim is not the paper's."""
 Nested = Sequence[Sequence[float | None]]
 """Worlds of forget sets (or codebooks of topics); what was not measured is None or NaN."""
 
@@ -107,20 +109,22 @@ class Claim:
         difference: Our number.
         sign: 1 if it is claimed to be positive, -1 if negative.
         least: The smallest difference that matters.
-        paper: What the paper itself reports.
+        paper: What the paper itself reports; `OURS`, with a reason or none, if it does not claim this.
         note: What must be known to read the number.
         unit: What the intervals are over.
         p: The p-value of the difference being 0, corrected for the number of claims (`corrected`).
+        apart: How many pairs are vacuous, and not in the difference.
     """
 
     text: str
     difference: Difference | None
     sign: int
     least: float = 0.1
-    paper: str = ""
+    paper: str = OURS
     note: str = ""
     unit: str = "worlds"
     p: float | None = None
+    apart: int = 0
 
     @property
     def verdict(self) -> str:
@@ -136,8 +140,9 @@ class Claim:
 
     @property
     def n(self) -> str:
-        """How many pairs, and of how many worlds."""
-        return f"{self.difference.pairs} pairs, {self.difference.worlds} {self.unit}" if self.difference else "0"
+        """How many pairs, and of how many worlds; how many more are vacuous."""
+        pairs = f"{self.difference.pairs} pairs, {self.difference.worlds} {self.unit}" if self.difference else "0"
+        return pairs + (f"; {self.apart} vacuous" if self.apart else "")
 
 
 def corrected(claims: Sequence[Claim]) -> list[Claim]:
@@ -151,8 +156,9 @@ def corrected(claims: Sequence[Claim]) -> list[Claim]:
     (['holds', 'holds'], 'inconclusive')
     """
     found: dict[int, float] = {}
-    for theirs in (True, False):
-        family = [i for i, c in enumerate(claims) if bool(c.paper) == theirs and c.difference and c.difference.df > 0]
+    for ours in (True, False):
+        every = [i for i, claim in enumerate(claims) if claim.paper.startswith(OURS) == ours]
+        family = [i for i in every if (pair := claims[i].difference) and pair.df > 0]
         p = holm([claims[i].difference.estimate.p for i in family])  # type: ignore[union-attr]
         found |= dict(zip(family, p.tolist(), strict=True))
     return [replace(claim, p=found.get(i, 1.0)) for i, claim in enumerate(claims)]

@@ -131,7 +131,8 @@ def optimised_values(
     z = h + argmin_delta  mean over prompts of -log p(labels) + .0625 KL(p(next | kept; delta) || p(next | kept))
     + .5 ||delta|| / ||h||,   ||delta|| <= .75 ||h||
 
-    (MEMIT, arXiv 2210.07229, section 4.2, with the constants of its code, which divides the decay by ||h||^2.) Facts
+    (MEMIT, arXiv 2210.07229, section 4.2, with the constants of its code, which divides the decay by ||h||^2. Its code
+    takes the mean of -log p over the tokens of a label; here it is their sum, so a longer label weighs more.) Facts
     that the edited token cannot tell apart (two relations, asked behind the subject) share one value, which serves
     the mean of their losses. `lr` is in units of the root mean square of h, so it means the same whatever the scale
     of a model's residual stream; the code's is absolute (.5). A fact stays as it is once its loss is below .05.
