@@ -45,46 +45,42 @@ class Continuations(NamedTuple):
 
 def read_behind(
     model: HookedModel,
-    prompts: Sequence[str],
-    texts: Sequence[str],
+    queries: Sequence[Query],
     *,
     end: bool = False,
-    separators: Sequence[str | None] | None = None,
     batch_size: int = BATCH,
     progress: bool | None = False,
 ) -> Continuations:
-    """Read each text behind its prompt, with the true tokens before every token (teacher forcing).
+    """Read the answer of each query behind its prompt, with the true tokens before every token (teacher forcing).
 
-    Prompt and text are tokenized in one piece. For what the model itself writes use `HookedModel.generate`.
+    Prompt and answer are tokenized in one piece. For what the model itself writes use `HookedModel.generate`.
 
     Args:
         model: The model.
-        prompts: What stands before each text.
-        texts: One text a prompt, without the space that parts them.
-        end: Whether the tokenizer's end-of-text token follows each text, and is read as its last token.
-        separators: What parts each prompt and its text; None for one, or for all, is a space or nothing (`join.separator`).
+        queries: Prompts with their answers.
+        end: Whether the tokenizer's end-of-text token follows each answer, and is read as its last token.
         batch_size: Rows at a time.
         progress: Whether there is a bar (see `progress.track`).
 
     Returns:
-        One row a text.
+        One row a query.
 
     Raises:
-        MechunlearnError: The model has no tokenizer, or a text is empty.
+        MechunlearnError: The model has no tokenizer, or an answer is empty.
 
     >>> from mechunlearn import load_model
-    >>> read_behind(load_model("factworld"), ["The capital of"], ["a small country"]).counts.tolist()
-    [3]
+    >>> read = read_behind(load_model("factworld"), [Query("The capital of", "it"), Query("A", "company")], end=True)
+    >>> read.counts.tolist(), read.without_last().counts.tolist()
+    ([2, 2], [1, 1])
     """
     if model.tokenizer is None:
         raise MechunlearnError("This model has no tokenizer, so it cannot read text. Load it with one.")
-    parting = separators or [None] * len(prompts)
-    queries = [Query(prompt, text, separator=part) for prompt, text, part in zip(prompts, texts, parting, strict=True)]
     if empty := next((query.prompt for query in queries if not query.answer.strip()), None):
         raise MechunlearnError(
-            f"There is no text behind {empty[-60:]!r}. Expected one text a prompt, none of them empty."
+            f"There is no answer to {empty[-60:]!r}. Expected one for each prompt, none of them empty."
         )
-    joined = Joiner(model.tokenizer)(prompts, [query.joined_by + query.answer.lstrip() for query in queries])
+    texts = [query.joined_by + query.answer.lstrip() for query in queries]
+    joined = Joiner(model.tokenizer)([query.prompt for query in queries], texts)
     last = [model.tokenizer.eos_token_id] if end and model.tokenizer.eos_token_id is not None else []
     ids = [[*row.ids, *last] for row in joined]
     return read_tokens(model, ids, [row.prompt for row in joined], batch_size=batch_size, progress=progress)
@@ -108,8 +104,8 @@ def read_whole(
         MechunlearnError: The model has no tokenizer, or a text has fewer than two tokens.
 
     >>> from mechunlearn import load_model
-    >>> read_whole(load_model("factworld"), ["A company", "A small company"]).counts.tolist()
-    [2, 3]
+    >>> read_whole(load_model("factworld"), ["A company"]).counts.tolist()
+    [2]
     """
     encoded = encode(model, texts)
     if not encoded or min(map(len, encoded)) < 2:
