@@ -81,7 +81,7 @@ def private_auc(
     model: HookedModel,
     forget: Sequence[str],
     holdout: Sequence[str],
-    batch_size: int = 4,
+    batch_size: int = 2,
     progress: bool | None = False,
 ) -> float:
     """Return how often a held-out text looks more like training data than one to forget, by Min-40% Prob (0 to 1).
@@ -94,7 +94,7 @@ def private_auc(
         model: The model.
         forget: Texts that were to be forgotten.
         holdout: Texts of the same kind that were never seen.
-        batch_size: Texts at a time.
+        batch_size: Texts at a time: they are long, and every position is unembedded.
         progress: Whether there is a bar (see `progress.track`).
     """
     read = read_whole(model, [*forget, *holdout], batch_size=batch_size, progress=progress)
@@ -140,7 +140,7 @@ def evaluate(
         retrained: A model that was trained without the texts, its `private_auc`, or "news" or "books" for that of the
             authors' 7B models. None stands for .5, a model to which both kinds of text are alike.
         rows: How many rows of each split; None for all.
-        batch_size: Rows at a time.
+        batch_size: Questions and passages at a time.
         progress: Whether to show bars; None shows them where somebody can see them.
 
     Returns:
@@ -169,10 +169,10 @@ def evaluate(
     note = f"{how_asked(model)} Passages and texts are read as they are."
     if data.get("privleak_forget") and data.get("privleak_holdout"):
         forget, holdout = ([row.answer for row in data[f"privleak_{name}"][:rows]] for name in ("forget", "holdout"))
-        found = private_auc(model, forget, holdout, batch_size, progress)
+        found = private_auc(model, forget, holdout, progress=progress)
         level = RETRAINED[retrained] if isinstance(retrained, str) else 0.5 if retrained is None else retrained
         if isinstance(level, HookedModel):
-            level = private_auc(level, forget, holdout, batch_size, progress)
+            level = private_auc(level, forget, holdout, progress=progress)
         count = len(forget) + len(holdout)
         figures["forget", "private_auc"] = found, count
         figures["forget", "privacy_leakage"] = privacy_leakage(found, level), count

@@ -30,7 +30,7 @@ class ZsreRow:
         subject: What the question is about.
         question: The question.
         truth: The true answer.
-        target: The answer that an edit injects.
+        target: The answer that an edit injects; empty in a few rows of the data, which are not measured then.
         paraphrase: The same question in other words.
         neighbour: A question about something else, whose answer is to stay.
         neighbour_truth: Its true answer.
@@ -71,7 +71,7 @@ def _row(split: str, row: Row) -> ZsreRow:
         truth = (texts(row, "answers") or (text(row, "pred"),))[0].strip()
         near = text(row, "loc").removeprefix("nq question: "), text(row, "loc_ans")
         asked = needed(row, "src")
-        return ZsreRow(text(row, "subject"), asked, truth, needed(row, "alt"), text(row, "rephrase"), *near)
+        return ZsreRow(text(row, "subject"), asked, truth, text(row, "alt"), text(row, "rephrase"), *near)
     truth = (texts(row, "ground_truth") or ("",))[0].strip()
     near = (_parts(row.get("locality")) or [("", "")])[0]
     follows = tuple(_parts(row.get("portability")))
