@@ -179,4 +179,4 @@ def rouge_l(
         raise MechunlearnError("ROUGE needs the package rouge-score: pip install 'mechunlearn[benchmarks]'.") from None
     scorer = RougeScorer(["rougeL"], use_stemmer=stem)
     found = [scorer.score(reference, text)["rougeL"] for reference, text in zip(references, texts, strict=True)]
-    return torch.tensor([each.recall if measure == "recall" else each.fmeasure for each in found])
+    return torch.tensor([float(each.recall if measure == "recall" else each.fmeasure) for each in found])

@@ -44,7 +44,7 @@ class MuseRow:
     answer: str
 
 
-Muse = Mapping[str, tuple[MuseRow, ...]]
+Muse = Mapping[str, Sequence[MuseRow]]
 
 
 def load(source: str | Path = "news", splits: Sequence[str] | None = None) -> Muse:

@@ -46,7 +46,7 @@ class RwkuRow:
     kind: str = ""
 
 
-Rwku = Mapping[str, tuple[RwkuRow, ...]]
+Rwku = Mapping[str, Sequence[RwkuRow]]
 
 
 def load(source: str | Path = HUB, splits: Sequence[str] | None = None, subject: str | None = None) -> Rwku:

@@ -58,7 +58,7 @@ class TofuRow:
     options: tuple[str, ...] = ()
 
 
-Tofu = Mapping[str, tuple[TofuRow, ...]]
+Tofu = Mapping[str, Sequence[TofuRow]]
 
 
 def load(source: str | Path = HUB, splits: Sequence[str] | None = None) -> Tofu:

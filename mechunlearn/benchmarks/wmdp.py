@@ -42,7 +42,7 @@ class Choice:
     subject: str = ""
 
 
-Wmdp = Mapping[str, tuple[Choice, ...]]
+Wmdp = Mapping[str, Sequence[Choice]]
 
 
 def load(source: str | Path = HUB, splits: Sequence[str] | None = None) -> Wmdp:
