@@ -69,8 +69,8 @@ class TestPublicFiles:
         assert {name: len(rows) for name, rows in data.items()} == TOFU
         for name, rows in data.items():
             perturbed = name.endswith("_perturbed")
-            wrong = (3,) if name.startswith(("real", "world")) else (5,)
-            assert {len(row.perturbed_answers) for row in rows} <= {*wrong, 6, 4} if perturbed else {0}, name
+            wrong = 0 if not perturbed else 3 if name.startswith(("real", "world")) else 5
+            assert {len(row.perturbed_answers) for row in rows} == {wrong}, name
             paraphrased = perturbed and not name.startswith(("real", "world"))
             assert all(bool(row.paraphrased_answer) == paraphrased for row in rows), name
         assert [len(row.options) for row in data["real_authors"][:2]] == [4, 4]
@@ -250,13 +250,11 @@ class TestTheHub:
 
 def test_benchmarks_are_there_and_wait_for_nothing_heavy():
     assert {"tofu", "muse", "wmdp", "rwku", "counterfact", "zsre", "mquake", "Scores"} <= set(dir(mu.benchmarks))
-    code = "import sys, mechunlearn as mu; mu.benchmarks; print([n for n in ('torch', 'datasets', 'rouge_score', 'pandas') if n in sys.modules])"
-    assert (
-        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip() == "[]"
-    )
-    code = "import sys; from mechunlearn.benchmarks import tofu, mquake; print([n for n in ('datasets', 'rouge_score') if n in sys.modules])"
-    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
-    assert "rouge_score" not in found
+    heavy = "print([name for name in ('torch', 'datasets', 'rouge_score', 'pandas') if name in sys.modules])"
+    for line in ("import mechunlearn as mu; mu.benchmarks", "from mechunlearn import benchmarks"):
+        command = [sys.executable, "-c", f"import sys; {line}; {heavy}"]
+        ran = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(mu.__file__).parents[1])
+        assert ran.stdout.strip() == "[]"
 
 
 @public
@@ -267,3 +265,18 @@ def test_rows_become_prompts_without_an_invented_subject(world):
     assert prompts.queries[0].prompt.startswith("Question: ") and prompts.queries[0].prompt.endswith(" Answer:")
     forget, retain = prompts.split(forget=10, retain=20)
     assert (len(forget), len(retain)) == (10, 20)
+
+
+@public
+def test_facts_to_rewrite_become_prompts_with_their_subjects(world):
+    made = {
+        "counterfact": (counterfact.facts(counterfact.load(SHARED / "counterfact", "val")), 1919),
+        "zsre": (zsre.facts(zsre.load(SHARED / "zsre" / "zsre_mend_train-1k.json")), 1000),
+        "mquake": (mquake.facts(mquake.load(SHARED / "mquake", "hard")), 769),
+    }
+    for name, (facts, count) in made.items():
+        assert len(facts) == count and facts.name == name
+        assert all(fact.subject in fact.queries["statement"].prompt and fact.answer != fact.target for fact in facts)
+        assert (facts[:100].prompts(world).spans >= 0).all()
+    assert made["zsre"][0].formats == ("statement", "paraphrase_1")
+    assert made["counterfact"][0][0].queries["paraphrase_1"].target == made["counterfact"][0][0].target

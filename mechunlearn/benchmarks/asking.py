@@ -1,7 +1,7 @@
 """Questions in free text: asked as the model wants them, answered by greedy decoding, judged by words in common."""
 
-from collections.abc import Sequence
-from typing import Literal, Protocol, runtime_checkable
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -13,6 +13,7 @@ from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.chat import rendered
 from mechunlearn.facts.dataset import FactDataset
 from mechunlearn.facts.formats import Fact, Query, question
+from mechunlearn.facts.odd import as_written
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.model.hooked import HookedModel
 from mechunlearn.model.text import decoded, ids_to_continue
@@ -98,6 +99,47 @@ def as_prompts(model: HookedModel, rows: Sequence[Asked], name: str = "questions
     """
     asked = queries(model, [row.question for row in rows], [row.answer for row in rows])
     return FactDataset(name, tuple(Fact("", "question", {"statement": query}) for query in asked)).prompts(model)
+
+
+class Rewritten(NamedTuple):
+    """A fact that an edit rewrites, as text.
+
+    Attributes:
+        subject: Whom or what it is about.
+        relation: What it says of the subject.
+        truth: The true answer.
+        target: The answer that an edit injects; empty for none.
+        prompts: What stands before the answer: the prompt to train on, then other wordings.
+    """
+
+    subject: str
+    relation: str
+    truth: str
+    target: str
+    prompts: tuple[str, ...]
+
+
+def as_facts(name: str, rows: Iterable[Rewritten]) -> FactDataset:
+    """Return facts to rewrite as a data set for localizers, editors and attacks; each once.
+
+    Args:
+        name: What the data set is called.
+        rows: The facts. One whose target is its truth gets no target.
+
+    >>> facts = as_facts("one", [Rewritten("Ada", "P103", "Polish", "Greek", ("Ada speaks", "In Ada's tongue,"))])
+    >>> facts[0].subject, facts[0].target, facts.formats
+    ('Ada', 'Greek', ('statement', 'paraphrase_1'))
+    """
+    facts = []
+    for row in dict.fromkeys(rows):
+        target = row.target if row.target != row.truth else ""
+        names = ["statement", *(f"paraphrase_{i}" for i in range(1, len(row.prompts)))]
+        asked = {
+            name: Query(prompt, row.truth, target, subject=as_written(row.subject, prompt))
+            for name, prompt in zip(names, row.prompts, strict=True)
+        }
+        facts.append(Fact(asked["statement"].subject, row.relation, asked))
+    return FactDataset(name, tuple(facts))
 
 
 @steady()

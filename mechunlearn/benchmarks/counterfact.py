@@ -9,11 +9,13 @@ from jaxtyping import Float
 from scipy.stats import hmean
 from torch import Tensor
 
+from mechunlearn.benchmarks.asking import Rewritten, as_facts
 from mechunlearn.benchmarks.scores import Scores, made_by, per_group
 from mechunlearn.benchmarks.sources import Place, needed, read_splits, text, texts
 from mechunlearn.core.runcard import Stopwatch
 from mechunlearn.core.steady import steady
 from mechunlearn.errors import MechunlearnError
+from mechunlearn.facts.dataset import FactDataset
 from mechunlearn.facts.formats import Query
 from mechunlearn.facts.tables import Row
 from mechunlearn.metrics.continuations import probability, read_behind
@@ -99,6 +101,22 @@ def _row(split: str, row: Row) -> Rewrite:
         text(dict(asked), "relation_id"),
         case,
     )
+
+
+def facts(rows: Sequence[Rewrite]) -> FactDataset:
+    """Return the facts as a data set for localizers, editors and attacks: the prompt to train on, and the paraphrases.
+
+    Args:
+        rows: What `load` returned.
+
+    >>> facts([Rewrite("Ada", "Ada speaks", "Polish", "Greek")])
+    FactDataset(counterfact, 1 facts, formats statement; 'Ada speaks' -> 'Polish')
+    """
+    told = [
+        Rewritten(row.subject, row.relation or "fact", row.truth, row.target, (row.prompt, *row.paraphrases))
+        for row in rows
+    ]
+    return as_facts("counterfact", told)
 
 
 @dataclass(frozen=True)

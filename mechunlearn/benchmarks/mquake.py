@@ -9,12 +9,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechunlearn.benchmarks.asking import how_asked, queries, write
+from mechunlearn.benchmarks.asking import Rewritten, as_facts, how_asked, queries, write
 from mechunlearn.benchmarks.scores import Scores, made_by, per_group
 from mechunlearn.benchmarks.sources import Place, needed, read_splits, text, texts
 from mechunlearn.benchmarks.zsre import token_accuracy
 from mechunlearn.core.runcard import Stopwatch
 from mechunlearn.errors import MechunlearnError
+from mechunlearn.facts.dataset import FactDataset
 from mechunlearn.facts.tables import Row
 from mechunlearn.model.hooked import HookedModel
 
@@ -73,6 +74,7 @@ class Case:
         hops: Its steps before the edits.
         new_hops: Its steps after them.
         case: Its number in the data.
+        subjects: Whom or what the edited facts are about.
     """
 
     edits: tuple[Hop, ...]
@@ -83,6 +85,7 @@ class Case:
     hops: tuple[Hop, ...] = ()
     new_hops: tuple[Hop, ...] = ()
     case: str = ""
+    subjects: tuple[str, ...] = ()
 
 
 def load(source: str | Path = HUB, split: str = "CF3k") -> tuple[Case, ...]:
@@ -122,12 +125,33 @@ def _row(split: str, row: Row) -> Case:
         tuple(map(_hop, row.get("single_hops") or ())),
         tuple(map(_hop, row.get("new_single_hops") or ())),
         text(row, "case_id"),
+        tuple(each["subject"].strip() for each in edits),
     )
 
 
 def _hop(given: Mapping[str, object]) -> Hop:
     hop = dict(given)
     return Hop(needed(hop, "question"), text(hop, "cloze"), needed(hop, "answer"), texts(hop, "answer_alias"))
+
+
+def facts(cases: Sequence[Case]) -> FactDataset:
+    """Return the facts that some cases edit as a data set for localizers, editors and attacks.
+
+    Cases may want different answers to one prompt, so edit a case at a time, or few.
+
+    Args:
+        cases: What `load` returned, or some of it.
+
+    >>> edit = Hop("Where was Ada born?", "Ada was born in", "Rome")
+    >>> facts([Case((edit,), ("Oslo",), ("Who rules where Ada was born?",), ("Bo",), ("Cai",), subjects=("Ada",))])
+    FactDataset(mquake, 1 facts, formats statement; 'Ada was born in' -> 'Oslo')
+    """
+    told = [
+        Rewritten(subject, "mquake", truth, edit.answer, (edit.cloze,))
+        for case in cases
+        for subject, truth, edit in zip(case.subjects, case.truths, case.edits, strict=True)
+    ]
+    return as_facts("mquake", told)
 
 
 def says(written: str, answers: Sequence[str]) -> bool:

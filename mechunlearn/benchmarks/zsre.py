@@ -9,10 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechunlearn.benchmarks.asking import Rewritten, as_facts
 from mechunlearn.benchmarks.scores import Scores, made_by
 from mechunlearn.benchmarks.sources import Place, needed, read_splits, text, texts
 from mechunlearn.core.runcard import Stopwatch
 from mechunlearn.errors import MechunlearnError
+from mechunlearn.facts.dataset import FactDataset
 from mechunlearn.facts.formats import Query
 from mechunlearn.facts.tables import Row
 from mechunlearn.metrics.continuations import exact_memorization, read_behind
@@ -92,6 +94,22 @@ def _first(answers: object) -> str:
     while isinstance(answers, list):
         answers = answers[0] if answers else None
     return answers.strip() if isinstance(answers, str) else ""
+
+
+def facts(rows: Sequence[ZsreRow]) -> FactDataset:
+    """Return the questions as a data set for localizers, editors and attacks, worded as `evaluate` asks them.
+
+    Args:
+        rows: What `load` returned.
+
+    >>> facts([ZsreRow("Ada", "Who is Ada?", "a baker", "a smith", "Ada is who?")])
+    FactDataset(zsre, 1 facts, formats statement, paraphrase_1; 'Who is Ada?' -> 'a baker')
+    """
+    told = [
+        Rewritten(row.subject, "zsre", row.truth, row.target, (row.question, *filter(None, [row.paraphrase])))
+        for row in rows
+    ]
+    return as_facts("zsre", told)
 
 
 def token_accuracy(
