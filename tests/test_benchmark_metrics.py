@@ -9,7 +9,7 @@ import torch
 
 from mechunlearn import MechunlearnError
 from mechunlearn.benchmarks import counterfact, muse, tofu
-from mechunlearn.benchmarks.asking import rouge_l, write
+from mechunlearn.benchmarks.asking import cut
 from mechunlearn.benchmarks.counterfact import Rewrite
 from mechunlearn.benchmarks.muse import MuseRow
 from mechunlearn.benchmarks.tofu import TofuRow
@@ -199,11 +199,22 @@ class TestMuse:
         with pytest.raises(MechunlearnError, match="none of MUSE's splits. Expected some of verbmem, forget_qa"):
             muse.evaluate(tiny, {})
 
-    def test_only_as_many_true_tokens_count_as_the_model_may_write(self, tiny):
-        row = MuseRow("A", "b" * 130 + " c" * 50)
-        (found,) = muse.evaluate(tiny, {"verbmem": (row,)}).values["forget", "verbmem"].tolist()
-        said = write(tiny, ["A"], 128)
-        assert found == pytest.approx(float(rouge_l(["b" * 128], said, "f1", stem=False)[0]))
+    def test_answers_are_cut_where_the_model_asks_itself_the_next_question(self, tiny, monkeypatch):
+        asked = []
+
+        def said(model, prompts, tokens, until=(), **_):
+            asked.append((tokens, until))
+            return [cut(f" Ada of {town}\n\nQuestion: Who?", until) for town in TOWNS[: len(prompts)]]
+
+        monkeypatch.setattr(muse, "write", said)
+        found = muse.evaluate(tiny, NEWS)
+        assert found.values["forget", "knowmem"].tolist() == [1] * 4 and found["forget", "verbmem"] < 1
+        assert asked == [(128, ()), (32, muse.STOPS), (32, muse.STOPS)]
+
+    def test_only_as_many_true_tokens_count_as_the_model_may_write(self, tiny, monkeypatch):
+        monkeypatch.setattr(muse, "write", lambda *_, **__: ["b" * 127])  # a byte is a token, and the space is one too
+        row = MuseRow("A", "b" * 127 + " c" * 50)
+        assert muse.evaluate(tiny, {"verbmem": (row,)})["forget", "verbmem"] == 1
 
 
 class TestCounterFact:

@@ -118,7 +118,7 @@ def forget_quality(ratios: Float[Tensor, " row"], retain_ratios: Float[Tensor, "
     """Return the p-value of a Kolmogorov-Smirnov test between truth ratios of a model and of one that never saw the data.
 
     D = sup_x |F(x) - F_retain(x)| over the two empirical distributions on the forget set (arXiv 2401.06121, section
-    2.2.2); at .05 or below the two models differ. Few rows differ in nothing: with 40 of each the test needs D = .30. A
+    2.2.2); at .05 or below the two models differ. Few rows differ in nothing: with 40 of each the test needs D = .325. A
     large p-value is no proof of forgetting, and says nothing of what else an edit did: see `model_utility`.
 
     Args:
