@@ -13,7 +13,7 @@ from mechunlearn.benchmarks.asking import CHAT, PLAIN, queries, rouge_l, write
 from mechunlearn.benchmarks.scores import Scores
 from mechunlearn.benchmarks.wmdp import Choice
 from mechunlearn.benchmarks.zsre import ZsreRow
-from mechunlearn.metrics.continuations import Continuations, extraction_strength, read_behind, read_whole
+from mechunlearn.metrics.continuations import Continuations, extraction_strength, read_behind, read_tokens, read_whole
 from mechunlearn.metrics.membership import auc, min_k, zlib_score
 from tests.plain import TOWNS, bytewise, plain_answer, plain_logprobs, rows_of
 
@@ -116,6 +116,19 @@ class TestOthers:
         level = sum(told) / len(told)
         wanted = {"loss": level, "min_k": sum(least) / len(least), "zlib": level / packed}
         assert {name: float(found.values["mia_forget", name][0]) for name in wanted} == pytest.approx(wanted, abs=1e-5)
+
+
+def test_every_family_is_read_as_its_module_says(model):
+    ids, starts = [[5, 9, 13, 21, 8, 30, 2], [7, 11, 3]], [4, 1]
+    found = read_tokens(model, ids, starts)
+    assert found.counts.tolist() == [3, 2]
+    for i, (row, start) in enumerate(zip(ids, starts)):
+        with torch.no_grad():
+            logits = model.hf(input_ids=torch.tensor([row])).logits[0, start - 1 : -1].double()
+        wanted = torch.tensor(row[start:])
+        by_hand = logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0]
+        assert torch.allclose(found.logprobs[i, : len(wanted)].double(), by_hand, atol=1e-4)
+        assert torch.equal(found.right[i, : len(wanted)], logits.argmax(-1) == wanted)
 
 
 class TestReading:
