@@ -48,7 +48,7 @@ def asked_plainly(model, question: str) -> tuple[str, str]:
     """The prompt, and what parts it from an answer."""
     tokenizer = model.tokenizer
     if not tokenizer.chat_template:
-        return f"Question: {question} Answer:", " "
+        return f"Question: {question}\nAnswer:", " "
     turns = [{"role": "user", "content": question}]
     return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True), ""
 

@@ -163,8 +163,8 @@ class TestMuse:
                 turns = [{"role": role, "content": text} for role, text in (*shots, ("user", row.question))]
                 prompt = model.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
             else:
-                prompt = "".join(f"Question: {r.question} Answer: {r.answer}\n\n" for r in NEWS["forget_qa_icl"])
-                prompt += f"Question: {row.question} Answer:"
+                prompt = "".join(f"Question: {r.question}\nAnswer: {r.answer}\n\n" for r in NEWS["forget_qa_icl"])
+                prompt += f"Question: {row.question}\nAnswer:"
             said = words_of(re.split(r"\n\n|\nQuestion|Question:", plain_answer(model, prompt, 32))[0])
             truth = words_of(row.answer)
             found["knowmem"].append(2 * common_words(truth, said) / (len(truth) + len(said)))

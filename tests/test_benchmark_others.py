@@ -41,6 +41,16 @@ class TestOthers:
             assert scores.to_frame().set_index("split").loc[name, "n"] == 1
         assert len(zsre.evaluate(tiny, rows, answer="truth").to_frame()) == 3
 
+    def test_zsre_asks_as_its_authors_do(self, tiny, monkeypatch):
+        seen = []
+        monkeypatch.setattr(
+            zsre, "token_accuracy", lambda model, asked, *_: seen.append(asked) or torch.ones(len(asked))
+        )
+        row = ZsreRow("Ada", "Who is Ada?", "a baker", "a smith", "", "who is Bo", "a cook", (("What of?", "iron"),))
+        found = zsre.evaluate(tiny, [row], answer="truth")
+        assert seen == [[("Who is Ada?", "a baker")], [("who is Bo?", "a cook")], [("What of?", "iron")]]
+        assert [split for split, _ in found.values] == ["rewrite", "neighbourhood", "portability"]
+
     def test_a_teacher_forced_answer_can_be_right(self, world):
         facts = load_facts("factworld/sport")[:4]
         asked = [(fact.queries["statement"].prompt, fact.answer) for fact in facts]
@@ -97,7 +107,7 @@ class TestOthers:
         )
         assert (found["hops", "instance_accuracy"], found["hops", "instance_accuracy_before"]) == (1, 0)
         assert len(seen) == 6 and all(one.startswith("Question: What is the capital of") for one in seen)
-        assert seen[0].endswith("Answer: German\n\nQuestion: a? Answer:")
+        assert seen[0].endswith("Answer: German\n\nQuestion: a?\nAnswer:")
 
     def test_rwku_by_level_and_kind_of_attack(self, tiny):
         rows = tuple(rwku.RwkuRow("Ada", f"Was Ada {kind}?", "no", kind) for kind in ("prefix", "suffix", "prefix"))
@@ -154,7 +164,7 @@ class TestReading:
         assert auc(torch.tensor([3.0, 1.0]), torch.tensor([2.0, 1.0])) == pytest.approx((1 + 1 + 0 + 0.5) / 4)
 
     def test_what_cannot_be_read_is_said(self, tiny):
-        with pytest.raises(MechunlearnError, match="There is no answer to 'Question: a Answer:'"):
+        with pytest.raises(MechunlearnError, match=r"There is no answer to 'Question: a\\nAnswer:'"):
             read_behind(tiny, queries(tiny, ["a"], [" "]))
         with pytest.raises(MechunlearnError, match="texts of two tokens or more"):
             read_whole(tiny, ["a"])

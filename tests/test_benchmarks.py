@@ -262,7 +262,7 @@ def test_rows_become_prompts_without_an_invented_subject(world):
     rows = tofu.load(SHARED / "tofu" / "forget01.jsonl")["forget01"]
     prompts = as_prompts(world, rows, "forget01")
     assert len(prompts) == 40 and prompts.facts.subjects == {""} and (prompts.spans == -1).all()
-    assert prompts.queries[0].prompt.startswith("Question: ") and prompts.queries[0].prompt.endswith(" Answer:")
+    assert prompts.queries[0].prompt.startswith("Question: ") and prompts.queries[0].prompt.endswith("\nAnswer:")
     forget, retain = prompts.split(forget=10, retain=20)
     assert (len(forget), len(retain)) == (10, 20)
 

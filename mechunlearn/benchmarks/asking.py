@@ -12,14 +12,16 @@ from mechunlearn.core.steady import steady
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.facts.chat import rendered
 from mechunlearn.facts.dataset import FactDataset
-from mechunlearn.facts.formats import Fact, Query, question
+from mechunlearn.facts.formats import Fact, Query
 from mechunlearn.facts.odd import as_written
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.model.hooked import HookedModel
 from mechunlearn.model.text import decoded, ids_to_continue
 
 CHAT = "Questions are user's turns of the tokenizer's chat template, answers the assistant's."
-PLAIN = "The tokenizer has no chat template: questions are asked as 'Question: ... Answer:'."
+PLAIN = "The tokenizer has no chat template: a line 'Question: ...' is followed by 'Answer:'."
+FRAME = "Question: {}\nAnswer:"
+"""As TOFU asks Phi and MUSE asks Llama 2, but for the space behind it, which belongs to the answer's first token."""
 BATCH = 16
 
 
@@ -44,7 +46,7 @@ def how_asked(model: HookedModel) -> str:
 
     >>> from mechunlearn import load_model
     >>> how_asked(load_model("factworld"))
-    "The tokenizer has no chat template: questions are asked as 'Question: ... Answer:'."
+    "The tokenizer has no chat template: a line 'Question: ...' is followed by 'Answer:'."
     """
     return CHAT if getattr(model.tokenizer, "chat_template", None) else PLAIN
 
@@ -55,10 +57,10 @@ def queries(
     answers: Sequence[str],
     shots: Sequence[tuple[str, str]] = (),
 ) -> list[Query]:
-    """Return questions with their answers as queries, without a subject.
+    r"""Return questions with their answers as queries, without a subject.
 
     Args:
-        model: Its tokenizer's chat template writes them out; without one they are "Question: ... Answer:".
+        model: Its tokenizer's chat template writes them out; without one `FRAME` does.
         questions: The questions.
         answers: One answer each.
         shots: Questions with their answers that are shown before each.
@@ -68,13 +70,13 @@ def queries(
 
     >>> from mechunlearn import load_model
     >>> queries(load_model("factworld"), ["Where does Anna live?"], ["Oslo"])[0].prompt
-    'Question: Where does Anna live? Answer:'
+    'Question: Where does Anna live?\nAnswer:'
     """
     if model.tokenizer is None:
         raise MechunlearnError("This model has no tokenizer, so it cannot be asked in words. Load it with one.")
     if not model.tokenizer.chat_template:
-        before = "".join(f"{question(asked)} {answer}\n\n" for asked, answer in shots)
-        return [Query(before + question(asked), answer) for asked, answer in zip(questions, answers, strict=True)]
+        before = "".join(f"{FRAME.format(asked)} {answer}\n\n" for asked, answer in shots)
+        return [Query(before + FRAME.format(asked), answer) for asked, answer in zip(questions, answers, strict=True)]
     turns = tuple(turn for asked, answer in shots for turn in (("user", asked), ("assistant", answer)))
     return [
         rendered(Query("", answer, turns=(*turns, ("user", asked))), model.tokenizer)
@@ -94,8 +96,9 @@ def as_prompts(model: HookedModel, rows: Sequence[Asked], name: str = "questions
 
     >>> from mechunlearn import load_model
     >>> from mechunlearn.benchmarks.tofu import TofuRow
-    >>> as_prompts(load_model("factworld"), [TofuRow("Where does Anna live?", "in Oslo")], "one row")
-    Prompts(one row, 1 facts, format statement, 13 positions; 'Question: Where does Anna live? Answer:' -> 'in Oslo')
+    >>> prompts = as_prompts(load_model("factworld"), [TofuRow("Where does Anna live?", "in Oslo")], "one row")
+    >>> len(prompts), prompts.queries[0].answer, prompts.queries[0].subject
+    (1, 'in Oslo', '')
     """
     asked = queries(model, [row.question for row in rows], [row.answer for row in rows])
     return FactDataset(name, tuple(Fact("", "question", {"statement": query}) for query in asked)).prompts(model)

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechunlearn.benchmarks.asking import FRAME
 from mechunlearn.benchmarks.scores import Scores, made_by
 from mechunlearn.benchmarks.sources import Place, needed, read_splits, text, texts
 from mechunlearn.core.runcard import Stopwatch
@@ -135,7 +136,7 @@ def _by_letter(row: Choice) -> Query:
 
 
 def _by_answer(row: Choice) -> Query:
-    return Query(f"Question: {row.question}\nAnswer:", row.choices[row.answer], options=row.choices)
+    return Query(FRAME.format(row.question), row.choices[row.answer], options=row.choices)
 
 
 def accuracy(scores: Float[Tensor, "row choice"], rows: Sequence[Choice]) -> Float[Tensor, " row"]:
