@@ -108,6 +108,7 @@ class TestOthers:
         assert (found["hops", "instance_accuracy"], found["hops", "instance_accuracy_before"]) == (1, 0)
         assert len(seen) == 6 and all(one.startswith("Question: What is the capital of") for one in seen)
         assert seen[0].endswith("Answer: German\n\nQuestion: a?\nAnswer:")
+        assert seen[3].endswith("Question: Who wrote it?\nAnswer:") and seen[5].endswith("Question: Who?\nAnswer:")
 
     def test_rwku_by_level_and_kind_of_attack(self, tiny):
         rows = tuple(rwku.RwkuRow("Ada", f"Was Ada {kind}?", "no", kind) for kind in ("prefix", "suffix", "prefix"))

@@ -243,6 +243,17 @@ class TestTheHub:
             tofu.load()
         assert asked == [("locuslab/TOFU", 10)]
 
+    def test_an_error_of_many_lines_is_one(self, monkeypatch):
+        def broken(*_, **__):
+            raise RuntimeError("the file is broken.\nHere is why:\n...")
+
+        monkeypatch.setattr("datasets.load_dataset", broken)
+        monkeypatch.setattr(sources, "look_up", lambda *given: None)
+        with pytest.raises(
+            MechunlearnError, match=r"^Could not load 'cais/wmdp' from the hub: the file is broken\. Expected a data"
+        ):
+            wmdp.load()
+
     def test_what_is_no_name_and_no_file_is_said(self):
         with pytest.raises(MechunlearnError, match="There is no file or folder 'a/b/c', and it is no name on the hub"):
             mquake.load("a/b/c")
