@@ -73,9 +73,9 @@ def plain_answer(model, prompt: str, tokens: int) -> str:
     new, made, past = model.tokenizer(prompt)["input_ids"], [], None
     for _ in range(tokens):
         with torch.no_grad():
-            out = model.hf(torch.tensor([new]), past_key_values=past, use_cache=True)
+            out = model.hf(torch.tensor([new]), use_cache=True, **{model.decoder.cache_argument: past})
         made.append(int(out.logits[0, -1].argmax()))
-        new, past = made[-1:], out.past_key_values
+        new, past = made[-1:], out[model.decoder.cache_argument]
         if made[-1] == model.tokenizer.eos_token_id:
             break
     return model.tokenizer.decode(made, skip_special_tokens=True).strip()
