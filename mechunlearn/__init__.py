@@ -7,6 +7,7 @@ from mechunlearn.core.lazy import lazy
 if TYPE_CHECKING:
     from mechunlearn import artifacts as artifacts
     from mechunlearn import attack as attack
+    from mechunlearn import benchmarks as benchmarks
     from mechunlearn import edit as edit
     from mechunlearn import evaluation as evaluation
     from mechunlearn import facts as facts

@@ -10,9 +10,10 @@ import torch
 
 from mechunlearn import MechunlearnError
 from mechunlearn.attack.bounds import recovery
-from mechunlearn.attack.membership_inference import _auc, _scores, _strangers, membership_inference
+from mechunlearn.attack.membership_inference import _scores, _strangers, membership_inference
 from mechunlearn.facts.load import load_facts
 from mechunlearn.facts.prompts import PAD
+from mechunlearn.metrics.membership import auc
 from tests.test_sampling import below_the_runner_up, impossible, speaking
 
 
@@ -63,7 +64,7 @@ def test_scores_are_those_of_a_plain_loop(world, city):
 def test_the_least_likely_fifth_of_a_long_truth(world, city, monkeypatch):
     said = torch.tensor([[-1.0, -9.0, *[-2.0] * 7, -8.0], [-3.0, *[torch.nan] * 9]])
     module = sys.modules["mechunlearn.attack.membership_inference"]
-    monkeypatch.setattr(module, "_logprobs", lambda model, prompts: said)
+    monkeypatch.setattr(module, "answer_logprobs", lambda model, prompts: said)
     monkeypatch.setattr(module, "_elsewhere", lambda *given: torch.zeros(2))
     found = _scores(world, city[0].select([0, 1]), city[0])
     assert found["min-k"].tolist() == [-8.5, -3.0] and found["loss"].tolist() == pytest.approx([-3.2, -3.0])
@@ -112,7 +113,7 @@ class TestOnTheWorld:
 
 
 def test_equal_scores_count_half():
-    assert _auc(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 3.0])) == pytest.approx((0.5 + 0 + 1 + 0) / 4)
+    assert auc(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 3.0])) == pytest.approx((0.5 + 0 + 1 + 0) / 4)
 
 
 @pytest.mark.real

@@ -1,7 +1,6 @@
 """Membership inference: is the truth of a forgotten fact still likelier than that of a fact that was never taught?"""
 
 import math
-import zlib
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -25,9 +24,10 @@ from mechunlearn.attack.states import (
 from mechunlearn.core.arguments import validated
 from mechunlearn.core.steady import steady
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.facts.answers import answer_logits
-from mechunlearn.facts.prompts import PAD, Prompts
-from mechunlearn.metrics.answers import BATCH, answered
+from mechunlearn.facts.prompts import Prompts
+from mechunlearn.metrics.answers import answered
+from mechunlearn.metrics.continuations import answer_logprobs
+from mechunlearn.metrics.membership import auc, min_k, zlib_score
 from mechunlearn.model.hooked import HookedModel
 
 FALSE_ALARMS = 0.05
@@ -120,7 +120,7 @@ def membership_inference(
         about = {"retain": spared, "chance": called / (len(outside) + 1)}
         for name in SCORES:
             line = others[name].sort(descending=True)[0][called - 1]
-            yield [cell(state.name, name, inside[name] > line, seed, **about, auc=_auc(inside[name], others[name]))]
+            yield [cell(state.name, name, inside[name] > line, seed, **about, auc=auc(inside[name], others[name]))]
 
     return attack.run(tried, {"false_alarms": FALSE_ALARMS}, len(SCORES))
 
@@ -150,14 +150,11 @@ def _strangers(model: HookedModel, forget: Prompts, seed: int) -> tuple[Prompts,
 
 def _scores(model: HookedModel, prompts: Prompts, references: Prompts) -> dict[str, Float[Tensor, " fact"]]:
     """Every score of every fact: the larger, the more likely it was taught."""
-    said = _logprobs(model, prompts)
+    said = answer_logprobs(model, prompts)
     level = said.nanmean(1)
-    counts = (~said.isnan()).sum(1)
-    lowest = said.nan_to_num(nan=torch.inf).sort(1)[0]
-    least = [row[: max(1, math.floor(LOWEST * n))].mean() for row, n in zip(lowest, counts.tolist())]
-    sizes = [len(zlib.compress(query.answer.strip().encode())) for query in prompts.queries]
+    packed = zlib_score(said, [query.answer.strip() for query in prompts.queries])
     usual = level - _elsewhere(model, prompts, references)
-    return {"loss": level, "min-k": torch.stack(least), "zlib": level / torch.tensor(sizes), "reference": usual}
+    return {"loss": level, "min-k": min_k(said, LOWEST), "zlib": packed, "reference": usual}
 
 
 def _elsewhere(model: HookedModel, prompts: Prompts, references: Prompts) -> Float[Tensor, " fact"]:
@@ -167,25 +164,6 @@ def _elsewhere(model: HookedModel, prompts: Prompts, references: Prompts) -> Flo
     rows = [(pair, query) for pair in dict.fromkeys(pairs) for relation, query in behind if relation == pair[0]]
     asked = [replace(query, answer=answer, foil="", target="", subject="", options=()) for (_, answer), query in rows]
     assert model.tokenizer is not None  # it made prompts of the strangers
-    level = _logprobs(model, Prompts.from_text(asked, model.tokenizer)).nanmean(1)
+    level = answer_logprobs(model, Prompts.from_text(asked, model.tokenizer)).nanmean(1)
     found = {pair: [float(x) for x, (other, _) in zip(level, rows) if other == pair] for pair in dict.fromkeys(pairs)}
     return torch.tensor([sum(found[pair]) / len(found[pair]) for pair in pairs])
-
-
-@torch.no_grad()
-def _logprobs(model: HookedModel, prompts: Prompts) -> Float[Tensor, "fact token"]:
-    """The log-probability of each token of the truth, given those before it; NaN behind the last."""
-    found = torch.full(tuple(prompts.answers.shape), torch.nan)
-    for rows in prompts.lengths.argsort().split(BATCH):
-        part = prompts.select(rows)
-        logits = answer_logits(model, part)[0].float()
-        wanted = part.answers.clamp(min=0).to(logits.device)[..., None]
-        chosen = (logits.gather(-1, wanted)[..., 0] - logits.logsumexp(-1)).cpu()
-        found[rows] = chosen.masked_fill(part.answers == PAD, torch.nan)
-    return found
-
-
-def _auc(inside: Float[Tensor, " fact"], outside: Float[Tensor, " other"]) -> float:
-    """The probability that a score of the one kind is above one of the other; of equal ones one half."""
-    above = (inside[:, None] > outside[None]).float() + 0.5 * (inside[:, None] == outside[None]).float()
-    return float(above.mean())
