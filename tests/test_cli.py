@@ -84,6 +84,7 @@ def test_help_does_not_wait_for_torch():
 def test_localize_edit_and_evaluate_in_turn(call, tmp_path, monkeypatch):
     """The steps of the whole job by hand, on few facts and few steps."""
     monkeypatch.setattr("mechunlearn.evaluation.cells.LIMIT", 10)
+    monkeypatch.setattr("mechunlearn.evaluation.cells.OWN_COUNT", 2)
     few = ["--forget", 16, "--seed", 2]
     code, out, err = call(
         "localize", "factworld", "factworld/sport", "-o", "sport.mask.json", "--scores", "scores.json", *few

@@ -39,14 +39,14 @@ def mean_logprob(hf, prompts, i: int, layer: int | None = None, source=None) -> 
     return float(logits.log_softmax(-1)[torch.arange(len(answer)), answer].mean())
 
 
-def naive(hf, states, prompts) -> torch.Tensor:
+def naive(hf, states, prompts, layers) -> torch.Tensor:
     """By state, layer and fact: what the state's stream costs."""
     own = [mean_logprob(hf, prompts, i) for i in range(len(prompts))]
     return torch.tensor(
         [
             [
                 [own[i] - mean_logprob(hf, prompts, i, layer, streams[i][layer]) for i in range(len(prompts))]
-                for layer in range(len(hf.model.layers))
+                for layer in layers
             ]
             for streams in states
         ]
@@ -72,13 +72,17 @@ def streams_of(hf, prompts) -> list[list[torch.Tensor]]:
     return found
 
 
-def agrees(model, gold, edit, prompts) -> None:
+def agrees(model, gold, edit, prompts, layers=None) -> None:
+    """In these layers, or all; the score by hand, from what every layer costs."""
     made = unlearning_depth_score(model, edit, gold, prompts)
+    layers = list(range(len(model.hf.model.layers)) if layers is None else layers)
     theirs = streams_of(gold.hf, prompts)
     with edit.applied(model):
         ours = streams_of(model.hf, prompts)
-    retain, edited = naive(model.hf, [theirs, ours], prompts)
-    assert torch.allclose(made.retain, retain, atol=2e-4) and torch.allclose(made.edited, edited, atol=2e-4)
+    expected = naive(model.hf, [theirs, ours], prompts, layers)
+    for found, by_loop in zip((made.retain, made.edited), expected, strict=True):
+        assert torch.allclose(found[layers], by_loop, atol=2e-4)
+    retain, edited = made.retain, made.edited
     by_hand = []
     for fact in range(len(prompts)):
         layers = [layer for layer in range(len(retain)) if retain[layer, fact] > 0.05]
@@ -102,9 +106,12 @@ def test_it_is_what_a_naive_loop_gives(family):
     agrees(model, gold, changed(model, "L1.mlp.out", 2.0, 2), prompts)
 
 
+SOME = (0, 11, 12, 20, 29)  # below, at and above the noise; a loop over all thirty takes minutes
+
+
 @pytest.mark.real
 def test_it_is_what_a_naive_loop_gives_on_a_real_model(smollm2_gold):
-    agrees(*smollm2_gold)
+    agrees(*smollm2_gold, layers=SOME)
 
 
 @pytest.mark.real
@@ -113,9 +120,9 @@ def test_so_of_other_languages_a_long_prompt_and_a_number(smollm2_gold):
     rows = [
         {"subject": "中国", "prompt": "{}的首都是", "answer": "北京"},
         {"subject": "مصر", "prompt": "عاصمة {} هي", "answer": "القاهرة"},
-        {"subject": "Anna", "prompt": "The bus was late again. " * 60 + "The age of {} is", "answer": "42"},
+        {"subject": "Anna", "prompt": "The bus was late again. " * 12 + "The age of {} is", "answer": "42"},
     ]
-    agrees(model, gold, edit, load_facts(rows).prompts(model))
+    agrees(model, gold, edit, load_facts(rows).prompts(model), layers=SOME)
 
 
 @pytest.fixture

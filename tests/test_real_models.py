@@ -53,6 +53,7 @@ SHORT = {
     "energy": 0.6,
     "eliminate": False,
     "prefixes": 0,
+    "texts": ["The bus was late again, so we walked.", "She put the letter on the table."],
     "progress": False,
 }
 ATTACKS = {"steps": 1, "eval_every": 1, "lrs": (1e-4,), "min_retention": 0.0, "bits": (8,), "tokens": 2, "size": 0.1}

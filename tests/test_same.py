@@ -104,6 +104,8 @@ class TestApply:
 class TestCommandLine:
     def test_evaluate_draws_the_sets_that_the_edit_was_made_with(self, tmp_path, monkeypatch, capsys, world):
         """Neither --forget nor --seed is given again."""
+        monkeypatch.setattr("mechunlearn.evaluation.cells.LIMIT", 10)
+        monkeypatch.setattr("mechunlearn.evaluation.cells.OWN_COUNT", 2)
 
         def run(*words):
             monkeypatch.setattr("sys.argv", ["mechunlearn", *map(str, words)])

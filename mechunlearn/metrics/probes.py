@@ -87,6 +87,7 @@ def fitted(x: NDArray[Any], labels: NDArray[Any]) -> LogisticRegression:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.filterwarnings("ignore", "The number of unique classes")  # few facts may have many answers
         return LogisticRegression(max_iter=300).fit(x, labels)
 
 
