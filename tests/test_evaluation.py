@@ -12,7 +12,7 @@ from mechunlearn.artifacts.weight_edit import WeightEdit
 from mechunlearn.core.runcard import RunCard
 from mechunlearn.edit import losses, masked_gradient
 from mechunlearn.edit.goal import OWN, OWN_TOKENS
-from mechunlearn.evaluation import cells
+from mechunlearn.evaluation import cells, fluency
 from mechunlearn.evaluation.controls import random_mask
 from mechunlearn.evaluation.damage import DAMAGED_KL, DAMAGED_LOSS, damage, harm_was_measured
 from mechunlearn.evaluation.drift import text_drift
@@ -414,6 +414,7 @@ class TestRealModel:
         texts = cells.neutral_texts()[:6]
         monkeypatch.setattr(cells, "neutral_texts", lambda: texts)
         monkeypatch.setattr(cells, "OWN_COUNT", 6)
+        monkeypatch.setattr(fluency, "TOKENS", 10)
         forget, retain = capitals
         wrecked, touched = self.noisy(smollm2, 10), self.noisy(smollm2, 0.01)
         report = evaluate(smollm2, wrecked, forget=forget, retain=retain, control=touched, progress=False)
