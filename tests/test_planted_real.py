@@ -47,7 +47,7 @@ CITIES = (
 )
 MLP = ("mlp.in", "mlp.gate", "mlp.out")
 SHORT = {"steps": 12, "batch_size": 32, "text_weight": 0}
-BUDGET = {"lrs": {"full": (6e-5,)}, "steps": 16, "eval_every": 8, "batch_size": 8}
+BUDGET = {"lrs": {"full": (3e-5,)}, "steps": 12, "eval_every": 6, "batch_size": 16}
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def taught(seed) -> Taught:
         "removed": edit_of(model, before),
         "last layer": made("L29.attn.o", "L29.mlp.out", loss=losses.log_one_minus_p, lr=1e-3),
         "late": made(*(f"L{layer}.{kind}" for layer in (26, 27) for kind in MLP), loss=losses.log_one_minus_p, lr=5e-4),
-        "target alone": made("L28.mlp.out", "L29.mlp.out", "L29.attn.o", lr=1e-3),
+        "target alone": made("L28.mlp.out", "L29.mlp.out", "L29.attn.o", lr=2e-3),
         "wrecked": edit_of(model, {"L12.mlp.out": noisy + 10 * noisy.std() * noise}),
     }
     return Taught(model, forget, retain, edits)
@@ -120,25 +120,26 @@ def test_it_was_taught_and_every_edit_seems_to_work(taught):
     assert answered(taught.model, strangers).float().mean() <= 0.2
     for name, edit in taught.edits.items():
         with edit.applied(taught.model):
-            assert answered(taught.model, taught.forget).float().mean() <= 0.1, name
+            assert answered(taught.model, taught.forget).float().mean() <= 0.2, name
             kept = answered(taught.model, taught.retain).float().mean()
             assert kept <= 0.5 if name == "wrecked" else kept >= 0.9, name
 
 
 def test_what_is_removed_does_not_come_back(relearnt):
+    """Whether the attack learns enough of its own half to say *gone* is another matter."""
     word, row = said(relearnt)
     assert word in ("gone", "inconclusive") and row["outcome"] != "back"
-    assert row["held_out"] <= row["floor"] + 0.15 and row["up_to"] < 0.45 and row["ceiling"] >= 0.6
+    assert row["held_out"] <= row["floor"] + 0.1 and row["up_to"] < 0.35 and row["ceiling"] >= 0.6
 
 
 @pytest.mark.parametrize("name", ["last layer", "late", "target alone"])
-def test_what_is_hidden_comes_back_or_is_left_open(relearnt, name):
+def test_what_is_hidden_is_never_gone(relearnt, name):
     word, row = said(relearnt, name)
-    assert word in ("hidden", "inconclusive") and row["up_to"] > 0.3, "more came back than of what was removed"
-    assert row["trained"] >= 0.9 and row["held_out"] > row["floor"]
+    assert word in ("hidden", "inconclusive") and row["trained"] >= 0.9
+    assert row["held_out"] >= said(relearnt)[1]["held_out"] + 0.15, "more comes back than of what was removed"
 
 
-def test_at_least_the_last_layer_is_found_out(relearnt):
+def test_what_the_last_layer_hides_is_found_out(relearnt):
     assert said(relearnt, "last layer")[0] == "hidden"
 
 
@@ -155,9 +156,9 @@ def test_layers_below_a_late_edit_count_for_nothing(taught, seed):
     assert lens["below"].tolist() == (depth <= 26).tolist() and lens["below"].any() and not lens["below"].all()
 
 
-def test_eight_facts_tell_nothing(taught, seed):
+def test_eight_facts_tell_nothing(taught):
     eight = taught.forget.select(range(8))
-    few = BUDGET | {"steps": 6, "eval_every": 3, "batch_size": 4}
-    rows = relearning(taught.model, taught.edits["removed"], eight, taught.retain.select(range(24)), seed=seed, **few)
-    word, row = said(Attacked({"relearning": rows}))
-    assert word == "inconclusive" and row["n"] == 4
+    rows = quantization(taught.model, taught.edits["removed"], eight, taught.retain, bits=(8,))
+    word, row = said(Attacked({"quantization": rows}))
+    assert (word, row["outcome"], row["n"]) == ("inconclusive", "inconclusive", 8)
+    assert "8 facts cannot exclude" in row["note"]
