@@ -1,0 +1,78 @@
+"""`mechunlearn benchmark`: methods of unlearning on the field's benchmarks."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mechunlearn.cli.options import Device, Dtype, Model
+from mechunlearn.cli.shared import console, names, open_model, resumable, say
+
+app = typer.Typer(help="Methods of unlearning side by side on a public benchmark.", no_args_is_help=True)
+
+
+@app.callback()
+def benchmark() -> None:
+    """Methods of unlearning side by side on a public benchmark."""
+
+
+@app.command(
+    epilog="Example: mechunlearn benchmark tofu my/full --retain my/retain99 --split forget01 "
+    "--methods full+npo,lora+ihl,masked:random_units:0.05+npo -o tofu01"
+)
+def tofu(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="A new folder, or that of a stopped run.")],
+    methods: Annotated[
+        str,
+        typer.Option(
+            help="WHERE+OBJECTIVE, separated by commas. WHERE: full, lora, masked:LOCALIZER:SHARE. OBJECTIVE: npo, ga, "
+            "gd, ihl, or a name in docs/objectives.md."
+        ),
+    ] = "full+ga, full+gd, full+npo, lora+ihl, masked:random_units:0.05+npo",
+    split: Annotated[str, typer.Option(help="forget01, forget05 or forget10.")] = "forget10",
+    data: Annotated[str, typer.Option(help="A folder with TOFU's files, or a hub name.")] = "locuslab/TOFU",
+    retain: Annotated[
+        str | None, typer.Option(help="A model that was finetuned without the forget set: the gold.", metavar="MODEL")
+    ] = None,
+    rows: Annotated[int, typer.Option(help="How many rows of each split to measure.")] = 300,
+    seeds: Annotated[int, typer.Option(help="How often each method is run, with the seeds 0, 1, ...")] = 1,
+    lr: Annotated[float | None, typer.Option(help="Learning rate of all methods.", show_default="searched")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps.", show_default="searched")] = None,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+) -> None:
+    """Edit a model that was finetuned on TOFU by each method, and measure what is forgotten and what stays.
+
+    Goes on if killed.
+
+    Writes results.csv, .parquet and .html, table.md and .tex, and open-unlearning's files.
+    """
+    resumable(output, "about.json")
+    from mechunlearn.benchmarks import tofu as benchmark
+    from mechunlearn.benchmarks.compare import check_numbers, compare_methods, needed_splits
+    from mechunlearn.benchmarks.methods import check_methods
+
+    wanted, given = needed_splits(split), names(methods)
+    check_numbers(seeds, rows, lr, steps)
+    check_methods(given, ())
+    with console.status(f"loading {data}"):
+        loaded = benchmark.load(data, wanted)
+    check_methods(given, loaded[split])
+    hooked = open_model(model, device, dtype)
+    gold = open_model(retain, device, dtype) if retain is not None else None
+    made = compare_methods(
+        hooked,
+        loaded,
+        given,
+        folder=output,
+        forget=split,
+        retain_model=gold,
+        seeds=seeds,
+        lr=lr,
+        steps=steps,
+        rows=rows,
+    )
+    say(repr(made.summary().T))
+    for name in ("results.csv", "results.html", "table.md", "table.tex", "open-unlearning"):
+        console.print(f"{name:<16} {output / name}")
