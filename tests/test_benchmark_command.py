@@ -12,6 +12,7 @@ from mechunlearn import ComponentMask, MechunlearnError
 from mechunlearn.artifacts.weight_edit import WeightEdit
 from mechunlearn.benchmarks import asking, tofu
 from mechunlearn.benchmarks.compare import compare_methods, needed_splits
+from mechunlearn.benchmarks.finetune import finetune
 from mechunlearn.benchmarks.leaderboard import FULL, RETAIN
 from mechunlearn.benchmarks.methods import best_units, check_methods, method_of
 from mechunlearn.benchmarks.open_unlearning import from_open_unlearning, to_open_unlearning
@@ -19,6 +20,7 @@ from mechunlearn.core.runcard import RunCard
 from mechunlearn.edit import fisher_lora, masked_gradient
 from mechunlearn.edit.objective import objective_named
 from mechunlearn.facts.prompts import Prompts
+from mechunlearn.model.hooked import load_model
 from tests.plain import bytewise, rows_of
 
 FORGET, TOKENS = "forget01", 3
@@ -324,27 +326,28 @@ class TestOpenUnlearning:
             from_open_unlearning(tmp_path / "none.json", FORGET)
 
 
-class TestCommand:
-    @pytest.fixture
-    def given(self, tiny, gold, data, tmp_path):
-        """Models and data in folders, as a user has them."""
-        for name, model in (("full", tiny), ("retain", gold)):
-            model.hf.save_pretrained(tmp_path / name)
-            model.tokenizer.save_pretrained(tmp_path / name)
-        for split, rows in data.items():
-            lines = [
-                {
-                    "question": row.question,
-                    "answer": row.answer,
-                    "paraphrased_answer": row.paraphrased_answer,
-                    "perturbed_answer": list(row.perturbed_answers),
-                }
-                for row in rows
-            ]
-            (tmp_path / "data").mkdir(exist_ok=True)
-            (tmp_path / "data" / f"{split}.json").write_text(json.dumps(lines))
-        return ["benchmark", "tofu", "full", "--data", "data", "--split", FORGET, "--lr", "1e-3", "--steps", 1]
+@pytest.fixture
+def given(tiny, gold, data, tmp_path):
+    """Models and data in folders, as a user has them."""
+    for name, model in (("full", tiny), ("retain", gold)):
+        model.hf.save_pretrained(tmp_path / name)
+        model.tokenizer.save_pretrained(tmp_path / name)
+    for split, rows in data.items():
+        lines = [
+            {
+                "question": row.question,
+                "answer": row.answer,
+                "paraphrased_answer": row.paraphrased_answer,
+                "perturbed_answer": list(row.perturbed_answers),
+            }
+            for row in rows
+        ]
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / f"{split}.json").write_text(json.dumps(lines))
+    return ["benchmark", "tofu", "full", "--data", "data", "--split", FORGET, "--lr", "1e-3", "--steps", 1]
 
+
+class TestCommand:
     def test_the_command_is_the_function(self, call, given, tiny, gold, data, tmp_path, monkeypatch):
         from functools import partial
 
@@ -410,3 +413,70 @@ def test_an_editor_sees_the_questions_and_the_named_seed(tiny, data, tmp_path):
 def test_a_method_by_name_knows_its_localizer():
     assert method_of("masked:random_units+npo").localizer == "random_units" and not method_of("lora+ihl").localizer
     assert not method_of("full+npo").code
+
+
+class TestFinetuning:
+    def test_it_is_adamw_on_the_answers_and_their_end(self, data):
+        """As a plain loop over plain transformers does it."""
+        model, plain = bytewise(), bytewise()
+        rows = data[FORGET][:3]
+        done = finetune(model, rows, lr=1e-3, epochs=4)
+        tokenizer, end = plain.tokenizer, plain.tokenizer.eos_token_id
+        mover = torch.optim.AdamW(plain.hf.parameters(), weight_decay=0.01)
+        plain.hf.requires_grad_(True)
+        losses = []
+        for step in range(4):
+            told = []
+            for row in rows:
+                before = tokenizer(f"Question: {row.question}\nAnswer:")["input_ids"]
+                ids = torch.tensor([before + tokenizer(" " + row.answer)["input_ids"] + [end]])
+                logits = plain.hf(ids).logits[0, len(before) - 1 : -1]
+                told.append(torch.nn.functional.cross_entropy(logits, ids[0, len(before) :], reduction="none"))
+            loss = torch.cat(told).mean()
+            losses.append(loss.item())
+            mover.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(plain.hf.parameters(), 1.0)
+            mover.param_groups[0]["lr"] = 1e-3 * (1 if step == 0 else 0.5 * (1 + math.cos(math.pi * (step - 1) / 3)))
+            mover.step()
+        assert [entry["answers"] for entry in done.trajectory] == pytest.approx(losses, rel=1e-3)
+        assert losses[-1] < losses[0] and model.fingerprint != bytewise().fingerprint
+        for mine, theirs in zip(model.hf.parameters(), plain.hf.parameters(), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=1e-4)
+
+    def test_the_command_writes_a_model_that_the_other_reads(self, call, given):
+        made = [
+            "benchmark",
+            "tofu-train",
+            "full",
+            "--data",
+            "data",
+            "--split",
+            "retain99",
+            "--lr",
+            "1e-3",
+            "--epochs",
+            2,
+        ]
+        code, out, err = call(*made, "-o", "trained")
+        assert code == 0 and "4 rows, 2 steps" in out, err
+        before, after = (load_model(name) for name in ("full", "trained"))
+        assert not torch.equal(next(before.hf.parameters()), next(after.hf.parameters()))
+        assert after.tokenizer.eos_token == "<end>"
+
+    @pytest.mark.parametrize(
+        ("wrong", "said"),
+        [
+            (["--split", "zz"], "no split 'zz'"),
+            (["--epochs", 0], "0 epochs"),
+            (["--lr", -1], "learning rate of -1"),
+            (["-o", "data"], "not an empty folder"),
+        ],
+    )
+    def test_a_wrong_value_is_one_line(self, call, given, tmp_path, wrong, said):
+        before = sorted(tmp_path.rglob("*"))
+        code, _, err = call(
+            "benchmark", "tofu-train", "full", "--data", "data", "--split", "retain99", "-o", "out", *wrong
+        )
+        assert code == 2 and said in err and len(err.splitlines()) == 1, err
+        assert sorted(tmp_path.rglob("*")) == before
