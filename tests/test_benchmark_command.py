@@ -4,9 +4,11 @@ import json
 import math
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy import stats
 
 from mechunlearn import ComponentMask, MechunlearnError
 from mechunlearn.artifacts.weight_edit import WeightEdit
@@ -99,15 +101,19 @@ class TestTable:
 
     def test_the_short_table_has_means_over_seeds(self, board):
         frame = pd.DataFrame(board[1].to_frame())
-        at = (frame["split"] == FORGET) & (frame["metric"] == "probability")
-        mean = frame[at].groupby("method")["value"].mean()
+        at = (frame["split"] == FORGET) & (frame["metric"] == "truth_ratio_closeness")
+        found = frame[at].groupby("method")["value"].apply(list)
         low = frame[at & (frame["method"] == FULL)].iloc[0]
         short = pd.DataFrame(board[1].summary()).set_index("method")
+        quality = frame[frame["metric"] == "forget_quality"].groupby("method")["value"].apply(list)
         for name in self.METHODS:
-            assert short.loc[name, "n"] == "2" and short.loc[name, "forget probability"].startswith(
-                f"{mean[name]:.2f} ["
-            )
-        assert short.loc[FULL, "forget probability"] == f"{low.value:.2f} [{low.low:.2f}, {low.high:.2f}]"
+            half = stats.t.ppf(0.975, 1) * stats.sem(found[name])
+            ends = ", ".join(f"{np.mean(found[name]) + end:.2f}" for end in (-half, half))
+            assert short.loc[name, "n"] == "2"
+            assert short.loc[name, "forget truth ratio"] == f"{np.mean(found[name]):.2f} [{ends}]"
+            low_high = f"[{min(quality[name]):.2g}, {max(quality[name]):.2g}]"
+            assert short.loc[name, "forget quality"] == f"{np.median(quality[name]):.2g} {low_high}"
+        assert short.loc[FULL, "forget truth ratio"] == f"{low.value:.2f} [{low.low:.2f}, {low.high:.2f}]"
 
     def test_its_files_are_whole_and_agree(self, board):
         folder, made = board
@@ -164,6 +170,14 @@ class TestResume:
         made = compare_methods(tiny, data, [first, second, "full+ga"], retain_model=gold, **given)
         assert calls == ["first 0", "first 1", "second 0", "second 0", "second 1"]
         assert len(made.rows) == 8 and all(row.scores is not None for row in made.rows)
+
+    def test_an_edit_that_was_interrupted_is_no_result(self, tiny, data, tmp_path):
+        def mine(model, forget, retain):
+            return WeightEdit({}, {}, model.signature, RunCard("mine", stopped="interrupted"))
+
+        with pytest.raises(KeyboardInterrupt):
+            compare_methods(tiny, data, [mine], folder=tmp_path, **SETTINGS)
+        assert len(list((tmp_path / "cells").iterdir())) == 1  # the full model
 
     def test_a_changed_function_is_run_again_and_one_without_a_seed_once(self, tiny, data, tmp_path):
         calls = []
@@ -249,7 +263,7 @@ class TestFailures:
             check_methods([], data[FORGET])
 
 
-def test_questions_that_name_a_subject_can_be_localized(tiny, data):
+def test_questions_that_name_a_subject_can_be_localized(tiny, data, tmp_path):
     rows = [
         replace(row, subject=row.question.removeprefix("Where was ").removesuffix(" born?")) for row in data[FORGET]
     ]
@@ -258,6 +272,8 @@ def test_questions_that_name_a_subject_can_be_localized(tiny, data):
     assert [query.subject for query in prompts.queries] == [row.subject for row in rows]
     mask = best_units(tiny, method.localizer, 0.1, prompts, seed=0)
     assert 0 < mask.weights(tiny) <= 0.1 * ComponentMask.everything(tiny).weights(tiny)
+    (tmp_path / "forget01.json").write_text(json.dumps([{"question": "Who is Ann?", "answer": "x", "subject": "Ann"}]))
+    assert tofu.load(tmp_path)["forget01"][0].subject == "Ann"
     without = asking.as_prompts(tiny, data[FORGET])
     with pytest.raises(MechunlearnError, match="nothing can be found"):
         best_units(tiny, "attribution_patching", 0.1, without, seed=0)
@@ -327,7 +343,7 @@ class TestOpenUnlearning:
 
 
 @pytest.fixture
-def given(tiny, gold, data, tmp_path):
+def given(tiny, gold, data, tmp_path, capsys):
     """Models and data in folders, as a user has them."""
     for name, model in (("full", tiny), ("retain", gold)):
         model.hf.save_pretrained(tmp_path / name)
@@ -344,6 +360,7 @@ def given(tiny, gold, data, tmp_path):
         ]
         (tmp_path / "data").mkdir(exist_ok=True)
         (tmp_path / "data" / f"{split}.json").write_text(json.dumps(lines))
+    capsys.readouterr()  # the bars of save_pretrained
     return ["benchmark", "tofu", "full", "--data", "data", "--split", FORGET, "--lr", "1e-3", "--steps", 1]
 
 
@@ -443,6 +460,7 @@ class TestFinetuning:
         assert losses[-1] < losses[0] and model.fingerprint != bytewise().fingerprint
         for mine, theirs in zip(model.hf.parameters(), plain.hf.parameters(), strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=1e-4)
+            assert float(mine.norm()) == pytest.approx(float(theirs.norm()), rel=2e-4)
 
     def test_the_command_writes_a_model_that_the_other_reads(self, call, given):
         made = [

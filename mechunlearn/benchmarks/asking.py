@@ -1,7 +1,6 @@
 """Questions in free text: asked as the model wants them, answered by greedy decoding, judged by words in common."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -103,10 +102,7 @@ def as_prompts(model: HookedModel, rows: Sequence[Asked], name: str = "questions
     """
     asked = queries(model, [row.question for row in rows], [row.answer for row in rows])
     subjects = [as_written(getattr(row, "subject", ""), query.prompt) for row, query in zip(rows, asked)]
-    facts = [
-        Fact(subject, "question", {"statement": replace(query, subject=subject)})
-        for subject, query in zip(subjects, asked)
-    ]
+    facts = [Fact(subject, "question", {"statement": query}) for subject, query in zip(subjects, asked)]
     return FactDataset(name, tuple(facts)).prompts(model)
 
 

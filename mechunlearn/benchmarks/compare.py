@@ -17,7 +17,7 @@ from mechunlearn.benchmarks.methods import Editor, Method, check_methods
 from mechunlearn.benchmarks.scores import Scores
 from mechunlearn.core.grid import Grid
 from mechunlearn.core.progress import track
-from mechunlearn.core.runcard import RunCard, Stopwatch, digest
+from mechunlearn.core.runcard import RunCard, digest
 from mechunlearn.core.steady import steady
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.model.hooked import HookedModel
@@ -99,14 +99,12 @@ def compare_methods(
     cells = [(each, seed) for each, seed in product(made, range(seeds)) if each.seeded or not seed]
 
     def work(method: Method, seed: int) -> dict[str, Any]:
-        watch = Stopwatch()
         try:
             edit = method(model, sets[0], sets[1], seed)
             if edit.card.stopped == "interrupted":
                 raise KeyboardInterrupt
-            seconds = watch.seconds()
             with edit.applied(model):
-                return _kept(evaluate(model)) | {"share": _share(edit, model), "edit_seconds": seconds}
+                return _kept(evaluate(model)) | {"share": _share(edit, model)}
         except Exception as error:  # one method of many, perhaps a user's own: the others go on
             named = "" if isinstance(error, MechunlearnError) else f"{type(error).__name__}: "
             return {"note": f"{named}{error}"}
