@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -366,8 +367,6 @@ def given(tiny, gold, data, tmp_path, capsys):
 
 class TestCommand:
     def test_the_command_is_the_function(self, call, given, tiny, gold, data, tmp_path, monkeypatch):
-        from functools import partial
-
         import mechunlearn.benchmarks.compare as module
 
         monkeypatch.setattr(module, "compare_methods", partial(compare_methods, tokens=TOKENS))
@@ -394,7 +393,7 @@ class TestCommand:
             (["--retain", "nothing"], "nothing"),
             (["--rows", 0], "0 rows"),
             (["--seeds", 0], "0 seeds"),
-            (["--steps", 0], "0 steps"),
+            (["--steps", 10**7], "10000000 is out of range"),
             (["--lr", "nan"], "learning rate of nan"),
             (["-o", "data"], "not an empty folder"),
         ],
@@ -405,9 +404,12 @@ class TestCommand:
         assert code == 2 and said in err and len(err.splitlines()) == 1, err
         assert sorted(tmp_path.rglob("*")) == before
 
-    def test_steps_alone_are_refused(self, call, given):
-        code, _, err = call(*given[:7], "--steps", 3, "-o", "out")
-        assert code == 2 and "Give lr too" in err
+    def test_it_says_that_the_gold_is_missing(self, call, given, monkeypatch, tmp_path):
+        import mechunlearn.benchmarks.compare as module
+
+        monkeypatch.setattr(module, "compare_methods", partial(compare_methods, tokens=TOKENS))
+        code, out, err = call(*given, "--methods", "full+npo", "-o", "out")
+        assert code == 0 and "No retain model was given" in out and "full+npo" in out, err
 
 
 def test_an_editor_sees_the_questions_and_the_named_seed(tiny, data, tmp_path):

@@ -13,7 +13,7 @@ from mechunlearn.artifacts.weight_edit import Edit, WeightEdit
 from mechunlearn.benchmarks import tofu
 from mechunlearn.benchmarks.asking import as_prompts, how_asked
 from mechunlearn.benchmarks.leaderboard import FULL, RETAIN, Leaderboard, Row
-from mechunlearn.benchmarks.methods import Editor, Method, check_methods
+from mechunlearn.benchmarks.methods import LR, STEPS, Editor, Method, check_methods
 from mechunlearn.benchmarks.scores import Scores
 from mechunlearn.core.grid import Grid
 from mechunlearn.core.progress import track
@@ -36,8 +36,8 @@ def compare_methods(
     forget: str = "forget10",
     retain_model: HookedModel | None = None,
     seeds: int = 1,
-    lr: float | None = None,
-    steps: int | None = None,
+    lr: float = LR,
+    steps: int = STEPS,
     rows: int | None = 300,
     tokens: int = 200,
     batch_size: int = 16,
@@ -58,8 +58,8 @@ def compare_methods(
         forget: forget01, forget05 or forget10.
         retain_model: A model that was finetuned on the retain split alone: the gold. None leaves forget quality out.
         seeds: Each method is run with the seeds 0 to `seeds` - 1; one that takes none is run once.
-        lr: Learning rate of all methods by name: AdamW, as published. None, with `steps`: each editor searches.
-        steps: Optimiser steps; 50 unless given.
+        lr: Largest learning rate of all methods by name: AdamW, as published. Fewer weights need a larger one.
+        steps: Optimiser steps of 64 questions, at most.
         rows: How many rows of each split are measured; 300 as in TOFU's own evaluation. All are edited.
         tokens: The most tokens that the model may write for ROUGE.
         batch_size: Rows at a time.
@@ -134,7 +134,7 @@ def needed_splits(forget: str) -> tuple[str, ...]:
     return forget, RETAINED[forget], f"{forget}_perturbed", *tofu.UTILITY.values()
 
 
-def check_numbers(seeds: int, rows: int | None, lr: float | None, steps: int | None) -> None:
+def check_numbers(seeds: int, rows: int | None, lr: float, steps: int) -> None:
     """Check the numbers of a comparison before any work is done.
 
     Args:
@@ -144,19 +144,17 @@ def check_numbers(seeds: int, rows: int | None, lr: float | None, steps: int | N
         steps: Optimiser steps.
 
     Raises:
-        MechunlearnError: One is out of range, or there are steps without a learning rate.
+        MechunlearnError: One is out of range.
 
-    >>> check_numbers(1, 300, None, 50)
+    >>> check_numbers(0, 300, 1e-5, 50)
     Traceback (most recent call last):
-    mechunlearn.errors.MechunlearnError: Steps without a learning rate change little. Give lr too, or neither to search it.
+    mechunlearn.errors.MechunlearnError: 0 seeds are out of range. Expected 1 to 100.
     """
     for what, number, most in (("seeds", seeds, MOST_SEEDS), ("rows", rows, 10**6), ("steps", steps, 10**6)):
         if number is not None and not 1 <= number <= most:
             raise MechunlearnError(f"{number} {what} are out of range. Expected 1 to {most}.")
-    if lr is not None and not 0 < lr <= 1000:
+    if not 0 < lr <= 1000:
         raise MechunlearnError(f"A learning rate of {lr:g} is out of range. Expected above 0 and up to 1000, as 1e-5.")
-    if steps is not None and lr is None:
-        raise MechunlearnError("Steps without a learning rate change little. Give lr too, or neither to search it.")
 
 
 def _kept(scores: Scores) -> dict[str, Any]:

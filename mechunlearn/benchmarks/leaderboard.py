@@ -34,7 +34,7 @@ READING = (
     "seeds it is the median, with the smallest and the largest. *n*: seeds. In brackets: the 95 % interval over rows "
     "for one seed, of Student's t over seeds for several. All other splits: `results.csv`."
 )
-NO_GOLD = "No retain model was given, so there is no forget quality, and no row to compare with: give one (`--retain`)."
+NO_GOLD = "No retain model was given, so there is no forget quality, and no row to compare with: give one (--retain)."
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
 <style>body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2em; color: #222 }} table {{ border-collapse: collapse }}
 td, th {{ padding: .3em .8em; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top }}</style>
@@ -165,7 +165,7 @@ class Leaderboard:
         return f"TOFU, {self.about['forget']}"
 
     def _about(self) -> str:
-        gold = "" if any(row.method == RETAIN for row in self.rows) else f" {NO_GOLD.replace('`', '')}"
+        gold = "" if any(row.method == RETAIN for row in self.rows) else f" {NO_GOLD}"
         return f"{self.about.get('asked', '')}{gold}".strip()
 
     def _methods(self) -> Iterator[tuple[str, list[Row]]]:

@@ -23,7 +23,7 @@ SHORT = {"ga": "gradient_ascent", "gd": "gradient_difference", "ihl": "inverted_
 """What the literature calls some objectives."""
 NO_SUBJECT = ("direct_logit_attribution", "random_units")
 """Localizers that need no prompt with another subject."""
-SHARE = 0.05
+SHARE, LR, STEPS = 0.05, 1e-5, 50
 WRITTEN = re.compile(r"(?P<where>full|lora|masked:(?P<localizer>\w+)(?::(?P<share>[^:+]*))?)\+(?P<objective>\w+)")
 EXPECTED = (
     "Expected WHERE+OBJECTIVE: full+npo, lora+ihl, or masked:LOCALIZER:SHARE+npo such as masked:random_units:0.05+npo."
@@ -65,7 +65,7 @@ class Method:
         return self.function(model, forget, retain, **({"seed": seed} if self.seeded else {}))
 
 
-def method_of(given: str | Editor, lr: float | None = None, steps: int | None = None) -> Method:
+def method_of(given: str | Editor, lr: float = LR, steps: int = STEPS) -> Method:
     """Return a method, by its name or of a function.
 
     A name is `WHERE+OBJECTIVE`. WHERE is `full` (every head and neuron; embeddings and norms stay), `lora` (adapters of
@@ -76,7 +76,7 @@ def method_of(given: str | Editor, lr: float | None = None, steps: int | None = 
 
     Args:
         given: The name, or a function `(model, forget, retain) -> Edit` that may take `seed`.
-        lr: Learning rate. None, with `steps`: each editor searches the gentlest one that edits the questions.
+        lr: Learning rate.
         steps: Optimiser steps.
 
     Raises:

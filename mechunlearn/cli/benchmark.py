@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from mechunlearn.cli.options import Device, Dtype, Model, Seed
+from mechunlearn.cli.options import Device, Dtype, Model, Seed, Steps
 from mechunlearn.cli.shared import console, names, new_folder, open_model, resumable, say
 
 app = typer.Typer(help="Methods of unlearning side by side on a public benchmark.", no_args_is_help=True)
@@ -33,8 +33,8 @@ def tofu(
     ] = None,
     rows: Annotated[int, typer.Option(help="How many rows of each split to measure.")] = 300,
     seeds: Annotated[int, typer.Option(help="How often each method is run, with the seeds 0, 1, ...")] = 1,
-    lr: Annotated[float | None, typer.Option(help="Learning rate of all methods.", show_default="searched")] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps.", show_default="searched")] = None,
+    lr: Annotated[float, typer.Option(help="Learning rate of all methods; fewer weights need a larger one.")] = 1e-5,
+    steps: Steps = 50,
     device: Device = "cpu",
     dtype: Dtype = None,
 ) -> None:
@@ -47,6 +47,7 @@ def tofu(
     resumable(output, "about.json")
     from mechunlearn.benchmarks import tofu as benchmark
     from mechunlearn.benchmarks.compare import check_numbers, compare_methods, needed_splits
+    from mechunlearn.benchmarks.leaderboard import NO_GOLD
     from mechunlearn.benchmarks.methods import check_methods
 
     wanted, given = needed_splits(split), names(methods)
@@ -69,7 +70,9 @@ def tofu(
         steps=steps,
         rows=rows,
     )
-    say(repr(made.summary().T))
+    say(repr(made.summary().set_index("method").T))
+    if gold is None:
+        say(NO_GOLD)
     for name in ("results.csv", "results.html", "table.md", "table.tex", "open-unlearning"):
         console.print(f"{name:<16} {output / name}")
 
