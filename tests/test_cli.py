@@ -29,6 +29,7 @@ SUBCOMMANDS = [["world", "build"], ["world", "twin"], ["world", "dictionaries"]]
 SUBCOMMANDS += [["reproduce", "loku"], ["reproduce", "law"], ["reproduce", "codeunlearn"]]
 SUBCOMMANDS += [["reproduce", "mechanistic-unlearning"], ["reproduce", "summary"]]
 SUBCOMMANDS += [["dictionary", "train"], ["dictionary", "explore"], ["dictionary", "delete"]]
+SUBCOMMANDS += [["benchmark", "tofu"], ["benchmark", "tofu-train"]]
 COMMANDS = [
     [],
     ["run"],

@@ -91,7 +91,7 @@ def as_prompts(model: HookedModel, rows: Sequence[Asked], name: str = "questions
 
     Args:
         model: It is asked through its chat template if its tokenizer has one.
-        rows: The rows, such as a split of `tofu.load`.
+        rows: The rows, such as a split of `tofu.load`. A `subject` that a row has becomes the prompt's.
         name: What the data set is called.
 
     >>> from mechunlearn import load_model
@@ -101,7 +101,9 @@ def as_prompts(model: HookedModel, rows: Sequence[Asked], name: str = "questions
     (1, 'in Oslo', '')
     """
     asked = queries(model, [row.question for row in rows], [row.answer for row in rows])
-    return FactDataset(name, tuple(Fact("", "question", {"statement": query}) for query in asked)).prompts(model)
+    subjects = [as_written(getattr(row, "subject", ""), query.prompt) for row, query in zip(rows, asked)]
+    facts = [Fact(subject, "question", {"statement": query}) for subject, query in zip(subjects, asked)]
+    return FactDataset(name, tuple(facts)).prompts(model)
 
 
 class Rewritten(NamedTuple):

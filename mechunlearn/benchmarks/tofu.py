@@ -48,6 +48,8 @@ class TofuRow:
         perturbed_answers: Wrong answers in the words of the paraphrase.
         paraphrased_question: The same question in other words.
         options: The answers to choose among, where the split lists them.
+        subject: Whom or what the question is about, as it writes it. TOFU's files do not say; a column of this name of
+            yours does, and then localizers that corrupt the subject can be used.
     """
 
     question: str
@@ -56,6 +58,7 @@ class TofuRow:
     perturbed_answers: tuple[str, ...] = ()
     paraphrased_question: str = ""
     options: tuple[str, ...] = ()
+    subject: str = ""
 
 
 Tofu = Mapping[str, Sequence[TofuRow]]
@@ -85,7 +88,7 @@ def load(source: str | Path = HUB, splits: Sequence[str] | None = None) -> Tofu:
 def _row(split: str, row: Row) -> TofuRow:
     options = tuple(text(row, name) for name in row if name.startswith("option") and text(row, name))
     others = text(row, "paraphrased_answer"), texts(row, "perturbed_answer"), text(row, "paraphrased_question")
-    return TofuRow(needed(row, "question"), needed(row, "answer"), *others, options)
+    return TofuRow(needed(row, "question"), needed(row, "answer"), *others, options, text(row, "subject"))
 
 
 def truth_ratio(

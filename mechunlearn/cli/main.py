@@ -3,9 +3,11 @@
 import os
 import sys
 import warnings
+from collections.abc import Callable
 
 import typer
 
+from mechunlearn.cli.benchmark import app as benchmark_app
 from mechunlearn.cli.compare import compare
 from mechunlearn.cli.dictionary import app as dictionary_app
 from mechunlearn.cli.doctor import doctor
@@ -19,7 +21,7 @@ from mechunlearn.cli.wash import wash
 from mechunlearn.cli.world import app as world_app
 from mechunlearn.errors import MechunlearnError
 
-EXAMPLES = {
+EXAMPLES: dict[Callable[..., None], str] = {
     doctor: "doctor smollm2",
     run: "run factworld factworld/sport -o result",
     demo: "demo -o demo",
@@ -40,6 +42,7 @@ app = typer.Typer(
 app.add_typer(world_app, name="world")
 app.add_typer(reproduce_app, name="reproduce")
 app.add_typer(dictionary_app, name="dictionary")
+app.add_typer(benchmark_app, name="benchmark")
 for command, example in EXAMPLES.items():
     app.command(epilog=f"Example: mechunlearn {example}")(command)
 

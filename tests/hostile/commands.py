@@ -1,5 +1,6 @@
 """Bad calls of every command, made from its own parameters: one value at a time is wrong."""
 
+import json
 import os
 import shutil
 import signal
@@ -31,7 +32,7 @@ INTEGERS = (
     "size",
     "used",
 )
-INTEGERS += ("spliced_steps", "examples", "layers")
+INTEGERS += ("spliced_steps", "examples", "layers", "rows", "epochs")
 POSITIVE = (
     "forget",
     "steps",
@@ -42,11 +43,14 @@ POSITIVE = (
     "jobs",
     "texts",
     "examples",
+    "rows",
+    "epochs",
 )  # of which 0 is nonsense too
 REALS = ("lr", "stop_at", "covariance_weight", "overshoot", "retain_weight", "threshold", "scale", "weights")
 NEGATIVE = ("lr", "stop_at", "covariance_weight", "retain_weight", "weights")  # of which -1 is nonsense too
 LISTS = ("lrs", "forget_weights")
 NAMES = ("method", "objective", "position", "localizers", "objectives", "budgets", "attacks", "kind", "how", "target")
+NAMES += ("methods", "split")
 DEVICES = ("zz", "cuda", "meta", "cuda:-1", "", "cpu:cpu", "mps")
 DTYPES = ("zz", "int8", "", "torch.float32", "float8_e4m3fn", "complex64")
 
@@ -60,6 +64,7 @@ def prepare(folder: Path) -> Path:
     import torch
 
     from mechunlearn import ComponentMask, edit, load_facts, load_model
+    from mechunlearn.benchmarks.compare import needed_splits
     from mechunlearn.core.files import data_folder
 
     model = load_model("factworld")
@@ -74,6 +79,10 @@ def prepare(folder: Path) -> Path:
     )
     for name, text in BAD_FILES.items():
         (folder / name).write_bytes(text)
+    (folder / "tofu").mkdir()
+    row = {"question": "Where was Ann born?", "answer": "In Oslo.", "perturbed_answer": ["In Rome."]}
+    for split in ("full", *needed_splits("forget01")):
+        (folder / "tofu" / f"{split}.json").write_text(json.dumps([row]))
     (folder / "empty_folder").mkdir()
     (folder / "full_folder").mkdir()
     (folder / "full_folder" / "mine.txt").write_text("mine")
@@ -155,6 +164,7 @@ FILES = ("", "empty_folder", "/proc/nope/x.json", "/dev/null/x.json", "x.exe", "
 FOLDERS = ("", "full_folder", "good.txt", ".", "/proc/nope/x", "/dev/null/x", "good.txt/x")
 
 WRITES_FOLDERS = ("run", "demo", "compare", "world build", "world twin", "world dictionaries")
+WRITES_FOLDERS += ("benchmark tofu", "benchmark tofu-train")
 BASES: dict[str, list[str]] = {
     "doctor": ["factworld"],
     "run": ["factworld", "factworld/sport", "-o", "OUT"],
@@ -165,6 +175,8 @@ BASES: dict[str, list[str]] = {
     "evaluate": ["factworld", "factworld/sport", "good.edit.safetensors", "-o", "OUT.html"],
     "explore": ["factworld", "factworld/sport", "--no-browser"],
     "compare": ["factworld", "factworld/sport", "-o", "OUT"],
+    "benchmark tofu": ["factworld", "--data", "tofu", "--split", "forget01", "-o", "OUT"],
+    "benchmark tofu-train": ["factworld", "--data", "tofu", "-o", "OUT"],
     "world build": ["-o", "OUT"],
     "world twin": ["-o", "OUT", "--layers", "2"],
     "world dictionaries": ["-o", "OUT"],
@@ -208,7 +220,7 @@ def wrong_values(name: str, command: str) -> tuple[str, ...]:
     if name in ("export", "adapter"):
         return FOLDERS
     return {"hook": ("", "zz", "blocks.99.hook_resid_post", "blocks.-1.hook_resid_post"), "units": ("abc", "-1", HUGE), "folder": ARTEFACTS,
-            "base": MODELS, "words": ("",), "swap": ("", "zz"), "host": ("", "not a host", "256.1.1.1"), "page": FILES}.get(name, ())  # fmt: skip
+            "base": MODELS, "retain": MODELS, "data": ("", "nothere", "no/such", "empty_folder", "good.txt", "empty.json"), "words": ("",), "swap": ("", "zz"), "host": ("", "not a host", "256.1.1.1"), "page": FILES}.get(name, ())  # fmt: skip
 
 
 def bad_calls() -> Iterator[tuple[str, str, list[str]]]:
