@@ -46,8 +46,8 @@ def compare_methods(
     """Edit a model that was finetuned on TOFU by each method and seed, and measure it with `tofu.evaluate`.
 
     A run that was stopped or killed goes on where it was when it is called again: each finished cell is kept in the
-    folder and made once. Methods, seeds and a retain model can be added later. What fails is a row with its reason; it
-    is not tried again.
+    folder and made once. Methods, seeds and a retain model can be added later. What fails is a row with its reason, and
+    the next call tries it again.
 
     Args:
         model: The full model: finetuned on `full` (see docs/benchmarks.md). An untrained one has nothing to forget.
@@ -99,19 +99,20 @@ def compare_methods(
     cells = [(each, seed) for each, seed in product(made, range(seeds)) if each.seeded or not seed]
 
     def work(method: Method, seed: int) -> dict[str, Any]:
-        try:
-            edit = method(model, sets[0], sets[1], seed)
-            if edit.card.stopped == "interrupted":
-                raise KeyboardInterrupt
-            with edit.applied(model):
-                return _kept(evaluate(model)) | {"share": _share(edit, model)}
-        except Exception as error:  # one method of many, perhaps a user's own: the others go on
-            named = "" if isinstance(error, MechunlearnError) else f"{type(error).__name__}: "
-            return {"note": f"{named}{error}"}
+        edit = method(model, sets[0], sets[1], seed)
+        if edit.card.stopped == "interrupted":
+            raise KeyboardInterrupt
+        with edit.applied(model):
+            return _kept(evaluate(model)) | {"share": _share(edit, model)}
 
     for each, seed in track(cells, "methods", progress=progress):
         described = {"method": each.name, "seed": seed} | ({"code": each.code} if each.code else {})
-        found.append((each.name, seed, grid.cell(described, partial(work, each, seed))))
+        try:
+            cell = grid.cell(described, partial(work, each, seed))
+        except Exception as error:  # one method of many, perhaps a user's own: the others go on
+            named = "" if isinstance(error, MechunlearnError) else f"{type(error).__name__}: "
+            cell = {"note": f"{named}{error}"}
+        found.append((each.name, seed, cell))
     board = Leaderboard(tuple(_rows(found, forget)), about | {"asked": how_asked(model)})
     board.save(folder)
     return board
