@@ -200,7 +200,10 @@ def test_accumulated_batches_weigh_as_one(way, tmp_path):
         trainer = UnlearningTrainer(hf, arguments, loss=losses.simnpo, retain_weight=0, train_dataset=ROWS)
         expected = sum(single) / 4
     else:
-        rows, collator = [row["forget"] for row in ROWS], lambda rows: collate([{"forget": row} for row in rows])["forget"]
+        rows, collator = (
+            [row["forget"] for row in ROWS],
+            lambda rows: collate([{"forget": row} for row in rows])["forget"],
+        )
         function = loss_function(losses.simnpo)
         trainer = transformers.Trainer(hf, arguments, collator, rows, compute_loss_func=function)
         tokens = [sum(label != -100 for label in row["labels"]) for row in rows]
@@ -211,7 +214,9 @@ def test_accumulated_batches_weigh_as_one(way, tmp_path):
 
 def test_the_evaluation_set_is_measured_by_the_objective(tmp_path):
     hf = random_hf("llama")
-    trainer = UnlearningTrainer(hf, settings(tmp_path), loss=losses.inverted_hinge, train_dataset=ROWS, eval_dataset=ROWS[:3])
+    trainer = UnlearningTrainer(
+        hf, settings(tmp_path), loss=losses.inverted_hinge, train_dataset=ROWS, eval_dataset=ROWS[:3]
+    )
     trainer.log = lambda *_: None
     expected = hinge(hf, hf, ROWS[:3]) + ce(hf, ROWS[:3], "retain")
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), rel=1e-4)
@@ -221,7 +226,11 @@ def test_rows_are_the_prompts_with_their_answers(world, sport):
     forget, retain = (prompts.select(range(count)) for prompts, count in zip(sport, (2, 5), strict=True))
     rows = paired(forget, retain)
     assert len(rows) == 5 and rows[0]["forget"] == rows[2]["forget"] != rows[1]["forget"]
-    for part, prompts, word in (("forget", forget, "answer"), ("retain", retain, "answer"), ("target", forget, "target")):
+    for part, prompts, word in (
+        ("forget", forget, "answer"),
+        ("retain", retain, "answer"),
+        ("target", forget, "target"),
+    ):
         for row, query in zip(rows, prompts.queries, strict=False):
             text, scored = (world.tokenizer.decode([i for i in row[part][name] if i != -100]) for name in row[part])
             assert text.endswith(f"{query.prompt} {getattr(query, word)}") and scored.strip() == getattr(query, word)
@@ -233,7 +242,9 @@ def test_a_datasets_table_keeps_its_parts(tmp_path):
     """Trainer drops columns that the model does not know."""
     datasets = pytest.importorskip("datasets")
     hf = random_hf("llama")
-    trainer = UnlearningTrainer(hf, settings(tmp_path, max_steps=1), loss=losses.npo, train_dataset=datasets.Dataset.from_list(ROWS))
+    trainer = UnlearningTrainer(
+        hf, settings(tmp_path, max_steps=1), loss=losses.npo, train_dataset=datasets.Dataset.from_list(ROWS)
+    )
     assert len(reported(trainer)) == 1
 
 
@@ -244,8 +255,12 @@ def test_adapters_of_the_masked_matrices_move_and_no_other_weight(tmp_path):
     torch.manual_seed(0)
     adapted = peft.get_peft_model(hf, mask.to_lora_config(r=2))
     adapters = {name: p.detach().clone() for name, p in adapted.named_parameters() if p.requires_grad}
-    found = reported(UnlearningTrainer(adapted, settings(tmp_path, weight_decay=0.1), loss=losses.npo, train_dataset=ROWS))
-    assert found[0] == pytest.approx(20 * torch.log(torch.tensor(2.0)).item() + ce(random_hf("llama"), ROWS, "retain").item(), rel=1e-4)
+    found = reported(
+        UnlearningTrainer(adapted, settings(tmp_path, weight_decay=0.1), loss=losses.npo, train_dataset=ROWS)
+    )
+    assert found[0] == pytest.approx(
+        20 * torch.log(torch.tensor(2.0)).item() + ce(random_hf("llama"), ROWS, "retain").item(), rel=1e-4
+    )
     assert found[2] < found[0]
     assert {re.search(r"layers\.\d+\.\w+\.\w+", name)[0] for name in adapters} == {
         "layers.1.mlp.down_proj",
@@ -257,6 +272,17 @@ def test_adapters_of_the_masked_matrices_move_and_no_other_weight(tmp_path):
         else:
             plain = name.removeprefix("base_model.model.").replace("base_layer.", "")
             assert torch.equal(parameter, before[plain]), name
+
+
+def test_the_unedited_model_is_a_copy_of_a_model_with_a_forward_of_its_own(tmp_path):
+    """TRL puts one on the model, which calls the original's: a deep copy of it would train with the model."""
+    hf = random_hf("llama")
+    original = hf.forward
+    hf.forward = types.MethodType(lambda self, *args, **given: original(*args, **given), hf)
+    given = {"loss": losses.npo, "retain_weight": 0, "train_dataset": ROWS}
+    patched = reported(UnlearningTrainer(hf, settings(tmp_path, **SGD), **given))
+    plain = reported(UnlearningTrainer(random_hf("llama"), settings(tmp_path, **SGD), **given))
+    assert patched == plain and plain[2] < plain[0]
 
 
 @pytest.fixture
@@ -295,7 +321,9 @@ def test_the_handler_for_open_unlearning_keeps_to_the_mask(tmp_path, monkeypatch
     """Their package is not on the index: a stand-in has the documented layout, a Trainer with `method_args` as keywords."""
 
     class NPO(transformers.Trainer):
-        def __init__(self, beta=1.0, alpha=1.0, gamma=1.0, retain_loss_type="NLL", evaluators=None, template_args=None, **kwargs):
+        def __init__(
+            self, beta=1.0, alpha=1.0, gamma=1.0, retain_loss_type="NLL", evaluators=None, template_args=None, **kwargs
+        ):
             super().__init__(**kwargs)
             self.beta, self.reference = beta, copy.deepcopy(self.model)
 
@@ -313,7 +341,13 @@ def test_the_handler_for_open_unlearning_keeps_to_the_mask(tmp_path, monkeypatch
     arguments = settings(tmp_path, weight_decay=0.1, remove_unused_columns=False)
     method = {"mask": str(tmp_path / "mask.json"), "beta": 0.1, "alpha": 1.0}
     trainer = theirs["MaskedNPO"](
-        model=hf, args=arguments, train_dataset=ROWS, data_collator=collate, evaluators=None, template_args=None, **method
+        model=hf,
+        args=arguments,
+        train_dataset=ROWS,
+        data_collator=collate,
+        evaluators=None,
+        template_args=None,
+        **method,
     )
     assert trainer.beta == 0.1
     trainer.train()
@@ -336,7 +370,9 @@ def test_mistakes_are_told():
     for words, (batch, loss, given) in cases.items():
         with pytest.raises(MechunlearnError, match=words):
             batch_loss(hf, batch, loss, **given)
-    with pytest.raises(MechunlearnError, match="'npo' asks for reference, and compute_loss_func is given outputs and labels"):
+    with pytest.raises(
+        MechunlearnError, match="'npo' asks for reference, and compute_loss_func is given outputs and labels"
+    ):
         loss_function(losses.npo)
     some = token_prompts()
     with pytest.raises(MechunlearnError, match="The retain set is empty"):

@@ -79,7 +79,7 @@ class UnlearningTrainer(Trainer):
     ) -> None:
         self.loss, self.retain_loss, self.retain_weight, self.mask = loss, retain_loss, retain_weight, mask
         asked = losses.needs(loss) | (losses.needs(retain_loss) if retain_weight else frozenset())
-        self.reference = copy.deepcopy(model).eval() if any("reference" in name for name in asked) else None
+        self.reference = _copied(model) if any("reference" in name for name in asked) else None
         super().__init__(model=model, args=args, data_collator=data_collator or collate, **settings)
         self.model_accepts_loss_kwargs = False  # a mean over the batch: the Trainer divides when it accumulates
         if self.reference is not None and self.place_model_on_device:
@@ -253,6 +253,15 @@ def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Int[Tensor
             "labels": padded(part, "labels", IGNORED),
         }
     return batch
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """Return a copy that is not trained. A `forward` that somebody put on a module, as TRL does, still calls the original's."""
+    copied = copy.deepcopy(model).eval()
+    for module in copied.modules():
+        if not hasattr(module, "_hf_hook"):  # accelerate's, which a copy keeps for itself
+            module.__dict__.pop("forward", None)
+    return copied
 
 
 def _called(
