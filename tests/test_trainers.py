@@ -7,6 +7,7 @@ import types
 from functools import partial
 from pathlib import Path
 
+import datasets
 import peft
 import pytest
 import torch
@@ -39,13 +40,13 @@ def pairs(count: int = 4, vocabulary: int = 97) -> list[dict]:
 ROWS = pairs()
 
 
-def settings(folder, **changed) -> transformers.TrainingArguments:
+def settings(folder, kind=transformers.TrainingArguments, **changed) -> transformers.TrainingArguments:
     given = {
         "output_dir": str(folder), "max_steps": 3, "per_device_train_batch_size": 4, "logging_steps": 1, "use_cpu": True,
         "disable_tqdm": True, "report_to": "none", "save_strategy": "no", "learning_rate": 1e-2, "seed": 1,
         "lr_scheduler_type": "constant",
     }  # fmt: skip
-    return transformers.TrainingArguments(**{**given, **changed})
+    return kind(**{**given, **changed})
 
 
 SGD = {"optim": "sgd", "max_grad_norm": 0.0, "learning_rate": 0.1}
@@ -212,6 +213,16 @@ def test_accumulated_batches_weigh_as_one(way, tmp_path):
     assert reported(trainer) == pytest.approx([expected], rel=1e-4)
 
 
+def test_a_row_without_an_answer_counts_for_nothing():
+    hf, silent = random_hf("llama"), {"forget": {"input_ids": [3, 4, 5], "labels": [-100] * 3}}
+    rows = [{"forget": row["forget"]} for row in ROWS]
+    given = {"reference": random_hf("gpt2"), "retain_weight": 0}
+    with_it, without = (
+        batch_loss(hf, collate(of), losses.npo, **given) for of in ([*rows[:2], silent, *rows[2:]], rows)
+    )
+    assert with_it.item() == pytest.approx(without.item(), rel=1e-5)
+
+
 def test_the_evaluation_set_is_measured_by_the_objective(tmp_path):
     hf = random_hf("llama")
     trainer = UnlearningTrainer(
@@ -240,7 +251,6 @@ def test_rows_are_the_prompts_with_their_answers(world, sport):
 
 def test_a_datasets_table_keeps_its_parts(tmp_path):
     """Trainer drops columns that the model does not know."""
-    datasets = pytest.importorskip("datasets")
     hf = random_hf("llama")
     trainer = UnlearningTrainer(
         hf, settings(tmp_path, max_steps=1), loss=losses.npo, train_dataset=datasets.Dataset.from_list(ROWS)
@@ -296,10 +306,14 @@ def test_trl_minimises_the_same(trl, world, tmp_path):
 
     hf, plain, rows = copy.deepcopy(world.hf), world.hf, pairs(4, 90)
     mask, before = ComponentMask.of(["L1.mlp.out[3]", "L2.attn.q[0]"], world.signature), weights(hf)
-    given = settings(tmp_path, weight_decay=0.1).to_dict() | {"bf16": False, "gradient_checkpointing": False}
-    known = {key: given[key] for key in ("output_dir", "max_steps", "per_device_train_batch_size", "logging_steps", "use_cpu", "disable_tqdm", "report_to", "save_strategy", "learning_rate", "seed", "weight_decay", "bf16", "gradient_checkpointing")}  # fmt: skip
-    arguments = trl.SFTConfig(**known, dataset_kwargs={"skip_prepare_dataset": True})
-    trainer = Mine(hf, arguments, loss=losses.npo, mask=mask, train_dataset=rows, processing_class=world.tokenizer)
+    trainer = Mine(
+        hf,
+        settings(tmp_path, trl.SFTConfig, weight_decay=0.1, bf16=False, dataset_kwargs={"skip_prepare_dataset": True}),
+        loss=losses.npo,
+        mask=mask,
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=world.tokenizer,
+    )
     found = reported(trainer)
     assert found[0] == pytest.approx((npo(plain, plain, rows) + ce(plain, rows, "retain")).item(), rel=1e-4)
     assert found[2] != pytest.approx(found[0], rel=1e-4)

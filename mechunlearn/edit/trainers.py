@@ -81,7 +81,6 @@ class UnlearningTrainer(Trainer):
         asked = losses.needs(loss) | (losses.needs(retain_loss) if retain_weight else frozenset())
         self.reference = _copied(model) if any("reference" in name for name in asked) else None
         super().__init__(model=model, args=args, data_collator=data_collator or collate, **settings)
-        self.model_accepts_loss_kwargs = False  # a mean over the batch: the Trainer divides when it accumulates
         if self.reference is not None and self.place_model_on_device:
             self.reference.to(self.args.device)
 
