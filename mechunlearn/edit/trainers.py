@@ -65,6 +65,8 @@ class UnlearningTrainer(Trainer):
     2
     """
 
+    _signature_columns: Any
+
     def __init__(
         self,
         model: nn.Module,
@@ -91,7 +93,8 @@ class UnlearningTrainer(Trainer):
             args: Arguments of `Trainer.train`.
             kwargs: The same by name.
         """
-        with nullcontext() if self.mask is None else self.mask.restrict_(self.model):
+        trained: Any = self.model
+        with nullcontext() if self.mask is None else self.mask.restrict_(trained):
             return super().train(*args, **kwargs)
 
     def compute_loss(
