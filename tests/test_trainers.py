@@ -1,6 +1,7 @@
 """Objectives in trainers of others: their losses by hand from plain passes, row by row; and nothing outside the mask moves."""
 
 import copy
+import math
 import re
 import sys
 import types
@@ -17,7 +18,6 @@ from torch.nn.functional import logsigmoid
 from mechunlearn import ComponentMask, MechunlearnError
 from mechunlearn.edit import losses
 from mechunlearn.edit.trainers import UnlearningTrainer, batch_loss, collate, loss_function, paired
-from mechunlearn.model.layout import Layout
 from tests.models import random_hf, token_prompts
 from tests.test_portability import assert_kept, mask_for, weights
 
@@ -135,10 +135,7 @@ BY_HAND = {
     "simnpo": ({"loss": losses.simnpo}, lambda *of: simnpo(*of) + ce(of[0], of[2], "retain")),
     "preference": ({"loss": losses.preference}, lambda *of: preference(*of) + ce(of[0], of[2], "retain")),
     "hinge": ({"loss": losses.inverted_hinge}, lambda *of: hinge(*of) + ce(of[0], of[2], "retain")),
-    "gradient difference": (
-        {"loss": losses.gradient_difference},
-        lambda hf, before, rows: ce(hf, rows, "retain") - ce(hf, rows, "forget"),
-    ),
+    "gradient difference": ({"loss": losses.gradient_difference}, lambda hf, _, rows: ce(hf, rows, "retain") - ce(hf, rows, "forget")),
     "rmu": (
         {"loss": partial(losses.rmu, layer=1), "retain_loss": partial(losses.rmu_retain, layer=1), "retain_weight": 3},
         rmu,
@@ -201,11 +198,11 @@ def test_accumulated_batches_weigh_as_one(way, tmp_path):
         trainer = UnlearningTrainer(hf, arguments, loss=losses.simnpo, retain_weight=0, train_dataset=ROWS)
         expected = sum(single) / 4
     else:
-        rows, collator = (
-            [row["forget"] for row in ROWS],
-            lambda rows: collate([{"forget": row} for row in rows])["forget"],
-        )
-        function = loss_function(losses.simnpo)
+        rows, function = [row["forget"] for row in ROWS], loss_function(losses.simnpo)
+
+        def collator(rows):
+            return collate([{"forget": row} for row in rows])["forget"]
+
         trainer = transformers.Trainer(hf, arguments, collator, rows, compute_loss_func=function)
         tokens = [sum(label != -100 for label in row["labels"]) for row in rows]
         expected = sum(one * count for one, count in zip(single, tokens, strict=True)) / sum(tokens)
@@ -237,11 +234,8 @@ def test_rows_are_the_prompts_with_their_answers(world, sport):
     forget, retain = (prompts.select(range(count)) for prompts, count in zip(sport, (2, 5), strict=True))
     rows = paired(forget, retain)
     assert len(rows) == 5 and rows[0]["forget"] == rows[2]["forget"] != rows[1]["forget"]
-    for part, prompts, word in (
-        ("forget", forget, "answer"),
-        ("retain", retain, "answer"),
-        ("target", forget, "target"),
-    ):
+    asked = (("forget", forget, "answer"), ("retain", retain, "answer"), ("target", forget, "target"))
+    for part, prompts, word in asked:
         for row, query in zip(rows, prompts.queries, strict=False):
             text, scored = (world.tokenizer.decode([i for i in row[part][name] if i != -100]) for name in row[part])
             assert text.endswith(f"{query.prompt} {getattr(query, word)}") and scored.strip() == getattr(query, word)
@@ -252,9 +246,8 @@ def test_rows_are_the_prompts_with_their_answers(world, sport):
 def test_a_datasets_table_keeps_its_parts(tmp_path):
     """Trainer drops columns that the model does not know."""
     hf = random_hf("llama")
-    trainer = UnlearningTrainer(
-        hf, settings(tmp_path, max_steps=1), loss=losses.npo, train_dataset=datasets.Dataset.from_list(ROWS)
-    )
+    table = datasets.Dataset.from_list(ROWS)
+    trainer = UnlearningTrainer(hf, settings(tmp_path, max_steps=1), loss=losses.npo, train_dataset=table)
     assert len(reported(trainer)) == 1
 
 
@@ -265,17 +258,12 @@ def test_adapters_of_the_masked_matrices_move_and_no_other_weight(tmp_path):
     torch.manual_seed(0)
     adapted = peft.get_peft_model(hf, mask.to_lora_config(r=2))
     adapters = {name: p.detach().clone() for name, p in adapted.named_parameters() if p.requires_grad}
-    found = reported(
-        UnlearningTrainer(adapted, settings(tmp_path, weight_decay=0.1), loss=losses.npo, train_dataset=ROWS)
-    )
-    assert found[0] == pytest.approx(
-        20 * torch.log(torch.tensor(2.0)).item() + ce(random_hf("llama"), ROWS, "retain").item(), rel=1e-4
-    )
-    assert found[2] < found[0]
-    assert {re.search(r"layers\.\d+\.\w+\.\w+", name)[0] for name in adapters} == {
-        "layers.1.mlp.down_proj",
-        "layers.2.self_attn.o_proj",
-    }
+    arguments = settings(tmp_path, weight_decay=0.1)
+    found = reported(UnlearningTrainer(adapted, arguments, loss=losses.npo, train_dataset=ROWS))
+    expected = 20 * math.log(2) + ce(random_hf("llama"), ROWS, "retain").item()  # a new adapter changes nothing
+    assert found[0] == pytest.approx(expected, rel=1e-4) and found[2] < found[0]
+    matrices = {re.search(r"layers\.(\d+\.\w+\.\w+)", name)[1] for name in adapters}
+    assert matrices == {"1.mlp.down_proj", "2.self_attn.o_proj"}
     for name, parameter in adapted.named_parameters():
         if name in adapters:
             assert not torch.equal(parameter, adapters[name]), name
@@ -396,8 +384,7 @@ def test_mistakes_are_told():
 @pytest.mark.real
 def test_smollm2_reports_the_objective_and_keeps_what_is_not_masked(smollm2, tmp_path):
     hf = copy.deepcopy(smollm2.hf)
-    layer = Layout.of(hf.config).signature.layers // 2
-    mask = ComponentMask.of([f"L{layer}.mlp.out[7]", f"L{layer}.attn.q[0]"], smollm2.signature)
+    mask = ComponentMask.of(["L15.mlp.out[7]", "L15.attn.q[0]"], smollm2.signature)
     ask = (("The capital of France is", " Paris"), ("The capital of Japan is", " Tokyo"), ("Two and two is", " four"))
     rows = []
     for question, answer in ask:
