@@ -52,13 +52,14 @@ class UnlearningTrainer(Trainer):
     Raises:
         MechunlearnError: If a loss asks for something that cannot be given.
 
+    >>> from tempfile import mkdtemp
     >>> from transformers import TrainingArguments
     >>> from mechunlearn.world.toy import planted_facts
     >>> toy = planted_facts()
     >>> mask = ComponentMask.of([str(toy.neuron(0))], toy.model.signature)
     >>> rows = paired(toy.prompts([0]), toy.prompts([1, 2]))
     >>> quiet = {"use_cpu": True, "disable_tqdm": True, "report_to": "none", "save_strategy": "no"}
-    >>> settings = TrainingArguments("run", max_steps=2, logging_steps=1, learning_rate=0.1, **quiet)
+    >>> settings = TrainingArguments(mkdtemp(), max_steps=2, logging_steps=1, learning_rate=0.1, **quiet)
     >>> trainer = UnlearningTrainer(toy.model.hf, settings, loss=losses.npo, mask=mask, train_dataset=rows)
     >>> trainer.log = lambda *_: None  # or a line a step
     >>> trainer.train().global_step
