@@ -36,7 +36,7 @@ LONG = {
     "activation_perturbation", "bad_calls", "cli", "cli_dictionary", "codeunlearn", "compare",
     "dictionary_training", "doctor", "evaluation", "explore_page", "extending", "faults", "feature_discovery",
     "jupyter", "law", "mechanistic_unlearning", "plots", "portability", "prompting", "relearning",
-    "report_page", "reproduce", "robustness", "same", "soft_prompt", "users_models", "washing", "workbench",
+    "report_page", "reproduce", "robustness", "same", "soft_prompt", "trainers", "users_models", "washing", "workbench",
     "workflow", "world",
 }
 # fmt: on
