@@ -94,9 +94,7 @@ class TestPaths:
             assert found.scores[f"L{layer}.mlp.out"].tolist() == pytest.approx([expected] * planted.D_MLP)
         best = 1 if shares["m1"] > shares["m3"] else 3
         assert found.evidence["window"] == [best, best]
-        assert found.note.startswith(
-            f"look-up window: MLP {best} to {best} (also above the threshold: {4 - best}); MLP 0"
-        )
+        assert found.note.startswith(f"look-up window: MLP {best} (also above the threshold: {4 - best}); MLP 0")
         assert "writes the same for the token alone: token identity, left out" in found.note
 
     def test_a_look_up_that_needs_no_context_is_kept_where_it_is_all_there_is(self, toy):
@@ -134,9 +132,9 @@ class TestProbe:
         answers[:2, 0] = torch.tensor([4, 5])  # one fact each
         found = fact_lookup(toy.model, replace(prompts, answers=answers), seed=2)
         assert found.evidence["dropped"] == 2 and found.evidence["train"] + found.evidence["test"] == 22
-        assert found.note == "look-up window: MLP 0 to 0; 2 of 24 facts have a rare answer and were left out"
+        assert found.note == "look-up window: MLP 0; 2 of 24 facts have a rare answer and were left out"
         whole = fact_lookup(toy.model, prompts, seed=2)
-        assert whole.evidence["dropped"] == 0 and whole.note == "look-up window: MLP 0 to 0"
+        assert whole.evidence["dropped"] == 0 and whole.note == "look-up window: MLP 0"
 
     def test_facts_that_share_no_answers_are_refused(self, toy):
         prompts = toy.prompts()

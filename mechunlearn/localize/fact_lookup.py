@@ -85,7 +85,8 @@ def fact_lookup(
         scores[f"L{layer}.mlp.out"] += share
     window = max(_runs(sorted(shares)), key=lambda run: sum(shares[layer] for layer in run), default=[])
     also = [layer for layer in sorted(shares) if layer not in window]
-    note = f"look-up window: MLP {window[0]} to {window[-1]}" if window else "no window found"
+    ends = dict.fromkeys((window[0], window[-1])) if window else ()
+    note = f"look-up window: MLP {' to '.join(map(str, ends))}" if window else "no window found"
     note += f" (also above the threshold: {', '.join(map(str, also))})" if also else ""
     evidence |= {"layers": sorted(shares), "window": [window[0], window[-1]] if window else None}
     return localization(model, scores, evidence, ("; " if window else ": ").join(filter(None, [note, said])))

@@ -41,7 +41,7 @@ def probe_curve(found: Localization) -> go.Figure:
             fillcolor=COLOURS[2],
             opacity=0.2,
             line_width=0,
-            annotation_text=f"look-up window: MLP {window[0]} to {window[1]}",
+            annotation_text=f"look-up window: MLP {' to '.join(map(str, dict.fromkeys(window)))}",
             annotation_position="bottom left",
         )
     figure.add_scatter(
