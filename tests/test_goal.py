@@ -13,7 +13,6 @@ from mechunlearn.artifacts.mask import ComponentMask
 from mechunlearn.edit import fisher_lora, losses, masked_gradient, memit, mlp_washing, null_space
 from mechunlearn.edit.goal import Goal, Judge, Reached
 from mechunlearn.edit.objective import HELD_LADDER, STEPS
-from mechunlearn.evaluation.cells import neutral_texts
 from mechunlearn.metrics.answers import measure
 from mechunlearn.model.samples import own_texts
 from mechunlearn.training.inputs import TopLayers
@@ -186,11 +185,11 @@ def test_text_is_held_by_its_kl_unless_asked_otherwise(world, sport):
 @pytest.mark.real
 def test_a_real_model_keeps_its_text_while_its_facts_change(smollm2):
     """Few steps: the rate is the goal's gentlest, and what is not trained hardly moves."""
-    known = mu.load_facts("countries/capital")[:40].known(smollm2)
+    known = mu.load_facts("countries/capital")[:60].known(smollm2)
     forget, retain = known.prompts(smollm2).split(forget=4, retain=6, seed=0)
     mask = ComponentMask.of([f"L{layer}.mlp.out" for layer in range(16, 20)], smollm2.signature)
     gentle = float(HELD_LADDER[0] * smollm2.rows("L17.mlp.out").float().square().mean().sqrt())
-    edit = masked_gradient(smollm2, mask, forget, retain, lr=gentle, steps=4, texts=neutral_texts()[:4])
+    edit = masked_gradient(smollm2, mask, forget, retain, lr=gentle, steps=4)
     terms = edit.card.trajectory
     assert terms[-1]["forget"] < terms[0]["forget"] and terms[0]["text"] == pytest.approx(0, abs=1e-4)
     with edit.applied(smollm2):

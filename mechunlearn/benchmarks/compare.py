@@ -87,7 +87,7 @@ def compare_methods(
     about: dict[str, Any] = {"benchmark": "tofu", "model": repr(model), "weights": model.fingerprint}
     about |= {"data": digest(repr([(split, tuple(data[split])) for split in wanted])), "forget": forget}
     about |= {"lr": lr, "steps": steps, "rows": rows, "tokens": tokens, "versions": RunCard("tofu").versions}
-    grid = _opened(Path(folder), about)
+    grid = Grid.open_alone(Path(folder), about)
     evaluate = partial(
         tofu.evaluate, data=data, forget=forget, tokens=tokens, rows=rows, batch_size=batch_size, progress=progress
     )
@@ -195,13 +195,3 @@ def _share(edit: Edit, model: HookedModel) -> float:
     if not isinstance(edit, WeightEdit):
         return float("nan")
     return edit.mask.weights(model) / ComponentMask.everything(model).weights(model)
-
-
-def _opened(folder: Path, about: Mapping[str, Any]) -> Grid:
-    """The grid in a folder; one that holds other things, and no grid, is refused before anything is written to it."""
-    others = sorted(path.name for path in folder.glob("[!.]*"))
-    if others and "about.json" not in others:
-        raise MechunlearnError(
-            f"'{folder}' holds {others[0]} and no grid. Give a new or empty folder, or that of a stopped run."
-        )
-    return Grid.open(folder, about)

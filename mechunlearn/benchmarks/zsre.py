@@ -136,7 +136,7 @@ def token_accuracy(
         MechunlearnError: The model has no tokenizer, or an answer is empty.
 
     >>> from mechunlearn import load_model
-    >>> token_accuracy(load_model("factworld"), [("The capital of", "no country that there is")]).shape
+    >>> token_accuracy(load_model("factworld"), [("The capital of", "a country")]).shape
     torch.Size([1])
     """
     queries = [Query(question, answer) for question, answer in asked]

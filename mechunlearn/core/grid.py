@@ -65,6 +65,24 @@ class Grid:
             )
         return cls(Path(folder), digest(_canonical(given)))
 
+    @classmethod
+    def open_alone(cls, folder: str | Path, about: Mapping[str, Any]) -> "Grid":
+        """Start or resume a grid as `open` does, in a folder that holds nothing else.
+
+        Args:
+            folder: Where the grid lies, or will lie.
+            about: What all cells share.
+
+        Raises:
+            MechunlearnError: As `open` does; and if the folder holds other things and no grid. Nothing is written then.
+        """
+        others = sorted(path.name for path in Path(folder).glob("[!.]*"))
+        if others and "about.json" not in others:
+            raise MechunlearnError(
+                f"'{folder}' holds {others[0]} and no grid. Give a new or empty folder, or that of a stopped run."
+            )
+        return cls.open(folder, about)
+
     def cell(self, description: Mapping[str, Any], work: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
         """Return the result of a cell: the stored one, or that of `work()`, which is then stored.
 

@@ -106,7 +106,7 @@ def compare(
     }
     about |= {"seeds": seeds, "forget": forget, "steps": steps, "validation": validation, "attack": attack}
     about["versions"] = RunCard("compare").versions
-    grid = _opened(Path(folder), about)
+    grid = Grid.open_alone(Path(folder), about)
     work = partial(_cell, sets, grid, steps, attack)
     arms = [dict(zip(ARM, arm, strict=True)) for arm in product(*(names[f"{name}s"] for name in ARM))]
     settings = [{"lr": lr, "forget_weight": weight} for lr, weight in product(names["lrs"], names["forget_weights"])]
@@ -295,16 +295,6 @@ def _side_effects(model: HookedModel, forget: Prompts, aimed: bool | None = None
 
 def _average(values: Tensor) -> float:
     return float(values.double().mean())
-
-
-def _opened(folder: Path, about: Mapping[str, Any]) -> Grid:
-    """The grid in a folder; one that holds other things, and no grid, is refused before anything is written to it."""
-    others = sorted(path.name for path in folder.glob("[!.]*"))
-    if others and "about.json" not in others:
-        raise MechunlearnError(
-            f"'{folder}' holds {others[0]} and no grid. Give a new or empty folder, or that of a stopped run."
-        )
-    return Grid.open(folder, about)
 
 
 def _share(budget: float | str) -> str:
