@@ -120,7 +120,7 @@ def test_so_of_other_languages_a_long_prompt_and_a_number(smollm2_gold):
     rows = [
         {"subject": "中国", "prompt": "{}的首都是", "answer": "北京"},
         {"subject": "مصر", "prompt": "عاصمة {} هي", "answer": "القاهرة"},
-        {"subject": "Anna", "prompt": "The bus was late again. " * 12 + "The age of {} is", "answer": "42"},
+        {"subject": "Anna", "prompt": "The bus was late again. " * 60 + "The age of {} is", "answer": "42"},
     ]
     agrees(model, gold, edit, load_facts(rows).prompts(model), layers=SOME)
 

@@ -190,7 +190,7 @@ def test_the_same_seed_gives_the_same_weights(tmp_path):
 
 @pytest.mark.parametrize("way", ["trainer", "function"])
 def test_accumulated_batches_weigh_as_one(way, tmp_path):
-    """The Trainer divides means by the number of batches; a function is told the tokens of all of them."""
+    """The Trainer divides means by the number of batches; a loss function is given the token count of all batches."""
     hf = random_hf("llama")
     arguments = settings(tmp_path, max_steps=1, per_device_train_batch_size=1, gradient_accumulation_steps=4, **SGD)
     single = [simnpo(hf, hf, [row]).item() for row in ROWS]
