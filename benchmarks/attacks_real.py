@@ -2,7 +2,8 @@
 
 Attacks facts that the model knows: without an edit (the ceiling), after an edit of the last layer alone, which hides them, and facts
 that the model does not know (the floor). For attacks that train, `taught` is the share of unknown facts that the best budget taught (the
-positive control: .9 or more). Prints a table with CPU and wall-clock seconds; what is finished is kept in FOLDER, and a second run goes on.
+positive control: .9 or more). Prints a table with CPU and wall-clock seconds; what is finished is kept in FOLDER, and a second run goes on (of
+an attack that was cut off, the seconds of its last run are counted). The outcome in the table is corrected for all attacks by Holm's method.
 """
 
 import argparse
@@ -58,7 +59,7 @@ def main() -> None:
     print(
         f"{asked.model}, {asked.facts}: {len(known)} known, {len(unknown)} unknown, {len(forget)} hidden by layer {last}"
     )
-    rows, timed = dict[str, pd.DataFrame](), asked.output / "seconds.json"
+    rows, failed, timed = dict[str, pd.DataFrame](), dict[str, str](), asked.output / "seconds.json"
     asked.output.mkdir(parents=True, exist_ok=True)
     seconds = json.loads(timed.read_text()) if timed.exists() else {}
     made = []
@@ -69,17 +70,21 @@ def main() -> None:
         found = attack_all(
             model, edit, forget, retain, attacks=names, cache=asked.output, seed=asked.seed, progress=False
         )
-        if name not in seconds:
-            seconds[name] = [time.process_time() - start[0], time.monotonic() - start[1]]
+        key = f"{model.fingerprint} {forget.fingerprint} {asked.seed} {name}"
+        if key not in seconds:
+            seconds[key] = [time.process_time() - start[0], time.monotonic() - start[1]]
             with whole_file(timed) as beside:
                 beside.write_text(json.dumps(seconds))
-        rows |= found.rows
-        cpu, wall = seconds[name]
+        rows, failed = rows | found.rows, failed | found.failed
+        cpu, wall = seconds[key]
         made.append(row(name, found) | {"cpu_s": cpu, "wall_s": wall})
         print(
             {key: round(value, 2) if isinstance(value, float) else value for key, value in made[-1].items()}, flush=True
         )
-    table = pd.DataFrame(made)[["attack", *COLUMNS, "cpu_s", "wall_s"]]
+    judged = Attacked(rows, failed).outcomes().set_index("attack")["outcome"]
+    table = pd.DataFrame(made).assign(outcome=lambda made: made["attack"].map(judged))[
+        ["attack", *COLUMNS, "cpu_s", "wall_s"]
+    ]
     formats = ("", *COLUMNS.values(), ".0f", ".0f")
     print("\n" + table.to_markdown(index=False, floatfmt=formats).replace("nan", "–"))
     print(f"\nall: {table['cpu_s'].sum():.0f} CPU-s, {table['wall_s'].sum():.0f} s")
