@@ -14,6 +14,7 @@ from mechunlearn.edit import fisher_lora, losses, masked_gradient, memit, mlp_wa
 from mechunlearn.edit.goal import Goal, Judge, Reached
 from mechunlearn.edit.objective import HELD_LADDER, STEPS
 from mechunlearn.metrics.answers import measure
+from mechunlearn.model import samples
 from mechunlearn.model.samples import own_texts
 from mechunlearn.training.inputs import TopLayers
 from mechunlearn.world.toy import planted_facts
@@ -164,6 +165,37 @@ class TestOwnTexts:
         del model
         gc.collect()
         assert alive() is None
+
+    def test_what_took_long_is_read_by_the_next_process_and_a_damaged_file_is_made_again(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("MECHUNLEARN_CACHE", str(tmp_path))
+        monkeypatch.setattr(samples, "WORTH", 0.0)
+        first = own_texts(mu.load_model("factworld"), count=3, tokens=8)
+        (path,) = (tmp_path / "samples").iterdir()
+
+        def another() -> tuple[str, ...]:
+            """The texts of the same model in another process, which may not write any."""
+            model = mu.load_model("factworld")
+            monkeypatch.setattr(
+                model, "generate", lambda *_, **__: pytest.fail("they were sampled again"), raising=False
+            )
+            return own_texts(model, count=3, tokens=8)
+
+        assert another() == first
+        other = mu.load_model("factworld")
+        other.write_("L0.mlp.out", torch.zeros_like(other.rows("L0.mlp.out")))
+        assert own_texts(other, count=3, tokens=8) != first and len(list(path.parent.iterdir())) == 2
+        for broken in ("", "[]", '{"texts": ["a b c d"], "hash": "0"}', '{"texts": 3, "hash": 3}'):
+            path.write_text(broken)
+            assert own_texts(mu.load_model("factworld"), count=3, tokens=8) == first
+            assert another() == first, "the file is whole again"
+
+    def test_what_was_quick_and_what_cannot_be_kept_leave_nothing(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("MECHUNLEARN_CACHE", str(tmp_path / "file"))
+        own_texts(mu.load_model("factworld"), count=2, tokens=4)
+        assert not list(tmp_path.iterdir())
+        (tmp_path / "file").write_text("")
+        monkeypatch.setattr(samples, "WORTH", 0.0)
+        assert own_texts(mu.load_model("factworld"), count=2, tokens=5)
 
     def test_a_model_without_a_tokenizer_writes_none(self):
         with pytest.raises(mu.MechunlearnError, match="without a tokenizer writes no text"):

@@ -1,9 +1,15 @@
 """Ordinary text for a model to keep: what it writes itself."""
 
+import json
+import time
+from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import torch
+import transformers
 
+from mechunlearn.core.files import cache_folder, whole_file
+from mechunlearn.core.runcard import digest
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.model.hooked import HookedModel
 
@@ -12,6 +18,8 @@ OPENINGS = (
     *("As", "You", "At", "My", "With", "What", "He", "She", "Some", "But", "Most", "To", "From", "By", "How", "All"),
 )
 BATCH = 32
+WORTH = 2.0
+"""Seconds: samples that took longer are kept in the user's cache folder."""
 _SAMPLED: "WeakKeyDictionary[HookedModel, dict[tuple[str, int, int, int], tuple[str, ...]]]" = WeakKeyDictionary()
 """What each model wrote, as long as the model lives."""
 
@@ -21,7 +29,8 @@ def own_texts(model: HookedModel, count: int = 64, tokens: int = 48, seed: int =
 
     Editors hold what the model says on it, and evaluations measure how far that moves. The expected divergence of an
     edited model on the unedited model's own samples needs no corpus. Texts of one seed are the same in a process: they
-    are sampled once for each state of the weights. Another seed gives other texts.
+    are sampled once for each state of the weights. Another seed gives other texts. Samples that took more than two
+    seconds are kept in the user's cache folder (`$MECHUNLEARN_CACHE`), so the next process reads them.
 
     Args:
         model: The model, as it is now.
@@ -42,8 +51,39 @@ def own_texts(model: HookedModel, count: int = 64, tokens: int = 48, seed: int =
     """
     kept, asked = _SAMPLED.setdefault(model, {}), (model.fingerprint, count, tokens, seed)
     if asked not in kept:
-        kept[asked] = _sampled(model, count, tokens, seed)
+        path = _file(model, asked)
+        kept[asked] = _read(path) or _made(path, model, count, tokens, seed)
     return kept[asked]
+
+
+def _file(model: HookedModel, asked: tuple[str, int, int, int]) -> Path:
+    """Where these samples are kept: the name says of which weights, tokenizer, settings and versions they are."""
+    vocabulary = sorted(model.tokenizer.get_vocab().items()) if model.tokenizer is not None else []
+    what = [asked, vocabulary, OPENINGS, torch.__version__, transformers.__version__]
+    return cache_folder() / "samples" / f"{digest(json.dumps(what))}.json"
+
+
+def _read(path: Path) -> tuple[str, ...]:
+    """The texts of a file that is whole; none otherwise."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        texts = tuple(found["texts"])
+        return texts if found["hash"] == digest(*texts) else ()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return ()
+
+
+def _made(path: Path, model: HookedModel, count: int, tokens: int, seed: int) -> tuple[str, ...]:
+    """Sample texts, and keep them if that took long. A folder that cannot be written to is no reason to stop."""
+    began = time.perf_counter()
+    texts = _sampled(model, count, tokens, seed)
+    if time.perf_counter() - began > WORTH:
+        try:
+            with whole_file(path) as beside:
+                beside.write_text(json.dumps({"texts": texts, "hash": digest(*texts)}) + "\n", encoding="utf-8")
+        except (MechunlearnError, OSError):
+            pass
+    return texts
 
 
 def _sampled(model: HookedModel, count: int, tokens: int, seed: int) -> tuple[str, ...]:
