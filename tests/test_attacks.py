@@ -60,9 +60,10 @@ CASES.append(
 TEXT = {"hints", "multiple_choice", "membership_inference"}
 """They ask in words, or need facts that were never taught: on the shipped world, and on random models with words."""
 CANNOT = {"soft_prompt": "the hand-made model takes no prefix at all", "multiple_choice": "the world knows no letters"}
-FAMILIES = ("gpt2", "llama", "gpt_neox", "qwen2", "llama in bfloat16")
+FAMILIES = ("gpt2", "gpt_neox", "llama in bfloat16")
+"""Tied and untied weights, blocks in sequence and in parallel, two number formats: attacks see no more of a family."""
 ASK = {*TEXT, "sampling", "prompting"}
-"""They write nothing into the model, so two families are enough."""
+"""They write nothing into the model, so one family in sequence and one in parallel are enough."""
 IN_FAMILIES = [
     pytest.param(*case.values, family, id=f"{case.id}-{family}")
     for case in CASES
@@ -97,7 +98,6 @@ def attacked(attack, setup, **settings):
 
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=named)
-@pytest.mark.training
 class TestEveryAttack:
     @pytest.fixture
     def setup(self, attack, setup, in_words):

@@ -181,6 +181,7 @@ KNOWN = {  # by SmolLM2, after "The capital city of ... is"
 
 
 @pytest.mark.real
+@pytest.mark.slow
 def test_on_a_real_model_mlp_0_is_token_identity_and_what_stays_is_above_the_threshold(smollm2):
     prompts = Prompts.from_text(
         [Query(f"The capital city of {of} is", city, subject=of) for of, city in KNOWN.items()], smollm2.tokenizer
@@ -198,6 +199,7 @@ def test_on_a_real_model_mlp_0_is_token_identity_and_what_stays_is_above_the_thr
 
 
 @pytest.mark.real
+@pytest.mark.slow
 def test_on_a_real_model_the_probe_rises_over_the_first_layers_and_unknown_facts_are_left_out(smollm2):
     cities = load_facts("cities/continent")
     cities = replace(cities, facts=cities.facts[::2])

@@ -39,15 +39,15 @@ def checked(given, calls):
 
 
 def test_bad_commands_are_refused(given):
-    """Every twelfth of them; the slow test makes every third one, the module's own run all."""
+    """Every twenty-fourth of them; the slow test makes every eighth one, the module's own run all."""
     calls = list(bad_calls())
     assert len(calls) > 900
-    assert checked(given, calls[::12]) == []
+    assert checked(given, calls[::24]) == []
 
 
 @pytest.mark.slow
 def test_more_bad_commands_are_refused(given):
-    assert checked(given, list(bad_calls())[1::3]) == []
+    assert checked(given, list(bad_calls())[1::8]) == []
 
 
 def test_bad_arguments_are_refused():
