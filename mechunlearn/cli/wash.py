@@ -37,7 +37,12 @@ def wash(
             show_default="the largest that changes the facts",
         ),
     ] = None,
-    overshoot: Annotated[float, typer.Option(help="How far beyond their targets values are set.")] = 1.0,
+    overshoot: Annotated[
+        float | None,
+        typer.Option(
+            help="How many times as far as their targets values are set.", show_default="twice what each fact needs"
+        ),
+    ] = None,
     retain_weight: Annotated[float, typer.Option(help="Of the retain facts' keys (memit, mlp_washing).")] = 1.0,
     prefixes: Annotated[int, typer.Option(help="Beginnings of texts before each prompt.", min=0)] = 5,
     text: Annotated[

@@ -43,7 +43,7 @@ def null_space(
     prefixes: int = 5,
     steps: int = 25,
     lr: float = 0.2,
-    overshoot: float = 1.0,
+    overshoot: float | None = None,
     batch_size: int = 64,
     seed: int = 0,
     progress: bool = False,
@@ -81,7 +81,8 @@ def null_space(
         prefixes: How many beginnings of `texts` each prompt is read behind, besides bare.
         steps: Steps of Adam for each target value, many facts at a time.
         lr: Adam's learning rate, in units of the residual stream's root mean square.
-        overshoot: Moves z that many times as far from h: a ridge falls short of its targets.
+        overshoot: Moves z that many times as far from h: a ridge falls short of its targets; the papers have 1. None:
+            a value that was searched is drawn back to twice the least share of its way from h that edits the fact.
         batch_size: Prompts in memory.
         seed: Seed of prefixes, and of the facts that a shared target value is found on.
         progress: Whether to show bars.

@@ -1,7 +1,7 @@
 """What the last edited layer is to write for each fact: target values, found for many facts at a time."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,6 +18,7 @@ from mechunlearn.model.restart import Restart
 
 SHARED = 64
 SETTLED, KL_WEIGHT, DECAY, MOST = 0.05, 0.0625, 0.5, 0.75
+SHARES = tuple(2 ** (-half / 2) for half in range(9))  # of the way to a target value, from all of it to a sixteenth
 
 
 def end_of_text(model: HookedModel) -> int:
@@ -245,6 +246,49 @@ def changes_what_is_said(
         said = [_logits(model, layer, tail, each).argmax(-1) for each in (torch.zeros_like(delta), delta)]
         changed[tail.facts[tail.rows[said[0] != said[1]]]] = True
     return changed.cpu()
+
+
+@torch.no_grad()
+def least_shares(
+    model: HookedModel,
+    layer: int,
+    edit_prompts: EditPrompts,
+    target_values: Float[Tensor, "fact d_model"],
+    answers: Int[Tensor, "fact answer"] | None,
+    batch_size: int,
+) -> Float[Tensor, " fact"]:
+    """Return the least share of the way to each target value that edits its fact, bare and behind every prefix.
+
+    Shares are tried from 1 down, each the square root of a half of the one before. The search for a target value ends
+    after so many steps, or at a bound; on a model whose residual stream has one huge coordinate that is ten times as
+    far as the fact needs. A fact that even its target value does not edit has a share of 1.
+
+    Args:
+        model: The model.
+        layer: Whose output the values are.
+        edit_prompts: The facts, with the labels that their values are for.
+        target_values: Their values.
+        answers: True answers: a fact is edited once the first token of its own is not the likeliest. None: it is once
+            each label is.
+        batch_size: Facts at a time.
+    """
+    if answers is not None:
+        edit_prompts = replace(edit_prompts, labels=answers[:, :1])
+    found = torch.ones(len(edit_prompts), device=model.device)
+    for facts in torch.split(torch.arange(len(edit_prompts)), batch_size):
+        tails = list(_above(model, layer, edit_prompts.select(facts), scored=True))
+        way = torch.zeros(len(facts), model.signature.d_model, device=model.device)
+        for tail in tails:
+            if tail.bare:
+                way[tail.facts] = target_values[facts].to(way)[tail.facts] - tail.resid[:, 0].float()
+        edited = torch.ones(len(facts), dtype=torch.bool, device=model.device)
+        for share in SHARES:
+            for tail in tails:
+                said = _logits(model, layer, tail, (share * way).to(tail.resid.dtype)).argmax(-1)
+                wrong = (said == tail.labels) == (answers is not None)
+                edited[tail.facts[tail.rows[wrong]]] = False
+            found[facts[edited.cpu()].to(found.device)] = share
+    return found
 
 
 def _optimised(

@@ -21,6 +21,7 @@ from mechunlearn.edit.closed_form.target_values import (
     average_values,
     changes_what_is_said,
     described,
+    least_shares,
     optimised_values,
     shared_values,
     target_labels,
@@ -44,6 +45,7 @@ LISTED = 3
 GATHERED = 256
 TOKENS_A_NEURON, OWN_TOKENS = 3, 48
 BETWEEN = 2
+MARGIN = 2.0  # a ridge falls short of its targets: twice what a fact needs
 WEIGHTS = (20_000, 2_000, 200, 20, 2)
 """Weights of C to try, gentlest first: the papers use 15,000 to 100,000 for thousands of facts."""
 
@@ -58,7 +60,7 @@ class How:
         prefixes: How many prefixes each prompt is read behind.
         steps: Steps of Adam for a target value.
         lr: Adam's learning rate.
-        overshoot: How many times as far the target values are moved.
+        overshoot: How many times as far the target values are moved. None: `MARGIN` times as far as each fact needs.
         batch_size: Prompts in memory.
     """
 
@@ -67,7 +69,7 @@ class How:
     prefixes: int
     steps: int
     lr: float
-    overshoot: float
+    overshoot: float | None
     batch_size: int
 
 
@@ -370,8 +372,14 @@ def washing(
         target_values = target_values[known]
     else:
         target_values = _target_values(model, last, facts, edit_prompts, retained, how, seed, progress)
-    if how.overshoot != 1:
-        target_values = _overshot(model, last, edit_prompts, target_values, how)
+        if how.overshoot is None and how.target in ("end-of-text", "targets"):
+            answers = None if how.target == "targets" else facts.answers
+            shares = least_shares(model, last, edit_prompts, target_values, answers, how.batch_size)
+            reach = (MARGIN * shares[:, None]).clamp_max(1)
+            target_values = _moved(model, last, edit_prompts, target_values, reach, how.batch_size)
+    if how.overshoot not in (None, 1):
+        reach = torch.full((len(facts), 1), how.overshoot, device=model.device)
+        target_values = _moved(model, last, edit_prompts, target_values, reach, how.batch_size)
     return Washing(
         model, layers, facts, edit_prompts, target_values, covariance, retain, retained if keep else None, how, skipped
     )
@@ -417,14 +425,19 @@ def _target_values(
     return shared_values(model, last, edit_prompts, retain, seed=seed, **search)
 
 
-def _overshot(
-    model: HookedModel, last: int, edit_prompts: EditPrompts, target_values: Float[Tensor, "fact d_model"], how: How
+def _moved(
+    model: HookedModel,
+    last: int,
+    edit_prompts: EditPrompts,
+    target_values: Float[Tensor, "fact d_model"],
+    reach: Float[Tensor, "fact 1"],
+    batch_size: int,
 ) -> Float[Tensor, "fact d_model"]:
-    """Return the target values `overshoot` times as far from the residual stream of the unedited model."""
+    """Return the target values so many times as far from the residual stream of the unedited model."""
     name, moved = f"L{last}.resid_post", target_values.clone()
-    for facts, found in seen(model, edit_prompts.bare, [name], how.batch_size):
+    for facts, found in seen(model, edit_prompts.bare, [name], batch_size):
         home = found[name][:, 0].to(target_values)
-        moved[facts] = home + how.overshoot * (target_values[facts] - home)
+        moved[facts] = home + reach[facts].to(home) * (target_values[facts] - home)
     return moved
 
 
