@@ -3,6 +3,7 @@
 import inspect
 import math
 import sys
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import pandas as pd
@@ -25,6 +26,7 @@ from mechunlearn.localize import (
 )
 from mechunlearn.model.layout import Signature
 from mechunlearn.patching.faithfulness import faithfulness_curve
+from mechunlearn.plots.circuits import BENDS, _drawn, _places
 from mechunlearn.plots.style import text
 from tests.browser import NAMES
 from tests.test_report_page import FRAME, MODELS, SCRIPT, attack, report
@@ -273,6 +275,19 @@ class TestCircuitGraph:
             starts = [i for i, y in enumerate(trace.y) if i == 0 or trace.y[i - 1] is None]
             assert all(trace.y[i + 1] > trace.y[i] for i in starts)
         assert figures["circuit"].layout.yaxis.range[0] > figures["circuit"].layout.yaxis.range[1], "the input is above"
+
+    def test_edges_of_a_deep_model_stay_within_the_frame(self, circuit):
+        """Lines between MLPs that are far apart bent out of the picture."""
+        heads, layers = 9, 30
+        where = _places(replace(circuit.signature, heads=heads, layers=layers))
+        ends = [*where]
+        edges = [(a, b, {"name": f"{a}->{b}", "score": 1.0}) for a in ends for b in ends if where[a][1] < where[b][1]]
+        xs = [x for x in _drawn(edges, where, heads)["x"] if x is not None]
+        assert len(edges) > 40_000 and min(xs) > -0.8 and max(xs) < heads + 1.6
+        straight = [(a, b, about) for a, b, about in edges if a[0] == b[0] == "m" and int(b[1:]) > int(a[1:]) + 1]
+        for edge in straight:
+            bent = _drawn([edge], where, heads)["x"][len(BENDS) // 2]
+            assert bent > where[edge[0]][0] + 0.1, "around the MLPs between"
 
     def test_nothing_to_show_is_refused(self, circuit):
         for refused in (lambda: plots.circuit_graph(circuit - circuit), lambda: plots.circuit_graph(circuit, most=0)):

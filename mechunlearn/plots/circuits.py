@@ -14,6 +14,7 @@ from mechunlearn.plots.style import INK, RULE, styled, text
 
 STEPS = (1, 2, 3, 5, 10, 20, 30, 50, 100, 200, 500, 1000)
 BENDS = np.linspace(0, 1, 13)
+EDGE = 0.7  # from the outer nodes to the frame
 
 
 def circuit_graph(circuit: Circuit, most: int = 200, shown: int = 50) -> go.Figure:
@@ -55,7 +56,8 @@ def circuit_graph(circuit: Circuit, most: int = 200, shown: int = 50) -> go.Figu
         for colour, sign in ((POSITIVE, 1), (NEGATIVE, -1)):
             part = [edge for edge in ranked[first:last] if (edge[2]["score"] >= 0) == (sign > 0)]
             if part:
-                figure.add_scatter(**_drawn(part, where), line={"color": colour, "width": width}, opacity=0.75)
+                drawn = _drawn(part, where, circuit.signature.heads)
+                figure.add_scatter(**drawn, line={"color": colour, "width": width}, opacity=0.75)
                 lines.append(step)
     seen: set[str] = set()
     for step, (first, last) in enumerate(pairwise([0, *counts])):
@@ -104,14 +106,17 @@ def _scaffold(figure: go.Figure, where: dict[str, tuple[float, float]]) -> None:
     figure.add_scatter(x=x, y=y, mode="markers", marker={"color": RULE, "size": 5}, hoverinfo="skip")
 
 
-def _drawn(part: list[tuple[str, str, dict[str, Any]]], where: dict[str, tuple[float, float]]) -> dict[str, Any]:
-    """Edges as bent lines, so that those along a column do not run through the nodes between."""
+def _drawn(
+    part: list[tuple[str, str, dict[str, Any]]], where: dict[str, tuple[float, float]], heads: int
+) -> dict[str, Any]:
+    """Edges as lines that bend within the frame, so that those along a column do not run through the nodes between."""
     xs: list[float | None] = []
     ys: list[float | None] = []
     told: list[str] = []
     for source, target, about in part:
         (x0, y0), (x1, y1) = where[source], where[target]
         bow = 0.12 * (y1 - y0 - 1) * (1 if x0 >= x1 else -1) + (0.25 if source[0] == target[0] == "m" else 0)
+        bow = min(max(bow, -2 * (min(x0, x1) + EDGE)), 2 * (heads + 0.5 + EDGE - max(x0, x1)))
         xs += [*(x0 + (x1 - x0) * BENDS + 2 * bow * BENDS * (1 - BENDS)).tolist(), None]
         ys += [*(y0 + (y1 - y0) * BENDS).tolist(), None]
         told += [f"{about['name']}: {about['score']:+.3g}"] * (len(BENDS) + 1)
