@@ -12,7 +12,7 @@ from mechunlearn.cli.shared import (
     console,
     load,
     names,
-    open_model,
+    open_edit,
     print_report,
     say,
     seed_in_range,
@@ -68,11 +68,7 @@ def evaluate(
     sets = made.card.sets if made is not None else {}
     forget, seed = _drawn(sets, "count", forget, 64), _drawn(sets, "seed", seed, 0)
     hooked, forgotten, retained = load(model, facts, forget, seed, device, dtype)
-    if made is None:
-        from mechunlearn.artifacts.weight_edit import WeightEdit
-
-        made = WeightEdit.between(hooked, open_model(str(edit), device, str(hooked.dtype).removeprefix("torch.")))
-        say(repr(made))
+    made = made if made is not None else open_edit(edit, hooked)
     from mechunlearn.evaluation.controls import random_control
     from mechunlearn.evaluation.evaluate import evaluate as measured
     from mechunlearn.evaluation.same import check_same
