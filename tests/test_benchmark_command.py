@@ -16,9 +16,10 @@ from mechunlearn.artifacts.weight_edit import WeightEdit
 from mechunlearn.benchmarks import asking, tofu
 from mechunlearn.benchmarks.compare import compare_methods, needed_splits
 from mechunlearn.benchmarks.finetune import finetune
-from mechunlearn.benchmarks.leaderboard import FULL, RETAIN
+from mechunlearn.benchmarks.leaderboard import FULL, OTHERS, RETAIN
 from mechunlearn.benchmarks.methods import best_units, check_methods, method_of
 from mechunlearn.benchmarks.open_unlearning import from_open_unlearning, to_open_unlearning
+from mechunlearn.benchmarks.published import METRICS, SPLITS, published
 from mechunlearn.core.runcard import RunCard
 from mechunlearn.edit import fisher_lora, masked_gradient
 from mechunlearn.edit.objective import objective_named
@@ -128,10 +129,49 @@ class TestTable:
         for text in ((folder / "table.md").read_text(), (folder / "table.tex").read_text().replace("\\_", "_"), page):
             assert all(name in text for name in (*self.METHODS, FULL, RETAIN))
 
+    def test_what_others_published_is_apart_and_has_its_source(self, board):
+        folder, _ = board
+        for name, heading in (("results.html", "<h2>"), ("table.md", "## ")):
+            own, _, theirs = (folder / name).read_text().partition(f"{heading}{OTHERS}")
+            theirs = theirs.partition("<details>")[0]
+            assert all(each in own and each not in theirs for each in (FULL, RETAIN, "lora+ihl"))
+            for part in (
+                "IdkDPO",
+                "Llama-3.2-1B-Instruct",
+                "0.92",
+                "3.02e-03",
+                "docs/repro.md at commit 7fa0b55",
+                "2026",
+            ):
+                assert part in theirs and part not in own, part
+            assert "not comparable" in theirs and "1.06e-239" not in theirs  # that is forget10's
+        for name in ("results.csv", "table.tex"):
+            assert "IdkDPO" not in (folder / name).read_text()
+
     def test_without_a_retain_model_it_says_what_is_left_out(self, tiny, data, tmp_path):
         made = compare_methods(tiny, data, ["full+ga"], folder=tmp_path, **SETTINGS)
         assert "forget quality" not in made.summary().columns and [row.method for row in made.rows] == [FULL, "full+ga"]
         assert "no forget quality" in (tmp_path / "table.md").read_text()
+
+
+def test_the_published_figures_are_whole():
+    """24 rows of three figures: probabilities and shares, the retain model's forget quality being 1."""
+    for forget in SPLITS:
+        frame = published(forget)
+        assert frame.groupby("model")["method"].apply(list).str.len().tolist() == [8, 8]
+        numbers = frame[list(METRICS)].astype(float)
+        assert ((numbers >= 0) & (numbers <= 1)).all(axis=None)
+        retain = frame[frame["method"] == "Retain"]
+        assert (
+            retain["forget quality"].tolist() == ["1.0", "1.0"]
+            and (retain["forget truth ratio"].astype(float) > 0.6).all()
+        )
+    at = published("forget05").set_index(["model", "method"]).loc[("Llama-2-7b-hf-chat", "SimNPO")]
+    assert at.tolist() == ["1.06e-106", "0.6", "3.94e-05"]
+    with pytest.raises(
+        MechunlearnError, match="no forget set 'forget02'. Expected one of forget01, forget05, forget10"
+    ):
+        published("forget02")
 
 
 class TestResume:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mechunlearn.artifacts.between import BETWEEN
 from mechunlearn.artifacts.mask import ComponentMask
 from mechunlearn.errors import MechunlearnError
 
@@ -55,6 +56,11 @@ def remade(edit: Any, mask: ComponentMask | None, seed: int | None) -> Any:
         mask: Where to edit this time.
         seed: The seed this time.
     """
+    if edit.card.method == BETWEEN:
+        raise MechunlearnError(
+            "No editor made this edit: it is the difference between two models, so it cannot be made again. Train the "
+            "model again under the other mask or seed, and take WeightEdit.between(before, after)."
+        )
     if not edit.calls:
         raise MechunlearnError(
             f"This edit ({edit.card.method}) cannot be made again: it was loaded or put together by hand, and holds a "

@@ -3,22 +3,22 @@
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
-from safetensors.torch import save_file
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
+from mechunlearn.artifacts.adapter import save_low_rank
+from mechunlearn.artifacts.between import BETWEEN, changed_rows, check_same_logits
 from mechunlearn.artifacts.calls import Call, remade
 from mechunlearn.artifacts.mask import ComponentMask
 from mechunlearn.core import tensors
 from mechunlearn.core.display import card, unit_name
-from mechunlearn.core.files import whole_folder
-from mechunlearn.core.runcard import RunCard
+from mechunlearn.core.runcard import RunCard, Stopwatch
+from mechunlearn.core.steady import steady
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.model.component import Component, check_site
 from mechunlearn.model.hooked import HookedModel, export
@@ -111,6 +111,50 @@ class WeightEdit:
         for name, new in {**self.rows, **factors}.items():
             if not new.is_floating_point() or not torch.isfinite(new).all():
                 raise MechunlearnError(f"Edit of '{name}': some new weights are not finite. Lower the learning rate.")
+
+    @classmethod
+    @steady()
+    def between(cls, before: HookedModel, after: HookedModel) -> "WeightEdit":
+        """Make the edit that turns a model into another one, such as one that was trained with another tool.
+
+        It holds the units that differ in some bit, as they are afterwards. Applied to `before`, it gives the logits of
+        `after` bit by bit. No editor made it: `remake` refuses, and `evaluate` moves random units by the same
+        differences as its control.
+
+        Args:
+            before: The model as it was before its training.
+            after: The trained one, of the same architecture, tokenizer and dtype; adapters are merged. It may be on
+                another device.
+
+        Returns:
+            The edit; its run card has the names and fingerprints of both models.
+
+        Raises:
+            MechunlearnError: If the models are of different architectures, vocabularies, tokenizers or dtypes; if
+                parameters differ that no head or neuron has (embeddings, norms, the unembedding, other biases); if the
+                configurations make them compute something else; if nothing differs.
+
+        >>> from mechunlearn.world.toy import planted_facts
+        >>> before, after = planted_facts().model, planted_facts().model
+        >>> after.hf.model.layers[0].mlp.down_proj.weight.data[:, 3] = 0  # by any trainer
+        >>> edit = WeightEdit.between(before, after)
+        >>> edit.mask == ComponentMask.of(["L0.mlp.out[3]"], before.signature)
+        True
+        """
+        watch = Stopwatch()
+        units, rows = changed_rows(before, after)
+        made = cls(units, rows, before.signature, RunCard(BETWEEN))
+        with made.applied(before):
+            check_same_logits(before, after)
+        card = RunCard(
+            BETWEEN,
+            model=before.fingerprint,
+            settings={"before": before.name, "after": after.name, "after_fingerprint": after.fingerprint},
+            mask=made.mask.fingerprint,
+            weights=sum(new.numel() for new in rows.values()),
+            device=str(before.device),
+        )
+        return replace(made, card=watch.stamp(card))
 
     @property
     def mask(self) -> ComponentMask:
@@ -285,30 +329,7 @@ class WeightEdit:
         if not self.low_rank:
             raise MechunlearnError("This edit is not low-rank, so it is no adapter. Use `export`, or `fisher_lora`.")
         self._check(model)
-        from peft import LoraConfig  # seconds to import
-
-        held, ranks, conv = {}, {}, False
-        for name, (left, right) in self.low_rank.items():
-            module = name.removesuffix(".weight")
-            conv = isinstance(model.hf.get_submodule(module), Conv1D)
-            down, up = (left.T, right.T) if conv else (right, left)
-            ranks[module] = len(down)
-            held[f"base_model.model.{module}.lora_A.weight"] = down.contiguous()
-            held[f"base_model.model.{module}.lora_B.weight"] = up.contiguous()
-        config = LoraConfig(
-            r=max(ranks.values()),
-            lora_alpha=max(ranks.values()),
-            rank_pattern=ranks,
-            alpha_pattern=ranks,
-            target_modules=list(ranks),
-            fan_in_fan_out=conv,
-            task_type="CAUSAL_LM",
-            inference_mode=True,
-        )
-        with whole_folder(folder) as beside:
-            config.save_pretrained(str(beside))
-            save_file(held, beside / "adapter_model.safetensors", metadata={"format": "pt"})
-            (beside / "mechunlearn.json").write_text(self.card.to_json() + "\n", encoding="utf-8")
+        save_low_rank(model, self.low_rank, folder, self.card)
 
     def save(self, path: str | Path) -> None:
         """Write the edit to one self-contained file.

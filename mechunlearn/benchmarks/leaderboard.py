@@ -11,6 +11,8 @@ import numpy as np
 import pandas as pd
 
 from mechunlearn.benchmarks.open_unlearning import from_open_unlearning, summary, to_open_unlearning
+from mechunlearn.benchmarks.published import READING as PUBLISHED_READING
+from mechunlearn.benchmarks.published import SOURCE, published
 from mechunlearn.benchmarks.scores import COLUMNS, Scores
 from mechunlearn.core.files import whole_file
 from mechunlearn.core.tables import NOTHING, Table, interval, to_markdown
@@ -35,10 +37,12 @@ READING = (
     "for one seed, of Student's t over seeds for several. All other splits: `results.csv`."
 )
 NO_GOLD = "No retain model was given, so there is no forget quality, and no row to compare with: give one (--retain)."
+OTHERS = "Published elsewhere: other models and settings"
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
 <style>body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2em; color: #222 }} table {{ border-collapse: collapse }}
 td, th {{ padding: .3em .8em; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top }}</style>
-<h1>{title}</h1><p>{about}</p>{table}<p>{reading}</p><details><summary>All figures</summary>{figures}</details></html>
+<h1>{title}</h1><p>{about}</p>{table}<p>{reading}</p>
+<h2>{others}</h2><p>{note}</p>{published}<p>Source: {source}.</p><details><summary>All figures</summary>{figures}</details></html>
 """
 
 
@@ -123,14 +127,17 @@ class Leaderboard:
         return replace(self, rows=(*self.rows, Row(method, 0, scores, note=scores.note)))
 
     def to_markdown(self) -> str:
-        """Return the short table and how to read it."""
-        return f"# {self._title()}\n\n{self._about()}\n\n{to_markdown(self.summary())}\n\n{READING}\n"
+        """Return the short table, how to read it, and what others have published of this forget set."""
+        own = f"# {self._title()}\n\n{self._about()}\n\n{to_markdown(self.summary())}\n\n{READING}\n"
+        others = to_markdown(published(self.about["forget"]))
+        return f"{own}\n## {OTHERS}\n\n{PUBLISHED_READING}\n\n{others}\n\nSource: {SOURCE}.\n"
 
     def save(self, folder: str | Path) -> None:
         """Write the tables, and for each measured row open-unlearning's two files.
 
         `results.csv` and `.parquet` have every figure; `table.md`, `table.tex` and `results.html`, one page that needs no
-        network, the short table. Under `open-unlearning` each method and seed has a `TOFU_EVAL.json` and a
+        network, the short table. The page and `table.md` also have what others have published, under a heading of its
+        own. Under `open-unlearning` each method and seed has a `TOFU_EVAL.json` and a
         `TOFU_SUMMARY.json`.
 
         Args:
@@ -142,6 +149,10 @@ class Leaderboard:
             about=self._about(),
             table=short.to_html(index=False, border=0),
             reading=READING.replace("*", "").replace("`", ""),
+            others=OTHERS,
+            note=PUBLISHED_READING,
+            published=published(self.about["forget"]).to_html(index=False, border=0),
+            source=SOURCE,
             figures=frame.to_html(index=False, border=0, na_rep=NOTHING),
         )
         texts = {"table.md": self.to_markdown(), "results.html": page, "results.csv": frame.to_csv(index=False)}

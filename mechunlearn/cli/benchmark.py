@@ -1,12 +1,13 @@
-"""`mechunlearn benchmark`: methods of unlearning on the field's benchmarks, and the models that they need."""
+"""`mechunlearn benchmark`: methods of unlearning on the field's benchmarks, the models that they need, and lm-eval."""
 
+import logging
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from mechunlearn.cli.options import Device, Dtype, Model, Seed, Steps
-from mechunlearn.cli.shared import console, names, new_folder, open_model, resumable, say
+from mechunlearn.cli.shared import console, names, new_folder, open_edit, open_model, resumable, say, seed_in_range
 
 app = typer.Typer(help="Methods of unlearning side by side on a public benchmark.", no_args_is_help=True)
 Data = Annotated[str, typer.Option(help="A folder with TOFU's files, or a hub name.")]
@@ -110,3 +111,54 @@ def tofu_train(
         f"{len(rows)} rows, {len(done.trajectory)} steps{stopped}: loss {first:.3g} to {last:.3g} nats a token"
     )
     say(f"model -> {output}")
+
+
+@app.command(
+    epilog="Example: mechunlearn benchmark lm-eval smollm2 --edit edit.safetensors --tasks arc_easy,lambada_openai -o lm-eval"
+)
+def lm_eval(
+    model: Model,
+    edit: Annotated[Path, typer.Option(help="An edit file, or the folder of a model that was trained elsewhere.")],
+    tasks: Annotated[str, typer.Option(help="Names that `lm-eval ls tasks` prints, separated by commas.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A new folder, or that of a stopped run.")],
+    include: Annotated[Path | None, typer.Option(help="A folder with the YAML files of tasks of your own.")] = None,
+    limit: Annotated[int | None, typer.Option(help="How many documents of each task.", min=1)] = None,
+    shots: Annotated[
+        int | None,
+        typer.Option(help="Examples in front of each document.", min=0, show_default="what the task says"),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Requests a forward pass.", min=1)] = 16,
+    seed: Annotated[int, typer.Option(help="Draws the examples.", callback=seed_in_range)] = 0,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+) -> None:
+    """Run tasks of the lm-evaluation-harness before and after an edit.
+
+    Goes on if killed. Data of its own tasks are downloaded. Writes results.csv and results.json.
+    """
+    resumable(output, "about.json")
+    from mechunlearn.core.tables import intervals
+    from mechunlearn.evaluation.harness import before_and_after
+
+    for library in ("lm_eval", "huggingface_hub"):  # a page of warnings about what is meant so; errors are still told
+        logging.getLogger(library).setLevel(logging.ERROR)
+    hooked = open_model(model, device, dtype)
+    made = open_edit(edit, hooked)
+    found = before_and_after(
+        hooked,
+        made,
+        names(tasks),
+        folder=output,
+        include=include,
+        limit=limit,
+        shots=shots,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    shown = found[["task", "metric", "n"]].copy()
+    for name in ("before", "after", "change"):
+        shown[name] = intervals(found, name, f"{name}_low", f"{name}_high")
+    say(repr(shown))
+    say("In brackets: the 95 % interval over documents.")
+    for name in ("results.csv", "results.json"):
+        console.print(f"{name:<16} {output / name}")

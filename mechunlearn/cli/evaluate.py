@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mechunlearn.cli.options import ATTACKS, Device, Dtype, Facts, Model
-from mechunlearn.cli.shared import MOST_SEED, checked_suffix, console, load, names, print_report, say, seed_in_range
+from mechunlearn.cli.shared import (
+    MOST_SEED,
+    checked_suffix,
+    console,
+    load,
+    names,
+    open_edit,
+    print_report,
+    say,
+    seed_in_range,
+)
 from mechunlearn.errors import MechunlearnError
 
 if TYPE_CHECKING:
@@ -16,7 +26,7 @@ if TYPE_CHECKING:
 def evaluate(
     model: Model,
     facts: Facts,
-    edit: Annotated[Path, typer.Argument(help="An edit file.")],
+    edit: Annotated[Path, typer.Argument(help="An edit file, or the folder of a model that was trained elsewhere.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Report: .html")] = Path("report.html"),
     attacks: Annotated[
         str, typer.Option(help=f"Attacks that try to get the knowledge back: all, or names with commas: {ATTACKS}.")
@@ -45,17 +55,20 @@ def evaluate(
 ) -> None:
     """Measure an edit in every format, with side effects, beside a random mask of the same weight; try to break it.
 
-    The forget and retain sets are those that the edit was made with, if `mechunlearn edit` or `wash` made it. The report
-    is written before the first attack and again after each. A killed run goes on where it was.
+    The forget and retain sets are those that the edit was made with, if `mechunlearn edit` or `wash` made it. Of a folder
+    the edit is what turns MODEL into the model in it. The report is written before the first attack and again after each.
+    A killed run goes on where it was.
     """
     checked_suffix(output, ".html")
     from mechunlearn.evaluation.robustness import check_attacks
     from mechunlearn.features.feature_edit import load_edit
 
     wanted = check_attacks(names(attacks)) if attacks else []
-    made = load_edit(edit)
-    forget, seed = _drawn(made.card.sets, "count", forget, 64), _drawn(made.card.sets, "seed", seed, 0)
+    made = None if edit.is_dir() else load_edit(edit)
+    sets = made.card.sets if made is not None else {}
+    forget, seed = _drawn(sets, "count", forget, 64), _drawn(sets, "seed", seed, 0)
     hooked, forgotten, retained = load(model, facts, forget, seed, device, dtype)
+    made = made if made is not None else open_edit(edit, hooked)
     from mechunlearn.evaluation.controls import random_control
     from mechunlearn.evaluation.evaluate import evaluate as measured
     from mechunlearn.evaluation.same import check_same

@@ -54,6 +54,27 @@ def open_model(model: str, device: str = "cpu", dtype: str | None = None) -> "Ho
         return load_model(model, device=device, dtype=dtype)
 
 
+def open_edit(path: Path, model: "HookedModel") -> Any:
+    """Load an edit: a file of one, or what turns a model into the one that a folder holds.
+
+    Args:
+        path: The file, or the folder of a model that was trained elsewhere.
+        model: The model from before the edit.
+
+    Raises:
+        MechunlearnError: There is no such edit, or what is between the models is none.
+    """
+    if not path.is_dir():
+        from mechunlearn.features.feature_edit import load_edit
+
+        return load_edit(path)
+    from mechunlearn.artifacts.weight_edit import WeightEdit
+
+    made = WeightEdit.between(model, open_model(str(path), str(model.device), str(model.dtype).removeprefix("torch.")))
+    say(repr(made))
+    return made
+
+
 def names(text: str) -> list[str]:
     """Split names that are separated by commas.
 

@@ -10,12 +10,15 @@ from operator import or_
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import mechunlearn.edit
+from mechunlearn.artifacts.between import BETWEEN
 from mechunlearn.artifacts.calls import Call
 from mechunlearn.artifacts.mask import ComponentMask
 from mechunlearn.artifacts.weight_edit import Edit, WeightEdit
 from mechunlearn.core.lazy import method_names
+from mechunlearn.core.runcard import RunCard
 from mechunlearn.edit import losses
 from mechunlearn.edit.objective import training_texts
 from mechunlearn.edit.remake import described
@@ -40,7 +43,8 @@ def random_control(
 
     For features and codes these are others of the same dictionary that are active about as often, on the text that
     the edit was made for. An edit that was loaded from a file is made again from its run card, where that holds
-    everything (see `remade_from_card`).
+    everything (see `remade_from_card`). An edit that no editor made (`WeightEdit.between`) has no call: random units
+    are moved by its own differences, dealt out at random.
 
     Args:
         model: The unedited model.
@@ -55,6 +59,8 @@ def random_control(
     """
     if not isinstance(edit, WeightEdit | FeatureEdit):
         raise MechunlearnError(f"A {type(edit).__name__} does not know its call, so it has no random control. {YOURS}")
+    if isinstance(edit, WeightEdit) and edit.card.method == BETWEEN:
+        return _moved(model, edit, seed)
     if edit.calls:
         return edit.remake(mask=_random_masks(model, edit.calls, forget, retain, seed))
     if isinstance(edit, FeatureEdit):
@@ -63,6 +69,34 @@ def random_control(
     else:
         mask = random_mask(model, edit.mask, seed)
     return remade_from_card(model, edit, mask, forget, retain, texts)
+
+
+def _moved(model: HookedModel, edit: WeightEdit, seed: int) -> WeightEdit:
+    """Move random units of the same kinds by an edit's differences; those of a neuron's rows go to one neuron."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # even where all units are the edit's own, each gets another's difference
+        mask = random_mask(model, edit.mask, seed)
+    generator = torch.Generator().manual_seed(seed)
+    units = {site: chosen.nonzero().flatten() for site, chosen in mask.sites.items() if chosen.any()}
+    orders: dict[int, Tensor] = {}
+    rows: dict[str, Tensor] = {}
+    for kind in {Component.parse(site).kind: None for site in sorted(edit.units)}:
+        here, there = (
+            sorted((s for s in sites if Component.parse(s).kind == kind), key=Component.parse)
+            for sites in (edit.units, units)
+        )
+        moves = torch.cat([edit.rows[site].float() - _weights(model, site, edit.units[site]) for site in here])
+        count = len(moves)
+        order = orders.setdefault(count, torch.randperm(count, generator=generator))
+        dealt = moves[order].split([len(units[site]) for site in there])
+        rows |= {site: _weights(model, site, units[site]) + move for site, move in zip(there, dealt, strict=True)}
+    settings = {"control": "the differences of the edit, dealt out to random units"}
+    card = RunCard(BETWEEN, model.fingerprint, seed=seed, settings=settings, mask=mask.fingerprint)
+    return WeightEdit(units, rows, model.signature, card)
+
+
+def _weights(model: HookedModel, site: str, units: Tensor) -> Tensor:
+    return model.rows(site)[units.to(model.device)].float().cpu()
 
 
 def _random_masks(

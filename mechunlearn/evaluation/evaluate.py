@@ -87,7 +87,8 @@ def evaluate(
         forget: The facts that it removed.
         retain: The facts that were to stay.
         control: The edit to set beside it; None makes one by the same editor with the same settings on a random mask
-            of the same kinds and weight (of a feature edit, on other units that are active as often).
+            of the same kinds and weight (of a feature edit, on other units that are active as often; of
+            `WeightEdit.between`, random units moved by the same differences).
         others: Further edits to set beside it, by name.
         unseen: Facts that no edit saw; None takes those of the data set in neither set. Prompts made of tokens have no
             data set.

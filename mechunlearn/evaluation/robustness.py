@@ -124,7 +124,7 @@ def attack_all(
     """
     names = check_attacks(attacks)
     grid = _kept(model, forget, retain, seed, cache)
-    mark = _digest(model, edit) if edit is not None else ""
+    mark = edit_digest(model, edit) if edit is not None else ""
     rows: dict[str, pd.DataFrame] = {}
     failed: dict[str, str] = {}
 
@@ -215,8 +215,13 @@ def _way(name: str, rows: pd.DataFrame, state: str) -> dict[str, Any]:
     return row | {"note": "; ".join(notes)}
 
 
-def _digest(model: HookedModel, edit: Edit) -> str:
-    """An edit by what it does to the weights, and how it was made."""
+def edit_digest(model: HookedModel, edit: Edit) -> str:
+    """Return a hash of what an edit does to the weights, and of how it was made.
+
+    Args:
+        model: The unedited model.
+        edit: The edit.
+    """
     with edit.applied(model):
         weights = model.fingerprint
     settings = json.dumps(edit.card.settings, sort_keys=True, default=str)
