@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from mechunlearn.cli.options import CellCpus, CellGpus, CellMemory, Device, Dtype, Model, Seed, Steps, Where
-from mechunlearn.cli.shared import console, names, new_folder, on_ray, open_model, resumable, say
+from mechunlearn.cli.shared import console, goes_on, names, new_folder, on_ray, open_model, resumable, say
 
 app = typer.Typer(help="Methods of unlearning side by side on a public benchmark.", no_args_is_help=True)
 Data = Annotated[str, typer.Option(help="A folder with TOFU's files, or a hub name.")]
@@ -63,19 +63,20 @@ def tofu(
     check_methods(given, loaded[split])
     hooked = open_model(model, device, dtype)
     gold = open_model(retain, device, dtype) if retain is not None else None
-    made = compare_methods(
-        hooked,
-        loaded,
-        given,
-        folder=output,
-        forget=split,
-        retain_model=gold,
-        seeds=seeds,
-        lr=lr,
-        steps=steps,
-        rows=rows,
-        ray=cluster,
-    )
+    with goes_on(output):
+        made = compare_methods(
+            hooked,
+            loaded,
+            given,
+            folder=output,
+            forget=split,
+            retain_model=gold,
+            seeds=seeds,
+            lr=lr,
+            steps=steps,
+            rows=rows,
+            ray=cluster,
+        )
     say(repr(made.summary().set_index("method").T))
     if gold is None:
         say(NO_GOLD)

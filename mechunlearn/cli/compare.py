@@ -18,7 +18,7 @@ from mechunlearn.cli.options import (
     Steps,
     Where,
 )
-from mechunlearn.cli.shared import console, load, names, on_ray, resumable
+from mechunlearn.cli.shared import console, goes_on, load, names, on_ray, resumable
 from mechunlearn.errors import MechunlearnError
 
 if TYPE_CHECKING:
@@ -74,7 +74,8 @@ def compare(
     hooked, forgotten, _ = load(model, facts, forget, 0, device, dtype)
     assert forgotten.facts is not None and forgotten.facts.source is not None
     grid |= {"forget": forget, "steps": steps, "attack": attack, "ray": cluster}
-    made = compared(hooked, forgotten.facts.source, folder=output, **grid)
+    with goes_on(output):
+        made = compared(hooked, forgotten.facts.source, folder=output, **grid)
     _print_arms(made.summary(short=True))
     console.print("± is half of the 95 % interval over seeds, all of one model; how to read it: table.md")
     for name in ("results.parquet", "table.md", "figure.html"):

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from mechunlearn.cli.options import CellCpus, CellGpus, CellMemory, Where
-from mechunlearn.cli.shared import checked_suffix, console, on_ray, resumable
+from mechunlearn.cli.shared import checked_suffix, console, goes_on, on_ray, resumable
 from mechunlearn.core.spread import Ray
 
 app = typer.Typer(help="A paper's claims on worlds of our own, with controls and intervals.", no_args_is_help=True)
@@ -77,7 +77,8 @@ def _reproduce(paper: str, output: Path, quick: bool, page: Path | None, ray: Ra
     from mechunlearn.reproduce.summary import PAPERS, headlines
     from mechunlearn.reproduce.tables import shown
 
-    found = PAPERS[paper].reproduce(output, quick, ray)
+    with goes_on(output):
+        found = PAPERS[paper].reproduce(output, quick, ray)
     PAPERS[paper].write(found, written)
     for claim in headlines(paper, found):
         told = f"{claim.text}{claim.note}: {shown(claim.difference, '+.2f')}, n = {claim.n}"

@@ -1,6 +1,7 @@
 """What commands share: the console, checks of what was given, a loaded model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,6 +115,21 @@ def resumable(path: Path, *marks: str) -> None:
         writable(path / marks[0])
     else:
         new_folder(path)
+
+
+@contextmanager
+def goes_on(path: Path) -> Iterator[None]:
+    """Say after Ctrl-C within the block that a run can be continued.
+
+    Args:
+        path: The folder of the run.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        stopped = f"mechunlearn: stopped. What is finished is kept in '{path}': the same command goes on."
+        Console(stderr=True, highlight=False).print(stopped, markup=False, soft_wrap=True)
+        raise
 
 
 def on_ray(
