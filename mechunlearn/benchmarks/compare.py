@@ -97,7 +97,7 @@ def compare_methods(
     )
     sets = [as_prompts(model, data[split], split) for split in (forget, RETAINED[forget])]
     models = {FULL: model} | ({RETAIN: retain_model} if retain_model is not None else {})
-    cells = [_Cell(name, 0, {"weights": retain_model.fingerprint} if name == RETAIN else {}) for name in models]
+    cells = [_Cell(name, 0, {"weights": each.fingerprint} if name == RETAIN else {}) for name, each in models.items()]
     for each, seed in product(made, range(seeds)):
         if each.seeded or not seed:
             cells.append(_Cell(each.name, seed, {"code": each.code} if each.code else {}))
@@ -146,7 +146,7 @@ def _measured(
     if cell.method in models:
         return _kept(evaluate(models[cell.method]))
     model = models[FULL]
-    edit = methods[cell.method](model, *sets, cell.seed)
+    edit = methods[cell.method](model, sets[0], sets[1], cell.seed)
     if edit.card.stopped == "interrupted":
         raise KeyboardInterrupt
     with edit.applied(model):

@@ -148,7 +148,9 @@ def on_ray(
         MechunlearnError: There are resources and no cluster, or a number is out of range, or the device is one GPU by its
             number, which is another one in a worker.
     """
-    given = {name: each for name, each in (("cpus", cpus), ("gpus", gpus), ("memory", memory)) if each is not None}
+    given: dict[str, Any] = {
+        name: each for name, each in (("cpus", cpus), ("gpus", gpus), ("memory", memory)) if each is not None
+    }
     if where is None:
         if given:
             raise MechunlearnError(f"--cell-{next(iter(given))} is for cells on Ray. Give --ray too, or leave it out.")
