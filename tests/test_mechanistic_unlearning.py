@@ -10,7 +10,7 @@ from mechunlearn.artifacts.mask import ComponentMask
 from mechunlearn.core.grid import Grid
 from mechunlearn.reproduce import mechanistic_unlearning as paper
 from mechunlearn.reproduce import mechanistic_unlearning_bench as m
-from mechunlearn.reproduce.engine import Plan, attempt, failures, finished
+from mechunlearn.reproduce.engine import Plan, attempt, finished
 from mechunlearn.reproduce.mechanistic_unlearning import PAPER
 from mechunlearn.reproduce.mechanistic_unlearning_bench import LOOKUP, NAIVE, OUTPUT_TRACING, VALIDATION, Bench, Cell
 from mechunlearn.reproduce.tables import Difference, verdict
@@ -137,8 +137,8 @@ class TestCells:
         grid = Grid.open(tmp_path, PAPER.about(plan(tmp_path)))
         cell = Cell("test", m.SHIPPED, arm=m.LAST, rate=1e-2, weight=1.0)
         assert made(grid, cell) == "Its ceiling and floor are not finished."
-        assert [one["reason"] for one in failures(tmp_path)] == ["Its ceiling and floor are not finished."]
-        assert attempt(grid, cell, lambda: {"recovery": 0.5}) == "" and failures(tmp_path) == []
+        assert [one["reason"] for one in grid.failures()] == ["Its ceiling and floor are not finished."]
+        assert attempt(grid, cell, lambda: {"recovery": 0.5}) == "" and grid.failures() == []
         assert finished(grid, cell) == {"recovery": 0.5}
 
 

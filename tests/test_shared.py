@@ -14,7 +14,7 @@ import pytest
 
 from mechunlearn.core.grid import Grid
 from mechunlearn.errors import MechunlearnError
-from mechunlearn.reproduce.engine import Paper, attempt, failures, finished, settled, stored
+from mechunlearn.reproduce.engine import Paper, attempt, finished, settled, stored
 from mechunlearn.reproduce.tables import table
 
 SCRIPT = """
@@ -67,13 +67,14 @@ PAPER = Paper(
 
 
 def test_the_rest_goes_on_after_a_failure(tmp_path, capfd):
-    found = PAPER.reproduce(tmp_path, jobs=1, progress=False)
+    found = PAPER.reproduce(tmp_path, progress=False)
     assert found == {"squares": [1, 9, 16], "quick": False}
     told = capfd.readouterr().err.splitlines()
     assert len(told) == 2 and "no/such: FileNotFoundError" in told[0] and told[1] == "failed: Square(cell=2): no 2"
-    assert failures(tmp_path) == [{"cell": {"cell": 2}, "reason": "no 2"}]
+    grid = Grid.open(tmp_path, {"of": "squares"})
+    assert grid.failures() == [{"cell": {"cell": 2}, "reason": "no 2"}]
     with pytest.raises(MechunlearnError, match=r"Square\(cell=2\) is not finished"):
-        stored(Grid.open(tmp_path, {"of": "squares"}), Square(2))
+        stored(grid, Square(2))
     PAPER.write(found, tmp_path / "page.md")
     assert (tmp_path / "page.md").read_text() == str(found) and json.loads(
         (tmp_path / "page.json").read_text()
@@ -87,7 +88,7 @@ def test_an_interruption_is_no_failure(tmp_path):
     grid = Grid.open(tmp_path, {})
     with pytest.raises(KeyboardInterrupt):
         attempt(grid, Square(1), interrupted)
-    assert failures(tmp_path) == [] and finished(grid, Square(1)) is None
+    assert grid.failures() == [] and finished(grid, Square(1)) is None
 
 
 def test_a_table_keeps_its_text_as_it_is():
@@ -118,6 +119,6 @@ def test_a_failed_cell_is_settled_until_it_is_made(tmp_path):
     assert not settled(grid, cell) and finished(grid, cell) is None
     why = "ZeroDivisionError: division by zero"
     assert attempt(grid, cell, lambda: {"value": 1 / 0}) == why
-    assert settled(grid, cell) and failures(tmp_path) == [{"cell": {"cell": 1}, "reason": why}]
-    assert attempt(grid, cell, lambda: {"value": 1}) == "" and failures(tmp_path) == []
+    assert settled(grid, cell) and grid.failures() == [{"cell": {"cell": 1}, "reason": why}]
+    assert attempt(grid, cell, lambda: {"value": 1}) == "" and grid.failures() == []
     assert finished(grid, cell) == {"value": 1} == stored(grid, cell)

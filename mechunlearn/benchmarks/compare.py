@@ -1,6 +1,7 @@
 """Methods of unlearning side by side on TOFU, in a folder that a killed run resumes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -18,8 +19,10 @@ from mechunlearn.benchmarks.scores import Scores
 from mechunlearn.core.grid import Grid
 from mechunlearn.core.progress import track
 from mechunlearn.core.runcard import RunCard, digest
+from mechunlearn.core.spread import Ray, spreading
 from mechunlearn.core.steady import steady
 from mechunlearn.errors import MechunlearnError
+from mechunlearn.facts.prompts import Prompts
 from mechunlearn.model.hooked import HookedModel
 
 MOST_SEEDS = 100
@@ -41,13 +44,14 @@ def compare_methods(
     rows: int | None = 300,
     tokens: int = 200,
     batch_size: int = 16,
+    ray: Ray | None = None,
     progress: bool | None = None,
 ) -> Leaderboard:
     """Edit a model that was finetuned on TOFU by each method and seed, and measure it with `tofu.evaluate`.
 
     A run that was stopped or killed goes on where it was when it is called again: each finished cell is kept in the
-    folder and made once. Methods, seeds and a retain model can be added later. What fails is a row with its reason, and
-    the next call tries it again.
+    folder and made once. Methods, seeds and a retain model can be added later. A method that fails is a row with its
+    reason, and the next call tries it again.
 
     Args:
         model: The full model: finetuned on `full` (see docs/benchmarks.md). An untrained one has nothing to forget.
@@ -63,11 +67,12 @@ def compare_methods(
         rows: How many rows of each split are measured; 300 as in TOFU's own evaluation. All are edited.
         tokens: The most tokens that the model may write for ROUGE.
         batch_size: Rows at a time.
+        ray: The Ray cluster that runs the cells; the folder must be one that all its nodes see. None runs them here.
         progress: Whether to show bars; None shows them where somebody can see them.
 
     Raises:
-        MechunlearnError: For methods and numbers out of range, data that lack a split, and a folder that holds other files
-            or another grid.
+        MechunlearnError: For methods and numbers out of range, data that lack a split, a folder that holds other files
+            or another grid, if the full or the retain model cannot be measured, and for a cluster that cannot be used.
 
     >>> from tempfile import TemporaryDirectory
     >>> from mechunlearn import load_model
@@ -87,35 +92,73 @@ def compare_methods(
     about: dict[str, Any] = {"benchmark": "tofu", "model": repr(model), "weights": model.fingerprint}
     about |= {"data": digest(repr([(split, tuple(data[split])) for split in wanted])), "forget": forget}
     about |= {"lr": lr, "steps": steps, "rows": rows, "tokens": tokens, "versions": RunCard("tofu").versions}
-    grid = Grid.open_alone(Path(folder), about)
     evaluate = partial(
         tofu.evaluate, data=data, forget=forget, tokens=tokens, rows=rows, batch_size=batch_size, progress=progress
     )
-    found = [(FULL, 0, grid.cell({"method": FULL, "seed": 0}, lambda: _kept(evaluate(model))))]
-    if retain_model is not None:
-        gold = {"method": RETAIN, "seed": 0, "weights": retain_model.fingerprint}
-        found.append((RETAIN, 0, grid.cell(gold, lambda: _kept(evaluate(retain_model)))))
     sets = [as_prompts(model, data[split], split) for split in (forget, RETAINED[forget])]
-    cells = [(each, seed) for each, seed in product(made, range(seeds)) if each.seeded or not seed]
-
-    def work(method: Method, seed: int) -> dict[str, Any]:
-        edit = method(model, sets[0], sets[1], seed)
-        if edit.card.stopped == "interrupted":
-            raise KeyboardInterrupt
-        with edit.applied(model):
-            return _kept(evaluate(model)) | {"share": _share(edit, model)}
-
-    for each, seed in track(cells, "methods", progress=progress):
-        described = {"method": each.name, "seed": seed} | ({"code": each.code} if each.code else {})
-        try:
-            cell = grid.cell(described, partial(work, each, seed))
-        except Exception as error:  # one method of many, perhaps a user's own: the others go on
-            named = "" if isinstance(error, MechunlearnError) else f"{type(error).__name__}: "
-            cell = {"note": f"{named}{error}"}
-        found.append((each.name, seed, cell))
+    models = {FULL: model} | ({RETAIN: retain_model} if retain_model is not None else {})
+    cells = [_Cell(name, 0, {"weights": each.fingerprint} if name == RETAIN else {}) for name, each in models.items()]
+    for each, seed in product(made, range(seeds)):
+        if each.seeded or not seed:
+            cells.append(_Cell(each.name, seed, {"code": each.code} if each.code else {}))
+    with spreading(ray, folder) as spread:
+        grid = Grid.open_alone(Path(folder), about)
+        work = partial(_result, grid, models, {each.name: each for each in made}, sets, evaluate)
+        done = spread(work, cells, partial(_failed, grid))
+        results = list(track(done, "methods", total=len(cells), progress=progress))
+    found = [(cell.method, cell.seed, result) for cell, result in zip(cells, results)]
     board = Leaderboard(tuple(_rows(found, forget)), about | {"asked": how_asked(model)})
     board.save(folder)
     return board
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """A model to measure, or a method with its seed, and what else tells it from others of that name."""
+
+    method: str
+    seed: int
+    more: Mapping[str, Any]
+
+    def description(self) -> dict[str, Any]:
+        return {"method": self.method, "seed": self.seed, **self.more}
+
+
+def _result(
+    grid: Grid,
+    models: Mapping[str, HookedModel],
+    methods: Mapping[str, Method],
+    sets: Sequence[Prompts],
+    evaluate: Callable[[HookedModel], Scores],
+    cell: _Cell,
+) -> dict[str, Any]:
+    """The result of a cell: out of the grid, or made now."""
+    return grid.cell(cell.description(), partial(_measured, models, methods, sets, evaluate, cell))
+
+
+def _measured(
+    models: Mapping[str, HookedModel],
+    methods: Mapping[str, Method],
+    sets: Sequence[Prompts],
+    evaluate: Callable[[HookedModel], Scores],
+    cell: _Cell,
+) -> dict[str, Any]:
+    if cell.method in models:
+        return _kept(evaluate(models[cell.method]))
+    model = models[FULL]
+    edit = methods[cell.method](model, sets[0], sets[1], cell.seed)
+    if edit.card.stopped == "interrupted":
+        raise KeyboardInterrupt
+    with edit.applied(model):
+        return _kept(evaluate(model)) | {"share": _share(edit, model)}
+
+
+def _failed(grid: Grid, cell: _Cell, reason: str) -> dict[str, Any]:
+    """One method of many, perhaps a user's own: the others go on. Without the models it is compared with, none do."""
+    grid.fail(cell.description(), reason)
+    if cell.method in (FULL, RETAIN):
+        raise MechunlearnError(f"The {cell.method} cannot be measured: {reason}")
+    return {"note": reason}
 
 
 def needed_splits(forget: str) -> tuple[str, ...]:

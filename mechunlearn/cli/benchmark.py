@@ -6,8 +6,19 @@ from typing import Annotated
 
 import typer
 
-from mechunlearn.cli.options import Device, Dtype, Model, Seed, Steps
-from mechunlearn.cli.shared import console, names, new_folder, open_edit, open_model, resumable, say, seed_in_range
+from mechunlearn.cli.options import CellCpus, CellGpus, CellMemory, Device, Dtype, Model, Seed, Steps, Where
+from mechunlearn.cli.shared import (
+    console,
+    goes_on,
+    names,
+    new_folder,
+    on_ray,
+    open_edit,
+    open_model,
+    resumable,
+    say,
+    seed_in_range,
+)
 
 app = typer.Typer(help="Methods of unlearning side by side on a public benchmark.", no_args_is_help=True)
 Data = Annotated[str, typer.Option(help="A folder with TOFU's files, or a hub name.")]
@@ -38,6 +49,10 @@ def tofu(
     steps: Steps = 50,
     device: Device = "cpu",
     dtype: Dtype = None,
+    ray: Where = None,
+    cell_cpus: CellCpus = None,
+    cell_gpus: CellGpus = None,
+    cell_memory: CellMemory = None,
 ) -> None:
     """Edit a model that was finetuned on TOFU by each method, and measure what is forgotten and what stays.
 
@@ -54,23 +69,26 @@ def tofu(
     wanted, given = needed_splits(split), names(methods)
     check_numbers(seeds, rows, lr, steps)
     check_methods(given, ())
+    cluster = on_ray(ray, cell_cpus, cell_gpus, cell_memory, device)
     with console.status(f"loading {data}"):
         loaded = benchmark.load(data, wanted)
     check_methods(given, loaded[split])
     hooked = open_model(model, device, dtype)
     gold = open_model(retain, device, dtype) if retain is not None else None
-    made = compare_methods(
-        hooked,
-        loaded,
-        given,
-        folder=output,
-        forget=split,
-        retain_model=gold,
-        seeds=seeds,
-        lr=lr,
-        steps=steps,
-        rows=rows,
-    )
+    with goes_on(output):
+        made = compare_methods(
+            hooked,
+            loaded,
+            given,
+            folder=output,
+            forget=split,
+            retain_model=gold,
+            seeds=seeds,
+            lr=lr,
+            steps=steps,
+            rows=rows,
+            ray=cluster,
+        )
     say(repr(made.summary().set_index("method").T))
     if gold is None:
         say(NO_GOLD)

@@ -6,8 +6,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from mechunlearn.cli.options import LOCALIZERS, Device, Dtype, Facts, Model, Steps
-from mechunlearn.cli.shared import console, load, names, resumable
+from mechunlearn.cli.options import (
+    LOCALIZERS,
+    CellCpus,
+    CellGpus,
+    CellMemory,
+    Device,
+    Dtype,
+    Facts,
+    Model,
+    Steps,
+    Where,
+)
+from mechunlearn.cli.shared import console, goes_on, load, names, on_ray, resumable
 from mechunlearn.errors import MechunlearnError
 
 if TYPE_CHECKING:
@@ -34,6 +45,10 @@ def compare(
     forget: Annotated[int, typer.Option(help="How many facts to forget.", min=1)] = 64,
     device: Device = "cpu",
     dtype: Dtype = None,
+    ray: Where = None,
+    cell_cpus: CellCpus = None,
+    cell_gpus: CellGpus = None,
+    cell_memory: CellMemory = None,
 ) -> None:
     """Edit what each localizer finds with each objective, budget and seed, settings chosen by one rule.
 
@@ -54,11 +69,13 @@ def compare(
         "validation": validation,
     }
     check_grid(**grid)
+    cluster = on_ray(ray, cell_cpus, cell_gpus, cell_memory, device)
     resumable(output, "about.json")
     hooked, forgotten, _ = load(model, facts, forget, 0, device, dtype)
     assert forgotten.facts is not None and forgotten.facts.source is not None
-    grid |= {"forget": forget, "steps": steps, "attack": attack}
-    made = compared(hooked, forgotten.facts.source, folder=output, **grid)
+    grid |= {"forget": forget, "steps": steps, "attack": attack, "ray": cluster}
+    with goes_on(output):
+        made = compared(hooked, forgotten.facts.source, folder=output, **grid)
     _print_arms(made.summary(short=True))
     console.print("± is half of the 95 % interval over seeds, all of one model; how to read it: table.md")
     for name in ("results.parquet", "table.md", "figure.html"):

@@ -5,11 +5,12 @@ from typing import Annotated
 
 import typer
 
-from mechunlearn.cli.shared import checked_suffix, console, jobs_in_range, resumable
+from mechunlearn.cli.options import CellCpus, CellGpus, CellMemory, Where
+from mechunlearn.cli.shared import checked_suffix, console, goes_on, on_ray, resumable
+from mechunlearn.core.spread import Ray
 
 app = typer.Typer(help="A paper's claims on worlds of our own, with controls and intervals.", no_args_is_help=True)
 Output = Annotated[Path, typer.Option("--output", "-o", help="A folder; a half-done run in it is continued.")]
-Jobs = Annotated[int, typer.Option(help="Processes, one thread each.", min=1, callback=jobs_in_range)]
 Page = Annotated[Path | None, typer.Option(help="Where to write the page, if not in the folder: .md")]
 
 
@@ -44,10 +45,13 @@ def _add(paper: str, claims: str, shortened: str) -> None:
     def command(
         output: Output,
         quick: Annotated[bool, typer.Option("--quick", help=shortened)] = False,
-        jobs: Jobs = 2,
         page: Page = None,
+        ray: Where = None,
+        cell_cpus: CellCpus = None,
+        cell_gpus: CellGpus = None,
+        cell_memory: CellMemory = None,
     ) -> None:
-        _reproduce(paper, output, quick, jobs, page)
+        _reproduce(paper, output, quick, page, on_ray(ray, cell_cpus, cell_gpus, cell_memory))
 
 
 for _paper, _texts in PAPERS.items():
@@ -65,7 +69,7 @@ def summary(
         console.print(f"page -> {written}")
 
 
-def _reproduce(paper: str, output: Path, quick: bool, jobs: int, page: Path | None) -> None:
+def _reproduce(paper: str, output: Path, quick: bool, page: Path | None, ray: Ray | None) -> None:
     """Run a paper's plan; write the page and, beside it, its numbers; the headline comparisons on the console."""
     written = page or output / f"{paper}.md"
     checked_suffix(written, ".md")
@@ -73,7 +77,8 @@ def _reproduce(paper: str, output: Path, quick: bool, jobs: int, page: Path | No
     from mechunlearn.reproduce.summary import PAPERS, headlines
     from mechunlearn.reproduce.tables import shown
 
-    found = PAPERS[paper].reproduce(output, quick, jobs)
+    with goes_on(output):
+        found = PAPERS[paper].reproduce(output, quick, ray)
     PAPERS[paper].write(found, written)
     for claim in headlines(paper, found):
         told = f"{claim.text}{claim.note}: {shown(claim.difference, '+.2f')}, n = {claim.n}"

@@ -1,6 +1,7 @@
 """What commands share: the console, checks of what was given, a loaded model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from mechunlearn.core.files import writable
+from mechunlearn.core.spread import Ray
 from mechunlearn.errors import MechunlearnError
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ def _at_most(most: int) -> Callable[[int | None], int | None]:
 
 
 seed_in_range, steps_in_range = _at_most(MOST_SEED), _at_most(1_000_000)
-size_in_range, jobs_in_range = _at_most(2**24), _at_most(1024)
+size_in_range = _at_most(2**24)
 
 
 def open_model(model: str, device: str = "cpu", dtype: str | None = None) -> "HookedModel":
@@ -134,6 +136,49 @@ def resumable(path: Path, *marks: str) -> None:
         writable(path / marks[0])
     else:
         new_folder(path)
+
+
+@contextmanager
+def goes_on(path: Path) -> Iterator[None]:
+    """Say after Ctrl-C within the block that a run can be continued.
+
+    Args:
+        path: The folder of the run.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        stopped = f"mechunlearn: stopped. What is finished is kept in '{path}': the same command goes on."
+        Console(stderr=True, highlight=False).print(stopped, markup=False, soft_wrap=True)
+        raise
+
+
+def on_ray(
+    where: str | None, cpus: int | None, gpus: float | None, memory: float | None, device: str = "cpu"
+) -> Ray | None:
+    """Return the cluster that the options name, or None for this process.
+
+    Args:
+        where: What `--ray` says.
+        cpus: Cores of a cell.
+        gpus: GPUs of a cell.
+        memory: GiB of a cell.
+        device: Where the model is.
+
+    Raises:
+        MechunlearnError: There are resources and no cluster, or a number is out of range, or the device is one GPU by its
+            number, which is another one in a worker.
+    """
+    given: dict[str, Any] = {
+        name: each for name, each in (("cpus", cpus), ("gpus", gpus), ("memory", memory)) if each is not None
+    }
+    if where is None:
+        if given:
+            raise MechunlearnError(f"--cell-{next(iter(given))} is for cells on Ray. Give --ray too, or leave it out.")
+        return None
+    if device.startswith("cuda:"):
+        raise MechunlearnError(f"Ray chooses the GPU of each cell. Give --device cuda in place of {device}.")
+    return Ray(where, **({"gpus": 1} if device == "cuda" else {}) | given)
 
 
 def say(line: str) -> None:

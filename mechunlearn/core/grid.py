@@ -22,7 +22,7 @@ class Grid:
     writes a whole file, and the one that is written last stays.
 
     Attributes:
-        folder: Where the grid lies.
+        folder: Where the grid lies, from the root, as workers may start elsewhere.
         key: A hash of what all cells share. A cell file with another key belongs to another grid and is not read.
 
     >>> from tempfile import TemporaryDirectory
@@ -63,7 +63,7 @@ class Grid:
             raise MechunlearnError(
                 f"'{folder}' holds a grid about something else: {changes}. Take another folder, or give what is there."
             )
-        return cls(Path(folder), digest(_canonical(given)))
+        return cls(Path(folder).absolute(), digest(_canonical(given)))
 
     @classmethod
     def open_alone(cls, folder: str | Path, about: Mapping[str, Any]) -> "Grid":
@@ -112,7 +112,31 @@ class Grid:
         made = {"grid": self.key, "description": plain, "result": result, "seconds": watch.seconds()}
         with whole_file(path) as beside:
             beside.write_text(json.dumps(made) + "\n")
+        self._note(plain).unlink(missing_ok=True)
         return result
+
+    def fail(self, description: Mapping[str, Any], reason: str) -> None:
+        """Keep why a cell could not be made, in the folder's `failed`, until it is made.
+
+        Args:
+            description: Which cell.
+            reason: What went wrong.
+        """
+        plain = _plain(description, "a description")
+        with whole_file(self._note(plain)) as beside:
+            beside.write_text(json.dumps({"cell": plain, "reason": reason}) + "\n", encoding="utf-8")
+
+    def failures(self) -> list[dict[str, Any]]:
+        """Return the cells that failed, each with its reason: `{"cell": ..., "reason": ...}`."""
+        return [kept for path in sorted((self.folder / "failed").glob("*.json")) if (kept := _read(path))]
+
+    def failed(self, description: Mapping[str, Any]) -> bool:
+        """Return whether a cell failed when it was last tried.
+
+        Args:
+            description: Which cell.
+        """
+        return self._note(_plain(description, "a description")).exists()
 
     def done(self) -> int:
         """Count the finished cells."""
@@ -135,6 +159,9 @@ class Grid:
             for cell in cells
         ]
         return pd.DataFrame(rows, columns=list(dict.fromkeys([*names, *(k for row in rows for k in row)])))
+
+    def _note(self, plain: dict[str, Any]) -> Path:
+        return self.folder / "failed" / f"{digest(_canonical(plain))}.json"
 
     def _path(self, plain: dict[str, Any]) -> Path:
         words = " ".join(f"{k} {plain[k]}" for k in sorted(plain))

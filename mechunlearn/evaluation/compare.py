@@ -17,6 +17,7 @@ from mechunlearn.core.grid import Grid
 from mechunlearn.core.methods import method_named, ready_methods
 from mechunlearn.core.progress import track
 from mechunlearn.core.runcard import RunCard, digest
+from mechunlearn.core.spread import Ray, spreading
 from mechunlearn.core.steady import steady
 from mechunlearn.edit import losses, masked_gradient
 from mechunlearn.edit.objective import OBJECTIVES, objective_named
@@ -50,6 +51,7 @@ def compare(
     steps: int = 50,
     validation: int = 2,
     attack: bool = False,
+    ray: Ray | None = None,
     progress: bool | None = None,
 ) -> Comparison:
     """Edit what each localizer finds with each objective, budget and seed, and measure what is gone and what stays.
@@ -58,7 +60,8 @@ def compare(
     localizer, objective and budget, which the test seeds then use. Only `masked_gradient` edits here.
 
     A run that was stopped or killed goes on where it was when it is called again with the same arguments, and no
-    finished cell is made twice. A localizer that finds nothing, and an edit that diverges, are rows with a note.
+    finished cell is made twice. A localizer that finds nothing, an edit that diverges, and a test cell that fails are
+    rows with a note; the next call tries what failed again.
     Cost: validation x lrs x forget_weights + seeds edits for each localizer, objective and budget. One model is n =
     1, however many seeds: run it on several before you call a localizer better.
 
@@ -78,11 +81,12 @@ def compare(
         steps: The number of optimiser steps.
         validation: The number of forget sets to choose on (seeds 101, 102, ...).
         attack: Whether to attack each edit by relearning too.
+        ray: The Ray cluster that runs the cells; the folder must be one that all its nodes see. None runs them here.
         progress: Whether to show a bar; None shows one where somebody can see it.
 
     Raises:
-        MechunlearnError: For a localizer, objective, budget or number out of range, and for a folder that holds other
-            files or another grid.
+        MechunlearnError: For a localizer, objective, budget or number out of range, for a folder that holds other files
+            or another grid, if a setting could not be tried, and for a cluster that cannot be used.
 
     >>> from tempfile import TemporaryDirectory
     >>> from mechunlearn import load_facts, load_model
@@ -106,19 +110,34 @@ def compare(
     }
     about |= {"seeds": seeds, "forget": forget, "steps": steps, "validation": validation, "attack": attack}
     about["versions"] = RunCard("compare").versions
-    grid = Grid.open_alone(Path(folder), about)
-    work = partial(_cell, sets, grid, steps, attack)
     arms = [dict(zip(ARM, arm, strict=True)) for arm in product(*(names[f"{name}s"] for name in ARM))]
     settings = [{"lr": lr, "forget_weight": weight} for lr, weight in product(names["lrs"], names["forget_weights"])]
     seen = range(FIRST_VALIDATION, FIRST_VALIDATION + validation)
     trials = [
         {"stage": "validation", **arm, **setting, "seed": seed} for seed, arm, setting in product(seen, arms, settings)
     ]
-    rows = [work(trial) for trial in track(trials, "choosing settings", progress=progress)]
-    chosen = [arm | select([row for row in rows if arm.items() <= row.items()]) for arm in arms]
-    tests: list[dict[str, Any]] = [{"stage": "unedited", "seed": seed} for seed in range(seeds)]
-    tests += [{"stage": "test", **arm, "seed": seed} for seed, arm in product(range(seeds), chosen)]
-    rows += [work(test) for test in track(tests, "measuring", progress=progress)]
+    with spreading(ray, folder) as spread:
+        grid = Grid.open_alone(Path(folder), about)
+        work, reasons = partial(_cell, sets, grid, steps, attack), list[str]()
+
+        def failed(row: dict[str, Any], reason: str) -> dict[str, Any]:
+            grid.fail(_named(row), reason)
+            reasons.append(reason)
+            return row | {"note": reason}
+
+        def each(cells: Sequence[dict[str, Any]], title: str) -> list[dict[str, Any]]:
+            return list(track(spread(work, cells, failed), title, total=len(cells), progress=progress))
+
+        rows = each(trials, "choosing settings")
+        if reasons:
+            raise MechunlearnError(
+                f"{len(reasons)} of {len(trials)} settings could not be tried, so none is chosen: {reasons[0]} All "
+                f"reasons are in '{Path(folder) / 'failed'}'. The same call tries them again."
+            )
+        chosen = [arm | select([row for row in rows if arm.items() <= row.items()]) for arm in arms]
+        tests: list[dict[str, Any]] = [{"stage": "unedited", "seed": seed} for seed in range(seeds)]
+        tests += [{"stage": "test", **arm, "seed": seed} for seed, arm in product(range(seeds), chosen)]
+        rows += each(tests, "measuring")
     made = Comparison.of(rows, about)
     made.save(folder)
     return made
@@ -179,8 +198,12 @@ class _Sets:
     """The forget and retain set of a seed, and what localizers find on it: made when first needed, then kept."""
 
     def __init__(self, model: HookedModel, facts: FactDataset, forget: int) -> None:
-        self.model, self.forget, self.prompts = model, forget, facts.prompts(model)
+        self.model, self.facts, self.forget, self.prompts = model, facts, forget, facts.prompts(model)
         self.split, self.found = cache(self._split), cache(self._found)
+
+    def __reduce__(self) -> tuple[type["_Sets"], tuple[HookedModel, FactDataset, int]]:
+        """In a worker they are made again."""
+        return _Sets, (self.model, self.facts, self.forget)
 
     def _split(self, seed: int) -> tuple[Prompts, Prompts]:
         return self.prompts.split(self.forget, seed=seed)
@@ -214,12 +237,17 @@ class _Sets:
 
 def _cell(sets: _Sets, grid: Grid, steps: int, attack: bool, row: dict[str, Any]) -> dict[str, Any]:
     """A row with its result: out of the grid, or made now."""
-    named = {name: row[name] for name in NAMES if name in row}
+    named = _named(row)
     if row["stage"] == "unedited":
         return row | grid.cell(named, partial(_unedited, sets, row["seed"]))
     if row["lr"] is None:
         return row | {"note": "no setting: nothing was found on the validation sets, or every setting diverged"}
     return row | grid.cell(named, partial(_edited, sets, steps, attack, named))
+
+
+def _named(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What tells a row's cell from the others."""
+    return {name: row[name] for name in NAMES if name in row}
 
 
 def _unedited(sets: _Sets, seed: int) -> dict[str, Any]:

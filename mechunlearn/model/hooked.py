@@ -74,6 +74,10 @@ class HookedModel:
         self._fingerprints: dict[int, str] = {}
         check_registered(self.decoder)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the bridge, whose parameters would become others than the module's: it is made again where it is asked for."""
+        return self.__dict__ | {"_bridge": Bridge(self.hf, self.layout, self.tokenizer, self.name)}
+
     @property
     def bridge(self) -> Any:
         """The same parameters as a `TransformerBridge` of transformer_lens, under the hooks that are on now.

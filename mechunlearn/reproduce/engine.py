@@ -1,17 +1,15 @@
-"""The engine of every reproduction: a plan's cells are run over worker processes, kept, and shown on a page.
+"""The engine of every reproduction: a plan's cells are run here or on a Ray cluster, kept, and shown on a page.
 
 A paper's module plans cells and measures them. Everything is kept in the plan's folder: a killed run continues where it
 stopped, and what failed is noted and tried again by the next run.
 """
 
 import json
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import product
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -21,7 +19,7 @@ from rich.progress import track
 
 from mechunlearn.core.files import data_folder, whole_file
 from mechunlearn.core.grid import Grid
-from mechunlearn.core.runcard import digest
+from mechunlearn.core.spread import Ray, Spread, reason_of, spreading
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.model.hooked import HookedModel, load_model
 from mechunlearn.reproduce.tables import Claim
@@ -66,14 +64,14 @@ class Run:
         plan: What is run.
         about: What its cells share.
         grid: The finished cells.
-        pool: The worker processes.
+        spread: Does the work of cells, here or on a cluster.
         progress: Whether to show bars.
     """
 
     plan: Plan
     about: Found
     grid: Grid
-    pool: ProcessPoolExecutor
+    spread: Spread
     progress: bool
 
     def build(self, title: str, makers: Mapping[Path, Callable[[], object]]) -> None:
@@ -84,7 +82,7 @@ class Run:
             makers: For each folder, what makes it.
         """
         missing = {path: make for path, make in makers.items() if not path.exists()}
-        self._each(partial(_built, missing), list(missing), title)
+        self._each(partial(_built, missing), list(missing), _unbuilt, title)
 
     def cells(self, title: str, work: Work, batches: Iterable[Sequence[Cell]]) -> None:
         """Run the cells that are not finished.
@@ -94,11 +92,18 @@ class Run:
             work: Makes a cell's result.
             batches: Cells that one worker runs one after another, as they share a model.
         """
-        self._each(partial(_attempted, work, self.plan.folder, self.about), list(batches), title)
+        attempted = partial(_attempted, work, self.plan.folder, self.about)
+        self._each(attempted, list(batches), partial(_lost, self.grid), title)
 
-    def _each(self, work: Callable[[Any], list[str]], items: Sequence[Any], title: str) -> None:
+    def _each(
+        self,
+        work: Callable[[Any], list[str]],
+        items: Sequence[Any],
+        failed: Callable[[Any, str], list[str]],
+        title: str,
+    ) -> None:
         """Do the work of every item; the lines that it returns for what failed are printed, and the rest goes on."""
-        done = track(self.pool.map(work, items), title, total=len(items), disable=not self.progress)
+        done = track(self.spread(work, items, failed), title, total=len(items), disable=not self.progress)
         for line in (line for lines in done for line in lines):
             Console(stderr=True).print(f"failed: {line}", highlight=False, markup=False, soft_wrap=True)
 
@@ -111,7 +116,7 @@ class Paper:
         name: Its name on the command line.
         title: Its title and number.
         full: Worlds and seeds of the full run.
-        short: Worlds and seeds of a run that fits into a quarter of an hour.
+        short: Worlds and seeds of a run that fits into a quarter of an hour of two cores.
         about: Returns what all cells of a plan share; a folder with cells about something else is refused.
         run: Runs what is missing, and returns the settings that were chosen.
         results: Returns every number of the page, from the plan, the finished cells and the chosen settings.
@@ -129,22 +134,24 @@ class Paper:
     claims: Callable[[Found], list[Claim]]
     page: Callable[[Found], str]
 
-    def reproduce(self, folder: Path, quick: bool = False, jobs: int = 2, progress: bool = True) -> Found:
+    def reproduce(self, folder: Path, quick: bool = False, ray: Ray | None = None, progress: bool = True) -> Found:
         """Run what is missing and return every number of the page.
 
         Args:
             folder: Where worlds and cells are kept.
             quick: Whether to take the short run.
-            jobs: How many processes, of one thread each.
+            ray: The cluster that runs cells; None runs them here, one after another and with one thread.
             progress: Whether to show bars.
 
         Raises:
-            MechunlearnError: If the folder holds cells about something else, or cells that the page needs failed.
+            MechunlearnError: If the folder holds cells about something else, or cells that the page needs failed, or
+                the cluster cannot be used.
         """
+        folder = folder.resolve()  # workers may start elsewhere
         plan = Plan(folder, *(self.short if quick else self.full), quick=quick)
-        grid = Grid.open(folder, self.about(plan))
-        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
-            chosen = self.run(Run(plan, self.about(plan), grid, pool, progress))
+        with _one_thread(), spreading(ray, folder) as spread:
+            grid = Grid.open(folder, self.about(plan))
+            chosen = self.run(Run(plan, self.about(plan), grid, spread, progress))
         return self.results(plan, grid, chosen)
 
     def write(self, found: Found, path: Path) -> None:
@@ -159,18 +166,26 @@ class Paper:
                 beside.write_text(content, encoding="utf-8")
 
 
-def _one_thread() -> None:
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """As a cell has on Ray: the numbers of a page do not depend on how many cores there are."""
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
-    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _built(makers: Mapping[Path, Callable[[], object]], path: Path) -> list[str]:
-    """Make a folder, and return a line if that fails."""
-    try:
+    """Make a folder, unless a worker that died had made it."""
+    if not path.exists():
         makers[path]()
-    except Exception as error:
-        return [f"{path}: {_reason(error)}"]
     return []
+
+
+def _unbuilt(path: Path, reason: str) -> list[str]:
+    return [f"{path}: {reason}"]
 
 
 def _attempted(work: Work, folder: Path, about: Found, cells: Sequence[Cell]) -> list[str]:
@@ -178,6 +193,14 @@ def _attempted(work: Work, folder: Path, about: Found, cells: Sequence[Cell]) ->
     grid = Grid.open(folder, about)
     reasons = [(cell, attempt(grid, cell, partial(work, folder, grid, cell))) for cell in cells]
     return [f"{cell}: {reason}" for cell, reason in reasons if reason]
+
+
+def _lost(grid: Grid, cells: Sequence[Cell], reason: str) -> list[str]:
+    """Note the cells that a worker which died has not made."""
+    left = [cell for cell in cells if finished(grid, cell) is None]
+    for cell in left:
+        grid.fail(cell.description(), reason)
+    return [f"{cell}: {reason}" for cell in left]
 
 
 def attempt(grid: Grid, cell: Cell, work: Callable[[], Mapping[str, Any]]) -> str:
@@ -190,15 +213,11 @@ def attempt(grid: Grid, cell: Cell, work: Callable[[], Mapping[str, Any]]) -> st
         cell: What is made.
         work: Makes its result.
     """
-    note = _note(grid, cell)
     try:
         grid.cell(cell.description(), work)
     except Exception as error:
-        with whole_file(note) as beside:
-            failed = {"cell": cell.description(), "reason": _reason(error)}
-            beside.write_text(json.dumps(failed) + "\n", encoding="utf-8")
-        return _reason(error)
-    note.unlink(missing_ok=True)
+        grid.fail(cell.description(), reason_of(error))
+        return reason_of(error)
     return ""
 
 
@@ -238,16 +257,7 @@ def settled(grid: Grid, cell: Cell) -> bool:
         grid: The finished cells.
         cell: Which one.
     """
-    return finished(grid, cell) is not None or _note(grid, cell).exists()
-
-
-def failures(folder: Path) -> list[Found]:
-    """Return the cells that failed, each with its reason.
-
-    Args:
-        folder: The plan's folder.
-    """
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "failed").glob("*.json"))]
+    return finished(grid, cell) is not None or grid.failed(cell.description())
 
 
 def options(make: Callable[..., Made], **values: Iterable[Any]) -> tuple[Made, ...]:
@@ -282,14 +292,6 @@ def model_in(folder: Path) -> HookedModel:
         folder: Where it is.
     """
     return load_model(folder)
-
-
-def _reason(error: Exception) -> str:
-    return str(error) if isinstance(error, MechunlearnError) else f"{type(error).__name__}: {error}"
-
-
-def _note(grid: Grid, cell: Cell) -> Path:
-    return grid.folder / "failed" / f"{digest(json.dumps(cell.description(), sort_keys=True))}.json"
 
 
 class _Absent(Exception):

@@ -16,7 +16,7 @@ from typing import Any
 
 from mechunlearn.core.grid import Grid
 from mechunlearn.reproduce import mechanistic_unlearning_bench as bench
-from mechunlearn.reproduce.engine import Found, Paper, Plan, Run, failures, finished, settled, world_folder
+from mechunlearn.reproduce.engine import Found, Paper, Plan, Run, finished, settled, world_folder
 from mechunlearn.reproduce.mechanistic_unlearning_bench import LOOKUP, NAIVE, OUTPUT_TRACING, SUBSET, VALIDATION, Cell
 from mechunlearn.reproduce.tables import OURS, Claim, Difference, Nested, corrected, difference, render
 from mechunlearn.world.lookup import build_lookup
@@ -139,7 +139,7 @@ def _results(plan: Plan, grid: Grid, _: None) -> Found:
         "seeds": list(plan.seeds),
         "quick": plan.quick,
         "world": {},
-        "failed": failures(plan.folder),
+        "failed": grid.failures(),
         "missing": 0,
         "planned": 0,
     }

@@ -28,7 +28,7 @@ INTEGERS = (
     "port",
     "seeds",
     "validation",
-    "jobs",
+    "cell_cpus",
     "size",
     "used",
 )
@@ -40,17 +40,18 @@ POSITIVE = (
     "seeds",
     "size",
     "used",
-    "jobs",
+    "cell_cpus",
     "texts",
     "examples",
     "rows",
     "epochs",
 )  # of which 0 is nonsense too
 REALS = ("lr", "stop_at", "covariance_weight", "overshoot", "retain_weight", "threshold", "scale", "weights")
+REALS += ("cell_gpus", "cell_memory")
 NEGATIVE = ("lr", "stop_at", "covariance_weight", "retain_weight", "weights")  # of which -1 is nonsense too
 LISTS = ("lrs", "forget_weights")
 NAMES = ("method", "objective", "position", "localizers", "objectives", "budgets", "attacks", "kind", "how", "target")
-NAMES += ("methods", "split")
+NAMES += ("methods", "split", "ray")
 DEVICES = ("zz", "cuda", "meta", "cuda:-1", "", "cpu:cpu", "mps")
 DTYPES = ("zz", "int8", "", "torch.float32", "float8_e4m3fn", "complex64")
 
