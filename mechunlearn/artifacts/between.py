@@ -1,6 +1,7 @@
 """What tells two models of one architecture apart, unit by unit."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -85,7 +86,7 @@ def check_same_logits(one: HookedModel, other: HookedModel) -> None:
     Raises:
         MechunlearnError: If their logits of a few tokens differ by more than rounding.
     """
-    tokens = torch.arange(TOKENS)[None] % one.hf.get_input_embeddings().weight.shape[0]
+    tokens = torch.arange(TOKENS)[None] % len(_embeddings(one))
     here, there = (model.forward(tokens).float().cpu() for model in (one, other))
     apart, size = float((here - there).abs().max()), float(there.abs().max())
     if not apart <= torch.finfo(one.dtype).eps ** 0.5 * size:
@@ -113,7 +114,7 @@ def _check_alike(before: HookedModel, after: HookedModel, old: Mapping[str, Tens
             f"'{other[0]}' {where}. Expected the same model before and after its training, its adapters merged."
         )
     if before.tokenizer is not None and after.tokenizer is not None:
-        known = [model.tokenizer.get_vocab() for model in (before, after)]
+        known = before.tokenizer.get_vocab(), after.tokenizer.get_vocab()
         if known[0] != known[1]:
             raise MechunlearnError(
                 f"The tokenizers differ: {len(known[0])} tokens before, {len(known[1])} after, "
@@ -122,8 +123,7 @@ def _check_alike(before: HookedModel, after: HookedModel, old: Mapping[str, Tens
             )
     for name, weight in old.items():
         if weight.shape != new[name].shape:
-            table = before.hf.get_input_embeddings().weight.shape
-            words = "vocabularies" if weight.shape[:1] == table[:1] else "shapes"
+            words = "vocabularies" if weight.shape[:1] == _embeddings(before).shape[:1] else "shapes"
             raise MechunlearnError(
                 f"The models have different {words}: '{name}' is {list(weight.shape)} before, {list(new[name].shape)} "
                 "after. Expected the same ones: train without resizing the embeddings."
@@ -133,6 +133,12 @@ def _check_alike(before: HookedModel, after: HookedModel, old: Mapping[str, Tens
                 f"The models have different dtypes: '{name}' is {weight.dtype} before, {new[name].dtype} after, so every "
                 f"weight would differ. Load both alike, for example with dtype='{str(new[name].dtype)[6:]}'."
             )
+
+
+def _embeddings(model: HookedModel) -> Tensor:
+    table: Any = model.hf.get_input_embeddings()
+    found: Tensor = table.weight
+    return found
 
 
 def _differ(old: Tensor, new: Tensor) -> Bool[Tensor, "..."]:

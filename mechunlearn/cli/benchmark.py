@@ -162,17 +162,18 @@ def lm_eval(
         logging.getLogger(library).setLevel(logging.ERROR)
     hooked = open_model(model, device, dtype)
     made = open_edit(edit, hooked)
-    found = before_and_after(
-        hooked,
-        made,
-        names(tasks),
-        folder=output,
-        include=include,
-        limit=limit,
-        shots=shots,
-        batch_size=batch_size,
-        seed=seed,
-    )
+    with goes_on(output):
+        found = before_and_after(
+            hooked,
+            made,
+            names(tasks),
+            folder=output,
+            include=include,
+            limit=limit,
+            shots=shots,
+            batch_size=batch_size,
+            seed=seed,
+        )
     shown = found[["task", "metric", "n"]].copy()
     for name in ("before", "after", "change"):
         shown[name] = intervals(found, name, f"{name}_low", f"{name}_high")

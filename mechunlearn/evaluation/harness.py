@@ -140,10 +140,10 @@ def before_and_after(
     about |= {"include": digest(*(file.read_bytes() for file in files)), "limit": limit, "shots": shots, "seed": seed}
     about |= {"versions": RunCard("lm-eval").versions | {"lm-eval": version("lm-eval")}}
     grid = Grid.open_alone(folder, about)
-    settings = {"limit": limit, "shots": shots, "batch_size": batch_size, "seed": seed}
+    measured = partial(_measured, model, limit=limit, shots=shots, batch_size=batch_size, seed=seed)
 
     def rows(task: str, state: str) -> dict[str, Any]:
-        return {"rows": _measured(model, edit if state == "after" else None, [task], known, **settings)}
+        return {"rows": measured(edit if state == "after" else None, [task], known)}
 
     found: list[dict[str, Any]] = []
     for task in dict.fromkeys(tasks):
