@@ -185,6 +185,14 @@ class TestCommand:
 
 
 class TestCommandMistakes:
+    def test_more_examples_than_there_are(self, command):
+        code, _, err = command("--tasks", "forgotten", "--shots", 99)
+        assert code == 2 and err.strip().splitlines()[-1].startswith(
+            "mechunlearn: forgotten: there are fewer documents"
+        )
+        code, _, err = command("--tasks", "forgotten", "--shots", 10**20)
+        assert code == 2 and "out of range" in err
+
     def test_a_task_that_there_is_not(self, command, monkeypatch):
         from lm_eval.tasks import TaskManager
 

@@ -18,6 +18,7 @@ from mechunlearn.cli.shared import (
     resumable,
     say,
     seed_in_range,
+    size_in_range,
 )
 
 app = typer.Typer(help="Methods of unlearning side by side on a public benchmark.", no_args_is_help=True)
@@ -140,12 +141,19 @@ def lm_eval(
     tasks: Annotated[str, typer.Option(help="Names that `lm-eval ls tasks` prints, separated by commas.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="A new folder, or that of a stopped run.")],
     include: Annotated[Path | None, typer.Option(help="A folder with the YAML files of tasks of your own.")] = None,
-    limit: Annotated[int | None, typer.Option(help="How many documents of each task.", min=1)] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="How many documents of each task.", min=1, callback=size_in_range)
+    ] = None,
     shots: Annotated[
         int | None,
-        typer.Option(help="Examples in front of each document.", min=0, show_default="what the task says"),
+        typer.Option(
+            help="Examples in front of each document.",
+            min=0,
+            show_default="what the task says",
+            callback=size_in_range,
+        ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Requests a forward pass.", min=1)] = 16,
+    batch_size: Annotated[int, typer.Option(help="Requests a forward pass.", min=1, callback=size_in_range)] = 16,
     seed: Annotated[int, typer.Option(help="Draws the examples.", callback=seed_in_range)] = 0,
     device: Device = "cpu",
     dtype: Dtype = None,

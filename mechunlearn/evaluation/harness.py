@@ -214,7 +214,7 @@ def _measured(
     from lm_eval.models.huggingface import HFLM
 
     seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed)
-    with edit.applied(model) if edit is not None else nullcontext(), _same_random_numbers():
+    with edit.applied(model) if edit is not None else nullcontext(), _same_random_numbers(), _enough(tasks, shots):
         found: Any = lm_eval.simple_evaluate(
             HFLM(pretrained=model.hf, tokenizer=copy.deepcopy(model.tokenizer), batch_size=batch_size),
             tasks=list(tasks),
@@ -226,6 +226,20 @@ def _measured(
             **seeds,
         )
     return list(_rows(found))
+
+
+@contextmanager
+def _enough(tasks: Sequence[str], shots: int | None) -> Iterator[None]:
+    """Say in one line that a task has too few documents to draw the examples from."""
+    try:
+        yield
+    except ValueError as error:
+        if "Sample larger than population" not in str(error):
+            raise
+        raise MechunlearnError(
+            f"{', '.join(tasks)}: there are fewer documents to take examples from than the {shots} that were asked for. "
+            "Expected fewer shots."
+        ) from None
 
 
 def _beside(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:

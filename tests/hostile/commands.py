@@ -32,7 +32,7 @@ INTEGERS = (
     "size",
     "used",
 )
-INTEGERS += ("spliced_steps", "examples", "layers", "rows", "epochs")
+INTEGERS += ("spliced_steps", "examples", "layers", "rows", "epochs", "limit", "shots", "batch_size")
 POSITIVE = (
     "forget",
     "steps",
@@ -45,13 +45,15 @@ POSITIVE = (
     "examples",
     "rows",
     "epochs",
+    "limit",
+    "batch_size",
 )  # of which 0 is nonsense too
 REALS = ("lr", "stop_at", "covariance_weight", "overshoot", "retain_weight", "threshold", "scale", "weights")
 REALS += ("cell_gpus", "cell_memory")
 NEGATIVE = ("lr", "stop_at", "covariance_weight", "retain_weight", "weights")  # of which -1 is nonsense too
 LISTS = ("lrs", "forget_weights")
 NAMES = ("method", "objective", "position", "localizers", "objectives", "budgets", "attacks", "kind", "how", "target")
-NAMES += ("methods", "split", "ray")
+NAMES += ("methods", "split", "ray", "tasks")
 DEVICES = ("zz", "cuda", "meta", "cuda:-1", "", "cpu:cpu", "mps")
 DTYPES = ("zz", "int8", "", "torch.float32", "float8_e4m3fn", "complex64")
 
@@ -78,6 +80,11 @@ def prepare(folder: Path) -> Path:
     (folder / "good.csv").write_text(
         "subject,prompt,answer\nAnna,{} plays,golf\nBen,{} plays,chess\nCarl,{} plays,golf\n"
     )
+    (folder / "tasks").mkdir()
+    (folder / "tasks" / "data.jsonl").write_text(
+        '{"question": "Anna plays", "choices": ["golf", "chess"], "label": 0}\n'
+    )
+    (folder / "tasks" / "mine.yaml").write_text(TASK.format(folder=folder / "tasks"))
     for name, text in BAD_FILES.items():
         (folder / name).write_bytes(text)
     (folder / "tofu").mkdir()
@@ -97,6 +104,15 @@ def prepare(folder: Path) -> Path:
     return folder
 
 
+TASK = """task: mine
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: "{folder}/data.jsonl"}}, cache_dir: "{folder}"}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{label}}}}"
+"""
 BAD_FILES = {
     "empty.csv": b"",
     "empty.json": b"",
@@ -165,7 +181,7 @@ FILES = ("", "empty_folder", "/proc/nope/x.json", "/dev/null/x.json", "x.exe", "
 FOLDERS = ("", "full_folder", "good.txt", ".", "/proc/nope/x", "/dev/null/x", "good.txt/x")
 
 WRITES_FOLDERS = ("run", "demo", "compare", "world build", "world twin", "world dictionaries")
-WRITES_FOLDERS += ("benchmark tofu", "benchmark tofu-train")
+WRITES_FOLDERS += ("benchmark tofu", "benchmark tofu-train", "benchmark lm-eval")
 BASES: dict[str, list[str]] = {
     "doctor": ["factworld"],
     "run": ["factworld", "factworld/sport", "-o", "OUT"],
@@ -178,6 +194,17 @@ BASES: dict[str, list[str]] = {
     "compare": ["factworld", "factworld/sport", "-o", "OUT"],
     "benchmark tofu": ["factworld", "--data", "tofu", "--split", "forget01", "-o", "OUT"],
     "benchmark tofu-train": ["factworld", "--data", "tofu", "-o", "OUT"],
+    "benchmark lm-eval": [
+        "factworld",
+        "--edit",
+        "good.edit.safetensors",
+        "--tasks",
+        "mine",
+        "--include",
+        "tasks",
+        "-o",
+        "OUT",
+    ],
     "world build": ["-o", "OUT"],
     "world twin": ["-o", "OUT", "--layers", "2"],
     "world dictionaries": ["-o", "OUT"],
@@ -221,7 +248,7 @@ def wrong_values(name: str, command: str) -> tuple[str, ...]:
     if name in ("export", "adapter"):
         return FOLDERS
     return {"hook": ("", "zz", "blocks.99.hook_resid_post", "blocks.-1.hook_resid_post"), "units": ("abc", "-1", HUGE), "folder": ARTEFACTS,
-            "base": MODELS, "retain": MODELS, "data": ("", "nothere", "no/such", "empty_folder", "good.txt", "empty.json"), "words": ("",), "swap": ("", "zz"), "host": ("", "not a host", "256.1.1.1"), "page": FILES}.get(name, ())  # fmt: skip
+            "base": MODELS, "retain": MODELS, "data": ("", "nothere", "no/such", "empty_folder", "good.txt", "empty.json"), "words": ("",), "swap": ("", "zz"), "include": ("", "nothere", "good.txt"), "host": ("", "not a host", "256.1.1.1"), "page": FILES}.get(name, ())  # fmt: skip
 
 
 def bad_calls() -> Iterator[tuple[str, str, list[str]]]:
