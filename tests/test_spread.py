@@ -286,8 +286,7 @@ def ray(cluster) -> Ray:
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    Grid.open(tmp_path, {})
-    return tmp_path
+    return Grid.open(tmp_path, {}).folder
 
 
 @pytest.mark.slow
