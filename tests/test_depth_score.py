@@ -115,6 +115,7 @@ def test_it_is_what_a_naive_loop_gives_on_a_real_model(smollm2_gold):
 
 
 @pytest.mark.real
+@pytest.mark.slow
 def test_so_of_other_languages_a_long_prompt_and_a_number(smollm2_gold):
     model, gold, edit, _ = smollm2_gold
     rows = [
