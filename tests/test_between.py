@@ -386,7 +386,7 @@ def test_the_command_evaluates_a_folder(call, trained, monkeypatch, world):
 
 
 def test_a_card_by_hand_is_still_loaded_by_hand():
-    """Only what `between` made is told apart."""
+    """The message about two models is for edits of `between` alone."""
     before, after = twins()
     moved(after, ["L0.mlp.out[1]"])
     edit = WeightEdit.between(before, after)

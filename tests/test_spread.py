@@ -30,20 +30,11 @@ from mechunlearn.edit import masked_gradient
 from mechunlearn.evaluation.compare import compare
 from mechunlearn.reproduce.engine import finished
 from tests.plain import bytewise, rows_of
+from tests.test_compare import TINY
 from tests.test_shared import PAPER, Square
 
 ROOT = Path(__file__).parents[1]
-GRID = {
-    "localizers": ["attribution_patching", "random_units"],
-    "objectives": ["injection", "npo"],
-    "budgets": [0.01],
-    "seeds": 2,
-    "lrs": [1e-3],
-    "forget_weights": [1.0],
-    "forget": 4,
-    "steps": 3,
-    "validation": 1,
-}
+GRID = TINY | {"forget": 4, "steps": 3}
 CELLS = 4 + 2 + 8
 
 

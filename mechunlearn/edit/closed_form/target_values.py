@@ -260,8 +260,8 @@ def least_shares(
     """Return the least share of the way to each target value that edits its fact, bare and behind every prefix.
 
     Shares are tried from 1 down, each the square root of a half of the one before. The search for a target value ends
-    after so many steps, or at a bound; on a model whose residual stream has one huge coordinate that is ten times as
-    far as the fact needs. A fact that even its target value does not edit has a share of 1.
+    after so many steps, or at a bound that grows with the residual stream, so on a model with huge coordinates it goes
+    much further than the fact needs. A fact that even its target value does not edit has a share of 1.
 
     Args:
         model: The model.
