@@ -8,6 +8,8 @@ from mechunlearn.edit import memit
 from mechunlearn.edit.closed_form import target_values, washing
 from mechunlearn.edit.closed_form.edit_prompts import EditPrompts
 from mechunlearn.edit.closed_form.target_values import SHARES, least_shares
+from mechunlearn.facts.formats import Query
+from mechunlearn.facts.prompts import Prompts
 from tests.test_washing import PREFIXES, exact, known, normal, ragged, seen_by
 
 FACTS, LAYER = 16, 0
@@ -131,3 +133,48 @@ def test_the_papers_value_is_one_option_away(asked, monkeypatch):
         for overshoot in (1.0, None)
     ]
     assert sizes[1] < 0.99 * sizes[0]
+
+
+@pytest.mark.real
+def test_on_a_real_model_it_is_what_plain_hooks_give(smollm2):
+    """Another language, a long prompt, and a number for an answer; hooks of torch on the Hugging Face module."""
+    text = "The old road runs along the river and past the mill. " * 12
+    asked = [
+        Query("The capital of Norway is the city of", "Oslo", subject="Norway"),
+        Query("La capitale de la France est la ville de", "Paris", subject="France"),
+        Query(f"{text}The capital of Italy is the city of", "Rome", subject="Italy"),
+        Query("The number of days in a week is", "seven", subject="week"),
+    ]
+    prompts = Prompts.from_text(asked, smollm2.tokenizer)
+    layer, block = 8, smollm2.hf.model.layers[8]
+    first, values, expected = [], [], []
+
+    @torch.no_grad()
+    def likeliest(ids: torch.Tensor, at: int, move: torch.Tensor | None) -> tuple[int, torch.Tensor]:
+        seen = {}
+
+        def add(module, args, out):
+            out = out.clone()
+            seen["home"] = out[0, at].clone()
+            out[0, at] += 0 if move is None else move
+            return out
+
+        handle = block.register_forward_hook(add)
+        logits = smollm2.hf(ids[None]).logits[0, -1]
+        handle.remove()
+        return int(logits.argmax()), seen["home"]
+
+    for i in range(len(asked)):
+        start = int(prompts.start[i])
+        ids, at = prompts.tokens[i, : start + 1], int(prompts.spans[i, 1])
+        said_now, here = likeliest(ids, at, None)
+        way = 0.75 * here.norm() * torch.nn.functional.normalize(normal(len(here), seed=i).float(), dim=0) * 4
+        gone = [likeliest(ids, at, share * way)[0] != said_now for share in SHARES]
+        least = gone.index(False) if False in gone else len(gone)
+        first.append(said_now)
+        values.append(here + way)
+        expected.append(SHARES[max(least - 1, 0)])
+    truth = torch.tensor(first)[:, None]
+    edit_prompts = EditPrompts.of(smollm2, prompts, "subject last", (), torch.zeros_like(truth))
+    found = least_shares(smollm2, layer, edit_prompts, torch.stack(values), truth, 64)
+    assert found.tolist() == pytest.approx(expected) and min(expected) < 1, expected
