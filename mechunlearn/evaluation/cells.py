@@ -23,8 +23,9 @@ def cells(
 ) -> list[tuple[str, Prompts]]:
     """Tokenize every split in every format, and the skills, once for all edits that are measured.
 
-    A model with a chat template is also asked through it, where the facts have such questions. Unseen facts are asked
-    by their statement alone.
+    The facts to forget and to retain are asked in every format, and through the chat template where the model and the
+    facts have one. All other facts are asked by their statement alone: they are many, and a statement is what the edit
+    was trained on.
 
     Args:
         model: The model whose tokenizer is used.
@@ -59,7 +60,7 @@ def formats(model: HookedModel, split: str, facts: FactDataset) -> tuple[str, ..
         split: The name of the split.
         facts: Its facts.
     """
-    if split.startswith(UNSEEN):
+    if split not in ("forget", "retain"):
         return ("statement",)
     return tuple(dict.fromkeys((*facts.formats, CHAT))) if chats(model) else facts.formats
 

@@ -62,12 +62,12 @@ def evaluate(
 ) -> Report:
     """Measure an edit on everything known of its facts, before and after, beside a control.
 
-    Splits: `forget` and `retain` in every format; `unseen`, facts of the data set in neither set: what the edit does
-    to facts that nobody showed it; `neighbours`, those whose subject shares a name with a forgotten one; `same
-    subject`, other relations of the forgotten subjects; `skills`; `text`: the loss of ordinary text, and how far its
-    next-token distributions moved, KL(before || after). Ordinary text is a page of plain English, samples of the model
-    itself, and the half of the facts' own passages that editors do not train on. What cannot be measured is named in
-    `report.about["left out"]`.
+    Splits: `forget` and `retain` in every format; by their statement alone `unseen`, facts of the data set in neither
+    set: what the edit does to facts that nobody showed it; `neighbours`, those whose subject shares a name with a
+    forgotten one; `same subject`, other relations of the forgotten subjects; `skills`; `text`: the loss of ordinary
+    text, and how far its next-token distributions moved, KL(before || after). Ordinary text is a page of plain English,
+    samples of the model itself, and the half of the facts' own passages that editors do not train on. What cannot be
+    measured is named in `report.about["left out"]`.
 
     Of all but the forget facts the metric `kept` is the share still right of those that were right before.
     `Report.side_effects` has the terms of model editing, with `generalization` (forget facts, the mean over all formats
@@ -163,7 +163,8 @@ def _values(
 def _rows(model: HookedModel, cells: Sequence[tuple[str, Prompts]]) -> Iterator[tuple[Cell, Tensor]]:
     """What the model knows now, by fact."""
     for split, prompts in cells:
-        for metric, values in measure(model, prompts, targets=split == "forget").items():
+        edited = split == "forget"
+        for metric, values in measure(model, prompts, targets=edited, options=edited, share=True).items():
             if metric == "accuracy" or (split != "skills" and not values.isnan().any()):
                 yield (split, prompts.format, metric), values
 

@@ -57,10 +57,11 @@ def written(
         opening = " ".join(first.split()[:WORDS])
         rows.append((f"text, {name}", torch.tensor(model.tokenizer(opening)["input_ids"])))
     shown = decoded([row for _, row in rows], model.tokenizer, skip_special=True)
-    told = []
+    told, begun = [], [row.tolist() for _, row in rows]
+    width = max(map(len, begun), default=0)
     for changed in (None, edit):
         with changed.applied(model) if changed is not None else nullcontext():
-            made = [model.generate(row[None], max_new_tokens=TOKENS)[0, len(row) :] for _, row in rows]
+            made = model.generate(begun, max_new_tokens=TOKENS)[:, width:]
         told.append(decoded(made, model.tokenizer, skip_special=True))
     return pd.DataFrame({"prompt": shown, "before": told[0], "after": told[1]}, index=[name for name, _ in rows])
 

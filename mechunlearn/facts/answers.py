@@ -12,18 +12,39 @@ from mechunlearn.model.hooked import HookedModel
 from mechunlearn.model.text import decoded
 
 BATCH = 128
+WORTH = 64
+"""Tokens that must be saved before a shared beginning is read once: a second call of the model costs as much."""
 
 
-def answer_logits(model: HookedModel, part: Prompts) -> tuple[Float[Tensor, "fact read d_vocab"], Prompts]:
+def answer_logits(
+    model: HookedModel, part: Prompts, share: bool = False
+) -> tuple[Float[Tensor, "fact read d_vocab"], Prompts]:
     """Return the logits of the answer's positions alone, and the same facts with their positions counted from there.
 
     Args:
         model: The model.
         part: The facts, as many as fit in one pass.
+        share: Whether first tokens that all prompts have in common may be read once for all of them: a template's, a
+            chat's. Not under hooks that count positions from the beginning of a text.
     """
     at = (part.start[:, None] + torch.arange(part.answers.shape[1])).clamp(max=part.tokens.shape[1] - 1)
-    run = model.decoder.record(part.tokens[:, : int(at.max()) + 1], at, keys=False)
-    return run.logits, replace(part, start=torch.zeros_like(part.start), read=part.read - part.start)
+    tokens = part.tokens[:, : int(at.max()) + 1]
+    shared = shared_tokens(part) if share else 0
+    if shared * (len(part) - 1) >= WORTH:
+        logits = model.decoder.behind_shared(tokens, shared, at)
+    else:
+        logits = model.decoder.record(tokens, at, keys=False).logits
+    return logits, replace(part, start=torch.zeros_like(part.start), read=part.read - part.start)
+
+
+def shared_tokens(prompts: Prompts) -> int:
+    """Return how many first tokens all prompts have in common, short of the token that predicts an answer.
+
+    Args:
+        prompts: The prompts.
+    """
+    same = (prompts.tokens == prompts.tokens[:1]).all(0)[: int(prompts.start.min())]
+    return int(same.long().cumprod(0).sum())
 
 
 @steady()

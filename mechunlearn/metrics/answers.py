@@ -182,7 +182,12 @@ def _continuation(logits: Tensor, prompts: Prompts) -> tuple[Float[Tensor, " fac
 @steady()
 @torch.no_grad()
 def measure(
-    model: HookedModel, prompts: Prompts, batch_size: int = BATCH, targets: bool = True
+    model: HookedModel,
+    prompts: Prompts,
+    batch_size: int = BATCH,
+    targets: bool = True,
+    options: bool = True,
+    share: bool = False,
 ) -> dict[str, Float[Tensor, " fact"]]:
     """Measure, for each fact, accuracy and probability of the truth and of the edit target.
 
@@ -193,6 +198,8 @@ def measure(
         prompts: The facts.
         batch_size: Facts at a time.
         targets: Whether to measure the edit targets too; those of several tokens need a second forward pass.
+        options: Whether to measure `option_probability`; each option of several tokens needs a forward pass of its own.
+        share: Whether first tokens that all prompts have in common are read once (see `answer_logits`).
 
     Returns:
         `accuracy` and `target_accuracy`: 1 where greedy decoding over the full vocabulary gives all tokens of the
@@ -203,21 +210,25 @@ def measure(
     order = prompts.lengths.argsort()
     for rows in order.split(batch_size):
         part = prompts.select(rows)
-        logits, read = answer_logits(model, part)
+        logits, read = answer_logits(model, part, share)
         logprob, right = _continuation(logits, read)
         values = {"accuracy": right.float(), "probability": logprob.exp()}
         if targets:
-            target_logprob, hit = _other_answers(model, part, part.targets, logits[:, 0])
+            target_logprob, hit = _other_answers(model, part, part.targets, logits[:, 0], share)
             values |= {"target_accuracy": hit.float(), "target_probability": target_logprob.exp()}
-        if part.options and all(part.options):
-            values["option_probability"] = _option_probability(model, part, logits[:, 0])
+        if options and part.options and all(part.options):
+            values["option_probability"] = _option_probability(model, part, logits[:, 0], share)
         for name, value in values.items():
             made.setdefault(name, torch.zeros(len(prompts)))[rows] = value
     return made
 
 
 def _other_answers(
-    model: HookedModel, part: Prompts, answers: Int[Tensor, "fact step"], first: Float[Tensor, "fact d_vocab"]
+    model: HookedModel,
+    part: Prompts,
+    answers: Int[Tensor, "fact step"],
+    first: Float[Tensor, "fact d_vocab"],
+    share: bool = False,
 ) -> tuple[Float[Tensor, " fact"], Bool[Tensor, " fact"]]:
     """Log-probability of another answer to each prompt, and whether greedy decoding gives it.
 
@@ -228,7 +239,7 @@ def _other_answers(
     logprob, right = _continuation(first[:, None], at_prompt)
     if len(longer := (answers != PAD).sum(1).gt(1).nonzero()[:, 0]):
         asked = with_answers(replace(part.select(longer), foils=answers[longer]), "foils")
-        logprob[longer], right[longer] = _continuation(*answer_logits(model, asked))
+        logprob[longer], right[longer] = _continuation(*answer_logits(model, asked, share))
     return logprob, right
 
 
@@ -261,7 +272,7 @@ def option_logprobs(model: HookedModel, prompts: Prompts, batch_size: int = BATC
 
 
 def _option_logprobs(
-    model: HookedModel, part: Prompts, logits: Float[Tensor, "fact d_vocab"]
+    model: HookedModel, part: Prompts, logits: Float[Tensor, "fact d_vocab"], share: bool = False
 ) -> Float[Tensor, "fact option"]:
     """From the logits of the first token; options of several tokens go through the model, a part of rows at a time."""
     rows = torch.tensor([i for i, options in enumerate(part.options) for _ in options])
@@ -271,16 +282,16 @@ def _option_logprobs(
     scores = torch.full((len(part), max(map(len, part.options))), -torch.inf)
     for some in torch.arange(len(rows)).split(len(part)):
         of = rows[some]
-        scores[of, columns[some]] = _other_answers(model, part.select(of), answers[some], logits[of])[0]
+        scores[of, columns[some]] = _other_answers(model, part.select(of), answers[some], logits[of], share)[0]
     return scores
 
 
 def _option_probability(
-    model: HookedModel, part: Prompts, logits: Float[Tensor, "fact d_vocab"]
+    model: HookedModel, part: Prompts, logits: Float[Tensor, "fact d_vocab"], share: bool
 ) -> Float[Tensor, " fact"]:
     """Probability of the truth among the options."""
     truth = [tuple(t for t in row if t != PAD) for row in part.answers.tolist()]
     where = torch.tensor([list(options).index(t) if t in options else -1 for options, t in zip(part.options, truth)])
     if (where < 0).any():
         return torch.full((len(part),), torch.nan)
-    return _option_logprobs(model, part, logits).softmax(-1)[torch.arange(len(part)), where]
+    return _option_logprobs(model, part, logits, share).softmax(-1)[torch.arange(len(part)), where]

@@ -246,6 +246,31 @@ class Decoder:
         layers: list[Any] = list(cache.layers)
         return Run(resid, [layer.keys for layer in layers], [layer.values for layer in layers], logits, kept)
 
+    @torch.no_grad()
+    def behind_shared(
+        self, tokens: Int[Tensor, "fact pos"], shared: int, at: Int[Tensor, "fact read"]
+    ) -> Float[Tensor, "fact read d_vocab"]:
+        """Return logits of texts that begin with the same tokens, which the model reads once for all of them.
+
+        Modules see the first tokens in one call and the rest in another, as in generation with a cache: a hook that
+        counts positions from the beginning of a text does not fit.
+
+        Args:
+            tokens: What the model reads.
+            shared: How many first tokens all texts have in common.
+            at: The positions of each fact where logits are wanted, none of them among the shared tokens.
+        """
+        first = self.record(tokens[:1, :shared], torch.zeros(1, 1, dtype=torch.long))
+        prefixes: list[Any] = [Prefix(keys, values) for keys, values in zip(first.keys, first.values, strict=True)]
+        held = {self.cache_argument: Cache(layers=prefixes)}
+        device = self.hf.device
+        positions = torch.arange(shared, tokens.shape[1], device=device)[None]
+        with evaluating(self.hf), tapped([self.reading(at - shared)]):
+            logits: Tensor = self.hf(
+                input_ids=tokens[:, shared:].to(device), position_ids=positions, use_cache=True, **held
+            ).logits
+        return logits
+
     @cached_property
     def cache_argument(self) -> str:
         """What the module calls its key-value cache: transformers renames `past_key_values` to `cache`."""
