@@ -16,6 +16,7 @@ import typer
 import yaml
 from markdown.extensions.toc import slugify
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.plugins import PluginCollection
 from mkdocs.structure.files import File, Files
 from mkdocs_jupyter.plugin import NotebookFile
 
@@ -36,11 +37,6 @@ HEADING = re.compile(r"^#{1,6} (.+)$", re.MULTILINE)
 DIRECTIVE = re.compile(r"^::: (mechunlearn[\w.]*)$", re.MULTILINE)
 DIFF = re.compile(r"^```diff\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SHELL = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-
-INTERNAL = re.compile(
-    r"mechunlearn\.(cli(\.\w+)?|reproduce(\.\w+)?|world\.(build|corpus|gates|generate|lexicon|packing|tokenizer|train))"
-)
-"""Commands say what they do in --help; reproductions and the making of the shipped world are run by them."""
 
 
 def shown(path: Path) -> str:
@@ -85,14 +81,15 @@ def hooks():
     return loaded("hooks")
 
 
-NAV = entries(hooks().with_methods(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]))
+HOOKS = hooks()
+NAV = entries(HOOKS.with_pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]))
 
 
 def public() -> dict[str, object]:
     """Every function and class of the public modules, by its full name."""
     found = {}
     for module in pkgutil.walk_packages(mechunlearn.__path__, "mechunlearn."):
-        if INTERNAL.fullmatch(module.name):
+        if HOOKS.INTERNAL.fullmatch(module.name):
             continue
         for name, value in vars(importlib.import_module(module.name)).items():
             kind = inspect.isfunction(value) or inspect.isclass(value)
@@ -102,8 +99,11 @@ def public() -> dict[str, object]:
 
 
 PUBLIC = public()
+GENERATED = {HOOKS.address(name): HOOKS.api_page(name) for found in HOOKS.modules().values() for name in found}
 DIRECTIVES = {
-    name for page in (DOCS / "api.md", *(DOCS / "methods").glob("*.md")) for name in DIRECTIVE.findall(page.read_text())
+    name
+    for page in (*GENERATED.values(), *(page.read_text() for page in (DOCS / "methods").glob("*.md")))
+    for name in DIRECTIVE.findall(page)
 }
 
 
@@ -143,7 +143,7 @@ class TestNames:
         assert len(PUBLIC) > 250
         assert not [name for name, value in PUBLIC.items() if not has_docstring(value)]
         missing = {name for name in PUBLIC if not {name, name.rpartition(".")[0]} & DIRECTIVES}
-        assert not missing, "no `:::` directive of docs/api.md or docs/methods covers these"
+        assert not missing, "no `:::` directive of a module's page or of docs/methods covers these"
 
     def test_every_directive_names_something(self):
         for name in DIRECTIVES:
@@ -175,7 +175,7 @@ class TestNavigation:
     def test_every_page_is_listed_once(self):
         pages = {page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")}
         listed = [entry for entry in NAV if entry.endswith(".md")]
-        assert len(listed) == len(set(listed)) and set(listed) == pages
+        assert len(listed) == len(set(listed)) and set(listed) == pages | set(GENERATED)
 
     def test_every_notebook_is_listed(self):
         listed = [entry for entry in NAV if entry.endswith(".ipynb")]
@@ -225,11 +225,35 @@ class TestExamples:
                 pytest.fail(f"{line}: {error}")
 
 
+class TestModules:
+    """Every module has a page of its own, which the site makes."""
+
+    def test_the_table_names_each_with_what_it_is(self):
+        page = HOOKS.on_page_markdown((DOCS / "api.md").read_text(), None, None, None)
+        assert "<!-- modules -->" not in page and "## model\n" in page
+        assert "| [`model.restart`](api/model/restart.md) | Runs that start at some layer and position. |" in page
+        assert len(re.findall(r"^\| \[`", page, re.MULTILINE)) == len(GENERATED) > 100
+
+    def test_a_method_is_on_its_own_page_alone(self):
+        assert not {HOOKS.address(inspect.unwrap(method).__module__) for method in METHODS} & set(GENERATED)
+
+    def test_they_are_pages_of_the_site(self, tmp_path):
+        config = MkDocsConfig()
+        config.load_dict({"site_name": "site", "docs_dir": str(DOCS), "site_dir": str(tmp_path)})
+        config.plugins = PluginCollection()
+        config.plugins.run_event("startup", command="build", dirty=False)
+        files = HOOKS.on_files(Files([]), config)
+        made = files.get_file_from_path("api/model/hooked.md")
+        assert made.content_string.startswith("::: mechunlearn.model.hooked\n") and made.url == "api/model/hooked/"
+
+
 class TestHooks:
     @pytest.fixture
     def site(self, tmp_path):
         config = MkDocsConfig()
         config.load_dict({"site_name": "site", "docs_dir": str(DOCS), "site_dir": str(tmp_path / "site")})
+        config.plugins = PluginCollection()
+        config.plugins.run_event("startup", command="build", dirty=False)
         pages = [File(uri, str(DOCS), str(tmp_path / "site"), True) for uri in ("washing.md", "howto/mask.md")]
         return config, Files(pages)
 
