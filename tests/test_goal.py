@@ -12,7 +12,7 @@ import mechunlearn as mu
 from mechunlearn.artifacts.mask import ComponentMask
 from mechunlearn.edit import fisher_lora, losses, masked_gradient, memit, mlp_washing, null_space
 from mechunlearn.edit.goal import Goal, Judge, Reached
-from mechunlearn.edit.objective import HELD_LADDER, STEPS
+from mechunlearn.edit.objective import HELD_LADDER, STEPS, LossInputs
 from mechunlearn.metrics.answers import measure
 from mechunlearn.model import samples
 from mechunlearn.model.samples import own_texts
@@ -31,6 +31,16 @@ def tried(*found: Reached, goal: Goal = GOAL, between: int = 0):
         return f"edit {setting:g}", {"setting": setting}, next(settings)
 
     return goal.search([1.0, 4.0, 16.0], attempt, between), seen
+
+
+@pytest.fixture(scope="module")
+def toy():
+    return planted_facts()
+
+
+@pytest.fixture(scope="module")
+def mask(toy):
+    return ComponentMask.of(["L0.mlp.out"], toy.model.signature)
 
 
 class TestSearch:
@@ -62,14 +72,6 @@ class TestSearch:
 
 
 class TestEditors:
-    @pytest.fixture(scope="class")
-    def toy(self):
-        return planted_facts()
-
-    @pytest.fixture(scope="class")
-    def mask(self, toy):
-        return ComponentMask.of(["L0.mlp.out"], toy.model.signature)
-
     def test_the_goal_is_reached_by_the_gentlest_rate_and_the_card_says_how(self, world, sport):
         forget, retain = sport[0].select(range(8)), sport[1].select(range(16))
         mask, before = ComponentMask.of(["L1.mlp.out", "L2.mlp.out"], world.signature), world.fingerprint
@@ -123,6 +125,58 @@ class TestEditors:
             edit = editor(world, ComponentMask.of([site], world.signature), forget, retain, steps=2, prefixes=0)
         assert len(edit.card.search) == 1 and edit.card.search[0]["efficacy"] == 0
         assert world.fingerprint == before
+
+
+class TestJudgedByTheNextPass:
+    """What a step's forward pass says of the facts also ends the search: no pass of its own is made for that."""
+
+    @pytest.fixture
+    def passes(self, monkeypatch):
+        """How many rows each pass over the upper layers reads, and whether it is followed by a backward pass."""
+        made, states = [], TopLayers.states
+
+        def counted(self, resid, part, *more, **settings):
+            made.append((len(part), torch.is_grad_enabled()))
+            return states(self, resid, part, *more, **settings)
+
+        monkeypatch.setattr(TopLayers, "states", counted)
+        return made
+
+    @pytest.fixture
+    def apart(self, monkeypatch):
+        """Each step is judged by a pass of its own, as `Judge.efficacy` makes it."""
+        monkeypatch.setattr(LossInputs, "right", lambda self, prefix, rows: self.streams[prefix][1].right()[rows])
+
+    @pytest.mark.parametrize("editor", [masked_gradient, fisher_lora])
+    @pytest.mark.parametrize("loss", [losses.cross_entropy, losses.log_one_minus_p, losses.inverted_hinge])
+    def test_the_edit_is_the_same_to_the_last_bit(self, toy, mask, editor, loss, request):
+        forget, retain = toy.prompts([0, 1, 2]), toy.prompts([3, 4, 5])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            together = editor(toy.model, mask, forget, retain, loss=loss)
+            request.getfixturevalue("apart")
+            alone = editor(toy.model, mask, forget, retain, loss=loss)
+        assert together.rows.keys() == alone.rows.keys()
+        assert all(torch.equal(rows, alone.rows[site]) for site, rows in together.rows.items())
+        assert together.card.search == alone.card.search and together.card.trajectory == alone.card.trajectory
+
+    def test_a_step_reads_the_forget_facts_once(self, world, sport, passes, request):
+        forget, retain = sport[0].select(range(6)), sport[1].select(range(20))
+        mask = ComponentMask.of(["L1.mlp.out"], world.signature)
+        steps = len(masked_gradient(world, mask, forget, retain).card.trajectory)
+        together = sum(rows == 6 for rows, _ in passes)
+        passes.clear()
+        request.getfixturevalue("apart")
+        assert len(masked_gradient(world, mask, forget, retain).card.trajectory) == steps > 2
+        assert sum(rows == 6 for rows, _ in passes) >= together + steps - 3
+
+    def test_facts_that_do_not_fit_one_batch_are_judged_apart(self, world, sport, passes):
+        forget, retain = sport[0].select(range(6)), sport[1].select(range(20))
+        mask = ComponentMask.of(["L1.mlp.out"], world.signature)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            masked_gradient(world, mask, forget, retain, batch_size=4)
+        assert (6, False) in passes and (6, True) not in passes
 
 
 class TestJudge:

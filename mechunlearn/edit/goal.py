@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 import torch
+from jaxtyping import Bool
+from torch import Tensor
 
 from mechunlearn.edit.losses import kl_retain
 from mechunlearn.facts.prompts import Prompts
@@ -42,10 +44,13 @@ class Judge:
         retain: The facts that are to stay.
         aimed: Whether a fact is edited when the model gives its target. Else it is when the truth is gone.
         whole: Whether `reached` will be asked for. Without it the retain facts and text are not read.
+
+    Attributes:
+        stream: The prefix of a loss's arguments that are read of the same sequences.
     """
 
     def __init__(self, upper: TopLayers, forget: Prompts, retain: Prompts, aimed: bool, whole: bool = True) -> None:
-        self.aimed = aimed
+        self.aimed, self.stream = aimed, "target_" if aimed else ""
         self.edited = CachedInputs(upper, Sequences.of(forget, "targets" if aimed else "answers"))
         if not whole:
             return
@@ -58,8 +63,16 @@ class Judge:
 
     def efficacy(self) -> float:
         """Return the share of the forget facts that are edited now."""
-        right = float(self.edited.right().float().mean())
-        return right if self.aimed else 1 - right
+        return self.share(self.edited.right())
+
+    def share(self, right: Bool[Tensor, " row"]) -> float:
+        """Return the share of facts that are edited.
+
+        Args:
+            right: Whether the model gives each target, or each truth where the facts are erased.
+        """
+        given = float(right.float().mean())
+        return given if self.aimed else 1 - given
 
     def retention(self) -> float:
         """Return the share of the retain facts that were right and are right now; NaN if none was."""

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from mechunlearn.artifacts.mask import ComponentMask
@@ -22,7 +23,7 @@ from mechunlearn.model.component import Component
 from mechunlearn.model.hooked import HookedModel
 from mechunlearn.model.samples import own_texts
 from mechunlearn.training.adapters import LowRank
-from mechunlearn.training.inputs import CachedInputs, Sequences, TopLayers, text_sequences
+from mechunlearn.training.inputs import CachedInputs, Sequences, TopLayers, all_right, text_sequences
 from mechunlearn.training.loop import Schedule, Terms, TrainResult, epochs, train
 from mechunlearn.training.parameterizations import SelectedRows
 from mechunlearn.training.preconditioning import MatrixAdam, turned_away
@@ -165,16 +166,44 @@ class LossInputs:
                 draw, sequences = sets[prefix]
                 wanted = frozenset(name.removeprefix(prefix) for name in mine)
                 self.streams[prefix] = draw, CachedInputs(upper, sequences(), wanted, layer), wanted
+        self._ahead: tuple[str, Tensor, dict[str, Tensor]] | None = None
 
     def __call__(self, drawn: Mapping[str, Tensor]) -> Tensor:
         """Return the loss on these rows of each draw."""
         return self.loss(
             **{
                 prefix + name: tensor
-                for prefix, (draw, stream, wanted) in self.streams.items()
-                for name, tensor in stream.read(drawn[draw], wanted).items()
+                for prefix, (draw, _, wanted) in self.streams.items()
+                for name, tensor in self._read(prefix, drawn[draw]).items()
+                if name in wanted
             }
         )
+
+    def right(self, prefix: str, rows: Tensor) -> Bool[Tensor, " row"]:
+        """Return whether greedy decoding gives all tokens that these rows ask for.
+
+        What is read for it is the beginning of the next call's backward pass, if that is on the same rows in the same
+        order: call it only where no weight moves in between.
+
+        Args:
+            prefix: The stream. Its loss must read logits.
+            rows: Numbers of the rows.
+        """
+        _, stream, wanted = self.streams[prefix]
+        read = stream.read(rows, wanted | {"logits", "labels", "fact"})
+        self._ahead = prefix, rows, read
+        return all_right(read, len(rows))
+
+    def forget(self) -> None:
+        """Forget what `right` has read."""
+        self._ahead = None
+
+    def _read(self, prefix: str, rows: Tensor) -> dict[str, Tensor]:
+        _, stream, wanted = self.streams[prefix]
+        if self._ahead is not None and self._ahead[0] == prefix and torch.equal(self._ahead[1], rows):
+            read, self._ahead = self._ahead[2], None
+            return read
+        return stream.read(rows, wanted)
 
 
 def descend_on(
@@ -263,9 +292,19 @@ def descend_on(
                 "text": epochs(len(texts), max(1, size // 4), shuffled),
             }
             used = [name for name in draws if name in terms or f"{name}_" in removed.streams]
+            ahead = search and objective.accumulate == 1 and size == len(forget) and judge.stream in removed.streams
+            ahead = ahead and "logits" in removed.streams[judge.stream][2]
+            upcoming: list[Tensor] = []  # of the forget facts, drawn before its step
+            removed.forget()
+
+            def efficacy() -> float:
+                if not ahead:
+                    return judge.efficacy()
+                upcoming[:] = [next(draws["forget"])]
+                return judge.share(removed.right(judge.stream, upcoming[0]))
 
             def parts() -> Iterator[Terms]:
-                drawn = {name: next(draws[name]) for name in used}
+                drawn = {name: upcoming.pop() if name == "forget" and upcoming else next(draws[name]) for name in used}
                 for i in range(objective.accumulate):
                     chunks = {name: torch.tensor_split(rows, objective.accumulate)[i] for name, rows in drawn.items()}
                     found = {
@@ -279,7 +318,7 @@ def descend_on(
             def after(step: int) -> dict[str, Any]:
                 entry = dict((measure(step) if measure else None) or {})
                 if enough is not None and (search or step % CHECK_EVERY == 0 or step == schedule.steps):
-                    entry["efficacy"] = judge.efficacy()
+                    entry["efficacy"] = efficacy()
                     if search and entry["efficacy"] >= enough:
                         entry["retention"] = judge.retention()
                 return entry

@@ -1,6 +1,6 @@
 """What a gradient method reads: token sequences, and the layers above the lowest trained one, computed once."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -243,10 +243,19 @@ class CachedInputs:
         """
         wrong = torch.zeros(len(self))
         for rows in torch.split(self.sequences.lengths.argsort(), batch_size):
-            read = self.read(rows, {"logits", "labels", "fact"})
-            missed = (read["logits"].argmax(-1) != read["labels"]).float().cpu()
-            wrong[rows] = torch.zeros(len(rows)).index_add_(0, read["fact"].cpu(), missed)
+            wrong[rows] = (~all_right(self.read(rows, {"logits", "labels", "fact"}), len(rows))).float()
         return wrong == 0
+
+
+def all_right(read: Mapping[str, Tensor], rows: int) -> Bool[Tensor, " row"]:
+    """Return whether the most likely token is the label everywhere in a row.
+
+    Args:
+        read: `logits`, `labels` and `fact` of `CachedInputs.read`.
+        rows: How many rows were read.
+    """
+    missed = (read["logits"].argmax(-1) != read["labels"]).float().cpu()
+    return torch.zeros(rows).index_add_(0, read["fact"].cpu(), missed) == 0
 
 
 def text_sequences(model: HookedModel, texts: Sequence[str]) -> Sequences:
