@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test of `stored` or `model` is one of each architecture."""
     if "stored" in metafunc.fixturenames:
-        from tests.models import ARCHITECTURES
+        from tests.models import CONFIGS
 
-        metafunc.parametrize("stored", ARCHITECTURES, indirect=True, scope="session")
+        metafunc.parametrize("stored", list(CONFIGS), indirect=True, scope="session")
 
 
 @pytest.fixture(scope="session")

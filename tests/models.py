@@ -1,7 +1,5 @@
 """Small models and prompts for the tests: one of each architecture, and tokens that differ in the subject."""
 
-import os
-
 import torch
 import transformers
 
@@ -80,8 +78,6 @@ CONFIGS = {
     "gpt2": transformers.GPT2Config(**GPT2_SIZES),
     "gptj": transformers.GPTJConfig(**GPT2_SIZES, rotary_dim=4),
 }
-ARCHITECTURES = os.environ.get("MECHUNLEARN_TEST_ARCHITECTURES", "").split() or list(CONFIGS)
-"""What a test of every architecture runs on: all, or those that `tests/processors.py` names."""
 
 
 def auto_class(config):

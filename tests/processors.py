@@ -21,16 +21,13 @@ PROCESSORS = {
     "native": {},
 }
 GATE = [("default", 1, 0), ("avx2", 2, 0)]  # without the slow tests, which another step of the gate has
-SOME = "llama gemma2 olmo2 gpt_neox gpt2"
-"""Architectures that the gate's settings run: two norms a part, norms behind the parts, parallel parts, transposed weights. `--all` runs all."""
 
 
 def run(
-    processor: str, threads: int, seed: int, which: str, architectures: str, more: list[str]
+    processor: str, threads: int, seed: int, which: str, more: list[str]
 ) -> tuple[dict[str, int], list[str], float]:
     """Counts by outcome, the tests that failed, and seconds."""
     settings = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "MECHUNLEARN_TEST_SEED": seed}
-    settings["MECHUNLEARN_TEST_ARCHITECTURES"] = architectures
     environment = {name: value for name, value in os.environ.items() if name not in PROCESSORS["default"]}
     environment |= PROCESSORS[processor] | {name: str(value) for name, value in settings.items()}
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-m", which, "--dist", "loadfile", "-o", "addopts="]
@@ -62,7 +59,7 @@ def main() -> int:
     rows, failures = [], set()
     for processor, threads, seed in chosen:
         if asked.processor in (None, processor):
-            counts, failed, seconds = run(processor, threads, seed, which, SOME if chosen is GATE else "", more)
+            counts, failed, seconds = run(processor, threads, seed, which, more)
             failures |= {*failed}
             rows.append(
                 f"| {processor} | {threads} | {seed} | {counts.get('passed', 0)} | {len(failed)} | {seconds:.0f} |"

@@ -13,7 +13,7 @@ from mechunlearn.edit.fisher_lora import INITS, fisher_information, row_weights,
 from mechunlearn.metrics.answers import measure
 from mechunlearn.model.hooked import load_model
 from mechunlearn.training.adapters import LowRank
-from tests.models import ARCHITECTURES, random_hf, token_prompts
+from tests.models import CONFIGS, random_hf, token_prompts
 
 pytestmark = pytest.mark.training
 
@@ -147,7 +147,7 @@ def test_factors_that_begin_away_from_zero_leave_every_logit_bit_as_it_was():
 
 
 @pytest.mark.parametrize("addresses", [(), PARTIAL], ids=["whole matrices", "some units"])
-@pytest.mark.parametrize("family", ARCHITECTURES)
+@pytest.mark.parametrize("family", list(CONFIGS))
 def test_the_adapter_does_in_peft_what_the_edit_does(family, addresses, tmp_path):
     hf = random_hf(family)
     model = load_model((hf, None))

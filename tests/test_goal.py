@@ -12,7 +12,10 @@ import mechunlearn as mu
 from mechunlearn.artifacts.mask import ComponentMask
 from mechunlearn.edit import fisher_lora, losses, masked_gradient, memit, mlp_washing, null_space
 from mechunlearn.edit.goal import Goal, Judge, Reached
-from mechunlearn.edit.objective import HELD_LADDER, STEPS, LossInputs
+from mechunlearn.edit.loss_inputs import LossInputs
+from mechunlearn.edit.objective import HELD_LADDER, STEPS
+from mechunlearn.facts.formats import Query
+from mechunlearn.facts.prompts import Prompts
 from mechunlearn.metrics.answers import measure
 from mechunlearn.model import samples
 from mechunlearn.model.samples import own_texts
@@ -163,12 +166,33 @@ class TestJudgedByTheNextPass:
     def test_a_step_reads_the_forget_facts_once(self, world, sport, passes, request):
         forget, retain = sport[0].select(range(6)), sport[1].select(range(20))
         mask = ComponentMask.of(["L1.mlp.out"], world.signature)
-        steps = len(masked_gradient(world, mask, forget, retain).card.trajectory)
+        card = masked_gradient(world, mask, forget, retain).card
         together = sum(rows == 6 for rows, _ in passes)
         passes.clear()
         request.getfixturevalue("apart")
-        assert len(masked_gradient(world, mask, forget, retain).card.trajectory) == steps > 2
-        assert sum(rows == 6 for rows, _ in passes) >= together + steps - 3
+        masked_gradient(world, mask, forget, retain)
+        steps, attempts = len(card.trajectory), len(card.search)
+        assert sum(rows == 6 for rows, _ in passes) == together + steps - attempts > together
+
+    @pytest.mark.real
+    def test_on_a_real_model_too(self, smollm2, request):
+        """In another language, behind a long prompt, and with a number for an answer."""
+        long = "It had rained all week, and the harbour was grey. " * 8
+        asked = [
+            Query("La capitale de la France est la ville de", "Paris", "Rome", "", "France"),
+            Query(f"{long}The capital of Italy is the city of", "Rome", "Paris", "", "Italy"),
+            Query("The number after 41 is", "42", "17", "", "41"),
+        ]
+        prompts = Prompts.from_text(asked, smollm2.tokenizer)
+        mask = ComponentMask.of(["L28.mlp.out", "L29.mlp.out"], smollm2.signature)
+        settings = {"retain_weight": 0, "text_weight": 0}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            together = masked_gradient(smollm2, mask, prompts, prompts, **settings)
+            request.getfixturevalue("apart")
+            alone = masked_gradient(smollm2, mask, prompts, prompts, **settings)
+        assert all(torch.equal(rows, alone.rows[site]) for site, rows in together.rows.items())
+        assert together.card.search == alone.card.search and len(together.card.trajectory) > 1
 
     def test_facts_that_do_not_fit_one_batch_are_judged_apart(self, world, sport, passes):
         forget, retain = sport[0].select(range(6)), sport[1].select(range(20))

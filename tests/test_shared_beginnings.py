@@ -8,7 +8,9 @@ import torch
 from mechunlearn.evaluation.cells import cells
 from mechunlearn.facts import answers
 from mechunlearn.facts.answers import answer_logits, shared_tokens
+from mechunlearn.facts.formats import Query
 from mechunlearn.facts.load import load_facts
+from mechunlearn.facts.prompts import Prompts
 from mechunlearn.metrics.answers import measure
 from tests.models import token_prompts
 
@@ -95,3 +97,24 @@ def test_every_cell_of_a_real_model(real, request):
         for name, values in found.items():
             torch.testing.assert_close(values, plain[name], atol=1e-4, rtol=1e-3, equal_nan=True, msg=f"{split} {name}")
     assert {"statement", "question", "one_shot", "multiple_choice"} <= formats
+
+
+LONG = "It had rained all week, and the harbour was grey. " * 12
+BEGUN = {
+    "another language": ("La capitale de {} est la ville de", {"la France": "Paris", "l'Italie": "Rome", "l'Espagne": "Madrid"}),
+    "a long prompt": (LONG + "The capital of {} is the city of", {"Peru": "Lima", "Kenya": "Nairobi", "North Macedonia": "Skopje"}),
+    "a number": ("The number that comes after {} is", {"41": "42", "1999": "2000", "7": "8"}),
+}  # fmt: skip
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("begun", BEGUN)
+@pytest.mark.parametrize("real", ["smollm2", "gemma3"])
+def test_on_a_real_model_as_plain_transformers_reads_each_prompt(real, begun, request):
+    model, (template, answers) = request.getfixturevalue(real), BEGUN[begun]
+    rows = [Query(template.format(subject), answer, "", "", subject) for subject, answer in answers.items()]
+    prompts = Prompts.from_text(rows, model.tokenizer)
+    assert shared_tokens(prompts) >= 3
+    logits, _ = answer_logits(model, prompts, share=True)
+    given = torch.arange(prompts.answers.shape[1]) < (prompts.answers >= 0).sum(1, keepdim=True)
+    torch.testing.assert_close(logits[given], whole(model, prompts)[given], atol=5e-3, rtol=1e-3)

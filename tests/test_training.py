@@ -19,7 +19,7 @@ from mechunlearn.training.adapters import LowRank, lora_start
 from mechunlearn.training.inputs import CachedInputs, Sequences, TopLayers
 from mechunlearn.training.loop import Schedule, train
 from mechunlearn.training.parameterizations import Everything, SelectedRows
-from tests.models import ARCHITECTURES, random_hf, token_prompts
+from tests.models import CONFIGS, random_hf, token_prompts
 
 pytestmark = pytest.mark.training
 
@@ -75,7 +75,7 @@ def test_every_objective_moves_what_the_mask_selects_and_no_other_bit(family, ob
     assert all(torch.equal(before[name], p) for name, p in parameters_of(model).items())
 
 
-@pytest.mark.parametrize("family", ARCHITECTURES)
+@pytest.mark.parametrize("family", list(CONFIGS))
 def test_the_gradient_of_the_selected_rows_is_that_of_the_whole_matrices(family):
     model = random_model(family)
     kinds = model.layout.kinds
