@@ -76,7 +76,7 @@ found["ready"] = [name for folder in ("localize", "edit", "attack") for name in 
 
 sys.path.insert(0, sys.argv.pop(1))
 import hooks
-found["nav"] = hooks.with_methods([{"Methods": [{title: []} for title in hooks.SECTIONS]}])
+found["nav"] = hooks.with_pages([{"Methods": [{title: []} for title in hooks.SECTIONS]}])
 
 from mechunlearn.evaluation.compare import check_grid
 found["compare"] = check_grid(["toy_scores"], ["npo"], [0.05], 1, [1e-3], [1], 1)["localizers"]
