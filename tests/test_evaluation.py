@@ -16,7 +16,7 @@ from mechunlearn.evaluation import cells, fluency
 from mechunlearn.evaluation.controls import random_mask
 from mechunlearn.evaluation.damage import DAMAGED_KL, DAMAGED_LOSS, damage, harm_was_measured
 from mechunlearn.evaluation.drift import text_drift
-from mechunlearn.evaluation.words import against_random
+from mechunlearn.evaluation.words import against_random, sentences
 from mechunlearn.facts.dataset import FactDataset
 from mechunlearn.facts.formats import Fact, Query
 from mechunlearn.localize import attribution_patching, fact_lookup
@@ -297,6 +297,17 @@ class TestDamage:
     def test_the_control_is_judged_too(self):
         frame = rows_of(("unseen", "statement", "kept", 24, 1.0, 0.95, 0.3))
         assert not damage(frame) and damage(frame, "control") and "damages the model" in against_random(frame)
+
+
+def test_a_truth_that_other_wordings_still_bring_is_said():
+    trained = [
+        ("forget", "statement", "target_accuracy", 4, 0.0, 1.0, 1.0),
+        ("forget", "statement", "accuracy", 4, 1.0, 0.0, 0.0),
+        ("retain", "statement", "accuracy", 8, 1.0, 1.0, 1.0),
+    ]
+    told = sentences(rows_of(*trained, ("generalization", "other formats", "kept", 4, 1.0, 0.75, 0.5)))
+    assert "the model still gives the truth in 75.0% of the cases in which it knew it (random mask: 50.0%)." in told
+    assert "other ways" not in sentences(rows_of(*trained)), "of facts without other wordings nothing is said"
 
 
 class TestAgainstRandom:

@@ -9,6 +9,7 @@ from mechunlearn.benchmarks.asking import Asked, as_prompts
 from mechunlearn.core.steady import steady
 from mechunlearn.edit.losses import cross_entropy
 from mechunlearn.errors import MechunlearnError
+from mechunlearn.facts.prompts import PAD
 from mechunlearn.model.hooked import HookedModel
 from mechunlearn.model.unwrap import evaluating
 from mechunlearn.training.inputs import CachedInputs, Sequences, TopLayers
@@ -18,6 +19,8 @@ from mechunlearn.training.parameterizations import Everything
 
 ANSWERS = "answers"
 BATCH = 32
+PARTS = 4
+"""Into how many parts of like length a batch is cut, so that little of what is read is padding."""
 
 
 @dataclass(frozen=True)
@@ -76,13 +79,19 @@ def finetune(
     prompts = as_prompts(model, [_Ended(row.question, row.answer + end) for row in rows], "to learn")
     trained = Everything(model)
     stream = CachedInputs(TopLayers(model, trained.lowest), Sequences.of(prompts))
+    counts = (stream.sequences.labels != PAD).sum(1)
     generator = torch.Generator()
     generator.manual_seed(seed)
     drawn, each = in_epochs(len(rows), batch_size, generator), -(-len(rows) // batch_size)
 
     def parts() -> Iterator[Terms]:
-        read = stream.read(next(drawn), {"logits", "labels"})
-        yield {ANSWERS: (1.0, 1.0, cross_entropy(read["logits"], read["labels"]))}
+        rows = next(drawn)
+        rows = rows[stream.sequences.lengths[rows].argsort()]
+        tokens = int(counts[rows].sum())
+        for part in torch.split(rows, -(-len(rows) // PARTS)):
+            read = stream.read(part, {"logits", "labels"})
+            share = int(counts[part].sum()) / tokens
+            yield {ANSWERS: (share, 1.0, cross_entropy(read["logits"], read["labels"]))}
 
     schedule = Schedule(each * epochs, lr, warmup=each if epochs > 1 else 0, weight_decay=0.01)
     with evaluating(model.hf), trained.attached():

@@ -40,6 +40,8 @@ class RunCard:
         weights: The number of weights that the mask selects.
         budget: The share of the model's editable weights that these are.
         device: Where the model ran.
+        products: The type in which activations were multiplied by weights to train (`training.precision`); empty where
+            nothing was trained.
         seconds: Wall time.
         peak_mib: The most memory that the process has held so far, in MiB (see `peak_mib`).
         trajectory: One entry a training step or edited layer: the terms of the loss and what was measured.
@@ -62,6 +64,7 @@ class RunCard:
     weights: int = 0
     budget: float = 0.0
     device: str = "cpu"
+    products: str = ""
     seconds: float = 0.0
     peak_mib: float = 0.0
     trajectory: list[dict[str, Any]] = field(default_factory=list)

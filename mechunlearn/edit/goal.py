@@ -59,7 +59,7 @@ class Judge:
         own = text_sequences(
             upper.model, own_texts(upper.model, OWN, OWN_TOKENS)[1::2] if upper.model.tokenizer else ()
         )
-        self.own = CachedInputs(upper, own, frozenset({"reference_logits"}))
+        self.own = CachedInputs(upper, own, frozenset({"reference_logits"}), exact=True)
 
     def efficacy(self) -> float:
         """Return the share of the forget facts that are edited now."""

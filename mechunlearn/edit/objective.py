@@ -26,6 +26,7 @@ from mechunlearn.training.adapters import LowRank
 from mechunlearn.training.inputs import Sequences, TopLayers, text_sequences
 from mechunlearn.training.loop import Schedule, Terms, TrainResult, epochs, train
 from mechunlearn.training.parameterizations import SelectedRows
+from mechunlearn.training.precision import products_named
 from mechunlearn.training.preconditioning import MatrixAdam, turned_away
 
 CHECK_EVERY = 5
@@ -299,7 +300,8 @@ def descend_on(
                 for leaf, value in zip(trained.leaves, leaves, strict=True):
                     leaf.copy_(value)
             trained.write()
-        card = RunCard("", trajectory=done.trajectory, stopped=done.stopped, search=search)
+        made_in = products_named(model)
+        card = RunCard("", products=made_in, trajectory=done.trajectory, stopped=done.stopped, search=search)
         units, rows, low_rank = trained.change()
         return WeightEdit(units, rows, model.signature, card, low_rank)
 

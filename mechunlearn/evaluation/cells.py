@@ -14,6 +14,7 @@ from mechunlearn.model.samples import own_texts
 
 LIMIT = 200
 UNSEEN, OTHER = "unseen", "unseen: other relations"
+GENERALIZATION, OTHERS = "generalization", "other formats"
 OWN_COUNT, OWN_SEED = 32, 1
 """Samples of the model that edits are measured on. Editors train on those of seed 0."""
 

@@ -14,7 +14,7 @@ from mechunlearn.attack.states import check_edit
 from mechunlearn.core.batches import counter
 from mechunlearn.core.runcard import Stopwatch
 from mechunlearn.core.steady import steady
-from mechunlearn.evaluation.cells import UNSEEN, ordinary_texts
+from mechunlearn.evaluation.cells import GENERALIZATION, UNSEEN, ordinary_texts
 from mechunlearn.evaluation.cells import cells as cells_of
 from mechunlearn.evaluation.controls import random_control
 from mechunlearn.evaluation.drift import text_drift
@@ -27,7 +27,6 @@ from mechunlearn.evaluation.side_effects import (
     CHANGE,
     ENTROPY,
     FLUENCY,
-    GENERALIZATION,
     KEPT,
     TARGET,
     TRUTH,

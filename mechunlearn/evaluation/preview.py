@@ -15,6 +15,7 @@ from mechunlearn.evaluation.cells import LIMIT, OWN_COUNT, formats, neutral_text
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.metrics.text import encode
 from mechunlearn.model.hooked import HookedModel
+from mechunlearn.training.precision import arithmetic
 
 BATCH = 16
 """Facts in the batch that is timed."""
@@ -79,13 +80,14 @@ def seconds_a_token(model: HookedModel, tokens: Int[Tensor, "fact pos"]) -> tupl
         tokens: One batch.
     """
     times: list[list[float]] = [[], []]
+    products = arithmetic(model)
     for _ in range(2):
         start = time.perf_counter()
         with torch.no_grad():
             model.forward(tokens).sum().item()  # waits for a GPU
         times[0].append(time.perf_counter() - start)
         start = time.perf_counter()
-        with torch.enable_grad():
+        with torch.enable_grad(), products():
             embedded = model.hf.get_input_embeddings()(tokens.to(model.device)).detach().requires_grad_()
             loss = model.hf(inputs_embeds=embedded).logits.float().logsumexp(-1).mean()
             torch.autograd.grad(loss, embedded)[0].sum().item()

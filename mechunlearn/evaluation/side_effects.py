@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mechunlearn.core.tables import NOTHING, Table, label
-from mechunlearn.evaluation.cells import UNSEEN
+from mechunlearn.evaluation.cells import GENERALIZATION, OTHERS, UNSEEN
 from mechunlearn.evaluation.portability import ALIAS, HOP, PORTABILITY, REVERSE, aliases
 from mechunlearn.evaluation.words import cell
 from mechunlearn.facts.dataset import FactDataset
@@ -16,7 +16,6 @@ from mechunlearn.metrics.stats import Estimate, share_interval
 
 Cell = tuple[str, str, str]
 """Split, format and metric."""
-GENERALIZATION, OTHERS = "generalization", "other formats"
 FLUENCY, ENTROPY, CHANGE = "fluency", "ngram_entropy", "entropy_change"
 SAME = "same subject"
 TRUTH, TARGET, KEPT = "accuracy", "target_accuracy", "kept"

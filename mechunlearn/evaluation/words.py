@@ -5,7 +5,7 @@ from typing import Any
 import pandas as pd
 
 from mechunlearn.core.tables import label
-from mechunlearn.evaluation.cells import OTHER, UNSEEN
+from mechunlearn.evaluation.cells import GENERALIZATION, OTHER, OTHERS, UNSEEN
 from mechunlearn.evaluation.damage import damage
 
 MEANING = {
@@ -75,7 +75,7 @@ def describe(split: str, format: str, metric: str) -> str:
 
 
 def sentences(frame: pd.DataFrame) -> str:
-    """Return what the numbers of the training prompt, of unseen facts, text and the same subjects say.
+    """Return what the numbers of the training prompt, of other wordings, unseen facts, text and the same subjects say.
 
     Args:
         frame: `Report.frame`.
@@ -87,6 +87,11 @@ def sentences(frame: pd.DataFrame) -> str:
             f"On the training prompt {row['after']:.1%} of the forget facts now give the edit target and {left:.1%} still "
             f"the truth; {kept:.1%} of the retain facts, which the edit was shown, are right."
         )
+    parts += [
+        f"Asked in other ways, the model still gives the truth in {row['after']:.1%} of the cases in which it knew it"
+        f"{_beside(row, '.1%')}."
+        for row in cell(frame, GENERALIZATION, OTHERS, "kept").to_dict("records")
+    ]
     parts += [
         f"Of {row['n']} facts that no edit saw and that were right, {row['after']:.1%} are still right"
         f"{_beside(row, '.1%')}."

@@ -1,6 +1,7 @@
 """What a gradient method reads: token sequences, and the layers above the lowest trained one, computed once."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,8 @@ from mechunlearn.facts.prompts import PAD, Prompts
 from mechunlearn.metrics.answers import supervised
 from mechunlearn.metrics.text import encode
 from mechunlearn.model.hooked import HookedModel
+from mechunlearn.model.taps import tapped
+from mechunlearn.training.precision import Arithmetic, arithmetic
 
 if TYPE_CHECKING:
     from mechunlearn.model.restart import Restart
@@ -95,6 +98,7 @@ class TopLayers:
 
     def __init__(self, model: HookedModel, layer: int | None, keep: bool = True) -> None:
         self.model, self.layer, self.keep = model, layer, keep and bool(layer)
+        self.arithmetic = arithmetic(model)
         self._restarts: dict[int, Restart] = {}
 
     def states(
@@ -114,7 +118,11 @@ class TopLayers:
         decoder, device = self.model.decoder, self.model.device
         rows, places = (part.labels != PAD).to(device).nonzero(as_tuple=True)
         if self.layer is None:
-            return self.model.hf(input_ids=part.tokens.to(device), use_cache=False).logits[rows, places], None
+            counts = (part.labels != PAD).sum(1).to(device)
+            at = pad_sequence(list(torch.split(places, counts.tolist())), batch_first=True)
+            with tapped([decoder.reading(at)]):
+                logits = self.model.hf(input_ids=part.tokens.to(device), use_cache=False).logits
+            return logits[torch.arange(at.shape[1], device=device) < counts[:, None]], None
         width = resid.shape[1]
         if width not in self._restarts:
             self._restarts[width] = decoder.restart(0, width)
@@ -156,12 +164,20 @@ class CachedInputs:
         wanted: What an objective asks for of the *unedited* model (`reference`, `reference_logits`,
             `reference_hidden`), which is computed at once.
         hidden: The layer whose output the objective reads, if any.
+        exact: Whether they are read to measure, not to train: then in the model's own type, not in that of
+            `precision.products`.
     """
 
     def __init__(
-        self, upper: TopLayers, sequences: Sequences, wanted: frozenset[str] = frozenset(), hidden: int | None = None
+        self,
+        upper: TopLayers,
+        sequences: Sequences,
+        wanted: frozenset[str] = frozenset(),
+        hidden: int | None = None,
+        exact: bool = False,
     ) -> None:
         self.upper, self.sequences, self.hidden = upper, sequences, hidden
+        self._arithmetic: Arithmetic = nullcontext if exact else upper.arithmetic
         ends = sequences.lengths.cumsum(0)
         self._begins = ends - sequences.lengths
         self._kept: Tensor | None = None
@@ -181,31 +197,43 @@ class CachedInputs:
             rows: Numbers of the rows.
             wanted: Names of what is asked for.
         """
+        return self._read(rows, wanted, self._arithmetic)
+
+    def _read(self, rows: Tensor, wanted: frozenset[str] | set[str], arithmetic: Arithmetic) -> dict[str, Tensor]:
         part = self.sequences.select(rows)
         found: dict[str, Tensor] = {}
-        if {"logits", "hidden"} & set(wanted):
-            state, hidden = self.upper.states(self._entering(rows, part), part, self.hidden, "logits" in wanted)
-            logits = None if state is None else self.upper.unembed(state)
-            found |= {name: tensor for name, tensor in (("logits", logits), ("hidden", hidden)) if tensor is not None}
+        reads = bool({"logits", "hidden"} & set(wanted))
+        entering = self._entering(rows, part) if reads else None
+        with arithmetic():
+            if entering is not None:
+                state, hidden = self.upper.states(entering, part, self.hidden, "logits" in wanted)
+                logits = None if state is None else self.upper.unembed(state)
+                found |= {
+                    name: tensor for name, tensor in (("logits", logits), ("hidden", hidden)) if tensor is not None
+                }
+            for name, constants in self._constants.items():
+                found[name] = torch.cat([constants[i] for i in rows.tolist()])
+                if name == "reference_logits" and name in wanted:
+                    found[name] = self.upper.unembed(found[name]).detach()
         scored = part.labels != PAD
         found["labels"] = part.labels[scored].to(self.upper.model.device)
         found["fact"] = scored.nonzero()[:, 0].to(self.upper.model.device)
-        for name, constants in self._constants.items():
-            found[name] = torch.cat([constants[i] for i in rows.tolist()])
-            if name == "reference_logits" and name in wanted:
-                found[name] = self.upper.unembed(found[name]).detach()
         return {name: tensor for name, tensor in found.items() if name in wanted}
 
     @torch.no_grad()
     def _remember(self, rows: Tensor) -> None:
         part = self.sequences.select(rows)
-        state, hidden = self.upper.states(self._entering(rows, part), part, self.hidden)
-        assert state is not None
+        entering = self._entering(rows, part)
+        with self._arithmetic():  # rounded as what is compared with it
+            state, hidden = self.upper.states(entering, part, self.hidden)
+            assert state is not None
+            logits = self.upper.unembed(state) if "reference" in self._constants else None
         counts = (part.labels != PAD).sum(1).tolist()
         labels = part.labels[part.labels != PAD].to(state.device)
         for name, kept in self._constants.items():
             if name == "reference":
-                log_p = self.upper.unembed(state).float().log_softmax(-1)
+                assert logits is not None
+                log_p = logits.float().log_softmax(-1)
                 kept += torch.split(log_p.gather(1, labels[:, None])[:, 0], counts)
             elif name == "reference_logits":
                 kept += [chunk.clone() for chunk in torch.split(state, counts)]
@@ -243,7 +271,8 @@ class CachedInputs:
         """
         wrong = torch.zeros(len(self))
         for rows in torch.split(self.sequences.lengths.argsort(), batch_size):
-            wrong[rows] = (~all_right(self.read(rows, {"logits", "labels", "fact"}), len(rows))).float()
+            read = self._read(rows, {"logits", "labels", "fact"}, nullcontext)
+            wrong[rows] = (~all_right(read, len(rows))).float()
         return wrong == 0
 
 

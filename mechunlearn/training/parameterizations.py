@@ -20,6 +20,7 @@ from mechunlearn.artifacts.mask import ComponentMask
 from mechunlearn.errors import MechunlearnError
 from mechunlearn.model.component import Component
 from mechunlearn.model.hooked import HookedModel, frozen
+from mechunlearn.training.precision import Half, times
 
 
 @runtime_checkable
@@ -346,7 +347,7 @@ class _Selected(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
         leaf, leaf_of_bias, index, outputs, transposed = rest
         ctx.outputs, ctx.transposed, ctx.index, ctx.dtype = outputs, transposed, index, leaf.dtype
-        ctx.has_bias = leaf_of_bias is not None
+        ctx.has_bias, ctx.half = leaf_of_bias is not None, Half.current
         ctx.save_for_backward(x if outputs or index is None else x[..., index], weight)
         return F.linear(x, weight, bias)
 
@@ -354,9 +355,9 @@ class _Selected(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
         x, weight = ctx.saved_tensors
-        before = gradient @ weight if ctx.needs_input_grad[0] else None
+        before = times(ctx.half, gradient, weight) if ctx.needs_input_grad[0] else None
         chosen = gradient[..., ctx.index] if ctx.outputs and ctx.index is not None else gradient
-        of_leaf = chosen.flatten(0, -2).T @ x.flatten(0, -2)
+        of_leaf = times(ctx.half, chosen.flatten(0, -2).T, x.flatten(0, -2))
         if ctx.transposed:
             of_leaf = of_leaf.T
         of_bias = chosen.flatten(0, -2).sum(0).to(ctx.dtype) if ctx.has_bias else None

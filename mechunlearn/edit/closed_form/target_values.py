@@ -15,6 +15,7 @@ from mechunlearn.facts.formats import Query
 from mechunlearn.facts.prompts import PAD, Prompts
 from mechunlearn.model.hooked import HookedModel, frozen
 from mechunlearn.model.restart import Restart
+from mechunlearn.training.precision import arithmetic
 
 SHARED = 64
 SETTLED, KL_WEIGHT, DECAY, MOST = 0.05, 0.0625, 0.5, 0.75
@@ -304,9 +305,10 @@ def _optimised(
     moved = torch.zeros_like(home, requires_grad=True)
     optimiser = torch.optim.Adam([moved], lr=lr)
     settled = torch.zeros(count, dtype=torch.bool, device=model.device)
+    products = arithmetic(model)
     with frozen(model.hf):
         for _ in range(steps):
-            with torch.enable_grad():
+            with torch.enable_grad(), products():
                 loss = _losses(model, layer, tails, moved * unit, home)
                 torch.autograd.backward(loss.sum(), inputs=[moved])
             settled = settled | (loss.detach() < SETTLED)

@@ -36,6 +36,7 @@ from mechunlearn.model.hooked import HookedModel
 from mechunlearn.model.samples import own_texts
 from mechunlearn.training.covariance import Covariance
 from mechunlearn.training.inputs import TopLayers
+from mechunlearn.training.precision import products_named
 from mechunlearn.training.solve import add_products, symmetric
 
 Target = Literal["end-of-text", "targets", "shared", "mean"]
@@ -272,7 +273,8 @@ class Washing:
         """
         units = {site(layer): chosen.cpu() for layer, chosen in self.layers.items()}
         rows = {site(layer): self.rows(layer).cpu() for layer in self.layers}
-        card = RunCard("", trajectory=trajectory, stopped=stopped, skipped=self.skipped)
+        said: dict[str, Any] = {"trajectory": trajectory, "stopped": stopped, "skipped": self.skipped}
+        card = RunCard("", products=products_named(self.model), **said)
         return WeightEdit(units, rows, self.model.signature, card)
 
     def _before_norm(self, layer: int, residual: Tensor, keys: Tensor) -> Tensor:
