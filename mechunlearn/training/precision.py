@@ -70,11 +70,11 @@ class Half(TorchFunctionMode):
         self._kept: dict[Tensor, tuple[int, Tensor]] = {}
 
     def __enter__(self) -> Any:
-        Half.current, mode = self, cast(Any, super())
+        Half.current, mode = self, cast("Any", super())
         return mode.__enter__()
 
     def __exit__(self, *given: object) -> None:
-        Half.current, mode = None, cast(Any, super())
+        Half.current, mode = None, cast("Any", super())
         mode.__exit__(*given)
 
     def __torch_function__(
