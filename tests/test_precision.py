@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 from mechunlearn import ComponentMask, load_facts
 from mechunlearn.edit import masked_gradient, memit
@@ -79,6 +80,41 @@ class TestLinear:
         with precision.arithmetic(planted_facts().model)():
             assert torch.equal(x @ weight.T, exact) and torch.equal(F.softmax(x, -1), x.softmax(-1))
         assert torch.equal(F.linear(x, weight), exact) and precision.Half.current is None
+
+    def test_transposed_layers_too(self, halved, seed):
+        """GPT-2's weights are [in out], in a layer of transformers' own."""
+        torch.manual_seed(seed)
+        layer, x = Conv1D(7, 16), torch.randn(2, 5, 16, requires_grad=True)
+        with precision.arithmetic(planted_facts().model)() as half:
+            out = layer(x)
+        torch.testing.assert_close(
+            out.double(), rounded(x) @ rounded(layer.weight) + layer.bias, rtol=2**-8, atol=2**-6
+        )
+        assert not torch.equal(out, layer(x)) and half.of(layer.weight.T).data_ptr() == half.of(layer.weight).data_ptr()
+        above = torch.randn_like(out)
+        of_x, of_weight = torch.autograd.grad(out, (x, layer.weight), above)
+        torch.testing.assert_close(of_x.double(), rounded(above) @ rounded(layer.weight).T, rtol=2**-8, atol=2**-6)
+        wanted = rounded(x).flatten(0, 1).T @ rounded(above).flatten(0, 1)
+        torch.testing.assert_close(of_weight.double(), wanted, rtol=2**-8, atol=2**-6)
+
+    def test_backward_casts_no_weight_again(self, halved, monkeypatch):
+        layers, cast = [torch.nn.Linear(16, 16), Conv1D(16, 16)], []
+        for layer in layers:
+            layer.requires_grad_(False)
+        x, to_half = torch.randn(3, 16, requires_grad=True), torch.Tensor.bfloat16
+        monkeypatch.setattr(torch.Tensor, "bfloat16", lambda number: cast.append(len(number)) or to_half(number))
+        with precision.arithmetic(planted_facts().model)():
+            out = layers[1](layers[0](x))
+        out.sum().backward()
+        assert sorted(cast) == [3, 3, 3, 3, 16, 16], "two inputs, two gradients, and each weight once"
+
+    def test_blocks_within_blocks(self, halved):
+        model = planted_facts().model
+        with precision.arithmetic(model)() as outer:
+            with precision.arithmetic(model)() as inner:
+                assert precision.Half.current is inner
+            assert precision.Half.current is outer
+        assert precision.Half.current is None
 
     def test_a_weight_is_cast_once_until_it_is_written(self, halved):
         layer = torch.nn.Linear(16, 7, bias=False)

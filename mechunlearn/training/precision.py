@@ -67,28 +67,36 @@ class Half(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
+        self._before: list[Half | None] = []
         self._kept: dict[Tensor, tuple[int, Tensor]] = {}
 
     def __enter__(self) -> Any:
+        self._before.append(Half.current)
         Half.current, mode = self, cast("Any", super())
         return mode.__enter__()
 
     def __exit__(self, *given: object) -> None:
-        Half.current, mode = None, cast("Any", super())
+        Half.current, mode = self._before.pop(), cast("Any", super())
         mode.__exit__(*given)
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func is F.linear and not kwargs:
-            x, weight, *bias = args
-            apply: Callable[..., Tensor] = _Linear.apply
-            made = apply(x, weight, self)
-            return made if not bias or bias[0] is None else made + bias[0]
-        return func(*args, **(kwargs or {}))
+            x, weight, bias = (*args, None)[:3]
+        elif func is torch.addmm and not kwargs and isinstance(args[2], nn.Parameter):  # a Conv1D of transformers
+            bias, x, weight = args[0], args[1], args[2].T
+        else:
+            return func(*args, **(kwargs or {}))
+        apply: Callable[..., Tensor] = _Linear.apply
+        made = apply(x, weight, self)
+        return made if bias is None else made + bias
 
     def of(self, number: Tensor) -> Tensor:
         """Return a tensor in bfloat16: weights are cast once until they are written."""
+        base = number._base
+        if isinstance(base, nn.Parameter) and number.ndim == 2 and number.T.is_set_to(base):
+            return self.of(base).T
         if not isinstance(number, nn.Parameter):
             return number.bfloat16()
         version, half = self._kept.get(number, (-1, number))
