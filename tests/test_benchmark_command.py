@@ -15,7 +15,7 @@ from mechunlearn import ComponentMask, MechunlearnError
 from mechunlearn.artifacts.weight_edit import WeightEdit
 from mechunlearn.benchmarks import asking, tofu
 from mechunlearn.benchmarks.compare import compare_methods, needed_splits
-from mechunlearn.benchmarks.finetune import finetune
+from mechunlearn.benchmarks.finetune import _Checkpoint, finetune
 from mechunlearn.benchmarks.leaderboard import FULL, OTHERS, RETAIN
 from mechunlearn.benchmarks.methods import best_units, check_methods, method_of
 from mechunlearn.benchmarks.open_unlearning import from_open_unlearning, to_open_unlearning
@@ -504,7 +504,53 @@ class TestFinetuning:
             torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=1e-4)
             assert float(mine.norm()) == pytest.approx(float(theirs.norm()), rel=2e-4)
 
-    def test_the_command_writes_a_model_that_the_other_reads(self, call, given):
+    @pytest.fixture
+    def killed(self, data, tmp_path, monkeypatch):
+        """A checkpoint of two epochs out of four of two steps: the call was killed in the third."""
+        rows, settings, file = (
+            data[FORGET][:3],
+            {"lr": 1e-3, "epochs": 4, "batch_size": 2},
+            tmp_path / "kept.safetensors",
+        )
+        note = _Checkpoint.note
+
+        def noted(kept: _Checkpoint, entry: dict) -> bool:
+            if entry["step"] == 5:
+                raise ValueError("killed")
+            return note(kept, entry)
+
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match="killed"):
+            patch.setattr(_Checkpoint, "note", noted)
+            finetune(bytewise(), rows, **settings, checkpoint=file)
+        return rows, settings, file
+
+    def test_killed_it_goes_on_after_the_last_whole_epoch(self, killed, monkeypatch):
+        rows, settings, file = killed
+        whole, again, steps, note = bytewise(), bytewise(), [], _Checkpoint.note
+        done = finetune(whole, rows, **settings)
+        monkeypatch.setattr(_Checkpoint, "note", lambda kept, entry: steps.append(entry["step"]) or note(kept, entry))
+        resumed = finetune(again, rows, **settings, checkpoint=file)
+        assert steps == [5, 6, 7, 8] and resumed.trajectory == done.trajectory
+        assert again.fingerprint == whole.fingerprint and not file.exists()
+
+    @pytest.mark.parametrize("other", [{"lr": 2e-3}, {"epochs": 2}, {"seed": 1}, {"batch_size": 1}])
+    def test_a_checkpoint_of_another_call_is_refused(self, killed, other):
+        rows, settings, file = killed
+        with pytest.raises(MechunlearnError, match=r"another model, other rows or settings\. Remove it"):
+            finetune(bytewise(), rows, **{**settings, **other}, checkpoint=file)
+        with pytest.raises(MechunlearnError, match="other rows"):
+            finetune(bytewise(), rows[:2], **settings, checkpoint=file)
+
+    def test_a_damaged_checkpoint_is_refused(self, killed):
+        rows, settings, file = killed
+        flipped, model = bytearray(file.read_bytes()), bytewise()
+        flipped[-5] ^= 1
+        file.write_bytes(flipped)
+        with pytest.raises(MechunlearnError, match="changed or damaged") as refused:
+            finetune(model, rows, **settings, checkpoint=file)
+        assert "\n" not in str(refused.value) and model.fingerprint == bytewise().fingerprint
+
+    def test_the_command_writes_a_model_that_the_other_reads(self, call, given, tmp_path):
         made = [
             "benchmark",
             "tofu-train",
@@ -522,7 +568,7 @@ class TestFinetuning:
         assert code == 0 and "4 rows, 2 steps" in out, err
         before, after = (load_model(name) for name in ("full", "trained"))
         assert not torch.equal(next(before.hf.parameters()), next(after.hf.parameters()))
-        assert after.tokenizer.eos_token == "<end>"
+        assert after.tokenizer.eos_token == "<end>" and not list(tmp_path.glob("*.checkpoint*"))
 
     @pytest.mark.parametrize(
         ("wrong", "said"),

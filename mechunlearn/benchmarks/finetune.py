@@ -1,11 +1,17 @@
 """Finetuning on questions and answers: the full and the retain model that a benchmark compares."""
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from mechunlearn.benchmarks.asking import Asked, as_prompts
+from mechunlearn.core import tensors
+from mechunlearn.core.runcard import digest
 from mechunlearn.core.steady import steady
 from mechunlearn.edit.losses import cross_entropy
 from mechunlearn.errors import MechunlearnError
@@ -18,6 +24,7 @@ from mechunlearn.training.loop import epochs as in_epochs
 from mechunlearn.training.parameterizations import Everything
 
 ANSWERS = "answers"
+KIND, MOMENTS = "checkpoint", ("step", "exp_avg", "exp_avg_sq")
 BATCH = 32
 PARTS = 4
 """Into how many parts of like length a batch is cut, so that little of what is read is padding."""
@@ -41,6 +48,7 @@ def finetune(
     batch_size: int = BATCH,
     seed: int = 0,
     progress: bool = False,
+    checkpoint: str | Path | None = None,
 ) -> TrainResult:
     """Finetune every weight of a model on answers, in place, as TOFU does (arXiv 2401.06121).
 
@@ -59,12 +67,15 @@ def finetune(
         batch_size: Rows a step.
         seed: Of the order of the rows.
         progress: Whether to show a bar.
+        checkpoint: A `.safetensors` file, three times the size of float32 weights, that is written after each epoch. The
+            same call on the same model goes on from there, and removes it at the end.
 
     Returns:
         The loss of each step.
 
     Raises:
-        MechunlearnError: There is no row, a number is out of range, or the loss is not finite.
+        MechunlearnError: There is no row, a number is out of range, the loss is not finite, or the checkpoint is damaged
+            or that of another call.
 
     >>> from mechunlearn import load_model
     >>> from mechunlearn.benchmarks.tofu import TofuRow
@@ -84,6 +95,22 @@ def finetune(
     generator.manual_seed(seed)
     drawn, each = in_epochs(len(rows), batch_size, generator), -(-len(rows) // batch_size)
 
+    kept = None
+    if checkpoint is not None:
+        texts = json.dumps([[row.question, row.answer] for row in rows])
+        call = digest(model.fingerprint, texts, repr((lr, epochs, batch_size, seed)))
+        kept = _Checkpoint(Path(checkpoint), call, each)
+    begun = [*kept.taken] if kept is not None else []
+    for _ in begun:
+        next(drawn)
+
+    def optimiser(leaves: list[Tensor], **settings: float) -> torch.optim.Optimizer:
+        made = torch.optim.AdamW(leaves, **settings)
+        if kept is not None:
+            kept.bring_back(leaves, made)
+            trained.write()
+        return made
+
     def parts() -> Iterator[Terms]:
         rows = next(drawn)
         rows = rows[stream.sequences.lengths[rows].argsort()]
@@ -95,9 +122,61 @@ def finetune(
 
     schedule = Schedule(each * epochs, lr, warmup=each if epochs > 1 else 0, weight_decay=0.01)
     with evaluating(model.hf), trained.attached():
-        done = train(trained, parts, schedule, objective="finetuning", progress=progress)
+        done = train(
+            trained,
+            parts,
+            schedule,
+            objective="finetuning",
+            until=kept.note if kept is not None else lambda entry: False,
+            optimiser=optimiser,
+            begun=begun,
+            progress=progress,
+        )
     model.refresh_()
+    if kept is not None:
+        kept.file.unlink(missing_ok=True)
     return done
+
+
+class _Checkpoint:
+    """Weights and AdamW's moments after the last whole epoch, in a file.
+
+    Args:
+        file: The file.
+        call: A hash of the model and of all that the training depends on.
+        each: Steps of an epoch.
+    """
+
+    def __init__(self, file: Path, call: str, each: int) -> None:
+        self.file, self.call, self.each = file, call, each
+        self.taken: list[dict[str, Any]] = []
+        self._held: dict[str, Tensor] = {}
+        if not file.exists():
+            return
+        advice = f"Remove it to begin again, or give a new file than '{file}'."
+        about, self._held = tensors.load(file, {KIND: lambda held, about: (about, held)}, advice)
+        if about["call"] != call:
+            raise MechunlearnError(f"'{file}' is the checkpoint of another model, other rows or settings. {advice}")
+        self.taken = about["steps"]
+
+    def bring_back(self, leaves: Sequence[Tensor], mover: torch.optim.Optimizer) -> None:
+        """Put leaves and moments back to where the checkpoint has them, and save those of this optimiser from now on."""
+        self._leaves, self._mover = leaves, mover
+        with torch.no_grad():
+            for i, leaf in enumerate(leaves if self._held else ()):
+                leaf.copy_(self._held[f"{i}/leaf"])
+                mover.state[leaf] = {name: self._held[f"{i}/{name}"].to(leaf.device) for name in MOMENTS}
+        self._held = {}
+
+    def note(self, entry: dict[str, Any]) -> bool:
+        """Save after the last step of each epoch. It never ends the training."""
+        self.taken.append(entry)
+        if len(self.taken) % self.each == 0:
+            held = {f"{i}/leaf": leaf for i, leaf in enumerate(self._leaves)}
+            for i, leaf in enumerate(self._leaves):
+                held |= {f"{i}/{name}": self._mover.state[leaf][name] for name in MOMENTS}
+            tensors.save(self.file, KIND, held, {"call": self.call, "steps": self.taken})
+        return False
 
 
 def check_finetuning(lr: float, epochs: int) -> None:

@@ -111,7 +111,8 @@ def tofu_train(
 ) -> None:
     """Finetune every weight of a model on the answers of a split: the full model, or the retain model.
 
-    Ctrl-C stops training after the step in progress and writes the model so far.
+    Goes on after the last whole epoch if killed, from a file next to the folder. Ctrl-C stops training after the step
+    in progress and writes the model so far.
     """
     new_folder(output)
     from mechunlearn.benchmarks import tofu as benchmark
@@ -122,7 +123,8 @@ def tofu_train(
     with console.status(f"loading {data}"):
         rows = benchmark.load(data, [split])[split]
     hooked = open_model(model, device, dtype)
-    done = finetune(hooked, rows, lr=lr, epochs=epochs, seed=seed, progress=True)
+    kept = output.with_name(f"{output.name}.checkpoint.safetensors")
+    done = finetune(hooked, rows, lr=lr, epochs=epochs, seed=seed, progress=True, checkpoint=kept)
     export(hooked, output)
     stopped = f", {done.stopped}" if done.stopped else ""
     first, last = (done.trajectory[i]["answers"] for i in (0, -1))

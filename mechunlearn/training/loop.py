@@ -3,7 +3,7 @@
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -98,6 +98,7 @@ def train(
     after: Callable[[int], dict[str, Any]] = lambda step: {},
     until: Callable[[dict[str, Any]], bool] = lambda entry: False,
     optimiser: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
+    begun: Sequence[dict[str, Any]] = (),
     progress: bool = False,
 ) -> TrainResult:
     """Minimise a weighted sum of terms; the model is left as trained.
@@ -112,15 +113,17 @@ def train(
         after: Measures more after a step; what it returns goes into the trajectory.
         until: Whether an entry of the trajectory ends training.
         optimiser: Makes the optimiser.
+        begun: The entries of steps that an earlier call took; `optimiser` has to bring back where that one ended.
         progress: Whether to show a bar.
 
     Raises:
         MechunlearnError: If a term is not finite, naming step and objective; nothing of that step is then written.
     """
     mover = optimiser(trained.leaves, lr=schedule.lr, weight_decay=schedule.weight_decay)
-    done, rates = TrainResult(), schedule.rates(mover)
+    done, rates = TrainResult([*begun]), schedule.rates(mover)
+    left = range(len(begun), schedule.steps)
     with interruptible() as asked:
-        for step in track(range(schedule.steps), "training", disable=not progress, transient=True):
+        for step in track(left, "training", disable=not progress, transient=True):
             mover.zero_grad()
             entry: dict[str, Any] = {}
             for terms in parts():
