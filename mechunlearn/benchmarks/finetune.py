@@ -104,7 +104,7 @@ def finetune(
     for _ in begun:
         next(drawn)
 
-    def optimiser(leaves: list[Tensor], **settings: float) -> torch.optim.Optimizer:
+    def optimiser(leaves: list[Tensor], **settings: Any) -> torch.optim.Optimizer:
         made = torch.optim.AdamW(leaves, **settings)
         if kept is not None:
             kept.bring_back(leaves, made)

@@ -93,7 +93,11 @@ class Half(TorchFunctionMode):
         return made if bias is None else made + bias
 
     def of(self, number: Tensor) -> Tensor:
-        """Return a tensor in bfloat16: weights are cast once until they are written."""
+        """Return a tensor in bfloat16: weights are cast once until they are written.
+
+        Args:
+            number: The tensor.
+        """
         base = number._base
         if isinstance(base, nn.Parameter) and number.ndim == 2 and number.T.is_set_to(base):
             return self.of(base).T
@@ -105,7 +109,12 @@ class Half(TorchFunctionMode):
         return half
 
     def times(self, left: Tensor, right: Tensor) -> Tensor:
-        """Multiply two matrices."""
+        """Multiply two matrices.
+
+        Args:
+            left: The first.
+            right: The second.
+        """
         return (self.of(left) @ self.of(right)).to(left.dtype)
 
 
