@@ -6,37 +6,33 @@ asks. The files keep their names, so that the folder is read in place of the who
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from mechunlearn.facts.tables import read_rows
+
 ROWS = 20
 """Questions about each author."""
-
-
-def read(file: Path) -> list[dict[str, Any]]:
-    """Return the rows of a file in JSON or JSON lines."""
-    text = file.read_text()
-    return json.loads(text) if text.startswith("[") else [json.loads(line) for line in text.splitlines()]
 
 
 def cut(source: Path, target: Path, authors: Annotated[int, typer.Option(help="A multiple of ten.")] = 40) -> None:
     """Write the files of a slice."""
     if authors % 10 or not 0 < authors <= 200:
         raise typer.BadParameter(f"{authors} authors. Expected 10, 20, ... 200.")
-    forgotten = read(source / "forget10.jsonl")[-ROWS * authors // 10 :]
-    retained = read(source / "retain90.jsonl")[: ROWS * authors * 9 // 10]
+    forgotten = read_rows(source / "forget10.jsonl")[-ROWS * authors // 10 :]
+    retained = read_rows(source / "retain90.jsonl")[: ROWS * authors * 9 // 10]
     asked = {row["question"] for row in forgotten + retained}
     files = {
         "full.jsonl": retained + forgotten,
         "retain90.jsonl": retained,
         "forget10.jsonl": forgotten,
         **{
-            f"{name}.json": [row for row in read(source / f"{name}.json") if row["question"] in asked]
+            f"{name}.json": [row for row in read_rows(source / f"{name}.json") if row["question"] in asked]
             for name in ("forget10_perturbed", "retain_perturbed")
         },
         **{
-            f"{name}.json": read(source / f"{name}.json")
+            f"{name}.json": read_rows(source / f"{name}.json")
             for name in ("real_authors", "real_authors_perturbed", "world_facts", "world_facts_perturbed")
         },
     }

@@ -531,7 +531,10 @@ class TestFinetuning:
         monkeypatch.setattr(_Checkpoint, "note", lambda kept, entry: steps.append(entry["step"]) or note(kept, entry))
         resumed = finetune(again, rows, **settings, checkpoint=file)
         assert steps == [5, 6, 7, 8] and resumed.trajectory == done.trajectory
-        assert again.fingerprint == whole.fingerprint and not file.exists()
+        assert again.fingerprint == whole.fingerprint
+        once_more = bytewise()  # killed while the model was written
+        assert finetune(once_more, rows, **settings, checkpoint=file).trajectory == done.trajectory
+        assert len(steps) == 4 and once_more.fingerprint == whole.fingerprint
 
     @pytest.mark.parametrize("other", [{"lr": 2e-3}, {"epochs": 2}, {"seed": 1}, {"batch_size": 1}])
     def test_a_checkpoint_of_another_call_is_refused(self, killed, other):
@@ -569,6 +572,20 @@ class TestFinetuning:
         before, after = (load_model(name) for name in ("full", "trained"))
         assert not torch.equal(next(before.hf.parameters()), next(after.hf.parameters()))
         assert after.tokenizer.eos_token == "<end>" and not list(tmp_path.glob("*.checkpoint*"))
+
+    def test_a_model_that_could_not_be_written_is_not_trained_again(self, call, given, tmp_path, monkeypatch):
+        made = ["benchmark", "tofu-train", "full", "--data", "data", "--split", "retain99", "--lr", "1e-3", "-o", "out"]
+
+        def full(*given: object) -> None:
+            raise MechunlearnError("The disk is full.")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("mechunlearn.model.hooked.export", full)
+            assert call(*made)[0] == 2 and (tmp_path / "out.checkpoint.safetensors").exists()
+        with monkeypatch.context() as patch:
+            patch.setattr("mechunlearn.benchmarks.finetune.cross_entropy", full)  # no step is taken
+            code, out, err = call(*made)
+        assert code == 0 and "4 rows, 5 steps" in out and not list(tmp_path.glob("*.checkpoint*")), err
 
     @pytest.mark.parametrize(
         ("wrong", "said"),

@@ -8,6 +8,7 @@ from transformers.pytorch_utils import Conv1D
 from mechunlearn import ComponentMask, load_facts
 from mechunlearn.edit import masked_gradient, memit
 from mechunlearn.edit.goal import Judge, Reached
+from mechunlearn.facts.formats import Query
 from mechunlearn.facts.prompts import Prompts
 from mechunlearn.model.hooked import HookedModel
 from mechunlearn.training import precision
@@ -188,6 +189,28 @@ class TestTraining:
             before = world.rows(site)[exact.units[site]].cpu()
             off = (half.rows[site] - rows).norm() / (rows - before).norm()
             assert 0 < off < 0.2, "of the change of the exact edit"
+
+
+LONG = "It had rained all week, and the harbour was grey. " * 12
+READ = {
+    "another language": ("La capitale de la France est la ville de", "Paris"),
+    "a long prompt": (LONG + "The capital of North Macedonia is the city of", "Skopje"),
+    "a number": ("The number that comes after 1999 is", "2000"),
+}
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("read", READ)
+def test_on_a_real_model_the_loss_is_nearly_that_of_plain_transformers(smollm2: HookedModel, monkeypatch, read):
+    monkeypatch.setattr(precision, "_in_hardware", lambda: True)
+    prompts = Prompts.from_text([Query(READ[read][0], READ[read][1], "", "", "")], smollm2.tokenizer)
+    stream = CachedInputs(TopLayers(smollm2, 5), Sequences.of(prompts))
+    given = stream.read(torch.arange(1), {"logits", "labels"})
+    part = stream.sequences
+    with torch.no_grad():
+        plain = smollm2.hf(input_ids=part.tokens).logits[part.labels >= 0]
+    loss, wanted = (F.cross_entropy(logits, given["labels"]).item() for logits in (given["logits"], plain))
+    assert 0 < abs(loss - wanted) < 0.02 * wanted + 0.02
 
 
 @pytest.mark.real

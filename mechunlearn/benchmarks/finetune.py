@@ -68,7 +68,7 @@ def finetune(
         seed: Of the order of the rows.
         progress: Whether to show a bar.
         checkpoint: A `.safetensors` file, three times the size of float32 weights, that is written after each epoch. The
-            same call on the same model goes on from there, and removes it at the end.
+            same call on the same model goes on from there. Remove it once the model is saved.
 
     Returns:
         The loss of each step.
@@ -133,8 +133,6 @@ def finetune(
             progress=progress,
         )
     model.refresh_()
-    if kept is not None:
-        kept.file.unlink(missing_ok=True)
     return done
 
 

@@ -126,6 +126,7 @@ def tofu_train(
     kept = output.with_name(f"{output.name}.checkpoint.safetensors")
     done = finetune(hooked, rows, lr=lr, epochs=epochs, seed=seed, progress=True, checkpoint=kept)
     export(hooked, output)
+    kept.unlink(missing_ok=True)  # not before: what is not written could still be lost
     stopped = f", {done.stopped}" if done.stopped else ""
     first, last = (done.trajectory[i]["answers"] for i in (0, -1))
     console.print(

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from mechunlearn.model.hooked import HookedModel
 
 WIDE = 512
-"""Width of the residual stream from which bfloat16 pays: below it the casts cost what the products save."""
+"""Width of the residual stream from which bfloat16 is used. Small worlds are narrower, and the same on every processor."""
 Arithmetic = Callable[[], AbstractContextManager[Any]]
 
 
@@ -20,8 +20,8 @@ def products(model: HookedModel) -> torch.dtype:
     """Return the type in which a gradient method multiplies activations by weights.
 
     bfloat16 for a float32 model of a width of 512 or more on a processor with instructions for it (AVX512-BF16, AMX),
-    float32 sums. Weights, what leaves every module, attention, norms and gradients stay float32. All else has the
-    model's own type, and so has every measurement: only what is trained on is less exact.
+    forward and backward, with float32 sums. Weights, what leaves every module, attention, norms and gradients are kept
+    in float32. All else has the model's own type, and so has every measurement: only what is trained on is less exact.
 
     Args:
         model: The model.
@@ -56,8 +56,10 @@ def arithmetic(model: HookedModel) -> Arithmetic:
     Args:
         model: The model.
     """
+    if products(model) == model.hf.dtype:
+        return nullcontext
     half = Half()
-    return nullcontext if products(model) == model.hf.dtype else lambda: half
+    return lambda: half
 
 
 class Half(TorchFunctionMode):
